@@ -1,0 +1,1 @@
+"""The kernel sources, as package data."""

@@ -1,0 +1,27 @@
+"""KV-cache compression for MLX: see the README for the commands and ``enable`` for the library."""
+
+from .cache import TurboQuantKVCache
+from .integration import (
+    CacheSize,
+    cache_size,
+    disable,
+    enable,
+    load_prompt_cache,
+    make_prompt_cache,
+    save_prompt_cache,
+)
+from .quantizer import QuantizedVectors, TurboQuantizer
+
+__all__ = [
+    "CacheSize",
+    "QuantizedVectors",
+    "TurboQuantKVCache",
+    "TurboQuantizer",
+    "cache_size",
+    "disable",
+    "enable",
+    "load_prompt_cache",
+    "make_prompt_cache",
+    "save_prompt_cache",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,5 @@
+"""``python -m mlx_turboquant``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,34 @@
+"""The command line: ``mlx_turboquant COMMAND``."""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "generate": "complete a prompt, as mlx_lm.generate does",
+    "chat": "talk to a model",
+}
+_USAGE = "usage: mlx_turboquant COMMAND [options]\n\ncommands:\n" + "".join(
+    f"  {name:10} {purpose}\n" for name, purpose in COMMANDS.items()
+)
+
+
+def main() -> None:
+    """Run the command that ``sys.argv`` names; a wrong input is one sentence and exit status 2."""
+    command, *arguments = sys.argv[1:] or ["--help"]
+    if command in ("-h", "--help"):
+        print(_USAGE + "\nmlx_turboquant COMMAND --help lists the options of a command.")
+        return
+    if command not in COMMANDS:
+        sys.exit(_failure(f"{command!r} is not a command: use one of {', '.join(COMMANDS)}."))
+    module = importlib.import_module(f".{command}", __name__)
+    try:
+        module.main(arguments)
+    except (ValueError, OSError) as error:
+        sys.exit(_failure(f"{command}: {error}"))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _failure(message: str) -> int:
+    print(f"mlx_turboquant {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,267 @@
+"""``mlx_turboquant chat``: a conversation with a model, in a compressed cache."""
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm import load, stream_generate
+from mlx_lm.chat import setup_arg_parser
+from mlx_lm.cli_ui import corridor_input, make_console, print_header_panel
+from mlx_lm.generate import GenerationResponse
+from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..integration import (
+    cache_size,
+    load_prompt_cache,
+    make_prompt_cache,
+    save_prompt_cache,
+    split_bits,
+)
+from .loading import prepare_for_device
+from .options import DEFAULT_BITS, add_cache_options, cache_settings, warn_without_effect
+
+_HELP = """  /help        this list
+  /reset       forget the conversation
+  /stats       what the cache holds
+  /save FILE   save the conversation and its cache
+  /load FILE   go on with a saved conversation
+  Ctrl-C       stop the reply
+  Ctrl-D       leave"""
+
+
+def main(arguments: list[str]) -> None:
+    """Parse the options of mlx-lm's chat and of the cache, load the model, and talk."""
+    parser = setup_arg_parser()
+    parser.prog, parser.description = "mlx_turboquant chat", __doc__
+    add_cache_options(parser)
+    args = parser.parse_args(arguments)
+    settings = cache_settings(args)
+    warn_without_effect(args, {"max_kv_size": None, "pipeline": False})
+    mx.random.seed(args.seed)
+    model, tokenizer = load(
+        args.model,
+        adapter_path=args.adapter_path,
+        tokenizer_config={"trust_remote_code": args.trust_remote_code},
+        trust_remote_code=args.trust_remote_code,
+    )
+    conversation = Conversation(prepare_for_device(model), tokenizer, settings, args.system_prompt)
+    sampler = make_sampler(
+        args.temp,
+        args.top_p,
+        xtc_threshold=args.xtc_threshold,
+        xtc_probability=args.xtc_probability,
+        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
+    )
+    generation = {
+        "sampler": sampler,
+        "max_tokens": args.max_tokens,
+        "prefill_step_size": args.prefill_step_size,
+    }
+    Chat(conversation, generation).run(args.model)
+
+
+class Conversation:
+    """The messages of a chat and the cache of the tokens that the model has seen of them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: TokenizerWrapper,
+        settings: dict[str, Any],
+        system_prompt: str | None = None,
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.system_prompt = system_prompt
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything but the system prompt."""
+        system = [{"role": "system", "content": self.system_prompt}]
+        self.messages: list[dict[str, str]] = system if self.system_prompt else []
+        self._clear_cache()
+
+    def reply(self, text: str, **generation: Any) -> Iterator[GenerationResponse]:
+        """Answer ``text``; what was generated is part of the conversation wherever this stops."""
+        self.messages.append({"role": "user", "content": text})
+        prompt = self._prompt()
+        seen = self._reuse_cache(prompt)
+        answer, generated = "", []
+        try:
+            for response in stream_generate(
+                self.model, self.tokenizer, prompt[seen:], prompt_cache=self.cache, **generation
+            ):
+                answer += response.text
+                generated.append(response.token)
+                yield response
+        finally:
+            self.messages.append({"role": "assistant", "content": answer})
+            self.tokens = (prompt + generated)[: cache_size(self.cache).tokens]
+
+    def save(self, file: Path) -> Path:
+        """Write the cache and the conversation to one file; see ``save_prompt_cache``."""
+        saved = {"messages": self.messages, "tokens": self.tokens}
+        return save_prompt_cache(file, self.cache, self.model, {"chat": json.dumps(saved)})
+
+    def load(self, file: Path) -> None:
+        """Go on with a saved conversation; nothing changes if the file cannot be used."""
+        cache, metadata = load_prompt_cache(file, self.model, return_metadata=True)
+        if "chat" not in metadata:
+            raise ValueError(f"{file} holds no conversation: use a file that /save has written.")
+        saved = json.loads(metadata["chat"])
+        self.cache, self.messages, self.tokens = cache, saved["messages"], saved["tokens"]
+
+    def _clear_cache(self) -> None:
+        self.cache = make_prompt_cache(self.model, **self.settings)
+        self.tokens: list[int] = []
+
+    def _prompt(self) -> list[int]:
+        """The tokens of the whole conversation; plain lines for a model without a template."""
+        if self.tokenizer.has_chat_template:
+            return self.tokenizer.apply_chat_template(self.messages, add_generation_prompt=True)
+        return self.tokenizer.encode("\n".join(message["content"] for message in self.messages))
+
+    def _reuse_cache(self, prompt: list[int]) -> int:
+        """Cut the cache back to what it shares with ``prompt``; returns how many tokens that is.
+
+        At least one token is left to process. Templates may drop or rewrite earlier parts.
+        """
+        pairs = zip(prompt[:-1], self.tokens)
+        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        if shared is None:
+            shared = min(len(prompt) - 1, len(self.tokens))
+        surplus = cache_size(self.cache).tokens - shared
+        if surplus and not can_trim_prompt_cache(self.cache):
+            self._clear_cache()
+            return 0
+        trim_prompt_cache(self.cache, surplus)
+        self.tokens = self.tokens[:shared]
+        return shared
+
+
+class Chat:
+    """The terminal side: reads lines, runs commands, streams replies."""
+
+    def __init__(self, conversation: Conversation, generation: dict[str, Any]):
+        self.conversation = conversation
+        self.generation = generation
+        self.console = make_console()
+        self.commands: dict[str, Callable[[str], None]] = {
+            "/help": self._help,
+            "/reset": self._reset,
+            "/stats": self._stats,
+            "/save": self._save,
+            "/load": self._load,
+        }
+
+    def run(self, model_name: str) -> None:
+        """Talk until Ctrl-D."""
+        settings = self.conversation.settings
+        sides = {name: value for name, value in settings.items() if name.endswith("bits")}
+        key_bits, value_bits = split_bits(**{"bits": DEFAULT_BITS, **sides})
+        cache = f"{key_bits}-bit keys, {value_bits}-bit values"
+        print_header_panel(
+            self.console, "mlx_turboquant chat", [("model", model_name), ("cache", cache)]
+        )
+        self._note("/help lists the commands")
+        while True:
+            try:
+                line = corridor_input(self.console).strip()
+            except KeyboardInterrupt:
+                self._note("Ctrl-D leaves")
+                continue
+            except EOFError:
+                return
+            if line.startswith("/"):
+                self._command(line)
+            elif line:
+                self._reply(line)
+
+    def _command(self, line: str) -> None:
+        name, _, argument = line.partition(" ")
+        command = self.commands.get(name)
+        if command is None:
+            self._note(f"{name} is not a command: /help lists them")
+            return
+        try:
+            command(argument.strip())
+        except (ValueError, OSError) as error:
+            self._note(str(error))
+
+    def _reply(self, line: str) -> None:
+        response = None
+        with _interrupt_flag() as interrupted:
+
+            def stop_between_chunks(*progress: int) -> None:
+                if interrupted:
+                    raise KeyboardInterrupt
+
+            replies = self.conversation.reply(
+                line, prompt_progress_callback=stop_between_chunks, **self.generation
+            )
+            try:
+                for response in replies:
+                    print(response.text, end="", flush=True)
+                    if interrupted:
+                        break
+            except KeyboardInterrupt:
+                pass
+            finally:
+                replies.close()
+        print()
+        speed = f"{response.generation_tps:.1f} tokens/s · " if response else ""
+        self._note(f"{speed}cache {cache_size(self.conversation.cache)}")
+
+    def _help(self, _: str) -> None:
+        self.console.print(_HELP)
+
+    def _reset(self, _: str) -> None:
+        self.conversation.reset()
+        self._note("the conversation is forgotten")
+
+    def _stats(self, _: str) -> None:
+        cache = self.conversation.cache
+        compressed = [layer for layer in cache if hasattr(layer, "packed_tokens")]
+        first = compressed[0]
+        self._note(f"{len(self.conversation.messages)} messages, cache {cache_size(cache)}")
+        self._note(
+            f"{len(compressed)} of {len(cache)} layers compressed: keys {first.key_bits} bits, "
+            f"values {first.value_bits} bits; {first.packed_tokens:,} tokens packed, "
+            f"{first.exact_tokens:,} exact"
+        )
+
+    def _save(self, name: str) -> None:
+        if not name:
+            raise ValueError("/save needs a file name: /save FILE")
+        self._note(f"saved to {self.conversation.save(Path(name).expanduser())}")
+
+    def _load(self, name: str) -> None:
+        if not name:
+            raise ValueError("/load needs a file name: /load FILE")
+        self.conversation.load(Path(name).expanduser())
+        self._stats(name)
+
+    def _note(self, text: str) -> None:
+        self.console.print(f"  {text}", style="ui.muted", markup=False)
+
+
+@contextmanager
+def _interrupt_flag() -> Iterator[list[int]]:
+    """A list that is not empty once Ctrl-C was pressed.
+
+    An exception in the middle of a step would leave some layers of the cache a token ahead.
+    """
+    pressed: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,100 @@
+"""``mlx_turboquant generate``: mlx-lm's command, with a compressed cache."""
+
+import importlib
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from ..integration import cache_size, check_fingerprint, load_prompt_cache, make_prompt_cache
+from .loading import prepare_for_device
+from .options import add_cache_options, cache_settings, warn_without_effect
+
+# The package mlx_lm hides the module behind the function of the same name.
+_mlx_lm_generate = importlib.import_module("mlx_lm.generate")
+
+
+def main(arguments: list[str]) -> None:
+    """Run mlx-lm's own command with its parser, loader and generation wrapped."""
+    parser = _mlx_lm_generate.setup_arg_parser()
+    parser.prog, parser.description = "mlx_turboquant generate", __doc__
+    add_cache_options(parser)
+    args = parser.parse_args(arguments)
+    settings = cache_settings(args)
+    warn_without_effect(
+        args,
+        {
+            "kv_group_size": parser.get_default("kv_group_size"),
+            "quantized_kv_start": parser.get_default("quantized_kv_start"),
+            "max_kv_size": None,
+        },
+    )
+    args.kv_bits = None  # mlx-lm would convert the layers that are not compressed
+    if args.prompt_cache_file is not None and settings:
+        raise ValueError(
+            f"{args.prompt_cache_file} was saved with settings of its own: "
+            "leave out --kv-bits, --key-bits, --value-bits, --kv-window and --kv-sinks."
+        )
+    run = _Run(args, settings)
+    with _replaced(
+        _mlx_lm_generate,
+        setup_arg_parser=lambda: SimpleNamespace(parse_args=lambda: args),
+        load=run.load,
+        load_prompt_cache=run.load_prompt_cache,
+        generate=run.generate,
+    ):
+        _mlx_lm_generate.main()
+
+
+class _Run:
+    """One run of mlx-lm's command: the functions that stand in for its own."""
+
+    def __init__(self, args: Namespace, settings: dict[str, Any]):
+        self.args = args
+        self.settings = settings
+        self.fingerprint: str | None = None
+
+    load_model = staticmethod(_mlx_lm_generate.load)
+    generate_text = staticmethod(_mlx_lm_generate.generate)
+
+    def load(self, *positional, **keywords):
+        model, *rest = self.load_model(*positional, **keywords)
+        if self.fingerprint is not None:
+            check_fingerprint(self.args.prompt_cache_file, self.fingerprint, model)
+            self.fingerprint = None
+        return (prepare_for_device(model), *rest)
+
+    def load_prompt_cache(self, file: str, return_metadata: bool):
+        """mlx-lm loads the cache before the model, so the model is checked later."""
+        cache, metadata = load_prompt_cache(file, return_metadata=True)
+        self.fingerprint = metadata["fingerprint"]
+        return cache, {"tokenizer_config": "{}", "model": self.args.model, **metadata}
+
+    def generate(self, model, tokenizer, prompt, *, prompt_cache, draft_model, verbose, **keywords):
+        if prompt_cache is None:
+            prompt_cache = make_prompt_cache(model, **self.settings)
+            if draft_model is not None:
+                prompt_cache += make_prompt_cache(draft_model, **self.settings)
+        text = self.generate_text(
+            model,
+            tokenizer,
+            prompt,
+            prompt_cache=prompt_cache,
+            draft_model=draft_model,
+            verbose=verbose,
+            **keywords,
+        )
+        if verbose:
+            print(f"Cache: {cache_size(prompt_cache)}")
+        return text
+
+
+@contextmanager
+def _replaced(module: ModuleType, **replacements: Any) -> Iterator[None]:
+    originals = {name: getattr(module, name) for name in replacements}
+    vars(module).update(replacements)
+    try:
+        yield
+    finally:
+        vars(module).update(originals)

@@ -1,0 +1,60 @@
+"""The command-line options of the compressed cache, shared by all commands."""
+
+import argparse
+import sys
+from typing import Any
+
+from ..cache import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW
+from ..integration import split_bits
+
+DEFAULT_BITS = 4.0
+_SETTINGS = {
+    "kv_bits": "bits",
+    "key_bits": "key_bits",
+    "value_bits": "value_bits",
+    "kv_window": "window",
+    "kv_sinks": "sink_tokens",
+}
+
+
+def add_cache_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the cache to a parser of mlx-lm, in place of its own ``--kv-bits``."""
+    parser.conflict_handler = "resolve"
+    group = parser.add_argument_group("compressed cache")
+    group.add_argument(
+        "--kv-bits",
+        type=float,
+        help=f"Bits per value, 1 to 8 in half steps (default: {DEFAULT_BITS:g})",
+    )
+    group.add_argument("--key-bits", type=int, help="Bits per value of the keys, 1 to 8")
+    group.add_argument("--value-bits", type=int, help="Bits per value of the values, 1 to 8")
+    group.add_argument(
+        "--kv-window",
+        type=int,
+        help=f"Recent tokens that stay exact (default: {DEFAULT_WINDOW})",
+    )
+    group.add_argument(
+        "--kv-sinks",
+        type=int,
+        help=f"First tokens that stay exact (default: {DEFAULT_SINK_TOKENS})",
+    )
+
+
+def cache_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of ``make_prompt_cache`` that were given on the command line.
+
+    Raises:
+        ValueError: bits that are not supported.
+    """
+    given = {name: getattr(args, option) for option, name in _SETTINGS.items()}
+    given = {name: value for name, value in given.items() if value is not None}
+    split_bits(**{name: value for name, value in given.items() if name.endswith("bits")})
+    return given
+
+
+def warn_without_effect(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
+    """Say on stderr which options of mlx-lm were given that do nothing here."""
+    for option, default in defaults.items():
+        if getattr(args, option) != default:
+            name = "--" + option.replace("_", "-")
+            print(f"{name} has no effect on the compressed cache.", file=sys.stderr)

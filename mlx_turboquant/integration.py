@@ -1,0 +1,299 @@
+"""Everything that touches mlx-lm: switching compression on and off, and prompt-cache files."""
+
+import hashlib
+import os
+import tempfile
+import weakref
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models import cache as mlx_lm_cache
+
+from .attention import MAX_DECODE_ROWS, decode_attention
+from .cache import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW, CompressedArray, TurboQuantKVCache
+from .codebook import check_bits
+
+# Keys need more bits than values: measured with examples/measure_kl.py, see the README.
+PRESETS = {2: (3, 1), 2.5: (3, 2), 3: (4, 2), 3.5: (4, 3), 4: (4, 4), 4.5: (5, 4)}
+# Changes whenever the same codes would mean something else.
+CODEC_VERSION = "1"
+
+# mlx-lm's load_prompt_cache looks classes up by name in its own module.
+mlx_lm_cache.TurboQuantKVCache = TurboQuantKVCache
+
+_HOOKED_NAME = "scaled_dot_product_attention"
+
+
+def split_bits(
+    bits: float = 4, key_bits: int | None = None, value_bits: int | None = None
+) -> tuple[int, int]:
+    """Key and value bits of a setting; ``key_bits`` and ``value_bits`` override the preset.
+
+    Raises:
+        ValueError: ``bits`` is not 1 to 8 in half steps, or a side is not 1 to 8.
+    """
+    if bits not in [half / 2 for half in range(2, 17)]:
+        raise ValueError(f"{bits} bits are not supported: use 1 to 8 in steps of a half.")
+    split = PRESETS.get(bits, (int(bits + 0.5), int(bits)))
+    key_bits = split[0] if key_bits is None else key_bits
+    value_bits = split[1] if value_bits is None else value_bits
+    check_bits(key_bits)
+    check_bits(value_bits)
+    return key_bits, value_bits
+
+
+def make_prompt_cache(
+    model: nn.Module,
+    bits: float = 4,
+    *,
+    key_bits: int | None = None,
+    value_bits: int | None = None,
+    window: int = DEFAULT_WINDOW,
+    sink_tokens: int = DEFAULT_SINK_TOKENS,
+    seed: int = 0,
+) -> list[Any]:
+    """A compressed ``prompt_cache`` for mlx-lm: one cache per layer of ``model``.
+
+    Layers for which mlx-lm would make a plain ``KVCache`` are compressed, all others are
+    left as they are. Also lets the model's attention read compressed tokens, which
+    :func:`disable` undoes.
+
+    Args:
+        model: A model of mlx-lm.
+        bits: Bits per value, 1 to 8 in half steps; how they are split is in ``PRESETS``.
+        key_bits: Bits per value of the keys, in place of the preset's.
+        value_bits: Bits per value of the values, in place of the preset's.
+        window: Recent tokens that stay exact.
+        sink_tokens: First tokens that stay exact.
+        seed: Of the random rotation.
+
+    Raises:
+        ValueError: a setting out of range, or no layer that could be compressed.
+    """
+    key_bits, value_bits = split_bits(bits, key_bits, value_bits)
+    caches = _plain_caches(model)
+    if not any(type(cache) is mlx_lm_cache.KVCache for cache in caches):
+        kinds = ", ".join(sorted({type(cache).__name__ for cache in caches})) or "none"
+        raise ValueError(
+            f"No layer of this model can be compressed (its caches: {kinds}): "
+            "use a model with plain KVCache layers."
+        )
+    _hook_attention(model)
+    return [
+        TurboQuantKVCache(key_bits, value_bits, window=window, sink_tokens=sink_tokens, seed=seed)
+        if type(cache) is mlx_lm_cache.KVCache
+        else cache
+        for cache in caches
+    ]
+
+
+def enable(model: nn.Module, bits: float = 4, **settings) -> nn.Module:
+    """Let every cache that mlx-lm makes for ``model`` be compressed; returns the model.
+
+    Takes the arguments of :func:`make_prompt_cache` and raises its errors.
+    """
+    make_prompt_cache(model, bits, **settings)  # refuses a bad setting now, not at generation
+    replaced = model.__dict__.get("make_cache")
+    if isinstance(replaced, _MakeCompressedCache):
+        replaced = replaced.replaced
+    model.make_cache = _MakeCompressedCache(model, bits, settings, replaced)
+    return model
+
+
+def disable(model: nn.Module) -> nn.Module:
+    """Undo :func:`enable` and what :func:`make_prompt_cache` did to ``model``; returns the model.
+
+    Compressed caches that exist keep working, without the fast path.
+    """
+    maker = model.__dict__.get("make_cache")
+    if isinstance(maker, _MakeCompressedCache):
+        del model.make_cache
+        if maker.replaced is not None:
+            model.make_cache = maker.replaced
+    for scope in _attention_scopes(model):
+        hook = scope[_HOOKED_NAME]
+        if isinstance(hook, _AttentionHook):
+            hook.models.discard(id(model))
+            if not hook.models:
+                scope[_HOOKED_NAME] = hook.original
+    return model
+
+
+class _MakeCompressedCache:
+    """``model.make_cache`` of an enabled model."""
+
+    def __init__(self, model, bits, settings, replaced):
+        self.model = weakref.ref(model)
+        self.bits = bits
+        self.settings = settings
+        self.replaced = replaced
+
+    def __call__(self) -> list[Any]:
+        return make_prompt_cache(self.model(), self.bits, **self.settings)
+
+
+def _plain_caches(model: nn.Module) -> list[Any]:
+    """The caches that mlx-lm makes for a model that is not enabled."""
+    maker = model.__dict__.get("make_cache")
+    if not isinstance(maker, _MakeCompressedCache):
+        return mlx_lm_cache.make_prompt_cache(model)
+    if maker.replaced is not None:
+        return maker.replaced()
+    if hasattr(type(model), "make_cache"):
+        return type(model).make_cache(model)
+    return [mlx_lm_cache.KVCache() for _ in model.layers]
+
+
+class _AttentionHook:
+    """Takes the place of ``scaled_dot_product_attention`` in the module of a model.
+
+    Decode steps over packed tokens read them as they are. Everything else goes to the original
+    function, which gets dense arrays.
+    """
+
+    def __init__(self, original):
+        self.original = original
+        self.models: set[int] = set()
+
+    def __call__(self, queries, keys, values, cache, scale, mask, sinks=None):
+        if (
+            type(keys) is CompressedArray
+            and type(values) is CompressedArray
+            and keys.tokens is values.tokens
+            and keys.tokens.keys.count
+            and queries.shape[2] <= MAX_DECODE_ROWS
+        ):
+            return decode_attention(queries, keys.tokens, scale, mask, sinks)
+        return self.original(queries, keys, values, cache, scale, mask, sinks)
+
+
+def _attention_scopes(model: nn.Module) -> list[dict[str, Any]]:
+    """The global scopes in which the layers of ``model`` look their attention function up."""
+    calls = {type(module).__call__ for module in model.modules()}
+    scopes = [getattr(call, "__globals__", {}) for call in calls]
+    return [scope for scope in scopes if _HOOKED_NAME in scope]
+
+
+def _hook_attention(model: nn.Module) -> None:
+    for scope in _attention_scopes(model):
+        if not isinstance(scope[_HOOKED_NAME], _AttentionHook):
+            scope[_HOOKED_NAME] = _AttentionHook(scope[_HOOKED_NAME])
+        scope[_HOOKED_NAME].models.add(id(model))
+
+
+class CacheSize(NamedTuple):
+    """What a prompt cache holds. ``fp16_nbytes`` is what its tokens would take in 16 bits."""
+
+    tokens: int
+    nbytes: int
+    fp16_nbytes: int
+
+    def __str__(self) -> str:
+        ratio = self.fp16_nbytes / max(self.nbytes, 1)
+        return (
+            f"{self.tokens:,} tokens, {self.nbytes / 1e6:,.2f} MB "
+            f"(fp16: {self.fp16_nbytes / 1e6:,.2f} MB, {ratio:.2f}x)"
+        )
+
+
+def cache_size(cache: list[Any]) -> CacheSize:
+    """Tokens and bytes of a prompt cache; layers that are not compressed count as they are."""
+    return CacheSize(
+        max((layer.size() for layer in cache), default=0),
+        sum(layer.nbytes for layer in cache),
+        sum(getattr(layer, "fp16_nbytes", layer.nbytes) for layer in cache),
+    )
+
+
+def save_prompt_cache(
+    file: str | Path,
+    cache: list[Any],
+    model: nn.Module,
+    metadata: dict[str, str] | None = None,
+) -> Path:
+    """Save a prompt cache, packed as it is, for :func:`load_prompt_cache` with the same model.
+
+    The file is complete or not there: it is written to a temporary name and renamed. Returns its
+    path, which ends in ".safetensors".
+    """
+    file = Path(file)
+    if file.suffix != ".safetensors":
+        file = file.with_name(file.name + ".safetensors")
+    metadata = {**(metadata or {}), "codec": CODEC_VERSION, "fingerprint": fingerprint(model)}
+    if file.exists() and "0.codec" not in _header(file):
+        raise ValueError(
+            f"{file} exists and is not a prompt cache of mlx_turboquant: use another name."
+        )
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}-") as folder:
+        complete = Path(folder) / file.name
+        mlx_lm_cache.save_prompt_cache(str(complete), cache, metadata)
+        os.replace(complete, file)
+    return file
+
+
+def load_prompt_cache(
+    file: str | Path, model: nn.Module | None = None, return_metadata: bool = False
+) -> list[Any] | tuple[list[Any], dict[str, str]]:
+    """Load what :func:`save_prompt_cache` saved; with ``return_metadata`` also its metadata.
+
+    Raises:
+        ValueError: not a prompt cache of this package, truncated, of another codec version, or
+            of another model than ``model``.
+        OSError: the file cannot be read.
+    """
+    header = _header(file)
+    codec = header.get("0.codec")
+    if codec is None:
+        raise ValueError(
+            f"{file} is not a prompt cache of mlx_turboquant: use a file that it has saved."
+        )
+    if codec != CODEC_VERSION:
+        raise ValueError(
+            f"{file} was written with codec version {codec}, this is version {CODEC_VERSION}: "
+            "process the prompt again."
+        )
+    if model is not None:
+        check_fingerprint(file, header.get("0.fingerprint"), model)
+    try:
+        cache, metadata = mlx_lm_cache.load_prompt_cache(str(file), return_metadata=True)
+        mx.eval([layer.state for layer in cache])
+    except Exception as error:
+        raise ValueError(f"{file} is damaged: save it again.") from error
+    if model is not None:
+        _hook_attention(model)
+    return (cache, metadata) if return_metadata else cache
+
+
+def _header(file: str | Path) -> dict[str, str]:
+    """The metadata of a safetensors file; keys of the caller's metadata begin with "0."."""
+    with open(file, "rb"):
+        pass  # mlx reports a missing file as a RuntimeError
+    try:
+        return mx.load(str(file), format="safetensors", return_metadata=True)[1]
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{file} is not a complete safetensors file: use another one.") from error
+
+
+def check_fingerprint(file: str | Path, expected: str | None, model: nn.Module) -> None:
+    """Raise ValueError unless ``expected``, of a saved cache, is the fingerprint of ``model``."""
+    if expected != fingerprint(model):
+        raise ValueError(
+            f"{file} belongs to another model (fingerprint {str(expected)[:12]}, this model has "
+            f"{fingerprint(model)[:12]}): load the model that it was made with."
+        )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of the model's configuration and of its vectors (norm weights and biases).
+
+    The same for a model and its dequantized form, because vectors are not quantized.
+    """
+    digest = hashlib.sha256(repr(getattr(model, "args", type(model).__name__)).encode())
+    for name, parameter in sorted(tree_flatten(model.parameters())):
+        if parameter.ndim == 1:
+            digest.update(name.encode())
+            digest.update(bytes(memoryview(parameter.astype(mx.float32))))
+    return digest.hexdigest()

@@ -1,0 +1,65 @@
+"""The storage layout of codes: bit planes in 32-bit words. Kernels follow this definition.
+
+A code of b bits is cut into planes of 4, 2 and 1 bits, high bits first (3 = 2 + 1, 5 = 4 + 1,
+6 = 4 + 2, 7 = 4 + 2 + 1, 8 = 4 + 4), so that no field straddles a word. A plane of p bits stores
+32 / p consecutive coordinates in a word: coordinate 2j at bit j * p and coordinate 2j + 1 at bit
+16 + j * p, so that ``(word >> j * p) & mask`` extracts two neighbours at once. Planes follow each
+other; the last word of a plane is filled up with zeros.
+"""
+
+from functools import cache
+
+import mlx.core as mx
+
+_PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (4, 4)}
+
+
+def planes(bits: int) -> tuple[int, ...]:
+    """Widths in bits of the planes of a code of ``bits`` bits, high bits first."""
+    return _PLANES[bits]
+
+
+def words_per_vector(dim: int, bits: int) -> int:
+    """uint32 words that ``dim`` codes of ``bits`` bits take."""
+    return sum(_words(dim, width) for width in planes(bits))
+
+
+def pack(codes: mx.array, bits: int) -> mx.array:
+    """Codes (..., dim), integers below 2**bits, to words (..., words_per_vector) uint32."""
+    codes = codes.astype(mx.uint32)
+    dim = codes.shape[-1]
+    packed, remaining = [], bits
+    for width in planes(bits):
+        remaining -= width
+        words = _words(dim, width)
+        field = (codes >> remaining) & (2**width - 1)
+        padding = words * (32 // width) - dim
+        if padding:
+            field = mx.pad(field, [(0, 0)] * (codes.ndim - 1) + [(0, padding)])
+        field = field.reshape(*codes.shape[:-1], words, 32 // width)
+        packed.append((field << _shifts(width)).sum(axis=-1))
+    return packed[0] if len(packed) == 1 else mx.concatenate(packed, axis=-1)
+
+
+def unpack(words: mx.array, bits: int, dim: int) -> mx.array:
+    """Words (..., words_per_vector) uint32 to codes (..., dim) uint32."""
+    codes, start = None, 0
+    for width in planes(bits):
+        stop = start + _words(dim, width)
+        field = (words[..., start:stop, None] >> _shifts(width)) & (2**width - 1)
+        field = field.reshape(*words.shape[:-1], -1)[..., :dim]
+        codes = field if codes is None else (codes << width) | field
+        start = stop
+    return codes
+
+
+def _words(dim: int, width: int) -> int:
+    return -(-dim * width // 32)
+
+
+@cache
+def _shifts(width: int) -> mx.array:
+    shifts = mx.array([j // 2 * width + j % 2 * 16 for j in range(32 // width)], dtype=mx.uint32)
+    # A lazy array cannot be evaluated from another thread than the one that made it.
+    mx.eval(shifts)
+    return shifts

@@ -1,0 +1,172 @@
+"""TurboQuantizer: vectors to a few bits per value and back, without training or calibration."""
+
+from functools import cache
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from .codebook import check_bits, check_dim, codebook
+from .packing import pack, unpack, words_per_vector
+from .rotation import Rotation
+
+SCALES = ("unbiased", "least_squares", "norm", "none")
+# Covers the 5th to the 95th percentile of the best gain of 2 to 4 bits and 64 to 256 dimensions.
+_GAINS = tuple(round(0.75 + 0.05 * i, 2) for i in range(12))
+# The largest bfloat16, so that scales can be stored in it.
+_LARGEST_SCALE = 3.3895e38
+_FLOAT_DTYPES = (mx.float16, mx.bfloat16, mx.float32)
+
+
+class QuantizedVectors(NamedTuple):
+    """Packed vectors: nothing else is stored for them.
+
+    ``codes`` are uint32 (..., words_per_vector), laid out as :mod:`.packing` says; ``scales`` are
+    float32 (...), the factor from levels to the values of the rotated vector.
+    """
+
+    codes: mx.array
+    scales: mx.array
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.codes.nbytes + self.scales.nbytes
+
+
+class TurboQuantizer:
+    """Quantizes vectors of ``dim`` values to ``bits`` bits per value plus one scale per vector.
+
+    A vector x is rotated, y = R x * sqrt(dim) / |x|, and each coordinate of gain * y goes to the
+    nearest level, q (TurboQuant, arXiv 2504.19874, Algorithm 1). Reconstruction is s * R^T q.
+
+    Args:
+        dim: Values per vector, 8 to 8 192.
+        bits: Bits per value, 1 to 8.
+        rotation: "hadamard" or "haar", see :class:`.rotation.Rotation`.
+        seed: Of the rotation. Data made from the same seed would not be independent of it.
+        scale: How s follows from x and q (DRIVE, arXiv 2105.08339; EDEN, arXiv 2108.08842):
+            "unbiased", |x|^2 / <Rx, q>, makes inner products unbiased over the rotation;
+            "least_squares", <Rx, q> / |q|^2, has the least mean squared error;
+            "norm", |x| / |q|, keeps the length;
+            "none", |x| / sqrt(dim) / gain, is the paper's TurboQuant_mse.
+        gain_search: Try a dozen gains per vector and keep the one with the largest cosine between
+            y and q; without it the gain is 1. Costs time in ``quantize`` only.
+
+    Raises:
+        ValueError: an argument that is not one of these.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        bits: int,
+        *,
+        rotation: str = "hadamard",
+        seed: int = 0,
+        scale: str = "unbiased",
+        gain_search: bool = True,
+    ):
+        check_dim(dim)
+        check_bits(bits)
+        if scale not in SCALES:
+            raise ValueError(f"Scale {scale!r} is not known: use one of {', '.join(SCALES)}.")
+        self.dim = dim
+        self.bits = bits
+        self.scale = scale
+        self.gains = _GAINS if gain_search and bits > 1 else (1.0,)
+        self.rotation = Rotation(dim, rotation, seed)
+        self.levels, self.thresholds = _codebook_arrays(dim, bits)
+
+    def quantize(self, x: mx.array) -> QuantizedVectors:
+        """Pack vectors (..., dim) of float16, bfloat16 or float32.
+
+        A vector of zeros gets scale 0. One with an infinity or NaN gets scale NaN, so that it
+        comes back as NaN in every value. No finite vector overflows the scale.
+        """
+        self._check(x)
+        x = x.astype(mx.float32)
+        # Scaled to a largest value of 1, so that no square overflows or vanishes.
+        largest = mx.abs(x).max(axis=-1, keepdims=True)
+        rotated = self.rotation.apply(x / mx.where(largest == 0, 1, largest))
+        rms = mx.linalg.norm(rotated, axis=-1, keepdims=True) / self.dim**0.5
+        codes, gain = self._encode(rotated / mx.where(rms == 0, 1, rms))
+        scales = mx.minimum(self._scales(rotated, codes, gain) * largest, _LARGEST_SCALE)
+        scales = mx.where(mx.isfinite(largest), scales, mx.nan)
+        return QuantizedVectors(pack(codes, self.bits), scales.squeeze(-1))
+
+    def dequantize(self, packed: QuantizedVectors, dtype: mx.Dtype = mx.float32) -> mx.array:
+        """The reconstructed vectors (..., dim) in ``dtype``."""
+        return self.rotation.invert(self.rotated_values(packed)).astype(dtype)
+
+    def inner_product(self, queries: mx.array, packed: QuantizedVectors) -> mx.array:
+        """Products of queries (..., q, dim) with packed vectors (..., n): float32 (..., q, n).
+
+        The rotation is applied to the queries instead of being undone on every packed vector.
+        """
+        self._check(queries)
+        return self.rotation.apply(queries) @ self.rotated_values(packed).swapaxes(-1, -2)
+
+    def rotated_values(self, packed: QuantizedVectors) -> mx.array:
+        """The reconstruction before the inverse rotation, s * q: float32 (..., dim)."""
+        words = words_per_vector(self.dim, self.bits)
+        if packed.codes.shape != (*packed.scales.shape, words):
+            raise ValueError(
+                f"Codes of shape {packed.codes.shape} with scales of shape {packed.scales.shape} "
+                f"are not vectors of {self.dim} values at {self.bits} bits: use codes of shape "
+                f"{(*packed.scales.shape, words)}, as quantize returns them."
+            )
+        levels = mx.take(self.levels, unpack(packed.codes, self.bits, self.dim))
+        return levels * packed.scales[..., None]
+
+    def _encode(self, y: mx.array) -> tuple[mx.array, mx.array]:
+        """Codes of y (..., dim) and the gain (..., 1) that they were found with."""
+        codes, cosine = self._nearest(y, self.gains[0])
+        gain = mx.full(cosine.shape, self.gains[0])
+        for candidate in self.gains[1:]:
+            candidate_codes, candidate_cosine = self._nearest(y, candidate)
+            better = candidate_cosine > cosine
+            codes = mx.where(better, candidate_codes, codes)
+            cosine = mx.maximum(candidate_cosine, cosine)
+            gain = mx.where(better, candidate, gain)
+        return codes, gain
+
+    def _nearest(self, y: mx.array, gain: float) -> tuple[mx.array, mx.array]:
+        """Codes of gain * y and the cosine between their levels and y, times |y|."""
+        codes = mx.searchsorted(self.thresholds, gain * y)
+        levels = mx.take(self.levels, codes)
+        length = mx.linalg.norm(levels, axis=-1, keepdims=True)
+        return codes, (levels * y).sum(axis=-1, keepdims=True) / length
+
+    def _scales(self, rotated: mx.array, codes: mx.array, gain: mx.array) -> mx.array:
+        levels = mx.take(self.levels, codes)
+        squared_norm = (rotated * rotated).sum(axis=-1, keepdims=True)
+        if self.scale == "none":
+            return mx.sqrt(squared_norm / self.dim) / gain
+        squared_length = (levels * levels).sum(axis=-1, keepdims=True)
+        if self.scale == "norm":
+            return mx.sqrt(squared_norm / squared_length)
+        product = (rotated * levels).sum(axis=-1, keepdims=True)
+        if self.scale == "least_squares":
+            return product / squared_length
+        return squared_norm / mx.where(product == 0, 1, product)
+
+    def _check(self, x: mx.array) -> None:
+        if x.ndim == 0 or x.shape[-1] != self.dim:
+            raise ValueError(
+                f"An array of shape {x.shape} does not hold vectors of {self.dim} values: "
+                f"its last axis must be {self.dim}."
+            )
+        if x.dtype not in _FLOAT_DTYPES:
+            raise ValueError(
+                f"Vectors of dtype {x.dtype} cannot be quantized: "
+                "convert them to float16, bfloat16 or float32."
+            )
+
+
+@cache
+def _codebook_arrays(dim: int, bits: int) -> tuple[mx.array, mx.array]:
+    arrays = tuple(mx.array(part.astype(np.float32)) for part in codebook(dim, bits))
+    # A lazy array cannot be evaluated from another thread than the one that made it.
+    mx.eval(arrays)
+    return arrays

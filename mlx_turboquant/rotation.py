@@ -1,0 +1,124 @@
+"""Random rotations that make the coordinates of any vector follow one known distribution.
+
+The default is the randomized Hadamard transform: random signs, then a normalised Hadamard matrix
+of order m * 2^k with m in {1, 12, 20, 28}. Dimensions without one use a dense Haar-random matrix.
+"""
+
+from functools import cache, lru_cache
+
+import mlx.core as mx
+import numpy as np
+
+_ODD_ORDERS = (1, 12, 20, 28)
+
+
+def hadamard_factors(dim: int) -> tuple[int, int] | None:
+    """(m, 2^k) with dim = m * 2^k and m in {1, 12, 20, 28}, or None where there is no such pair.
+
+    Checked here because ``mx.hadamard_transform`` does not refuse every other size.
+    """
+    for order in _ODD_ORDERS:
+        power = dim // order
+        if dim % order == 0 and power & (power - 1) == 0:
+            return order, power
+    return None
+
+
+class Rotation:
+    """An orthogonal dim x dim matrix R, fixed by ``kind`` and ``seed``.
+
+    ``apply`` and ``invert`` take (..., dim) and return float32 of the same shape. ``kind`` is
+    "hadamard" (Haar where dim has no Hadamard matrix) or "haar".
+    """
+
+    def __init__(self, dim: int, kind: str = "hadamard", seed: int = 0):
+        if kind not in ("hadamard", "haar"):
+            raise ValueError(f"Rotation {kind!r} is not known: use 'hadamard' or 'haar'.")
+        self.dim = dim
+        self.factors = hadamard_factors(dim) if kind == "hadamard" else None
+        if self.factors is None:
+            self.matrix = _haar_matrix(dim, seed)
+        else:
+            self.signs = _random_signs(dim, seed)
+            self.matrix = _paley_matrix(self.factors[0])
+
+    def apply(self, x: mx.array) -> mx.array:
+        """R x for every row of x."""
+        x = x.astype(mx.float32)
+        if self.factors is None:
+            return x @ self.matrix.T
+        return self._hadamard(x * self.signs, self.matrix)
+
+    def invert(self, y: mx.array) -> mx.array:
+        """R^T y for every row of y."""
+        y = y.astype(mx.float32)
+        if self.factors is None:
+            return y @ self.matrix
+        return self._hadamard(y, self.matrix.T) * self.signs
+
+    def _hadamard(self, x: mx.array, odd_matrix: mx.array) -> mx.array:
+        """The Kronecker product of the m x m matrix and the 2^k Hadamard matrix, times x."""
+        order, power = self.factors
+        if order == 1:
+            return mx.hadamard_transform(x)
+        rows = x.reshape(*x.shape[:-1], order, power)
+        if power > 1:
+            rows = mx.hadamard_transform(rows)
+        return (odd_matrix @ rows).reshape(x.shape)
+
+
+def _random_bits(count: int, seed: int) -> np.ndarray:
+    """``count`` uint64 of the SplitMix64 sequence (Steele, Lea, Flood, 2014), the same everywhere.
+
+    Stored caches depend on these numbers, so they must not change with a library's version.
+    """
+    golden_ratio = np.uint64(0x9E3779B97F4A7C15)
+    start = np.full(1, seed % 2**64, dtype=np.uint64) * golden_ratio
+    x = start + golden_ratio * np.arange(1, count + 1, dtype=np.uint64)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@cache
+def _random_signs(dim: int, seed: int) -> mx.array:
+    signs = 1 - 2 * (_random_bits(dim, seed) >> np.uint64(63)).astype(np.float32)
+    return _evaluated(signs)
+
+
+@lru_cache(maxsize=8)
+def _haar_matrix(dim: int, seed: int) -> mx.array:
+    """Q of the QR decomposition of a Gaussian matrix, with signs that make it Haar-distributed."""
+    uniform = ((_random_bits(2 * dim * dim, seed) >> np.uint64(11)) + 0.5) / 2**53
+    radius, angle = np.sqrt(-2 * np.log(uniform[: dim * dim])), 2 * np.pi * uniform[dim * dim :]
+    q, r = np.linalg.qr((radius * np.cos(angle)).reshape(dim, dim))
+    return _evaluated((q * np.sign(np.diag(r))).astype(np.float32))
+
+
+@cache
+def _paley_matrix(order: int) -> mx.array:
+    """The normalised Hadamard matrix of order 1, 12, 20 (Paley I) or 28 (Paley II)."""
+    if order == 1:
+        return _evaluated(np.ones((1, 1), np.float32))
+    prime = order - 1 if order in (12, 20) else order // 2 - 1
+    residues = {i * i % prime for i in range(1, prime)}
+    character = np.array([0] + [1 if i in residues else -1 for i in range(1, prime)])
+    jacobsthal = character[np.subtract.outer(np.arange(prime), np.arange(prime)) % prime]
+    sign = -1 if prime % 4 == 3 else 1
+    core = np.block(
+        [[np.zeros((1, 1)), np.ones((1, prime))], [sign * np.ones((prime, 1)), jacobsthal]]
+    )
+    if prime % 4 == 3:
+        hadamard = core + np.eye(order)
+    else:
+        hadamard = np.kron(core, [[1, 1], [1, -1]]) + np.kron(
+            np.eye(prime + 1), [[1, -1], [-1, -1]]
+        )
+    return _evaluated((hadamard / np.sqrt(order)).astype(np.float32))
+
+
+def _evaluated(values: np.ndarray) -> mx.array:
+    # A lazy array cannot be evaluated from another thread than the one that made it.
+    array = mx.array(values)
+    mx.eval(array)
+    return array

@@ -1,0 +1,144 @@
+"""Packed storage of the keys or values of one layer: the buffers that attention reads."""
+
+from copy import copy
+from functools import cache
+
+import mlx.core as mx
+
+from .packing import words_per_vector
+from .quantizer import QuantizedVectors, TurboQuantizer
+
+# Tokens are quantized in blocks of this size, the width of a SIMD group.
+BLOCK = 32
+# Buffers grow by this many tokens or by 1/32 of their size, whichever is more.
+_GROWTH = 256
+# The mean of a head is removed where its energy is at least this multiple of the variance.
+_MEAN_ENERGY = 2.0
+
+
+@cache
+def shared_quantizer(dim: int, bits: int, seed: int) -> TurboQuantizer:
+    """One quantizer for all layers: it is stateless, and caches must stay cheap to copy."""
+    return TurboQuantizer(dim, bits, seed=seed)
+
+
+def removable_mean(x: mx.array) -> mx.array:
+    """The mean over the tokens of each head of x (B, H, n, dim), where it pays to remove it.
+
+    Subtracting one vector from all keys of a head leaves softmax attention unchanged, and for
+    values it is added back once, so only what remains has to be quantized. A head whose mean has
+    less than twice the energy of the deviations from it gets zeros, and so does one with a
+    non-finite value, which belongs to its token alone. Returns float32 (B, H, 1, dim).
+    """
+    x = x.astype(mx.float32)
+    mean = x.mean(axis=-2, keepdims=True)
+    energy = (mean * mean).sum(axis=-1, keepdims=True)
+    deviation = ((x - mean) ** 2).sum(axis=-1, keepdims=True).mean(axis=-2, keepdims=True)
+    pays = mx.isfinite(energy) & (energy > _MEAN_ENERGY * deviation)
+    return mx.where(pays, mean, 0)
+
+
+class PackedTokens:
+    """Quantized vectors of one layer, (B, H, count, dim), in buffers that are larger than count.
+
+    With ``interleaved`` (keys), ``codes`` are uint32 (B, H, capacity / 32, words, 32): 32 lanes
+    that score one token each read 32 consecutive words. Without (values) they are
+    (B, H, capacity, words). ``scales`` are (B, H, capacity) in bfloat16, which no finite
+    input can overflow. ``mean`` is float32 (B, H, 1, dim), fixed with the first tokens.
+    """
+
+    def __init__(self, bits: int, seed: int, interleaved: bool):
+        self.bits = bits
+        self.seed = seed
+        self.interleaved = interleaved
+        self.count = 0
+        self.codes: mx.array | None = None
+        self.scales: mx.array | None = None
+        self.mean: mx.array | None = None
+
+    @property
+    def quantizer(self) -> TurboQuantizer:
+        """The quantizer of these tokens; there is one once the first were stored."""
+        return shared_quantizer(self.mean.shape[-1], self.bits, self.seed)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers and the mean, free space included."""
+        return sum(a.nbytes for a in (self.codes, self.scales, self.mean) if a is not None)
+
+    def append(self, x: mx.array) -> None:
+        """Quantize x (B, H, n, dim) and store it after the tokens that are there."""
+        if self.count == 0:
+            self.mean = removable_mean(x)
+        packed = self.quantizer.quantize(x.astype(mx.float32) - self.mean)
+        start, stop = self.count, self.count + x.shape[2]
+        self._reserve(stop, packed.codes.shape)
+        self.scales[..., start:stop] = packed.scales.astype(mx.bfloat16)
+        if self.interleaved:
+            self._write_blocks(packed.codes, start)
+        else:
+            self.codes[..., start:stop, :] = packed.codes
+        self.count = stop
+
+    def rotated_values(self) -> mx.array:
+        """The tokens without the mean, before the inverse rotation: float32 (B, H, count, dim)."""
+        codes = self.codes
+        if self.interleaved:
+            codes = codes[:, :, : -(-self.count // BLOCK)].swapaxes(-1, -2).flatten(2, 3)
+        packed = QuantizedVectors(codes[:, :, : self.count], self.scales[..., : self.count])
+        return self.quantizer.rotated_values(packed)
+
+    def dense(self, dtype: mx.Dtype) -> mx.array:
+        """The reconstructed tokens (B, H, count, dim)."""
+        return (self.quantizer.rotation.invert(self.rotated_values()) + self.mean).astype(dtype)
+
+    def view(self) -> "PackedTokens":
+        """The tokens of now: the same buffers, read up to the count of now."""
+        return copy(self)
+
+    def used(self) -> tuple[mx.array | None, ...]:
+        """``codes``, ``scales`` and ``mean`` without the free space behind the last token."""
+        if self.count == 0:
+            return None, None, None
+        slots = -(-self.count // BLOCK) if self.interleaved else self.count
+        return self.codes[:, :, :slots], self.scales[..., : self.count], self.mean
+
+    def _reserve(self, count: int, shape: tuple[int, ...]) -> None:
+        """Make room for ``count`` tokens; ``shape`` is (B, H, n, words), of new codes."""
+        capacity = 0 if self.scales is None else self.scales.shape[-1]
+        if count <= capacity:
+            return
+        grown = max(count, capacity + max(_GROWTH, capacity // 32))
+        grown = -(-grown // BLOCK) * BLOCK
+        heads, words = shape[:2], shape[-1]
+        slots = (grown // BLOCK, words, BLOCK) if self.interleaved else (grown, words)
+        codes, scales = (
+            mx.zeros((*heads, *slots), mx.uint32),
+            mx.zeros((*heads, grown), mx.bfloat16),
+        )
+        if self.count:
+            old_codes, old_scales, _ = self.used()
+            codes[:, :, : old_codes.shape[2]] = old_codes
+            scales[..., : self.count] = old_scales
+        self.codes, self.scales = codes, scales
+
+    def _write_blocks(self, codes: mx.array, start: int) -> None:
+        """Write codes (B, H, n, words) to the interleaved tokens from ``start`` on."""
+        lane = start % BLOCK
+        if lane:
+            # Trimming can leave a block that is partly filled.
+            head, codes = codes[:, :, : BLOCK - lane], codes[:, :, BLOCK - lane :]
+            lanes = slice(lane, lane + head.shape[2])
+            self.codes[:, :, start // BLOCK, :, lanes] = head.swapaxes(-1, -2)
+            start += head.shape[2]
+        if codes.shape[2]:
+            padding = -codes.shape[2] % BLOCK
+            codes = mx.pad(codes, [(0, 0), (0, 0), (0, padding), (0, 0)])
+            blocks = mx.unflatten(codes, 2, (-1, BLOCK)).swapaxes(-1, -2)
+            first = start // BLOCK
+            self.codes[:, :, first : first + blocks.shape[2]] = blocks
+
+
+def bytes_per_vector(dim: int, bits: int) -> int:
+    """Bytes that one stored token of one head takes: the packed words and a bfloat16 scale."""
+    return 4 * words_per_vector(dim, bits) + 2
