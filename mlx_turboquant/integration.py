@@ -181,7 +181,10 @@ def _hook_attention(model: nn.Module) -> None:
     for scope in _attention_scopes(model):
         if not isinstance(scope[_HOOKED_NAME], _AttentionHook):
             scope[_HOOKED_NAME] = _AttentionHook(scope[_HOOKED_NAME])
-        scope[_HOOKED_NAME].models.add(id(model))
+        models = scope[_HOOKED_NAME].models
+        if id(model) not in models:
+            models.add(id(model))
+            weakref.finalize(model, models.discard, id(model))
 
 
 class CacheSize(NamedTuple):

@@ -68,13 +68,16 @@ class Rotation:
 
 
 def _random_bits(count: int, seed: int) -> np.ndarray:
-    """``count`` uint64 of the SplitMix64 sequence (Steele, Lea, Flood, 2014), the same everywhere.
+    """``count`` uint64 of a SplitMix64 sequence (Steele, Lea, Flood, 2014), the same everywhere.
 
-    Stored caches depend on these numbers, so they must not change with a library's version.
+    Stored caches depend on these numbers, so they must not change with a library's version. The
+    seed is mixed as well, or neighbouring seeds would give the same sequence, shifted.
     """
-    golden_ratio = np.uint64(0x9E3779B97F4A7C15)
-    start = np.full(1, seed % 2**64, dtype=np.uint64) * golden_ratio
-    x = start + golden_ratio * np.arange(1, count + 1, dtype=np.uint64)
+    start = _mix(np.full(1, seed % 2**64, dtype=np.uint64))
+    return _mix(start + np.uint64(0x9E3779B97F4A7C15) * np.arange(1, count + 1, dtype=np.uint64))
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -28,13 +28,16 @@ def removable_mean(x: mx.array) -> mx.array:
     Subtracting one vector from all keys of a head leaves softmax attention unchanged, and for
     values it is added back once, so only what remains has to be quantized. A head whose mean has
     less than twice the energy of the deviations from it gets zeros, and so does one with a
-    non-finite value, which belongs to its token alone. Returns float32 (B, H, 1, dim).
+    non-finite value, which belongs to its token alone, or with a single token. Returns float32
+    (B, H, 1, dim).
     """
     x = x.astype(mx.float32)
     mean = x.mean(axis=-2, keepdims=True)
+    if x.shape[2] == 1:
+        return mx.zeros_like(mean)
     energy = (mean * mean).sum(axis=-1, keepdims=True)
-    deviation = ((x - mean) ** 2).sum(axis=-1, keepdims=True).mean(axis=-2, keepdims=True)
-    pays = mx.isfinite(energy) & (energy > _MEAN_ENERGY * deviation)
+    variance = mx.var(x, axis=-2, keepdims=True, ddof=1).sum(axis=-1, keepdims=True)
+    pays = mx.isfinite(energy) & (energy > _MEAN_ENERGY * variance)
     return mx.where(pays, mean, 0)
 
 

@@ -1,0 +1,44 @@
+"""Models that the tests share."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+from mlx_lm.models import llama
+
+from mlx_turboquant import disable
+from mlx_turboquant.cli.loading import prepare_for_device
+
+REPOSITORY = Path(__file__).parents[1]
+sys.path.insert(0, str(REPOSITORY / "examples"))
+
+
+@pytest.fixture
+def random_model() -> Iterator[llama.Model]:
+    """A small Llama with random weights: two layers, four query heads on two KV heads of 64."""
+    mx.random.seed(0)
+    arguments = llama.ModelArgs(
+        model_type="llama",
+        hidden_size=64,
+        num_hidden_layers=2,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        rms_norm_eps=1e-5,
+        vocab_size=128,
+    )
+    model = llama.Model(arguments)
+    mx.eval(model.parameters())
+    yield model
+    disable(model)
+
+
+@pytest.fixture(scope="session")
+def tiny_lm():
+    """The bundled model and its tokenizer."""
+    model, tokenizer = mlx_lm.load(str(REPOSITORY / "examples" / "tiny-lm"))
+    return prepare_for_device(model), tokenizer

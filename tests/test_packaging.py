@@ -1,0 +1,58 @@
+import importlib.resources
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from conftest import REPOSITORY
+
+KERNEL_FILES = sorted(
+    path.name for path in (REPOSITORY / "metal").iterdir() if path.suffix in (".metal", ".h", ".md")
+)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel built from a copy of the checkout, so that no build folder is left behind."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source)
+    for name in ("mlx_turboquant", "metal"):
+        shutil.copytree(REPOSITORY / name, source / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "."]
+    subprocess.run([*command, "-w", "dist"], cwd=source, check=True, capture_output=True)
+    return next((source / "dist").glob("*.whl"))
+
+
+def test_the_installed_package_has_its_kernel_files():
+    """The tests run on an editable installation."""
+    folder = importlib.resources.files("mlx_turboquant.metal")
+    assert KERNEL_FILES and all((folder / name).is_file() for name in KERNEL_FILES)
+
+
+def test_a_wheel_contains_the_kernel_files_and_the_command(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {f"mlx_turboquant/metal/{name}" for name in KERNEL_FILES} <= set(names)
+    assert any(name.endswith("entry_points.txt") for name in names)
+    assert not any(name.startswith(("tests/", "examples/")) for name in names)
+
+
+def test_a_package_from_the_wheel_finds_its_kernel_files(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = (
+        "import importlib.resources as r, mlx_turboquant;"
+        "print(mlx_turboquant.__file__);"
+        "print(*sorted(p.name for p in r.files('mlx_turboquant.metal').iterdir()))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path), "PATH": ""},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    module, files = run.stdout.splitlines()
+    assert module.startswith(str(tmp_path))
+    assert set(KERNEL_FILES) <= set(files.split())

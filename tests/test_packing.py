@@ -1,0 +1,45 @@
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_turboquant.packing import pack, planes, unpack, words_per_vector
+
+bit_widths = st.integers(1, 8)
+
+
+def random_codes(bits: int, shape: tuple[int, ...]) -> mx.array:
+    return mx.random.randint(0, 2**bits, shape, key=mx.random.key(0)).astype(mx.uint32)
+
+
+@given(bit_widths, st.integers(1, 300), st.lists(st.integers(1, 3), max_size=3))
+def test_unpacking_returns_the_codes(bits, dim, batch):
+    codes = random_codes(bits, (*batch, dim))
+    packed = pack(codes, bits)
+    assert packed.dtype == mx.uint32
+    assert packed.shape == (*batch, words_per_vector(dim, bits))
+    assert mx.array_equal(unpack(packed, bits, dim), codes)
+
+
+@given(bit_widths, st.integers(1, 300))
+def test_storage_is_the_bits_rounded_up_to_words_per_plane(bits, dim):
+    assert sum(planes(bits)) == bits
+    assert words_per_vector(dim, bits) == sum(-(-dim * width // 32) for width in planes(bits))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_one_shift_and_mask_extract_two_neighbours(bits):
+    codes = np.array(random_codes(bits, (32 // bits,)))
+    word = int(pack(mx.array(codes), bits).item())
+    mask = (2**bits - 1) * 0x00010001
+    for j in range(len(codes) // 2):
+        pair = (word >> (bits * j)) & mask
+        assert (pair & 0xFFFF, pair >> 16) == (codes[2 * j], codes[2 * j + 1])
+
+
+@pytest.mark.parametrize("bits, high, low", [(3, 2, 1), (5, 4, 1), (6, 4, 2), (8, 4, 4)])
+def test_planes_hold_the_high_bits_first(bits, high, low):
+    codes = random_codes(bits, (64,))
+    separate = [pack(codes >> low, high), pack(codes & (2**low - 1), low)]
+    assert mx.array_equal(pack(codes, bits), mx.concatenate(separate))

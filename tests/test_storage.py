@@ -1,0 +1,91 @@
+import mlx.core as mx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_turboquant.storage import (
+    BLOCK,
+    PackedTokens,
+    bytes_per_vector,
+    removable_mean,
+    shared_quantizer,
+)
+
+HEADS = (2, 3)
+DIM = 64
+
+
+def tokens(count: int, seed: int = 0, mean: float = 0.0) -> mx.array:
+    return mx.random.normal((*HEADS, count, DIM), key=mx.random.key(seed)) + mean
+
+
+def stored(*parts: mx.array, bits: int = 4, interleaved: bool = True) -> PackedTokens:
+    store = PackedTokens(bits, 0, interleaved)
+    for part in parts:
+        store.append(part)
+    return store
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=4), st.integers(1, 8), st.booleans())
+def test_tokens_come_back_in_order_however_they_were_appended(sizes, bits, interleaved):
+    x = tokens(sum(sizes))
+    ends = [sum(sizes[:i]) for i in range(1, len(sizes))]
+    store = stored(*mx.split(x, ends, axis=2), bits=bits, interleaved=interleaved)
+    quantizer = shared_quantizer(DIM, bits, 0)
+    expected = quantizer.dequantize(quantizer.quantize(x))
+    assert store.count == x.shape[2]
+    # bfloat16 rounds the scale by at most 1 / 256.
+    assert mx.abs(store.dense(mx.float32) - expected).max() <= mx.abs(expected).max() / 256
+
+
+@given(st.integers(1, 100), st.integers(1, 100), st.integers(0, 100), st.booleans())
+def test_tokens_that_stay_are_not_touched_by_later_ones(first, second, forgotten, interleaved):
+    store = stored(tokens(first), interleaved=interleaved)
+    store.count -= min(forgotten, first - 1)
+    before = store.dense(mx.float32)
+    store.append(tokens(second, seed=1))
+    assert mx.array_equal(store.dense(mx.float32)[:, :, : before.shape[2]], before)
+
+
+def test_a_block_of_keys_is_interleaved():
+    """Word w of token t is at [..., t // 32, w, t % 32]; that of a value at [..., t, w]."""
+    x = tokens(2 * BLOCK)
+    keys, values = stored(x), stored(x, interleaved=False)
+    for token in (0, 5, BLOCK - 1, BLOCK, 2 * BLOCK - 1):
+        words = keys.codes[:, :, token // BLOCK, :, token % BLOCK]
+        assert mx.array_equal(words, values.codes[:, :, token])
+
+
+@given(st.integers(1, 2000), st.booleans())
+def test_free_space_is_at_most_256_tokens_or_a_32nd(count, interleaved):
+    store = stored(tokens(1), tokens(count, seed=1), interleaved=interleaved)
+    per_token = bytes_per_vector(DIM, 4) * HEADS[0] * HEADS[1]
+    used, free = (count + 1) * per_token, max(256, count // 32) + BLOCK
+    mean = store.mean.nbytes
+    assert used + mean <= store.nbytes <= used + free * per_token + mean
+
+
+def test_a_large_mean_is_removed_and_a_small_one_is_not():
+    x = tokens(500)
+    large, small = x + 3, x + 0.3
+    assert mx.allclose(removable_mean(large), large.mean(axis=2, keepdims=True), atol=1e-5)
+    assert not removable_mean(small).any()
+
+
+def test_heads_decide_separately_and_a_non_finite_one_keeps_no_mean():
+    x = tokens(500, mean=3)
+    x[0, 1] -= 3
+    x[1, 2, 17, 5] = mx.inf
+    removed = (removable_mean(x) != 0).all(axis=(2, 3))
+    assert removed.tolist() == [[True, False, True], [True, True, False]]
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_a_mean_costs_no_accuracy(bits):
+    """Without removing it the error would grow with the length: 3 is 9 times the variance."""
+    errors = []
+    for mean in (0.0, 3.0):
+        x = tokens(512, mean=mean)
+        difference = stored(x, bits=bits).dense(mx.float32) - x
+        errors.append((difference * difference).mean().item())
+    assert errors[1] < 1.05 * errors[0]  # the sampling error of the mean
