@@ -10,6 +10,8 @@ from .storage import BLOCK, PackedTokens
 
 DEFAULT_WINDOW = 128
 DEFAULT_SINK_TOKENS = 4
+# The exact buffers of a short conversation grow by this many tokens.
+_STEP = 64
 
 
 class CompressedArray(mx.array):
@@ -158,9 +160,10 @@ class TurboQuantKVCache:
         self._exact_keys, self._exact_values = self._buffer(keys), self._buffer(values)
 
     def _buffer(self, tokens: mx.array) -> mx.array:
-        """The exact tokens with free space behind them, at least for one block and one step."""
-        capacity = self.sink_tokens + self.window + BLOCK + MAX_DECODE_ROWS
-        padding = max(capacity - tokens.shape[2], MAX_DECODE_ROWS)
+        """The exact tokens with free space behind them, up to what the window can ever need."""
+        count = tokens.shape[2] + MAX_DECODE_ROWS
+        most = max(count, self.sink_tokens + self.window + BLOCK + MAX_DECODE_ROWS)
+        padding = min(-(-count // _STEP) * _STEP, most) - tokens.shape[2]
         return mx.pad(tokens, [(0, 0), (0, 0), (0, padding), (0, 0)])
 
     def trim(self, n: int) -> int:

@@ -36,7 +36,7 @@ def split_bits(
         ValueError: ``bits`` is not 1 to 8 in half steps, or a side is not 1 to 8.
     """
     if bits not in [half / 2 for half in range(2, 17)]:
-        raise ValueError(f"{bits} bits are not supported: use 1 to 8 in steps of a half.")
+        raise ValueError(f"{bits:g} bits are not supported: use 1 to 8 in steps of a half.")
     split = PRESETS.get(bits, (int(bits + 0.5), int(bits)))
     key_bits = split[0] if key_bits is None else key_bits
     value_bits = split[1] if value_bits is None else value_bits
@@ -198,7 +198,7 @@ class CacheSize(NamedTuple):
         ratio = self.fp16_nbytes / max(self.nbytes, 1)
         return (
             f"{self.tokens:,} tokens, {self.nbytes / 1e6:,.2f} MB "
-            f"(fp16: {self.fp16_nbytes / 1e6:,.2f} MB, {ratio:.2f}x)"
+            f"(fp16: {self.fp16_nbytes / 1e6:,.2f} MB, ratio {ratio:.2f})"
         )
 
 
@@ -222,9 +222,7 @@ def save_prompt_cache(
     The file is complete or not there: it is written to a temporary name and renamed. Returns its
     path, which ends in ".safetensors".
     """
-    file = Path(file)
-    if file.suffix != ".safetensors":
-        file = file.with_name(file.name + ".safetensors")
+    file = _safetensors(file)
     metadata = {**(metadata or {}), "codec": CODEC_VERSION, "fingerprint": fingerprint(model)}
     if file.exists() and "0.codec" not in _header(file):
         raise ValueError(
@@ -245,8 +243,8 @@ def load_prompt_cache(
     Raises:
         ValueError: not a prompt cache of this package, truncated, of another codec version, or
             of another model than ``model``.
-        OSError: the file cannot be read.
     """
+    file = _safetensors(file)
     header = _header(file)
     codec = header.get("0.codec")
     if codec is None:
@@ -270,10 +268,16 @@ def load_prompt_cache(
     return (cache, metadata) if return_metadata else cache
 
 
-def _header(file: str | Path) -> dict[str, str]:
+def _safetensors(file: str | Path) -> Path:
+    """The path with the ending that mlx expects."""
+    file = Path(file)
+    return file if file.suffix == ".safetensors" else file.with_name(file.name + ".safetensors")
+
+
+def _header(file: Path) -> dict[str, str]:
     """The metadata of a safetensors file; keys of the caller's metadata begin with "0."."""
-    with open(file, "rb"):
-        pass  # mlx reports a missing file as a RuntimeError
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist: use a file that was saved.")
     try:
         return mx.load(str(file), format="safetensors", return_metadata=True)[1]
     except (RuntimeError, ValueError) as error:

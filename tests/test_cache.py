@@ -147,7 +147,7 @@ def test_an_empty_cache_says_so():
 
 
 def test_the_stock_quantization_of_mlx_lm_leaves_it_alone():
-    """mlx-lm reroutes attention for caches with ``bits`` and replaces those with ``to_quantized``."""
+    """It reroutes attention for caches with ``bits`` and replaces those with ``to_quantized``."""
     cache = TurboQuantKVCache()
     assert not hasattr(cache, "bits") and not hasattr(cache, "to_quantized")
 

@@ -24,7 +24,7 @@ from ..integration import (
     save_prompt_cache,
     split_bits,
 )
-from .loading import prepare_for_device
+from .loading import model_errors, prepare_for_device
 from .options import DEFAULT_BITS, add_cache_options, cache_settings, warn_without_effect
 
 _HELP = """  /help        this list
@@ -45,12 +45,13 @@ def main(arguments: list[str]) -> None:
     settings = cache_settings(args)
     warn_without_effect(args, {"max_kv_size": None, "pipeline": False})
     mx.random.seed(args.seed)
-    model, tokenizer = load(
-        args.model,
-        adapter_path=args.adapter_path,
-        tokenizer_config={"trust_remote_code": args.trust_remote_code},
-        trust_remote_code=args.trust_remote_code,
-    )
+    with model_errors(args.model):
+        model, tokenizer = load(
+            args.model,
+            adapter_path=args.adapter_path,
+            tokenizer_config={"trust_remote_code": args.trust_remote_code},
+            trust_remote_code=args.trust_remote_code,
+        )
     conversation = Conversation(prepare_for_device(model), tokenizer, settings, args.system_prompt)
     sampler = make_sampler(
         args.temp,

@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from ..integration import cache_size, check_fingerprint, load_prompt_cache, make_prompt_cache
-from .loading import prepare_for_device
+from .loading import model_errors, prepare_for_device
 from .options import add_cache_options, cache_settings, warn_without_effect
 
 # The package mlx_lm hides the module behind the function of the same name.
@@ -59,7 +59,8 @@ class _Run:
     generate_text = staticmethod(_mlx_lm_generate.generate)
 
     def load(self, *positional, **keywords):
-        model, *rest = self.load_model(*positional, **keywords)
+        with model_errors(positional[0]):
+            model, *rest = self.load_model(*positional, **keywords)
         if self.fingerprint is not None:
             check_fingerprint(self.args.prompt_cache_file, self.fingerprint, model)
             self.fingerprint = None
