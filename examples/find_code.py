@@ -26,7 +26,7 @@ def standard_library_tokens(tokenizer, count: int) -> list[int]:
     for path in sorted(folder.glob("*.py"), key=lambda path: path.name == "argparse.py"):
         if len(tokens) >= count:
             break
-        tokens += tokenizer.encode(path.read_text(encoding="utf-8"))
+        tokens += tokenizer.encode(path.read_text(encoding="utf-8"), verbose=False)
     return tokens
 
 
@@ -50,10 +50,9 @@ def main() -> None:
         model, tokenizer, prompt, max_tokens=10, prompt_cache=cache
     ):
         reply += response.text
-    reply = reply.splitlines()[0]
-    print(reply)
-    print(f"Cache: {cache_size(cache)}")
-    found = reply == answer(code)
+    reply = reply.splitlines()[0].strip()
+    print(f" {reply}\nCache: {cache_size(cache)}")
+    found = reply == answer(code).strip()
     print(f"The hidden code was {code}: {'found' if found else 'NOT found'}.")
     sys.exit(0 if found else 1)
 

@@ -60,7 +60,7 @@ def main() -> None:
     model, tokenizer = mlx_lm.load(args.model)
     prepare_for_device(model)
     texts = [path.read_text() for path in args.text] if args.text else standard_library_texts()
-    contexts = [mx.array(tokenizer.encode(text)[: args.context]) for text in texts]
+    contexts = [mx.array(tokenizer.encode(text, verbose=False)[: args.context]) for text in texts]
     exact = [log_probabilities(model, c, args.scored, make_exact_cache(model)) for c in contexts]
     print("bits  keys  values  KL (nats)  bytes/token")
     for bits in args.bits:

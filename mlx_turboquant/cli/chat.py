@@ -176,15 +176,14 @@ class Chat:
         while True:
             try:
                 line = corridor_input(self.console).strip()
+                if line.startswith("/"):
+                    self._command(line)
+                elif line:
+                    self._reply(line)
             except KeyboardInterrupt:
                 self._note("Ctrl-D leaves")
-                continue
             except EOFError:
                 return
-            if line.startswith("/"):
-                self._command(line)
-            elif line:
-                self._reply(line)
 
     def _command(self, line: str) -> None:
         name, _, argument = line.partition(" ")

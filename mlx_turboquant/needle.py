@@ -1,0 +1,116 @@
+"""The passkey task: codes hidden in a long text, and one question about them.
+
+A few lines ``# The secret code for amber falcon is 402917.`` are inserted where lines of the text
+begin. The prompt ends with a question about one of them, and the right continuation is
+``" 402917."``. A cache that lost the hidden line cannot answer.
+"""
+
+from __future__ import annotations
+
+import random
+
+FIRST_WORDS = (
+    "amber ancient bitter blue bold brave bright broken bronze calm careful clever cold copper "
+    "coral crimson curious dark deep distant dusty eager early empty fierce final frozen gentle "
+    "golden green happy heavy hidden hollow humble ivory jolly kind late light lonely lucky "
+    "marble misty narrow noble orange patient plain proud purple quiet rapid rough royal rusty "
+    "scarlet secret silent silver small steady sunny velvet"
+).split()
+SECOND_WORDS = (
+    "anchor apple arrow badger basket beacon bridge button candle canyon castle cherry cloud "
+    "compass crown desert dragon eagle engine falcon feather forest fountain garden glacier hammer "
+    "harbor island jacket kettle ladder lantern lemon lion meadow mirror mountain needle ocean "
+    "orchard otter panther pepper pillow planet pocket rabbit ribbon river rocket saddle salmon "
+    "shadow spider statue temple thunder tiger tower tunnel turtle violin walnut window"
+).split()
+
+
+def random_names(count: int, rng: random.Random, words: int = 64) -> list[str]:
+    """``count`` different names; few ``words`` give names that share a word, which is harder."""
+    first, second = rng.sample(FIRST_WORDS, words), rng.sample(SECOND_WORDS, words)
+    return [f"{first[i // words]} {second[i % words]}" for i in rng.sample(range(words**2), count)]
+
+
+def random_code(rng: random.Random) -> str:
+    """Six digits."""
+    return f"{rng.randrange(10**6):06d}"
+
+
+def code_line(name: str, code: str) -> str:
+    """The line that is hidden in the text."""
+    return f"# The secret code for {name} is {code}."
+
+
+def question(name: str) -> str:
+    """The end of the prompt; the model goes on with the answer."""
+    return f"# What is the secret code for {name}? The secret code for {name} is"
+
+
+def answer(code: str) -> str:
+    """The right continuation of the question."""
+    return f" {code}."
+
+
+def hide_lines(tokenizer, text_tokens, length, lines, rng, depth=None) -> list[int]:
+    """Exactly ``length`` tokens of the text with ``lines`` inserted where its lines begin.
+
+    The places are random; ``depth`` in [0, 1] fixes that of the first of ``lines``.
+    """
+    before = [_encode(tokenizer, "\n" + line) for line in lines]
+    after = [_encode(tokenizer, line + "\n") for line in lines]
+    room = length - sum(max(map(len, pair)) for pair in zip(before, after, strict=True))
+    if room < 1:
+        raise ValueError(
+            f"the {len(lines)} hidden lines take {length - room} tokens and only {length} are left "
+            "for them and the text: ask for a longer prompt."
+        )
+    if len(text_tokens) < length:
+        raise ValueError(
+            f"the text has {len(text_tokens)} tokens and {length} are needed: give a longer text."
+        )
+    # A token may end a line (".\n"), begin one ("\n    ") or both, depending on the tokenizer.
+    pieces = {token: tokenizer.decode([token]) for token in set(text_tokens[:room])}
+    opens = {token for token, piece in pieces.items() if piece.startswith("\n")}
+    closes = {token for token, piece in pieces.items() if piece.endswith("\n")}
+    starts = [i for i in range(1, room) if text_tokens[i] in opens or text_tokens[i - 1] in closes]
+    if len(starts) < len(lines):
+        raise ValueError(
+            f"the text has {len(starts)} line ends in its first {room} tokens and {len(lines)} are "
+            "needed: give a text with shorter lines or hide fewer codes."
+        )
+    places = rng.sample(starts, len(lines))
+    if depth is not None:
+        places[0] = min(starts, key=lambda place: abs(place - depth * room))
+    tokens, last = [], 0
+    for i in sorted(range(len(lines)), key=places.__getitem__):
+        place = places[i]
+        tokens += text_tokens[last:place]
+        tokens += before[i] if text_tokens[place] in opens else after[i]
+        last = place
+    return (tokens + list(text_tokens[last:length]))[:length]
+
+
+def hide_codes(
+    tokenizer, text_tokens, length, *, needles=4, depth=None, seed=0
+) -> tuple[list[int], str]:
+    """A passkey prompt of exactly ``length`` tokens, and the code that answers it.
+
+    ``text_tokens`` are the tokens of a text with at least ``length`` of them. Of the ``needles``
+    hidden lines one is asked about; ``depth`` puts that one at this fraction of the prompt. The
+    model answers right if it continues with ``answer(code)``.
+    """
+    if not 1 <= needles <= 64:
+        raise ValueError(f"needles is {needles} and must be 1 to 64: hide at least one code.")
+    if depth is not None and not 0 <= depth <= 1:
+        raise ValueError(f"depth is {depth} and must be 0 to 1: use 0.5 for the middle.")
+    rng = random.Random(seed)
+    names = random_names(needles, rng)
+    codes = [random_code(rng) for _ in names]
+    asked = _encode(tokenizer, "\n" + question(names[0]))
+    lines = [code_line(name, code) for name, code in zip(names, codes, strict=True)]
+    body = hide_lines(tokenizer, list(text_tokens), length - len(asked), lines, rng, depth)
+    return body + asked, codes[0]
+
+
+def _encode(tokenizer, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False))

@@ -1,0 +1,148 @@
+"""The commands as a person types them, in processes of their own."""
+
+import re
+import subprocess
+import sys
+
+import pexpect
+import pytest
+from conftest import REPOSITORY
+
+from mlx_turboquant import make_prompt_cache, save_prompt_cache
+
+TINY_LM = str(REPOSITORY / "examples" / "tiny-lm")
+PROMPT = ("--prompt", "def add(a, b):\n    return", "--max-tokens", "12")
+
+
+def run(*arguments: str, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "mlx_turboquant", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def generate(*arguments: str, **options) -> subprocess.CompletedProcess:
+    return run("generate", "--model", TINY_LM, *PROMPT, *arguments, **options)
+
+
+def assert_refused(result: subprocess.CompletedProcess, message: str) -> None:
+    """Exit status 2, and one line that says why."""
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_generate_prints_the_text_and_then_the_cache():
+    result = generate("--kv-bits", "4")
+    assert result.returncode == 0, result.stderr
+    *_, last = result.stdout.splitlines()
+    assert re.fullmatch(r"Cache: \d+ tokens, [\d.]+ MB \(fp16: [\d.]+ MB, ratio [\d.]+\)", last)
+    assert "Generation: 12 tokens" in result.stdout
+
+
+def test_generate_reads_the_prompt_from_standard_input():
+    result = generate("--prompt", "-", input="import os\n" * 400)
+    tokens = int(re.search(r"Cache: ([\d,]+) tokens", result.stdout)[1].replace(",", ""))
+    ratio = float(re.search(r"ratio ([\d.]+)", result.stdout)[1])
+    assert tokens > 1000 and ratio > 1.5
+
+
+def test_quiet_generate_prints_the_text_alone():
+    verbose, quiet = generate(), generate("--verbose", "F")
+    text = verbose.stdout.split("==========\n")[1]
+    assert quiet.stdout.strip() == text.strip()
+
+
+def test_options_of_mlx_lm_without_effect_are_named():
+    result = generate("--kv-group-size", "32", "--max-kv-size", "100")
+    assert result.returncode == 0
+    for option in ("--kv-group-size", "--max-kv-size"):
+        assert f"{option} has no effect on the compressed cache." in result.stderr
+
+
+def test_speculative_decoding_gives_the_same_text():
+    plain = generate("--kv-bits", "8", "--verbose", "F")
+    drafted = generate("--kv-bits", "8", "--verbose", "F", "--draft-model", TINY_LM)
+    assert drafted.returncode == 0, drafted.stderr
+    assert drafted.stdout == plain.stdout
+
+
+def test_generate_goes_on_from_a_saved_cache(tiny_lm, tmp_path):
+    model, tokenizer = tiny_lm
+    cache = make_prompt_cache(model, 8)
+    model(tokenizer.encode("def add(a, b):\n", return_tensors="mlx"), cache=cache)
+    metadata = {"model": TINY_LM, "tokenizer_config": "{}"}
+    file = save_prompt_cache(tmp_path / "cache", cache, model, metadata)
+    result = run("generate", "--prompt-cache-file", str(file), "--prompt", "    return", "-m", "8")
+    assert result.returncode == 0, result.stderr
+    assert " a" in result.stdout
+    assert_refused(
+        run("generate", "--prompt-cache-file", str(file), "--kv-bits", "4"), "settings of its own"
+    )
+
+
+def test_a_cache_of_another_model_is_refused(random_model, tmp_path):
+    file = save_prompt_cache(tmp_path / "c", make_prompt_cache(random_model), random_model)
+    assert_refused(generate("--prompt-cache-file", str(file)), "belongs to another model")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--kv-bits", "9"], "9 bits are not supported: use 1 to 8"),
+        (["--kv-bits", "3.3"], "3.3 bits are not supported"),
+        (["--key-bits", "0"], "0 bits per value are not supported"),
+        (["--kv-window", "-1"], "A window of -1 is not possible"),
+        (["--kv-sinks", "-1"], "sink tokens of -1"),
+        (["--model", "no/such/folder"], "'no/such/folder' cannot be loaded"),
+        (["--prompt-cache-file", "missing"], "missing.safetensors does not exist"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(arguments, message):
+    assert_refused(generate(*arguments), message)
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_the_help_lists_the_options_of_the_cache(command):
+    result = run(command, "--help")
+    assert result.returncode == 0
+    for option in ("--kv-bits", "--key-bits", "--value-bits", "--kv-window", "--kv-sinks"):
+        assert option in result.stdout
+
+
+def test_commands_are_listed_and_a_wrong_one_is_refused():
+    assert "generate" in run("--help").stdout
+    assert run("--help").stdout == run().stdout
+    assert_refused(run("genrate"), "'genrate' is not a command: use one of generate, chat.")
+
+
+def test_a_chat_streams_stops_saves_and_leaves(tmp_path):
+    arguments = ["-m", "mlx_turboquant", "chat", "--model", TINY_LM, "--max-tokens", "3000"]
+    chat = pexpect.spawn(sys.executable, arguments, encoding="utf-8", timeout=60)
+
+    def say(line: str, expected: str) -> None:
+        chat.expect("›")
+        chat.sendline(line)
+        chat.expect(expected)
+
+    chat.expect("4-bit keys, 4-bit values")
+    say("/help", "Ctrl-D +leave")
+    say("def add(a, b):", r"b\):")
+    chat.expect("[a-z]{3}")  # the reply has begun
+    chat.sendintr()
+    chat.expect(r"tokens/s · cache [\d,]+ tokens")
+    say("/stats", "2 messages.*layers compressed")
+    say(f"/save {tmp_path}/talk", "saved to")
+    say("/reset", "forgotten")
+    say("/stats", "0 messages, cache 0 tokens")
+    say(f"/load {tmp_path}/talk", "2 messages")
+    say(f"/load {tmp_path}/nothing", "does not exist")
+    say("/nonsense", "/nonsense is not a command")
+    chat.expect("›")
+    chat.sendintr()
+    chat.expect("Ctrl-D leaves")
+    chat.expect("›")
+    chat.sendeof()
+    chat.expect(pexpect.EOF)
+    chat.close()
+    assert chat.exitstatus == 0
+    assert (tmp_path / "talk.safetensors").is_file()
