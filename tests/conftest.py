@@ -38,7 +38,13 @@ def random_model() -> Iterator[llama.Model]:
 
 
 @pytest.fixture(scope="session")
-def tiny_lm():
-    """The bundled model and its tokenizer."""
+def loaded_tiny_lm():
     model, tokenizer = mlx_lm.load(str(REPOSITORY / "examples" / "tiny-lm"))
     return prepare_for_device(model), tokenizer
+
+
+@pytest.fixture
+def tiny_lm(loaded_tiny_lm):
+    """The bundled model and its tokenizer."""
+    yield loaded_tiny_lm
+    disable(loaded_tiny_lm[0])

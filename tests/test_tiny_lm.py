@@ -5,7 +5,7 @@ import pytest
 from find_code import standard_library_tokens
 from mlx_lm.models.cache import make_prompt_cache as make_exact_cache
 
-from mlx_turboquant import cache_size, disable, make_prompt_cache
+from mlx_turboquant import cache_size, make_prompt_cache
 from mlx_turboquant.needle import answer, hide_codes
 
 
@@ -50,5 +50,4 @@ def test_generate_of_mlx_lm_takes_the_cache(tiny_lm):
         max_tokens=5,
         prompt_cache=make_prompt_cache(model, bits=4),
     )
-    disable(model)
     assert text.startswith("a + b")
