@@ -158,7 +158,7 @@ class _AttentionHook:
         self.original = original
         self.models: set[int] = set()
 
-    def __call__(self, queries, keys, values, cache, scale, mask, sinks=None):
+    def __call__(self, queries, keys, values, *arguments, **keywords):
         if (
             type(keys) is CompressedArray
             and type(values) is CompressedArray
@@ -166,8 +166,12 @@ class _AttentionHook:
             and keys.tokens.keys.count
             and queries.shape[2] <= MAX_DECODE_ROWS
         ):
-            return decode_attention(queries, keys.tokens, scale, mask, sinks)
-        return self.original(queries, keys, values, cache, scale, mask, sinks)
+            return self._decode(queries, keys.tokens, *arguments, **keywords)
+        return self.original(queries, keys, values, *arguments, **keywords)
+
+    @staticmethod
+    def _decode(queries, tokens, cache, scale, mask, sinks=None):
+        return decode_attention(queries, tokens, scale, mask, sinks)
 
 
 def _attention_scopes(model: nn.Module) -> list[dict[str, Any]]:
@@ -224,6 +228,8 @@ def save_prompt_cache(
     """
     file = _safetensors(file)
     metadata = {**(metadata or {}), "codec": CODEC_VERSION, "fingerprint": fingerprint(model)}
+    if not file.parent.is_dir():
+        raise ValueError(f"{file.parent} is not a folder: save to a folder that exists.")
     if file.exists() and "0.codec" not in _header(file):
         raise ValueError(
             f"{file} exists and is not a prompt cache of mlx_turboquant: use another name."

@@ -1,9 +1,11 @@
 """Models that the tests share."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import mlx.core as mx
 import mlx_lm
 import pytest
@@ -11,6 +13,10 @@ from mlx_lm.models import llama
 
 from mlx_turboquant import disable
 from mlx_turboquant.cli.loading import prepare_for_device
+
+# Examples are drawn anew at every run, but not in CI; no test depends on the machine's speed.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize="CI" in os.environ)
+hypothesis.settings.load_profile("tests")
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "examples"))

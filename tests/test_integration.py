@@ -258,6 +258,11 @@ def test_saving_never_overwrites_another_kind_of_file(random_model, tmp_path):
     assert load_file(weights)["weight"].tolist() == [1, 1, 1]
 
 
+def test_saving_needs_a_folder(random_model, tmp_path):
+    with pytest.raises(ValueError, match="nowhere is not a folder"):
+        save_prompt_cache(tmp_path / "nowhere" / "c", make_prompt_cache(random_model), random_model)
+
+
 def test_a_failed_save_leaves_the_old_file_and_no_other(random_model, saved, monkeypatch):
     before = saved.read_bytes()
 
