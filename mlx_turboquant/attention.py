@@ -1,13 +1,17 @@
-"""Attention over the tokens of a compressed cache, in plain MLX: the reference for the kernels."""
+"""Attention over the tokens of a compressed cache: the kernels, and plain MLX to check them."""
 
 from dataclasses import dataclass
 
 import mlx.core as mx
 
+from . import kernels
+from .quantizer import TurboQuantizer
 from .storage import PackedTokens
 
 # Up to so many query rows a call is a decode step (or the check of drafted tokens).
 MAX_DECODE_ROWS = 8
+# The kernel holds a row of outputs in the registers of a SIMD group.
+_MAX_KERNEL_DIM = 512
 
 
 @dataclass
@@ -51,10 +55,6 @@ def decode_attention(
 ) -> mx.array:
     """Softmax attention of queries (B, query_heads, L, dim) over all tokens, some of them packed.
 
-    Works in the rotated domain, in float32: the queries are rotated once and the output is rotated
-    back once, so that no packed token is. The means of keys and values enter as one product
-    with the query and one with the total weight of the packed tokens.
-
     Args:
         queries: float16, bfloat16 or float32; query_heads is a multiple of the key heads.
         tokens: The tokens, among them those of the queries themselves.
@@ -65,6 +65,28 @@ def decode_attention(
 
     Returns:
         (B, query_heads, L, value_dim) in the dtype of the queries.
+
+    Raises:
+        ValueError: shapes that do not fit each other, or counts beyond the buffers.
+    """
+    _check_shapes(queries, tokens)
+    if max(queries.shape[-1], tokens.exact_values.shape[-1]) <= _MAX_KERNEL_DIM:
+        configuration = (
+            *(tokens.keys.quantizer, tokens.values.quantizer, queries.dtype),
+            *(tokens.exact_keys.dtype, queries.shape[1] // tokens.exact_keys.shape[1]),
+            *(queries.shape[2], _mask_kind(mask), sinks is not None),
+        )
+        if kernels.agrees(check_decode_attention, *configuration):
+            return kernels.launch_decode_attention(queries, tokens, scale, mask, sinks)
+    return reference_decode_attention(queries, tokens, scale, mask, sinks)
+
+
+def reference_decode_attention(queries, tokens, scale, mask=None, sinks=None) -> mx.array:
+    """:func:`decode_attention` in plain MLX, in the rotated domain and in float32.
+
+    The queries are rotated once and the output is rotated back once, so that no packed token is.
+    The means of keys and values enter as one product with the query and one with the total weight
+    of the packed tokens.
     """
     batch, query_heads, rows, _ = queries.shape
     heads = tokens.exact_keys.shape[1]
@@ -86,6 +108,68 @@ def decode_attention(
     output = output + packed.sum(axis=-1, keepdims=True) * tokens.values.mean
     output = output + exact @ tokens.exact_values[:, :, : tokens.exact_count].astype(mx.float32)
     return output.reshape(batch, query_heads, rows, -1).astype(queries.dtype)
+
+
+def check_decode_attention(
+    key_quantizer: TurboQuantizer,
+    value_quantizer: TurboQuantizer,
+    dtype: mx.Dtype,
+    exact_dtype: mx.Dtype,
+    group: int,
+    rows: int,
+    mask_kind: str,
+    with_sinks: bool,
+) -> kernels.Agreement:
+    """Compare the kernels of one configuration with plain MLX on 90 tokens."""
+    heads, packed_count, exact_count = 2, 70, 20
+
+    def random(shape: tuple[int, ...], seed: int, dtype: mx.Dtype = mx.float32) -> mx.array:
+        return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
+
+    packed, exact = [], []
+    for i, quantizer in enumerate((key_quantizer, value_quantizer)):
+        store = PackedTokens(quantizer.bits, quantizer.seed, interleaved=i == 0)
+        store.append(random((1, heads, packed_count, quantizer.dim), i))
+        packed.append(store)
+        exact.append(random((1, heads, exact_count + 4, quantizer.dim), 2 + i, exact_dtype))
+    tokens = CachedTokens(*packed, *exact, exact_count, sink_count=4)
+    shape = (1, heads * group, rows, tokens.count)
+    masks = {
+        "none": None,
+        "causal": "causal",
+        "boolean": random(shape, 4) > -1,
+        "additive": random(shape, 4),
+    }
+    arguments = (
+        random((1, heads * group, rows, key_quantizer.dim), 5, dtype),
+        tokens,
+        key_quantizer.dim**-0.5,
+        masks[mask_kind],
+        random((heads * group,), 6) if with_sinks else None,
+    )
+    output = kernels.launch_decode_attention(*arguments)
+    return kernels.compare(output, reference_decode_attention(*arguments), dtype)
+
+
+def _mask_kind(mask: None | str | mx.array) -> str:
+    if mask is None or isinstance(mask, str):
+        return mask or "none"
+    return "boolean" if mask.dtype == mx.bool_ else "additive"
+
+
+def _check_shapes(queries: mx.array, tokens: CachedTokens) -> None:
+    heads, dim = tokens.exact_keys.shape[1], tokens.exact_keys.shape[-1]
+    if queries.shape[-1] != dim or queries.shape[1] % heads:
+        raise ValueError(
+            f"Queries of shape {queries.shape} do not fit {heads} heads of {dim} values: "
+            f"use a multiple of {heads} heads of {dim} values."
+        )
+    room = (tokens.exact_keys.shape[2], tokens.keys.scales.shape[-1])
+    if tokens.exact_count > room[0] or tokens.keys.count > room[1]:
+        raise ValueError(
+            f"{tokens.exact_count} exact and {tokens.keys.count} packed tokens are not in buffers "
+            f"of {room[0]} and {room[1]}: use fewer."
+        )
 
 
 def _in_order(exact: mx.array, packed: mx.array, tokens: CachedTokens) -> mx.array:

@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models import cache as mlx_lm_cache
 
+from . import kernels
 from .attention import MAX_DECODE_ROWS, decode_attention
 from .cache import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW, CompressedArray, TurboQuantKVCache
 from .codebook import check_bits
@@ -54,6 +55,7 @@ def make_prompt_cache(
     window: int = DEFAULT_WINDOW,
     sink_tokens: int = DEFAULT_SINK_TOKENS,
     seed: int = 0,
+    backend: str | None = None,
 ) -> list[Any]:
     """A compressed ``prompt_cache`` for mlx-lm: one cache per layer of ``model``.
 
@@ -69,10 +71,14 @@ def make_prompt_cache(
         window: Recent tokens that stay exact.
         sink_tokens: First tokens that stay exact.
         seed: Of the random rotation.
+        backend: "metal", "cuda" or "reference" (plain MLX operations), for the whole process; None
+            leaves the choice to ``MLX_TURBOQUANT_BACKEND`` and the machine.
 
     Raises:
         ValueError: a setting out of range, or no layer that could be compressed.
     """
+    if backend is not None:
+        kernels.force_backend(backend)
     key_bits, value_bits = split_bits(bits, key_bits, value_bits)
     caches = _plain_caches(model)
     if not any(type(cache) is mlx_lm_cache.KVCache for cache in caches):

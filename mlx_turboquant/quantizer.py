@@ -74,6 +74,7 @@ class TurboQuantizer:
         self.dim = dim
         self.bits = bits
         self.scale = scale
+        self.seed = seed
         self.gains = _GAINS if gain_search and bits > 1 else (1.0,)
         self.rotation = Rotation(dim, rotation, seed)
         self.levels, self.thresholds = _codebook_arrays(dim, bits)

@@ -5,11 +5,11 @@ from functools import cache
 
 import mlx.core as mx
 
+from . import kernels
+from .kernels import BLOCK
 from .packing import words_per_vector
-from .quantizer import QuantizedVectors, TurboQuantizer
+from .quantizer import TurboQuantizer
 
-# Tokens are quantized in blocks of this size, the width of a SIMD group.
-BLOCK = 32
 # Buffers grow by this many tokens or by 1/32 of their size, whichever is more.
 _GROWTH = 256
 # The mean of a head is removed where its energy is at least this multiple of the variance.
@@ -73,10 +73,10 @@ class PackedTokens:
         """Quantize x (B, H, n, dim) and store it after the tokens that are there."""
         if self.count == 0:
             self.mean = removable_mean(x)
-        packed = self.quantizer.quantize(x.astype(mx.float32) - self.mean)
+        packed = kernels.quantize(x, self.mean, self.quantizer)
         start, stop = self.count, self.count + x.shape[2]
         self._reserve(stop, packed.codes.shape)
-        self.scales[..., start:stop] = packed.scales.astype(mx.bfloat16)
+        self.scales[..., start:stop] = packed.scales
         if self.interleaved:
             self._write_blocks(packed.codes, start)
         else:
@@ -85,15 +85,13 @@ class PackedTokens:
 
     def rotated_values(self) -> mx.array:
         """The tokens without the mean, before the inverse rotation: float32 (B, H, count, dim)."""
-        codes = self.codes
-        if self.interleaved:
-            codes = codes[:, :, : -(-self.count // BLOCK)].swapaxes(-1, -2).flatten(2, 3)
-        packed = QuantizedVectors(codes[:, :, : self.count], self.scales[..., : self.count])
+        packed = kernels.token_major(self.codes, self.scales, self.count, self.interleaved)
         return self.quantizer.rotated_values(packed)
 
     def dense(self, dtype: mx.Dtype) -> mx.array:
         """The reconstructed tokens (B, H, count, dim)."""
-        return (self.quantizer.rotation.invert(self.rotated_values()) + self.mean).astype(dtype)
+        arrays = (self.codes, self.scales, self.mean, self.count)
+        return kernels.dequantize(*arrays, self.quantizer, self.interleaved, dtype)
 
     def view(self) -> "PackedTokens":
         """The tokens of now: the same buffers, read up to the count of now."""

@@ -1,5 +1,6 @@
 """The commands as a person types them, in processes of their own."""
 
+import os
 import re
 import subprocess
 import sys
@@ -112,7 +113,15 @@ def test_the_help_lists_the_options_of_the_cache(command):
 def test_commands_are_listed_and_a_wrong_one_is_refused():
     assert "generate" in run("--help").stdout
     assert run("--help").stdout == run().stdout
-    assert_refused(run("genrate"), "'genrate' is not a command: use one of generate, chat.")
+    assert_refused(run("genrate"), "'genrate' is not a command: use one of generate, chat")
+
+
+def test_doctor_says_where_kernels_run():
+    result = run("doctor", env={**os.environ, "MLX_TURBOQUANT_BACKEND": "reference"})
+    assert result.returncode == 0
+    assert "Kernels run on: reference." in result.stdout
+    result = run("doctor", env={**os.environ, "MLX_TURBOQUANT_BACKEND": "fpga"})
+    assert_refused(result, "MLX_TURBOQUANT_BACKEND is 'fpga'")
 
 
 def test_a_chat_streams_stops_saves_and_leaves(tmp_path):

@@ -15,6 +15,7 @@ from mlx_turboquant import (
     cache_size,
     disable,
     enable,
+    kernels,
     load_prompt_cache,
     make_prompt_cache,
     save_prompt_cache,
@@ -152,7 +153,15 @@ def test_a_model_without_kv_layers_is_refused():
         enable(mamba.Model(arguments))
 
 
-@pytest.mark.parametrize("settings", [{"bits": 9}, {"key_bits": 0}, {"window": -1}])
+def test_the_backend_can_be_forced(random_model):
+    make_prompt_cache(random_model, backend="reference")
+    assert kernels.backend() == "reference"
+    kernels.force_backend(None)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"bits": 9}, {"key_bits": 0}, {"window": -1}, {"backend": "fpga"}]
+)
 def test_enable_refuses_a_bad_setting_at_once(random_model, settings):
     with pytest.raises(ValueError):
         enable(random_model, **settings)

@@ -6,6 +6,7 @@ import sys
 COMMANDS = {
     "generate": "complete a prompt, as mlx_lm.generate does",
     "chat": "talk to a model",
+    "doctor": "check the kernels on this machine",
 }
 _USAGE = "usage: mlx_turboquant COMMAND [options]\n\ncommands:\n" + "".join(
     f"  {name:10} {purpose}\n" for name, purpose in COMMANDS.items()

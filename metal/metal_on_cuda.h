@@ -1,0 +1,64 @@
+// The part of Metal that the kernels here use, for CUDA: with this in front, mx.fast.cuda_kernel compiles
+// their text unchanged. A SIMD group is a warp and a threadgroup is a block. All 32 lanes must take
+// part in the simd functions. kernels.py puts codec.h in place of the line KERNEL HEADER.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define device
+#define constant
+#define thread
+#define threadgroup
+#define METAL_FUNC inline __device__ __attribute__((always_inline))
+typedef unsigned int uint;
+typedef __half float16_t;
+typedef __nv_bfloat16 bfloat16_t;
+#ifndef INFINITY
+#define INFINITY __int_as_float(0x7f800000)
+#endif
+#ifndef NAN
+#define NAN __int_as_float(0x7fffffff)
+#endif
+
+namespace turboquant {
+template <class T> __device__ inline T simd_sum(T x) {
+  for (int mask = 16; mask > 0; mask /= 2) x += __shfl_xor_sync(~0u, x, mask);
+  return x;
+}
+template <class T> __device__ inline T simd_max(T x) {
+  for (int mask = 16; mask > 0; mask /= 2) {
+    T other = __shfl_xor_sync(~0u, x, mask);
+    x = x > other ? x : other;
+  }
+  return x;
+}
+
+enum class mem_flags { mem_threadgroup };
+__device__ inline void simdgroup_barrier(mem_flags) { __syncwarp(); }
+__device__ inline void threadgroup_barrier(mem_flags) { __syncthreads(); }
+
+// Exact overloads: a call with mixed types is ambiguous, as in Metal.
+__device__ inline float max(float a, float b) { return ::fmaxf(a, b); }
+__device__ inline float min(float a, float b) { return ::fminf(a, b); }
+__device__ inline int min(int a, int b) { return a < b ? a : b; }
+__device__ inline float exp(float x) { return ::expf(x); }
+__device__ inline float abs(float x) { return ::fabsf(x); }
+__device__ inline float sqrt(float x) { return ::sqrtf(x); }
+__device__ inline float rsqrt(float x) { return ::rsqrtf(x); }
+__device__ inline bool isfinite(float x) { return ::fabsf(x) < INFINITY; }
+
+// KERNEL HEADER
+}  // namespace turboquant
+
+// CUDA has global functions of some of these names; declarations in the kernel's own scope hide them.
+#define TURBOQUANT_USING_DECLARATIONS                                        \
+  using ::turboquant::max; using ::turboquant::min; using ::turboquant::abs; \
+  using ::turboquant::exp; using ::turboquant::sqrt;                         \
+  using ::turboquant::rsqrt; using ::turboquant::isfinite;                   \
+  using namespace ::turboquant;
+
+// In a kernel's body the word declares shared memory; in helpers it qualified pointers.
+#undef threadgroup
+#define threadgroup __shared__
+#define threadgroup_position_in_grid blockIdx
+#define thread_index_in_simdgroup (threadIdx.x % 32)
+#define simdgroup_index_in_threadgroup (threadIdx.x / 32)

@@ -1,0 +1,389 @@
+"""Loads the kernels of ``metal/`` and launches them, or computes the same in plain MLX.
+
+The same text runs on Metal and, behind ``metal_on_cuda.h``, on CUDA. Every configuration of a
+kernel is compared with plain MLX on small data before its first use; one that does not compile
+or disagrees is replaced for the rest of the process, with a warning.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from functools import cache
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from .codebook import POLYNOMIAL_BITS, level_polynomial
+from .packing import words_per_vector
+from .quantizer import QuantizedVectors, TurboQuantizer
+
+# Keys are interleaved in blocks of this many tokens, the width of a SIMD group.
+BLOCK = 32
+BACKEND_VARIABLE = "MLX_TURBOQUANT_BACKEND"
+_THREADGROUP_BYTES = 32768
+# The kernel keeps the coordinates of a vector in the registers of one SIMD group.
+_MAX_QUANTIZE_DIM = 1024
+
+# SIMD groups in a threadgroup of the attention kernel.
+_SIMDS = 4
+_ATTENTION_INPUTS = (
+    *("queries", "key_codes", "key_scales", "key_mean", "value_codes", "value_scales"),
+    *("exact_keys", "exact_values", "key_levels", "value_levels", "signs"),
+    *("matrix", "mask", "scale", "sizes"),
+)
+_PARTIAL = ("partial_out", "partial_max", "partial_sum")
+_COMBINE_INPUTS = (*_PARTIAL, "mean", "signs", "matrix", "sinks", "sizes")
+
+_log = logging.getLogger("mlx_turboquant")
+_forced: list[str] = []
+
+
+class Agreement(NamedTuple):
+    """How far a kernel is from plain MLX on small data, and how far rounding alone may take it."""
+
+    error: float
+    allowed: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the kernel may be used; an error that is not a number does not hold."""
+        return self.error <= self.allowed
+
+
+def backend() -> str:
+    """Where kernels run: "metal", "cuda", or "reference" for plain MLX operations.
+
+    What :func:`force_backend` was given comes first, then the environment variable
+    ``MLX_TURBOQUANT_BACKEND``, then what the machine has.
+
+    Raises:
+        ValueError: the variable names a backend that this machine does not have.
+    """
+    if _forced:
+        return _forced[0]
+    return _checked_backend(os.environ.get(BACKEND_VARIABLE), BACKEND_VARIABLE)
+
+
+def force_backend(name: str | None) -> None:
+    """Use the backend ``name`` in this process; None goes back to the choice of the machine.
+
+    Raises:
+        ValueError: a backend that this machine does not have.
+    """
+    _forced[:] = [] if name is None else [_checked_backend(name, "backend")]
+
+
+@cache
+def _checked_backend(name: str | None, origin: str) -> str:
+    available = ["reference"]
+    if mx.default_device().type == mx.DeviceType.gpu:
+        available.insert(0, "metal" if mx.metal.is_available() else "cuda")
+    if name is not None and name not in available:
+        raise ValueError(f"{origin} is {name!r}: use {' or '.join(available)} on this machine.")
+    _log.info("Kernels run on: %s", name or available[0])
+    return name or available[0]
+
+
+def quantize(x: mx.array, mean: mx.array, quantizer: TurboQuantizer) -> QuantizedVectors:
+    """Pack x (B, H, n, dim) less mean (B, H, 1, dim): codes (B, H, n, words), bfloat16 scales.
+
+    The quantizer's scale must be "unbiased".
+    """
+    if quantizer.dim <= _MAX_QUANTIZE_DIM and agrees(check_quantize, quantizer, x.dtype):
+        return _launch_quantize(x, mean, quantizer)
+    return _reference_quantize(x, mean, quantizer)
+
+
+def dequantize(
+    codes: mx.array,
+    scales: mx.array,
+    mean: mx.array,
+    count: int,
+    quantizer: TurboQuantizer,
+    interleaved: bool,
+    dtype: mx.Dtype,
+) -> mx.array:
+    """The first ``count`` tokens (B, H, count, dim) of whole buffers as in :mod:`.storage`.
+
+    Raises:
+        ValueError: more tokens than the buffers hold.
+    """
+    if count > scales.shape[-1]:
+        raise ValueError(f"{count} tokens are not in a buffer of {scales.shape[-1]}: use fewer.")
+    arguments = (codes, scales, mean, count, quantizer, interleaved, dtype)
+    if agrees(check_dequantize, quantizer, interleaved, dtype):
+        return _launch_dequantize(*arguments)
+    return _reference_dequantize(*arguments)
+
+
+def token_major(
+    codes: mx.array, scales: mx.array, count: int, interleaved: bool
+) -> QuantizedVectors:
+    """The first ``count`` tokens of whole buffers, (B, H, count, words) and (B, H, count)."""
+    if interleaved:
+        codes = codes[:, :, : -(-count // BLOCK)].swapaxes(-1, -2).flatten(2, 3)
+    return QuantizedVectors(codes[:, :, :count], scales[..., :count])
+
+
+def _reference_quantize(x, mean, quantizer) -> QuantizedVectors:
+    packed = quantizer.quantize(x.astype(mx.float32) - mean)
+    return QuantizedVectors(packed.codes, packed.scales.astype(mx.bfloat16))
+
+
+def _reference_dequantize(codes, scales, mean, count, quantizer, interleaved, dtype) -> mx.array:
+    packed = token_major(codes, scales, count, interleaved)
+    return (quantizer.dequantize(packed) + mean).astype(dtype)
+
+
+def _launch_quantize(x, mean, quantizer) -> QuantizedVectors:
+    *heads, count, dim = x.shape
+    groups, vectors = _groups(dim), x.size // dim
+    kernel = _kernel(
+        "quantize",
+        ("x", "mean", "levels", "thresholds", "gains", "signs", "matrix", "sizes"),
+        ("codes", "scales"),
+    )
+    levels, signs, gains = _constants(quantizer)
+    codes, scales = kernel(
+        inputs=[
+            x.reshape(-1, count, dim),
+            mean.reshape(-1, dim),
+            levels,
+            quantizer.thresholds,
+            gains,
+            signs,
+            quantizer.rotation.matrix,
+            mx.array([count], dtype=mx.int32),
+        ],
+        template=[*_template(quantizer, groups), ("GAINS", gains.size)],
+        output_shapes=[(*heads, count, words_per_vector(dim, quantizer.bits)), (*heads, count)],
+        output_dtypes=[mx.uint32, mx.bfloat16],
+        **_grid(vectors, groups),
+    )
+    return QuantizedVectors(codes, scales)
+
+
+def _launch_dequantize(codes, scales, mean, count, quantizer, interleaved, dtype) -> mx.array:
+    *heads, capacity = scales.shape
+    groups = _groups(quantizer.dim)
+    rows = scales.size // capacity
+    kernel = _kernel(
+        "dequantize",
+        ("codes", "scales", "mean", "levels", "signs", "matrix", "sizes"),
+        ("out",),
+    )
+    levels, signs, _ = _constants(quantizer)
+    return kernel(
+        inputs=[
+            codes,
+            scales.reshape(rows, capacity),
+            mean,
+            levels,
+            signs,
+            quantizer.rotation.matrix,
+            mx.array([count, capacity], dtype=mx.int32),
+        ],
+        template=[("T", dtype), ("INTERLEAVED", interleaved), *_template(quantizer, groups)],
+        output_shapes=[(*heads, count, quantizer.dim)],
+        output_dtypes=[dtype],
+        **_grid(rows * count, groups),
+    )[0]
+
+
+def launch_decode_attention(queries, tokens, scale, mask, sinks) -> mx.array:
+    """Two launches for :func:`.attention.decode_attention`, with its arguments."""
+    batch, query_heads, rows, dim = queries.shape
+    keys, values = tokens.keys, tokens.values
+    heads, value_dim = tokens.exact_keys.shape[1], tokens.exact_values.shape[-1]
+    group_rows = query_heads // heads * rows
+    splits = 1 + _splits(keys.count, batch * heads)
+    mask, mask_kind, mask_strides = _mask_arguments(mask, (batch, query_heads, rows, tokens.count))
+    scale = mx.array([scale], dtype=mx.float32)
+    levels, signs, _ = _constants(keys.quantizer)
+    value_levels, value_signs, _ = _constants(values.quantizer)
+    order, power = _rotation_order(keys.quantizer)
+    tile = _rows_per_threadgroup(group_rows, max(dim, value_dim))
+    threads = 32 * _SIMDS
+    count = batch * query_heads * rows
+    sizes = (
+        *(group_rows, rows, keys.count, keys.scales.shape[-1]),
+        *(tokens.exact_count, tokens.exact_keys.shape[2], tokens.sink_count, splits, heads),
+        *mask_strides,
+    )
+    partial = _kernel("decode_attention", _ATTENTION_INPUTS, _PARTIAL)(
+        inputs=[
+            *(queries, keys.codes, keys.scales, keys.mean, values.codes, values.scales),
+            *(tokens.exact_keys, tokens.exact_values, levels, value_levels, signs),
+            *(keys.quantizer.rotation.matrix, mask, scale, mx.array(sizes, dtype=mx.int32)),
+        ],
+        template=[
+            *(("DIM", dim), ("VALUE_DIM", value_dim), ("ORDER", order), ("POWER", power)),
+            *(("KEY_BITS", keys.bits), ("VALUE_BITS", values.bits)),
+            *(("ROWS", tile), ("SIMDS", _SIMDS), ("MASK", mask_kind)),
+        ],
+        grid=(splits * threads, batch * heads, -(-group_rows // tile)),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[(count, splits, value_dim), (count, splits), (count, splits)],
+        output_dtypes=[mx.float32] * 3,
+    )
+    groups = _groups(value_dim)
+    return _kernel("combine", _COMBINE_INPUTS, ("out",))(
+        inputs=[
+            *(*partial, values.mean, value_signs, values.quantizer.rotation.matrix),
+            scale if sinks is None else sinks.astype(mx.float32),
+            mx.array([count, splits, group_rows, rows, query_heads], dtype=mx.int32),
+        ],
+        template=[
+            *(("T", queries.dtype), ("SINKS", sinks is not None)),
+            *_template(values.quantizer, groups),
+        ],
+        output_shapes=[(batch, query_heads, rows, value_dim)],
+        output_dtypes=[queries.dtype],
+        **_grid(count, groups),
+    )[0]
+
+
+def _splits(packed_count: int, heads: int) -> int:
+    """Parts of the packed tokens: two blocks for a SIMD group at least, enough to fill a GPU."""
+    return max(1, min(packed_count // (2 * BLOCK * _SIMDS), 512 // heads, 64))
+
+
+def _rows_per_threadgroup(group_rows: int, dim: int) -> int:
+    """A power of two of query rows whose outputs fit in the registers: at most 32 floats a lane.
+
+    With that, queries and outputs fit in the threadgroup memory as well.
+    """
+    most = 1 << (min(8, 1024 // dim).bit_length() - 1)
+    return min(most, 1 << (group_rows - 1).bit_length())
+
+
+def _mask_arguments(mask, shape) -> tuple[mx.array, int, tuple[int, int, int]]:
+    """The mask of decode_attention.metal: array, kind, strides of sequence, query head and row."""
+    if mask is None or isinstance(mask, str):
+        return mx.zeros(1), 0 if mask is None else 1, (0, 0, 0)
+    mask = mask.reshape(*(1,) * (4 - mask.ndim), *mask.shape)
+    if any(size not in (1, full) for size, full in zip(mask.shape, shape)):
+        raise ValueError(f"A mask of shape {mask.shape} does not fit scores of shape {shape}.")
+    mask = mx.broadcast_to(mask, (*mask.shape[:3], shape[3]))
+    strides, step = [], shape[3]
+    for size in mask.shape[2::-1]:
+        strides.append(step if size > 1 else 0)
+        step *= size
+    kind = 2 if mask.dtype == mx.bool_ else 3
+    return mask if kind == 2 else mask.astype(mx.float32), kind, tuple(reversed(strides))
+
+
+def _rotation_order(quantizer: TurboQuantizer) -> tuple[int, int]:
+    return quantizer.rotation.factors or (quantizer.dim, 1)
+
+
+def _template(quantizer: TurboQuantizer, groups: int) -> list[tuple[str, int]]:
+    order, power = _rotation_order(quantizer)
+    constants = {"DIM": quantizer.dim, "BITS": quantizer.bits, "ORDER": order, "POWER": power}
+    return [*constants.items(), ("GROUPS", groups)]
+
+
+def _groups(dim: int) -> int:
+    """SIMD groups, of one vector each, in a threadgroup: as many as its memory holds, at most 4."""
+    return min(4, _THREADGROUP_BYTES // (4 * dim))
+
+
+def _grid(vectors: int, groups: int) -> dict[str, tuple[int, int, int]]:
+    threads = 32 * groups
+    return {"grid": (-(-vectors // groups) * threads, 1, 1), "threadgroup": (threads, 1, 1)}
+
+
+@cache
+def _constants(quantizer: TurboQuantizer) -> tuple[mx.array, mx.array, mx.array]:
+    """Levels or their coefficients, signs and gains, as the kernels take them."""
+    levels, signs = quantizer.levels, mx.ones(quantizer.dim)
+    if quantizer.bits <= POLYNOMIAL_BITS:
+        levels = mx.array(level_polynomial(quantizer.dim, quantizer.bits))
+    if quantizer.rotation.factors is not None:
+        signs = quantizer.rotation.signs
+    gains = mx.array(quantizer.gains)
+    # A lazy array cannot be evaluated from another thread than the one that made it.
+    mx.eval(levels, signs, gains)
+    return levels, signs, gains
+
+
+@cache
+def _source(file: str) -> str:
+    return files(f"{__package__}.metal").joinpath(file).read_text(encoding="ascii")
+
+
+def _kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...]):
+    """The kernel of metal/NAME.metal, callable as ``mx.fast.metal_kernel`` describes."""
+    return _built_kernel(backend(), name, inputs, outputs)
+
+
+@cache
+def _built_kernel(target: str, name: str, inputs: tuple[str, ...], outputs: tuple[str, ...]):
+    names = {"input_names": list(inputs), "output_names": list(outputs)}
+    source, header = _source(f"{name}.metal"), _source("codec.h")
+    if target == "cuda":
+        header = _source("metal_on_cuda.h").replace("// KERNEL HEADER\n", header)
+        source = "TURBOQUANT_USING_DECLARATIONS\n" + source
+        return mx.fast.cuda_kernel(f"turboquant_{name}", **names, header=header, source=source)
+    return mx.fast.metal_kernel(f"turboquant_{name}", **names, header=header, source=source)
+
+
+def agrees(check: Callable[..., Agreement], *configuration: Any) -> bool:
+    """Whether a kernel may be used: there is a backend, and ``check`` finds it right.
+
+    ``check(*configuration)`` compares the kernel with plain MLX. A failure to compile counts as
+    wrong. The answer, and the warning if it is no, hold for the process.
+    """
+    return backend() != "reference" and _agrees(backend(), check, *configuration)
+
+
+@cache
+def _agrees(target: str, check: Callable[..., Agreement], *configuration: Any) -> bool:
+    try:
+        agreement = check(*configuration)
+        wrong = f"relative error {agreement.error:.1e}, allowed {agreement.allowed:.1e}"
+        if agreement.holds:
+            return True
+    except (RuntimeError, ValueError) as error:
+        wrong = f"{type(error).__name__}: {error}"
+    kernel = check.__name__.removeprefix("check_")
+    device = mx.device_info().get("device_name", target)
+    _log.warning("Kernel %s is replaced by plain MLX on %s: %s", kernel, device, wrong)
+    return False
+
+
+def check_quantize(quantizer: TurboQuantizer, dtype: mx.Dtype) -> Agreement:
+    """Compares squared errors: codes may differ where values or gains tie within rounding."""
+    x, mean = _check_data(quantizer, dtype)
+    packed, expected = _launch_quantize(x, mean, quantizer), _reference_quantize(x, mean, quantizer)
+    x = x.astype(mx.float32) - mean
+    error, allowed = (
+        ((quantizer.dequantize(p) - x) ** 2).mean().item() for p in (packed, expected)
+    )
+    return Agreement(abs(error / allowed - 1), 0.02)
+
+
+def check_dequantize(quantizer: TurboQuantizer, interleaved: bool, dtype: mx.Dtype) -> Agreement:
+    """Compares the restored vectors."""
+    x, mean = _check_data(quantizer, dtype)
+    codes, scales = _reference_quantize(x, mean, quantizer)
+    count = x.shape[2]
+    padding = [(0, 0), (0, 0), (0, -count % BLOCK)]
+    codes, scales = mx.pad(codes, [*padding, (0, 0)]), mx.pad(scales, padding)
+    if interleaved:
+        codes = mx.unflatten(codes, 2, (-1, BLOCK)).swapaxes(-1, -2)
+    arguments = (codes, scales, mean, count, quantizer, interleaved, dtype)
+    return compare(_launch_dequantize(*arguments), _reference_dequantize(*arguments), dtype)
+
+
+def compare(output: mx.array, expected: mx.array, dtype: mx.Dtype) -> Agreement:
+    """Allows two roundings to the output's dtype, and float32 sums in another order."""
+    expected = expected.astype(mx.float32)
+    difference = mx.abs(output.astype(mx.float32) - expected).max() / mx.abs(expected).max()
+    return Agreement(difference.item(), 2 * mx.finfo(dtype).eps + 2e-5)
+
+
+def _check_data(quantizer: TurboQuantizer, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    x = mx.random.normal((1, 2, 3 * BLOCK + 5, quantizer.dim), key=mx.random.key(0)).astype(dtype)
+    return x, x[:, :, :1].astype(mx.float32)

@@ -1,0 +1,341 @@
+"""Every kernel against plain MLX: on Metal itself, or on the CPU executor of metal_on_linux.
+
+On Linux each launch goes through the memory checker in a random order of threads, and a finding
+fails the test. Where the product of all settings is too large, every pair of settings is covered.
+"""
+
+import itertools
+import platform
+import random
+
+import mlx.core as mx
+import pytest
+
+from mlx_turboquant import attention, kernels
+from mlx_turboquant.attention import CachedTokens
+from mlx_turboquant.packing import unpack
+from mlx_turboquant.quantizer import TurboQuantizer
+from mlx_turboquant.storage import PackedTokens, shared_quantizer
+
+if platform.system() == "Linux":
+    import metal_on_linux
+
+    if not metal_on_linux.IS_SUPPORTED:
+        pytest.skip("the CPU executor needs x86-64 with AVX2", allow_module_level=True)
+
+DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
+BITS = tuple(range(1, 9))
+DTYPES = (mx.float16, mx.bfloat16, mx.float32)
+MASKS = ("none", "causal", "boolean", "boolean per head", "additive", "left padding")
+
+
+@pytest.fixture(autouse=True)
+def kernels_run(monkeypatch):
+    """Kernels run on Metal, or on the executor in its place; gives the list of launches there."""
+    launches = []
+    if platform.system() == "Linux":
+
+        def checked_kernel(name, **arguments):
+            kernel = metal_on_linux.metal_kernel(name=name, **arguments)
+            kernel.memory_check, kernel.order = True, "random"
+
+            def launch(**call):
+                launches.append((kernel, call))
+                return kernel(**call)
+
+            return launch
+
+        monkeypatch.setattr(mx.fast, "metal_kernel", checked_kernel)
+        monkeypatch.setattr(kernels, "_checked_backend", lambda name, origin: name or "metal")
+    forget_kernels()
+    yield launches
+    forget_kernels()
+
+
+def forget_kernels() -> None:
+    kernels.force_backend(None)
+    kernels._built_kernel.cache_clear()
+    kernels._agrees.cache_clear()
+
+
+def pairwise(*factors):
+    """Few combinations of the factors' values in which every pair of values occurs."""
+    generator = random.Random(0)
+    columns = range(len(factors))
+    missing = {
+        (i, a, j, b)
+        for i, j in itertools.combinations(columns, 2)
+        for a, b in itertools.product(range(len(factors[i])), range(len(factors[j])))
+    }
+    rows = []
+    while missing:
+        candidates = []
+        for _ in range(50):
+            row = [generator.randrange(len(factor)) for factor in factors]
+            i, a, j, b = min(missing)
+            row[i], row[j] = a, b
+            pairs = {(i, row[i], j, row[j]) for i, j in itertools.combinations(columns, 2)}
+            candidates.append((len(pairs & missing), row, pairs))
+        _, row, pairs = max(candidates, key=lambda candidate: candidate[0])
+        missing -= pairs
+        rows.append(tuple(factor[i] for factor, i in zip(factors, row)))
+    return rows
+
+
+def normal(shape, seed, dtype=mx.float32) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
+
+
+def squared_errors(quantizer, packed, x) -> mx.array:
+    return ((quantizer.dequantize(packed) - x) ** 2).sum(axis=-1)
+
+
+@pytest.mark.parametrize("dim, bits, dtype", pairwise((*DIMS, 72), BITS, DTYPES))
+def test_quantize_finds_the_codes_of_the_reference(dim, bits, dtype):
+    quantizer = TurboQuantizer(dim, bits)
+    x, mean = normal((2, 1, 37, dim), 1, dtype), normal((2, 1, 1, dim), 2)
+    packed = kernels._launch_quantize(x, mean, quantizer)
+    expected = kernels._reference_quantize(x, mean, quantizer)
+    different = (packed.codes != expected.codes).any(axis=-1)
+    # Of 74 vectors; test_few_codes_differ says why, and how many.
+    assert different.sum() <= {6: 2, 7: 8, 8: 25}.get(bits, 1)
+    residual = x.astype(mx.float32) - mean
+    errors = [squared_errors(quantizer, p, residual) for p in (packed, expected)]
+    # The chosen cosines agree within rounding, one per million for each of some tens of terms.
+    assert (mx.abs(errors[0] - errors[1]) / (residual**2).sum(axis=-1)).max() < 1e-4
+    scales = mx.where(different, 1, packed.scales / expected.scales)
+    assert mx.abs(scales - 1).max() <= 1 / 128  # one step of bfloat16
+
+
+@pytest.mark.parametrize("bits, fraction", [(2, 0.001), (4, 0.002), (6, 0.01), (8, 0.12)])
+def test_few_codes_differ(kernels_run, bits, fraction):
+    """Vectors with other codes than the reference's, of 2 000.
+
+    A value may lie within rounding of a threshold, or two gains may have the same cosine within
+    rounding: at 8 bits cosines are 1 - 1.5e-5, of which float32 keeps two digits.
+    """
+    quantizer = shared_quantizer(128, bits, 0)
+    x, mean = normal((1, 2, 1000, 128), 1), mx.zeros((1, 2, 1, 128))
+    packed = kernels._launch_quantize(x, mean, quantizer)
+    expected = kernels._reference_quantize(x, mean, quantizer)
+    assert (packed.codes != expected.codes).any(axis=-1).mean() <= fraction
+    errors = [squared_errors(quantizer, p, x).mean().item() for p in (packed, expected)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.01)
+
+
+def test_quantize_packs_every_code_where_the_layout_says():
+    """A dense rotation by the identity lets the codes be chosen."""
+    for bits in BITS:
+        quantizer = TurboQuantizer(72, bits, rotation="haar", gain_search=False)
+        x = normal((1, 1, 9, 72), bits)
+        packed = kernels._launch_quantize(x, mx.zeros((1, 1, 1, 72)), quantizer)
+        expected = quantizer.quantize(x)
+        codes = unpack(packed.codes, bits, 72), unpack(expected.codes, bits, 72)
+        assert (codes[0] != codes[1]).mean() < 0.01  # ties with a threshold, within rounding
+
+
+def test_quantize_keeps_zeros_and_large_values_and_isolates_nan():
+    quantizer = shared_quantizer(128, 4, 0)
+    x = normal((1, 1, 4, 128), 1)
+    x = mx.concatenate([x, mx.zeros((1, 1, 1, 128)), x[:, :, :1] * 1e30], axis=2)
+    x[0, 0, 1, 5] = mx.nan
+    x[0, 0, 2, 5] = mx.inf
+    packed = kernels._launch_quantize(x, mx.zeros((1, 1, 1, 128)), quantizer)
+    restored = quantizer.dequantize(packed)[0, 0]
+    assert not mx.isfinite(restored[1:3]).any()
+    assert mx.array_equal(restored[4], mx.zeros(128))
+    # 4 bits leave 9 % of the length on average.
+    assert mx.linalg.norm(restored[5] / 1e30 - x[0, 0, 0]) < 0.12 * mx.linalg.norm(x[0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    "dim, bits, dtype, interleaved", pairwise((*DIMS, 72), BITS, DTYPES, (False, True))
+)
+def test_dequantize_restores_the_vectors_of_the_reference(dim, bits, dtype, interleaved):
+    quantizer = shared_quantizer(dim, bits, 0)
+    assert kernels.check_dequantize(quantizer, interleaved, dtype).holds
+
+
+CASES = pairwise(DIMS, BITS, BITS, DTYPES, MASKS, (1, 2, 5, 8), (1, 3, 4, 8), (False, True))
+
+
+@pytest.mark.parametrize("dim, key_bits, value_bits, dtype, mask, rows, group, sinks", CASES)
+def test_attention_is_that_of_the_reference(
+    dim, key_bits, value_bits, dtype, mask, rows, group, sinks
+):
+    tokens = cached_tokens(dim, dim, key_bits, value_bits, dtype)
+    assert_attention_agrees(*attention_arguments(tokens, group, rows, dtype, mask, sinks))
+
+
+def cached_tokens(
+    dim=64, value_dim=64, key_bits=4, value_bits=4, dtype=mx.float32, packed=70, mean=0.0
+) -> CachedTokens:
+    """Two sequences of two heads: 4 sinks, ``packed`` tokens, 11 recent ones, and free space."""
+    keys, values = PackedTokens(key_bits, 0, True), PackedTokens(value_bits, 0, False)
+    kernels.force_backend("reference")
+    keys.append(normal((2, 2, packed, dim), 1) + mean)
+    values.append(normal((2, 2, packed, value_dim), 2) + mean)
+    kernels.force_backend(None)
+    exact = [normal((2, 2, 24, width), width, dtype) for width in (dim, value_dim)]
+    return CachedTokens(keys, values, *exact, exact_count=15, sink_count=4)
+
+
+def attention_arguments(tokens, group, rows, dtype, mask="none", sinks=False):
+    count, query_heads = tokens.count, 2 * group
+    random_mask = normal((2, query_heads, rows, count), 7)
+    padding = mx.array([0, 9])[:, None, None, None] <= mx.arange(count)
+    masks = {
+        "none": None,
+        "causal": "causal",
+        "boolean": random_mask[0, 0] > -1,
+        "boolean per head": random_mask > -1,
+        "additive": random_mask,
+        "left padding": mx.broadcast_to(padding, (2, 1, rows, count)),
+    }
+    queries = normal((2, query_heads, rows, tokens.exact_keys.shape[-1]), 5, dtype)
+    logits = normal((query_heads,), 6) if sinks else None
+    return queries, tokens, 0.2, masks[mask], logits
+
+
+def assert_attention_agrees(*arguments) -> None:
+    output = kernels.launch_decode_attention(*arguments)
+    expected = attention.reference_decode_attention(*arguments)
+    agreement = kernels.compare(output, expected, arguments[0].dtype)
+    assert agreement.holds, agreement
+
+
+@pytest.mark.parametrize("dim, value_dim", [(192, 128), (96, 64), (72, 72)])
+def test_attention_takes_keys_and_values_of_different_width(dim, value_dim):
+    tokens = cached_tokens(dim, value_dim)
+    assert_attention_agrees(*attention_arguments(tokens, 2, 1, mx.float32))
+
+
+@pytest.mark.parametrize("packed", [1, 31, 32, 33, 700])
+def test_attention_takes_any_number_of_packed_tokens(packed):
+    """700 tokens make several splits of several blocks."""
+    tokens = cached_tokens(packed=packed)
+    assert_attention_agrees(*attention_arguments(tokens, 4, 2, mx.float32, "causal"))
+
+
+def test_attention_adds_the_means_back():
+    tokens = cached_tokens(mean=5.0)
+    assert tokens.keys.mean.any()
+    assert_attention_agrees(*attention_arguments(tokens, 2, 2, mx.float32))
+
+
+def test_attention_reads_queries_and_exact_tokens_of_different_types():
+    tokens = cached_tokens(dtype=mx.bfloat16)
+    assert_attention_agrees(*attention_arguments(tokens, 2, 1, mx.float32))
+
+
+def test_attention_is_two_launches_with_whole_buffers(kernels_run):
+    tokens = cached_tokens()
+    kernels.launch_decode_attention(*attention_arguments(tokens, 2, 1, mx.float32))
+    if platform.system() == "Linux":
+        assert [kernel.name for kernel, _ in kernels_run] == [
+            "turboquant_decode_attention",
+            "turboquant_combine",
+        ]
+        inputs = kernels_run[0][1]["inputs"]
+        assert any(array is tokens.keys.codes for array in inputs)
+        assert any(array is tokens.values.codes for array in inputs)
+        constants = [value for _, value in kernels_run[0][1]["template"]]
+        assert tokens.count not in constants and tokens.keys.count not in constants
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="the type checker is for Linux")
+@pytest.mark.parametrize(
+    "dim, bits, dtype",
+    [(64, 1, mx.float16), (80, 3, mx.bfloat16), (128, 4, mx.float32), (72, 8, mx.bfloat16)],
+)
+def test_the_text_is_what_metal_accepts(kernels_run, dim, bits, dtype):
+    quantizer = shared_quantizer(dim, bits, 0)
+    kernels.check_quantize(quantizer, dtype)
+    kernels.check_dequantize(quantizer, True, dtype)
+    tokens = cached_tokens(dim, dim, bits, bits, dtype)
+    for mask in ("none", "boolean", "additive"):
+        arguments = attention_arguments(tokens, 2, 1, dtype, mask, mask == "none")
+        kernels.launch_decode_attention(*arguments)
+    for kernel, call in kernels_run:
+        assert metal_on_linux.check(kernel, **call) == []
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+@pytest.mark.skipif(platform.system() != "Linux", reason="Metal chooses the order of threads")
+def test_results_do_not_depend_on_the_order_of_threads(kernels_run, order):
+    tokens = cached_tokens(128, 128, packed=300)
+    arguments = attention_arguments(tokens, 4, 2, mx.float32)
+    expected = kernels.launch_decode_attention(*arguments)
+    for kernel, _ in list(kernels_run):
+        kernel.order = order
+    assert mx.array_equal(kernels.launch_decode_attention(*arguments), expected)
+
+
+def test_a_cache_uses_the_kernels_it_has_checked(kernels_run):
+    tokens = cached_tokens()
+    arguments = attention_arguments(tokens, 2, 1, mx.float32)
+    output = attention.decode_attention(*arguments)
+    assert kernels_run
+    expected = attention.reference_decode_attention(*arguments)
+    assert kernels.compare(output, expected, mx.float32).holds
+
+
+def test_a_wrong_kernel_is_replaced_with_a_warning(monkeypatch, caplog):
+    right = kernels._source
+    planted = {
+        "dequantize.metal": ("mean[long", "-mean[long"),
+        "quantize.metal": ("signs[i]", "1 +"),
+    }
+
+    def wrong_source(file):
+        return right(file).replace(*planted.get(file, ("", "")))
+
+    monkeypatch.setattr(kernels, "_source", wrong_source)
+    quantizer = shared_quantizer(64, 4, 0)
+    x, mean = normal((1, 1, 40, 64), 1), mx.ones((1, 1, 1, 64))
+    packed = kernels.quantize(x, mean, quantizer)  # does not compile
+    expected = kernels._reference_quantize(x, mean, quantizer)
+    assert mx.array_equal(packed.codes, expected.codes)
+    arguments = (packed.codes, packed.scales, mean, 40, quantizer, False, mx.float32)
+    restored = kernels.dequantize(*arguments)  # compiles, and is wrong
+    assert mx.array_equal(restored, kernels._reference_dequantize(*arguments))
+    messages = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(messages) == 2
+    assert "Kernel quantize is replaced by plain MLX on" in messages[0]
+    assert "Kernel dequantize is replaced by plain MLX on" in messages[1]
+    assert "relative error" in messages[1]
+
+
+def test_shapes_and_counts_that_do_not_fit_are_refused():
+    tokens = cached_tokens()
+    queries, *rest = attention_arguments(tokens, 2, 1, mx.float32)
+    with pytest.raises(ValueError, match="do not fit 2 heads of 64 values"):
+        attention.decode_attention(queries[..., :32], *rest)
+    with pytest.raises(ValueError, match="do not fit 2 heads"):
+        attention.decode_attention(queries[:, :3], *rest)
+    tokens.exact_count = 25
+    with pytest.raises(ValueError, match="25 exact and 70 packed tokens"):
+        attention.decode_attention(queries, *rest)
+    store = tokens.keys
+    arguments = (store.codes, store.scales, store.mean, 257, store.quantizer, True, mx.float32)
+    with pytest.raises(ValueError, match="257 tokens are not in a buffer of 256"):
+        kernels.dequantize(*arguments)
+
+
+def test_a_mask_that_does_not_fit_is_refused():
+    tokens = cached_tokens()
+    queries, _, scale, _, _ = attention_arguments(tokens, 2, 1, mx.float32)
+    with pytest.raises(ValueError, match="does not fit scores"):
+        kernels.launch_decode_attention(queries, tokens, scale, mx.zeros((1, 1, 1, 7)), None)
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="for a machine without a GPU")
+def test_a_backend_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="backend is 'metal': use reference on this machine"):
+        kernels.force_backend("metal")
+    monkeypatch.setenv(kernels.BACKEND_VARIABLE, "cuda")
+    with pytest.raises(ValueError, match="MLX_TURBOQUANT_BACKEND is 'cuda'"):
+        kernels.backend()
+    monkeypatch.setenv(kernels.BACKEND_VARIABLE, "reference")
+    assert kernels.backend() == "reference"
