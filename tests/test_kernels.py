@@ -13,6 +13,7 @@ import pytest
 
 from mlx_turboquant import attention, kernels
 from mlx_turboquant.attention import CachedTokens
+from mlx_turboquant.cli import doctor
 from mlx_turboquant.packing import unpack
 from mlx_turboquant.quantizer import TurboQuantizer
 from mlx_turboquant.storage import PackedTokens, shared_quantizer
@@ -339,3 +340,33 @@ def test_a_backend_that_is_not_there_is_refused(monkeypatch):
         kernels.backend()
     monkeypatch.setenv(kernels.BACKEND_VARIABLE, "reference")
     assert kernels.backend() == "reference"
+
+
+@pytest.fixture
+def few_checks(monkeypatch):
+    """The doctor with two checks, so that it takes a second."""
+    quantizer = shared_quantizer(64, 4, 0)
+    checks = [
+        (kernels.check_quantize, (quantizer, mx.float16), "64 values"),
+        (kernels.check_dequantize, (quantizer, True, mx.float16), "64 values"),
+    ]
+    monkeypatch.setattr(doctor, "_configurations", lambda: iter(checks))
+
+
+def test_doctor_prints_a_verdict_for_every_check(few_checks, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        doctor.main([])
+    output = capsys.readouterr().out
+    assert leaving.value.code == 0
+    assert "quantize" in output and "dequantize" in output
+    assert "2 of 2 configurations are right." in output
+
+
+def test_doctor_fails_if_a_kernel_does(few_checks, monkeypatch, capsys):
+    right = kernels._source
+    monkeypatch.setattr(kernels, "_source", lambda file: right(file).replace("+ mean[", "- mean["))
+    with pytest.raises(SystemExit) as leaving:
+        doctor.main([])
+    assert leaving.value.code == 1
+    output = capsys.readouterr().out
+    assert "WRONG" in output and "1 of 2 configurations are right." in output
