@@ -25,7 +25,7 @@ _THREADGROUP_BYTES = 32768
 # The kernel keeps the coordinates of a vector in the registers of one SIMD group.
 _MAX_QUANTIZE_DIM = 1024
 
-# SIMD groups in a threadgroup of the attention kernel.
+# SIMD groups in a threadgroup of the attention and inner-product kernels.
 _SIMDS = 4
 _ATTENTION_INPUTS = (
     *("queries", "key_codes", "key_scales", "key_mean", "value_codes", "value_scales"),
@@ -117,6 +117,27 @@ def dequantize(
     return _reference_dequantize(*arguments)
 
 
+def inner_product(
+    queries: mx.array, packed: QuantizedVectors, quantizer: TurboQuantizer
+) -> mx.array:
+    """:meth:`.TurboQuantizer.inner_product` without unpacking the vectors to memory.
+
+    Queries are (..., q, dim), packed vectors (..., n) with the same leading axes: float32
+    (..., q, n).
+
+    Raises:
+        ValueError: leading axes that differ.
+    """
+    if queries.shape[:-2] != packed.scales.shape[:-1]:
+        raise ValueError(
+            f"Queries of shape {queries.shape} and packed vectors of shape {packed.scales.shape} "
+            "have different leading axes: use the same."
+        )
+    if agrees(check_inner_product, quantizer):
+        return _launch_inner_product(queries, packed, quantizer)
+    return quantizer.inner_product(queries, packed)
+
+
 def token_major(
     codes: mx.array, scales: mx.array, count: int, interleaved: bool
 ) -> QuantizedVectors:
@@ -188,6 +209,26 @@ def _launch_dequantize(codes, scales, mean, count, quantizer, interleaved, dtype
         output_shapes=[(*heads, count, quantizer.dim)],
         output_dtypes=[dtype],
         **_grid(rows * count, groups),
+    )[0]
+
+
+def _launch_inner_product(queries, packed, quantizer) -> mx.array:
+    *leading, query_count, dim = queries.shape
+    count = packed.scales.shape[-1]
+    rows = packed.scales.size // count
+    tile = max(1, min(8, _THREADGROUP_BYTES // (4 * dim)))
+    levels, _, _ = _constants(quantizer)
+    kernel = _kernel("inner_product", ("queries", "codes", "scales", "levels", "sizes"), ("out",))
+    return kernel(
+        inputs=[
+            *(quantizer.rotation.apply(queries), packed.codes, packed.scales, levels),
+            mx.array([query_count, count], dtype=mx.int32),
+        ],
+        template=[("DIM", dim), ("BITS", quantizer.bits), ("QUERIES", tile), ("SIMDS", _SIMDS)],
+        grid=(-(-count // (32 * _SIMDS)) * 32 * _SIMDS, rows, -(-query_count // tile)),
+        threadgroup=(32 * _SIMDS, 1, 1),
+        output_shapes=[(*leading, query_count, count)],
+        output_dtypes=[mx.float32],
     )[0]
 
 
@@ -375,6 +416,14 @@ def check_dequantize(quantizer: TurboQuantizer, interleaved: bool, dtype: mx.Dty
         codes = mx.unflatten(codes, 2, (-1, BLOCK)).swapaxes(-1, -2)
     arguments = (codes, scales, mean, count, quantizer, interleaved, dtype)
     return compare(_launch_dequantize(*arguments), _reference_dequantize(*arguments), dtype)
+
+
+def check_inner_product(quantizer: TurboQuantizer) -> Agreement:
+    """Compares the products of five queries."""
+    x, _ = _check_data(quantizer, mx.float32)
+    packed, queries = quantizer.quantize(x), x[:, :, :5]
+    expected = quantizer.inner_product(queries, packed)
+    return compare(_launch_inner_product(queries, packed, quantizer), expected, mx.float32)
 
 
 def compare(output: mx.array, expected: mx.array, dtype: mx.Dtype) -> Agreement:

@@ -157,6 +157,29 @@ def test_dequantize_restores_the_vectors_of_the_reference(dim, bits, dtype, inte
     assert kernels.check_dequantize(quantizer, interleaved, dtype).holds
 
 
+@pytest.mark.parametrize("dim, bits, query_count", pairwise((*DIMS, 72, 1536), BITS, (1, 5, 8, 9)))
+def test_inner_products_are_those_of_the_reference(dim, bits, query_count):
+    quantizer = shared_quantizer(dim, bits, 0)
+    packed = quantizer.quantize(normal((2, 150, dim), 1))
+    queries = normal((2, query_count, dim), 2)
+    output = kernels._launch_inner_product(queries, packed, quantizer)
+    expected = quantizer.inner_product(queries, packed)
+    assert kernels.compare(output, expected, mx.float32).holds
+
+
+def test_inner_products_need_the_same_leading_axes():
+    quantizer = shared_quantizer(64, 4, 0)
+    packed = quantizer.quantize(normal((2, 150, 64), 1))
+    queries = normal((2, 3, 64), 2)
+    assert mx.allclose(
+        kernels.inner_product(queries, packed, quantizer),
+        quantizer.inner_product(queries, packed),
+        atol=1e-4,  # products of 64 values of size 1
+    )
+    with pytest.raises(ValueError, match="different leading axes"):
+        kernels.inner_product(queries[0], packed, quantizer)
+
+
 CASES = pairwise(DIMS, BITS, BITS, DTYPES, MASKS, (1, 2, 5, 8), (1, 3, 4, 8), (False, True))
 
 
@@ -253,6 +276,7 @@ def test_the_text_is_what_metal_accepts(kernels_run, dim, bits, dtype):
     quantizer = shared_quantizer(dim, bits, 0)
     kernels.check_quantize(quantizer, dtype)
     kernels.check_dequantize(quantizer, True, dtype)
+    kernels.check_inner_product(quantizer)
     tokens = cached_tokens(dim, dim, bits, bits, dtype)
     for mask in ("none", "boolean", "additive"):
         arguments = attention_arguments(tokens, 2, 1, dtype, mask, mask == "none")

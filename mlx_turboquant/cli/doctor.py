@@ -58,6 +58,7 @@ def _configurations() -> Iterator[tuple[Callable[..., kernels.Agreement], tuple[
             quantizer = shared_quantizer(dim, bits, 0)
             label = f"{dim} values, {bits} bits"
             yield kernels.check_quantize, (quantizer, mx.float16), label
+            yield kernels.check_inner_product, (quantizer,), label
             for interleaved in (False, True):
                 yield kernels.check_dequantize, (quantizer, interleaved, mx.bfloat16), label
         for key_bits, value_bits in _SPLITS:
