@@ -1,16 +1,17 @@
 # make demo    a trained model finds a code hidden in a 4 000-token text, with a 4-bit cache
 # make test    lint, format check and the whole test suite
-# Both set up .venv first. PYTHON picks the interpreter; EXTRAS=cuda,test the CUDA build of MLX.
+# Both set up .venv first. PYTHON picks the interpreter; EXTRAS=cuda the CUDA build of MLX.
 
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 ifeq ($(shell uname),Linux)
-EXTRAS ?= cpu,test
+EXTRAS ?= cpu,openblas
 # MLX's CPU build brings a reference BLAS; OpenBLAS in its place multiplies matrices 19 times faster.
 RUN = env LD_PRELOAD="$(wildcard $(CURDIR)/.venv/openblas.so)" $(BIN)/python
 else
-EXTRAS ?= test
+EXTRAS ?= openblas
 RUN = $(BIN)/python
 endif
 
@@ -19,12 +20,12 @@ endif
 demo: .venv/ready
 	$(RUN) examples/find_code.py
 
-test: .venv/ready
+test: .venv/test-ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(RUN) -m pytest
 
-format: .venv/ready
+format: .venv/test-ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -33,11 +34,15 @@ clean:
 
 .venv/ready: pyproject.toml Makefile tests/openblas.c
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$(EXTRAS)]"
+	$(INSTALL) -e ".[$(EXTRAS)]"
 ifeq ($(shell uname),Linux)
 	folder=$$($(BIN)/python -c "import scipy_openblas32 as blas; print(blas.get_lib_dir())") && \
 	cc -O2 -shared -fPIC tests/openblas.c -o .venv/openblas.so \
 	  -L"$$folder" -lscipy_openblas -Wl,-rpath,"$$folder" \
-	  || echo "OpenBLAS is not used: without a C compiler matrix products are slow."
+	  || echo "OpenBLAS is not used, for want of the extra or of a C compiler: products are slow."
 endif
-	touch .venv/ready
+	touch $@
+
+.venv/test-ready: .venv/ready
+	$(INSTALL) -e ".[$(EXTRAS),test]"
+	touch $@
