@@ -10,7 +10,7 @@ which tends to the standard normal. Levels here are in these units of one standa
 
 from functools import cache
 from math import lgamma, pi
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -111,8 +111,8 @@ def level_polynomial(dim: int, bits: int) -> tuple[float, float, float]:
     return float(a), float(b), float(c)
 
 
-def evaluate_polynomial(coefficients: tuple[float, float, float], x: np.ndarray) -> np.ndarray:
-    """The level polynomial at the odd integers ``x``."""
+def evaluate_polynomial(coefficients: tuple[float, float, float], x: Any) -> Any:
+    """The level polynomial at the odd integers ``x``, an array of numpy or mlx."""
     a, b, c = coefficients
     squared = x * x
     return x * (a + squared * (b + squared * c))

@@ -6,7 +6,14 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from .codebook import check_bits, check_dim, codebook
+from .codebook import (
+    POLYNOMIAL_BITS,
+    check_bits,
+    check_dim,
+    codebook,
+    evaluate_polynomial,
+    level_polynomial,
+)
 from .packing import pack, unpack, words_per_vector
 from .rotation import Rotation
 
@@ -117,8 +124,18 @@ class TurboQuantizer:
                 f"are not vectors of {self.dim} values at {self.bits} bits: use codes of shape "
                 f"{(*packed.scales.shape, words)}, as quantize returns them."
             )
-        levels = mx.take(self.levels, unpack(packed.codes, self.bits, self.dim))
+        levels = self._levels_of(unpack(packed.codes, self.bits, self.dim))
         return levels * packed.scales[..., None]
+
+    def _levels_of(self, codes: mx.array) -> mx.array:
+        """Levels of codes (..., dim) in float32, without a table where there is a polynomial.
+
+        Arithmetic is several times faster than gathering, on a CPU too.
+        """
+        if self.bits > POLYNOMIAL_BITS:
+            return mx.take(self.levels, codes)
+        x = codes.astype(mx.float32) * 2 + (1 - 2**self.bits)
+        return evaluate_polynomial(level_polynomial(self.dim, self.bits), x)
 
     def _encode(self, y: mx.array) -> tuple[mx.array, mx.array]:
         """Codes of y (..., dim) and the gain (..., 1) that they were found with."""
@@ -135,12 +152,12 @@ class TurboQuantizer:
     def _nearest(self, y: mx.array, gain: float) -> tuple[mx.array, mx.array]:
         """Codes of gain * y and the cosine between their levels and y, times |y|."""
         codes = mx.searchsorted(self.thresholds, gain * y)
-        levels = mx.take(self.levels, codes)
+        levels = self._levels_of(codes)
         length = mx.linalg.norm(levels, axis=-1, keepdims=True)
         return codes, (levels * y).sum(axis=-1, keepdims=True) / length
 
     def _scales(self, rotated: mx.array, codes: mx.array, gain: mx.array) -> mx.array:
-        levels = mx.take(self.levels, codes)
+        levels = self._levels_of(codes)
         squared_norm = (rotated * rotated).sum(axis=-1, keepdims=True)
         if self.scale == "none":
             return mx.sqrt(squared_norm / self.dim) / gain
