@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from .codebook import POLYNOMIAL_BITS, level_polynomial
+from .constants import constant
 from .packing import words_per_vector
 from .quantizer import QuantizedVectors, TurboQuantizer
 
@@ -338,15 +339,12 @@ def _grid(vectors: int, groups: int) -> dict[str, tuple[int, int, int]]:
 @cache
 def _constants(quantizer: TurboQuantizer) -> tuple[mx.array, mx.array, mx.array]:
     """Levels or their coefficients, signs and gains, as the kernels take them."""
-    levels, signs = quantizer.levels, mx.ones(quantizer.dim)
+    levels, signs = quantizer.levels, constant(mx.ones(quantizer.dim))
     if quantizer.bits <= POLYNOMIAL_BITS:
-        levels = mx.array(level_polynomial(quantizer.dim, quantizer.bits))
+        levels = constant(level_polynomial(quantizer.dim, quantizer.bits))
     if quantizer.rotation.factors is not None:
         signs = quantizer.rotation.signs
-    gains = mx.array(quantizer.gains)
-    # A lazy array cannot be evaluated from another thread than the one that made it.
-    mx.eval(levels, signs, gains)
-    return levels, signs, gains
+    return levels, signs, constant(quantizer.gains)
 
 
 @cache
@@ -376,7 +374,8 @@ def agrees(check: Callable[..., Agreement], *configuration: Any) -> bool:
     ``check(*configuration)`` compares the kernel with plain MLX. A failure to compile counts as
     wrong. The answer, and the warning if it is no, hold for the process.
     """
-    return backend() != "reference" and _agrees(backend(), check, *configuration)
+    target = backend()
+    return target != "reference" and _agrees(target, check, *configuration)
 
 
 @cache

@@ -11,6 +11,8 @@ from functools import cache
 
 import mlx.core as mx
 
+from .constants import constant
+
 _PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (4, 4)}
 
 
@@ -59,7 +61,5 @@ def _words(dim: int, width: int) -> int:
 
 @cache
 def _shifts(width: int) -> mx.array:
-    shifts = mx.array([j // 2 * width + j % 2 * 16 for j in range(32 // width)], dtype=mx.uint32)
-    # A lazy array cannot be evaluated from another thread than the one that made it.
-    mx.eval(shifts)
-    return shifts
+    shifts = [j // 2 * width + j % 2 * 16 for j in range(32 // width)]
+    return constant(mx.array(shifts, dtype=mx.uint32))

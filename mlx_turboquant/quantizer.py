@@ -14,6 +14,7 @@ from .codebook import (
     evaluate_polynomial,
     level_polynomial,
 )
+from .constants import constant
 from .packing import pack, unpack, words_per_vector
 from .rotation import Rotation
 
@@ -184,7 +185,5 @@ class TurboQuantizer:
 
 @cache
 def _codebook_arrays(dim: int, bits: int) -> tuple[mx.array, mx.array]:
-    arrays = tuple(mx.array(part.astype(np.float32)) for part in codebook(dim, bits))
-    # A lazy array cannot be evaluated from another thread than the one that made it.
-    mx.eval(arrays)
-    return arrays
+    levels, thresholds = codebook(dim, bits)
+    return constant(levels.astype(np.float32)), constant(thresholds.astype(np.float32))

@@ -9,6 +9,8 @@ from functools import cache, lru_cache
 import mlx.core as mx
 import numpy as np
 
+from .constants import constant
+
 _ODD_ORDERS = (1, 12, 20, 28)
 
 
@@ -86,7 +88,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 @cache
 def _random_signs(dim: int, seed: int) -> mx.array:
     signs = 1 - 2 * (_random_bits(dim, seed) >> np.uint64(63)).astype(np.float32)
-    return _evaluated(signs)
+    return constant(signs)
 
 
 @lru_cache(maxsize=8)
@@ -95,14 +97,14 @@ def _haar_matrix(dim: int, seed: int) -> mx.array:
     uniform = ((_random_bits(2 * dim * dim, seed) >> np.uint64(11)) + 0.5) / 2**53
     radius, angle = np.sqrt(-2 * np.log(uniform[: dim * dim])), 2 * np.pi * uniform[dim * dim :]
     q, r = np.linalg.qr((radius * np.cos(angle)).reshape(dim, dim))
-    return _evaluated((q * np.sign(np.diag(r))).astype(np.float32))
+    return constant((q * np.sign(np.diag(r))).astype(np.float32))
 
 
 @cache
 def _paley_matrix(order: int) -> mx.array:
     """The normalised Hadamard matrix of order 1, 12, 20 (Paley I) or 28 (Paley II)."""
     if order == 1:
-        return _evaluated(np.ones((1, 1), np.float32))
+        return constant(np.ones((1, 1), np.float32))
     prime = order - 1 if order in (12, 20) else order // 2 - 1
     residues = {i * i % prime for i in range(1, prime)}
     character = np.array([0] + [1 if i in residues else -1 for i in range(1, prime)])
@@ -117,11 +119,4 @@ def _paley_matrix(order: int) -> mx.array:
         hadamard = np.kron(core, [[1, 1], [1, -1]]) + np.kron(
             np.eye(prime + 1), [[1, -1], [-1, -1]]
         )
-    return _evaluated((hadamard / np.sqrt(order)).astype(np.float32))
-
-
-def _evaluated(values: np.ndarray) -> mx.array:
-    # A lazy array cannot be evaluated from another thread than the one that made it.
-    array = mx.array(values)
-    mx.eval(array)
-    return array
+    return constant((hadamard / np.sqrt(order)).astype(np.float32))
