@@ -56,6 +56,173 @@ METAL_FUNC float level_of(Levels levels, uint code) {
   }
 }
 
+// Planes of a code of BITS bits.
+template <int BITS>
+METAL_FUNC constexpr int plane_count() {
+  constexpr int width = first_plane<BITS>();
+  if constexpr (BITS > width) {
+    return 1 + plane_count<BITS - width>();
+  } else {
+    return 1;
+  }
+}
+
+// Loads one half (0 or 1) of a chunk of an interleaved vector: of the 2 * BITS words, plane after plane,
+// of the coordinates 64 * chunk to 64 * chunk + 63. Behind the last coordinate there are zeros.
+template <int DIM, int BITS>
+METAL_FUNC void load_half_chunk(thread uint* out, const device uint* words, int chunk, int half_index) {
+  constexpr int width = first_plane<BITS>();
+  constexpr int count = plane_words<DIM, width>();
+  const device uint* first = words + chunk * 2 * width * 32;
+  for (int j = half_index * width; j < (half_index + 1) * width; j++) {
+    out[j] = DIM % 64 == 0 || chunk * 2 * width + j < count ? first[j * 32] : 0u;
+  }
+  if constexpr (BITS > width) {
+    load_half_chunk<DIM, BITS - width>(out + 2 * width, words + count * 32, chunk, half_index);
+  }
+}
+
+// Loads the codes of the coordinates i to i + 7, a word of each plane; i is a multiple of eight.
+template <int DIM, int BITS>
+METAL_FUNC void load_eight(thread uint* out, const device uint* words, int i) {
+  constexpr int width = first_plane<BITS>();
+  out[0] = words[i * width / 32] >> field_shift<width>(i);
+  if constexpr (BITS > width) {
+    load_eight<DIM, BITS - width>(out + 1, words + plane_words<DIM, width>(), i);
+  }
+}
+
+// load_eight for PIECES runs of coordinates of a token, 8 * LANES apart. Lanes behind the last
+// coordinate read the first ones in their place.
+template <int DIM, int BITS, int PIECES, int LANES>
+METAL_FUNC void load_pieces(thread uint* out, const device uint* words, int coordinate) {
+  for (int piece = 0; piece < PIECES; piece++) {
+    const int i = coordinate + piece * LANES * 8;
+    load_eight<DIM, BITS>(
+        out + piece * plane_count<BITS>(), words, DIM % (8 * LANES) == 0 || i < DIM ? i : 0);
+  }
+}
+
+// The codes of coordinates 2 * pair and 2 * pair + 1, in the low and the high half of a word, from
+// the loaded words of COUNT coordinates.
+template <int COUNT, int BITS>
+METAL_FUNC uint code_pair(const thread uint* words, int pair) {
+  constexpr int width = first_plane<BITS>();
+  constexpr uint mask = ((1u << width) - 1u) * 0x00010001u;
+  const uint field = (words[pair * 2 * width / 32] >> field_shift<width>(pair * 2)) & mask;
+  if constexpr (BITS > width) {
+    constexpr int count = plane_words<COUNT, width>();
+    return (field << (BITS - width)) | code_pair<COUNT, BITS - width>(words + count, pair);
+  } else {
+    return field;
+  }
+}
+
+// Entries of the table of levels in threadgroup memory; there is none up to 4 bits.
+template <int BITS>
+METAL_FUNC constexpr int table_size() {
+  return BITS <= 4 ? 1 : 1 << BITS;
+}
+
+// What level_pair needs, from the levels of level_of: four coefficients, or the table, which `count`
+// threads write. Returns the unit in which level_pair gives levels.
+//
+// For 3 and 4 bits x (a + b x^2 + c x^4) = c x ((x^2 + q)^2 + p), which is one operation less.
+template <int BITS, typename Levels>
+METAL_FUNC float prepare_levels(
+    Levels levels, thread half2* coefficients, threadgroup half* table, int index, int count) {
+  float unit = 1.0f;
+  if constexpr (BITS <= 4) {
+    constexpr float power = float(1 << BITS);  // coefficients are for x / power
+    float a = levels[0] * power;
+    float b = levels[1] * power * power * power;
+    if constexpr (BITS > 2) {
+      unit = levels[2] * power * power * power * power * power;
+      const float q = b / (2.0f * unit);
+      b = a / unit - q * q;
+      a = q;
+    }
+    coefficients[0] = half2(half(a));
+    coefficients[1] = half2(half(b));
+    coefficients[2] = half2(half(1.0f / power - 1.0f - levels[3]));
+    coefficients[3] = half2(half(levels[3]));
+  } else {
+    for (int i = index; i < 1 << BITS; i += count) {
+      table[i] = half(levels[i]);
+    }
+  }
+  return unit;
+}
+
+// The levels of a pair of codes as halves. Up to 4 bits the codes are put into the mantissas of
+// two halves, 2^(7-BITS) * (1 + code / 64): no conversion, and x / 2^BITS is a subtraction away. That
+// power of two comes with the levels, because a mask and an exponent that are both known to the
+// compiler cost NVIDIA two instructions.
+template <int BITS>
+METAL_FUNC half2 level_pair(
+    const thread half2* coefficients, const threadgroup half* table, uint codes) {
+  if constexpr (BITS <= 4) {
+    const half2 x = as_type<half2>((codes << 4) | as_type<uint>(coefficients[3])) + coefficients[2];
+    if constexpr (BITS == 1) {
+      return x * coefficients[0];
+    } else if constexpr (BITS == 2) {
+      return x * fma(x * x, coefficients[1], coefficients[0]);
+    } else {
+      const half2 sum = fma(x, x, coefficients[0]);
+      return x * fma(sum, sum, coefficients[1]);
+    }
+  } else {
+    return half2(table[codes & 0xFFFFu], table[codes >> 16]);
+  }
+}
+
+// Eight floats as halves, pair after pair.
+METAL_FUNC uint4 eight_halves(const thread float* x) {
+  uint4 pairs;
+  pairs.x = as_type<uint>(half2(half(x[0]), half(x[1])));
+  pairs.y = as_type<uint>(half2(half(x[2]), half(x[3])));
+  pairs.z = as_type<uint>(half2(half(x[4]), half(x[5])));
+  pairs.w = as_type<uint>(half2(half(x[6]), half(x[7])));
+  return pairs;
+}
+
+// COUNT words of threadgroup memory from word `at` on, four in one access where COUNT allows it.
+template <int COUNT>
+METAL_FUNC void load_words(const threadgroup uint4* words, int at, thread uint* out) {
+  if constexpr (COUNT % 4 == 0) {
+    for (int k = 0; k < COUNT / 4; k++) {
+      const uint4 four = words[at / 4 + k];
+      out[4 * k] = four.x;
+      out[4 * k + 1] = four.y;
+      out[4 * k + 2] = four.z;
+      out[4 * k + 3] = four.w;
+    }
+  } else {
+    for (int k = 0; k < COUNT; k++) {
+      out[k] = ((const threadgroup uint*)words)[at + k];
+    }
+  }
+}
+
+// The opposite of load_words.
+template <int COUNT>
+METAL_FUNC void store_words(threadgroup uint4* words, int at, const thread uint* in) {
+  if constexpr (COUNT % 4 == 0) {
+    for (int k = 0; k < COUNT / 4; k++) {
+      uint4 four;
+      four.x = in[4 * k];
+      four.y = in[4 * k + 1];
+      four.z = in[4 * k + 2];
+      four.w = in[4 * k + 3];
+      words[at / 4 + k] = four;
+    }
+  } else {
+    for (int k = 0; k < COUNT; k++) {
+      ((threadgroup uint*)words)[at + k] = in[k];
+    }
+  }
+}
+
 // The Hadamard transform of every run of POWER values of x[DIM], not normalised. Called by all lanes
 // of one SIMD group, which alone uses x: a barrier of that group separates the stages.
 template <int DIM, int POWER>
@@ -89,16 +256,6 @@ METAL_FUNC float matrix_row(Matrix matrix, const threadgroup float* x, int i) {
   }
 }
 
-// How many of the 2^BITS - 1 ascending thresholds are below y: the code of the nearest level.
-template <int BITS, typename Thresholds>
-METAL_FUNC uint nearest_code(Thresholds thresholds, float y) {
-  uint code = 0u;
-  for (uint step = 1u << (BITS - 1); step > 0u; step /= 2u) {
-    code += y > thresholds[code + step - 1u] ? step : 0u;
-  }
-  return code;
-}
-
 // Word w of the packed form of DIM codes, which lie in threadgroup memory as floats.
 template <int DIM, int BITS>
 METAL_FUNC uint packed_word(const threadgroup float* codes, int w) {
@@ -117,4 +274,176 @@ METAL_FUNC uint packed_word(const threadgroup float* codes, int w) {
     word = packed_word<DIM, BITS - width>(codes, w - words);
   }
   return word;
+}
+
+// The sum over the LANES neighbours that share a vector, in all of them.
+template <int LANES>
+METAL_FUNC float shared_sum(float x) {
+  for (ushort step = 1; step < LANES; step *= 2) {
+    x += simd_shuffle_xor(x, step);
+  }
+  return x;
+}
+
+// The cell of y >= 0: how many of the limits between the positive levels are below it.
+template <int BITS>
+METAL_FUNC int cell_of(const threadgroup float2* cells, float y) {
+  int cell = 0;
+  for (int step = 1 << BITS >> 2; step > 0; step /= 2) {
+    cell += y > cells[cell + step - 1].x ? step : 0;
+  }
+  return cell;
+}
+
+// Quantizes one vector with LANES lanes, as quantize.metal describes. Lane `lane` holds the coordinates
+// k * LANES + lane. `values` are DIM floats of threadgroup memory of these lanes alone, `cells` are
+// shared by the threadgroup: limit above a positive level, and that level. All threads take part, but
+// where not `inside` nothing is read or written.
+template <int DIM, int BITS, int ORDER, int POWER, int GAINS, int LANES, typename X, typename Mean,
+          typename Levels, typename Thresholds, typename Gains, typename Signs, typename Matrix>
+METAL_FUNC void quantize_vector(X x, Mean mean, Levels levels, Thresholds thresholds, Gains gains,
+    Signs signs, Matrix matrix, device uint* codes, device bfloat16_t* scale_out,
+    threadgroup float* values, threadgroup float2* cells, bool inside, int lane, int thread_index,
+    int thread_count) {
+  constexpr int COORDINATES = (DIM + LANES - 1) / LANES;
+  constexpr int POSITIVE = 1 << BITS >> 1;
+  for (int cell = thread_index; cell < POSITIVE; cell += thread_count) {
+    float2 limit_and_level;
+    limit_and_level.x = cell + 1 < POSITIVE ? float(thresholds[POSITIVE + cell]) : INFINITY;
+    limit_and_level.y = level_of<BITS>(levels, uint(POSITIVE + cell));
+    cells[cell] = limit_and_level;
+  }
+
+  float coordinates[COORDINATES];
+  float largest = 0.0f;
+  bool finite = true;
+  for (int k = 0; k < COORDINATES; k++) {
+    const int i = k * LANES + lane;
+    float value = 0.0f;
+    if (inside && i < DIM) {
+      value = float(x[i]) - mean[i];
+    }
+    coordinates[k] = value;
+    finite = finite && isfinite(value);
+    largest = max(largest, abs(value));
+  }
+  for (ushort step = 1; step < LANES; step *= 2) {
+    largest = max(largest, simd_shuffle_xor(largest, step));
+  }
+  finite = shared_sum<LANES>(finite ? 0.0f : 1.0f) == 0.0f;
+  // With the largest coordinate at one no square overflows or vanishes; two factors, because the
+  // inverse of a tiny one would overflow.
+  const float lift = largest < 1e-30f ? 1e30f : 1.0f;
+  const float inverse = largest == 0.0f ? 0.0f : 1.0f / (largest * lift);
+  for (int k = 0; k < COORDINATES; k++) {
+    const int i = k * LANES + lane;
+    coordinates[k] *= i < DIM ? lift * inverse * signs[i] : 0.0f;
+  }
+
+  for (int half_run = 1; half_run < POWER; half_run *= 2) {
+    if (half_run < LANES) {
+      const float sign = (lane & half_run) == 0 ? 1.0f : -1.0f;
+      for (int k = 0; k < COORDINATES; k++) {
+        coordinates[k] = sign * coordinates[k] + simd_shuffle_xor(coordinates[k], ushort(half_run));
+      }
+    } else {
+      const int step = half_run / LANES;
+      for (int pair = 0; pair < COORDINATES / 2; pair++) {
+        const int k = pair / step * 2 * step + pair % step;
+        const float a = coordinates[k];
+        const float b = coordinates[k + step];
+        coordinates[k] = a + b;
+        coordinates[k + step] = a - b;
+      }
+    }
+  }
+  if constexpr (ORDER > 1) {
+    for (int k = 0; k < COORDINATES; k++) {
+      const int i = k * LANES + lane;
+      if (i < DIM) {
+        values[i] = coordinates[k];
+      }
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    for (int k = 0; k < COORDINATES; k++) {
+      const int i = k * LANES + lane;
+      coordinates[k] = i < DIM ? matrix_row<ORDER, POWER, false>(matrix, values, i) : 0.0f;
+    }
+  }
+  float squared_norm = 0.0f;
+  for (int k = 0; k < COORDINATES; k++) {
+    squared_norm += coordinates[k] * coordinates[k];
+  }
+  const float rms = sqrt(shared_sum<LANES>(squared_norm) / float(DIM));
+  const float inverse_rms = rms == 0.0f ? 0.0f : 1.0f / rms;
+
+  // The gains ascend, so a coordinate only moves on to the next cell: cells are wider than the steps of
+  // the gains up to 5 bits.
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  float products[GAINS];
+  float squared_lengths[GAINS];
+  for (int g = 0; g < GAINS; g++) {
+    products[g] = 0.0f;
+    squared_lengths[g] = 0.0f;
+  }
+#pragma unroll
+  for (int k = 0; k < COORDINATES; k++) {
+    const float y = abs(coordinates[k]) * inverse_rms;
+    const threadgroup float2* cell = cells + cell_of<BITS>(cells, float(gains[0]) * y);
+    float2 limit_and_level = cell[0];
+    if (DIM % LANES != 0 && k * LANES + lane >= DIM) {
+      limit_and_level.x = INFINITY;
+      limit_and_level.y = 0.0f;
+    }
+#pragma unroll
+    for (int g = 0; g < GAINS; g++) {
+      const float scaled = float(gains[g]) * y;
+      if constexpr (BITS <= 5) {
+        if (scaled > limit_and_level.x) {
+          cell++;
+          limit_and_level = cell[0];
+        }
+      } else {
+        while (scaled > limit_and_level.x) {
+          cell++;
+          limit_and_level = cell[0];
+        }
+      }
+      products[g] = fma(limit_and_level.y, y, products[g]);
+      squared_lengths[g] = fma(limit_and_level.y, limit_and_level.y, squared_lengths[g]);
+    }
+  }
+  // The largest cosine, product / length, without a division.
+  float gain = 1.0f;
+  float product = 0.0f;
+  float squared_length = 1.0f;
+  for (int g = 0; g < GAINS; g++) {
+    const float candidate = shared_sum<LANES>(products[g]);
+    const float candidate_length = shared_sum<LANES>(squared_lengths[g]);
+    if (candidate * candidate * squared_length > product * product * candidate_length) {
+      gain = gains[g];
+      product = candidate;
+      squared_length = candidate_length;
+    }
+  }
+
+  for (int k = 0; k < COORDINATES; k++) {
+    const int i = k * LANES + lane;
+    if (i < DIM) {
+      const int cell = cell_of<BITS>(cells, gain * (abs(coordinates[k]) * inverse_rms));
+      values[i] = float(coordinates[k] > 0.0f ? POSITIVE + cell : POSITIVE - 1 - cell);
+    }
+  }
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  if (inside) {
+    // <y, y> / <y, q> in units of rms; a vector of zeros has scale 0.
+    float scale = product == 0.0f ? 0.0f : float(DIM) / product * rms * rsqrt(float(POWER)) * largest;
+    scale = finite ? min(scale, 3.3895e38f) : NAN;
+    if (lane == 0) {
+      scale_out[0] = bfloat16_t(scale);
+    }
+    for (int w = lane; w < vector_words<DIM, BITS>(); w += LANES) {
+      codes[w] = packed_word<DIM, BITS>(values, w);
+    }
+  }
 }

@@ -13,29 +13,51 @@
 //   signs, matrix  of the rotation of the keys, see codec.h
 //   mask           bool or float (batch or 1, query heads or 1, rows, tokens), unused without MASK
 //   scale          float32 (1), factor of the scores
-//   sizes          int32 (12), see below
+//   sizes          int32 (13), see below
 //   partial_out    float32 (batch * heads * GROUP_ROWS, splits, VALUE_DIM)
-//   partial_max, partial_sum   float32 (batch * heads * GROUP_ROWS, splits)
+//   partial_max, partial_sum   float32 (batch * heads * GROUP_ROWS, splits); the maximum is a reference
+//                  for the exponentials that no score exceeds by much
 //
-// Tokens are ordered: sinks, packed tokens, recent tokens. Split 0 takes the exact ones, sinks and
-// recent, in the original coordinates; the others share the packed ones and work in rotated
-// coordinates, for which the queries are rotated here.
+// Tokens are ordered: sinks, packed tokens, recent tokens. The first `packed_splits` splits share the
+// packed ones and work in rotated coordinates, for which the queries are rotated here. The others take
+// the exact ones, sinks and recent, in the original coordinates; they are short and start last.
 //
 // A threadgroup is one split of one key head, and ROWS of its query rows, so that a code is unpacked
-// once for all of them. Each of its SIMDS SIMD groups takes every SIMDS-th block of 32 tokens. For
-// the scores a lane takes one token: 32 lanes read 32 consecutive words and no sum crosses lanes. For
-// the values a lane takes COORDINATES coordinates and the weights come from threadgroup memory.
+// once for all of them. Each of its SIMDS SIMD groups takes every SIMDS-th block of tokens: 64 packed
+// ones, or 8 exact ones, few because they are not the bulk but take long. For the scores a lane takes two packed tokens: 32 lanes read 32 consecutive
+// words, a query is read once for both, and no sum crosses lanes. For the values a lane takes runs of
+// eight coordinates of every AT_ONCE-th token, with the weights from threadgroup memory.
+//
+// The time goes into arithmetic, not memory: levels, products and short sums (64 coordinates, 32 tokens)
+// are pairs of halves, longer sums are floats. Rounding adds .1 % of a score's standard deviation,
+// far below the noise of the codes. Words are loaded one step ahead of their use.
 
-constexpr int PADDED = (DIM + 31) / 32 * 32;
-constexpr int COORDINATES = (VALUE_DIM + 31) / 32;
+constexpr int BLOCK_TOKENS = 64;
+constexpr int EXACT_TOKENS = 8;
+constexpr int CHUNKS = (DIM + 63) / 64;
+constexpr int PADDED = CHUNKS * 64;
+constexpr int PIECES = (VALUE_DIM + 255) / 256;
+constexpr int VALUE_LANES = VALUE_DIM <= 64 ? 8 : (VALUE_DIM <= 128 ? 16 : 32);
+constexpr int AT_ONCE = 32 / VALUE_LANES;
+constexpr int STEPS = BLOCK_TOKENS / AT_ONCE;
+constexpr int HALF_STEPS = STEPS < 32 ? STEPS : 32;
+constexpr int BATCH = 16;
+constexpr int HALF_BATCH = BATCH / 2;
+constexpr int PLANES = plane_count<VALUE_BITS>();
+constexpr int BATCH_WORDS = BATCH * PIECES * PLANES;
 constexpr int words = vector_words<DIM, KEY_BITS>();
 constexpr int value_words = vector_words<VALUE_DIM, VALUE_BITS>();
-threadgroup float query[ROWS * PADDED];
+constexpr int OUTPUTS = SIMDS * ROWS * VALUE_DIM;
+threadgroup float scratch[ROWS * PADDED > OUTPUTS ? ROWS * PADDED : OUTPUTS];
+threadgroup uint4 query_pairs[ROWS * PADDED / 8];
+threadgroup uint4 weights[SIMDS * BLOCK_TOKENS * ROWS / 4];
+threadgroup float exact_scores[SIMDS * EXACT_TOKENS * ROWS];
 threadgroup float mean_scores[ROWS];
-threadgroup float weights[SIMDS * ROWS * 32];
-threadgroup float outputs[SIMDS * ROWS * VALUE_DIM];
+threadgroup float factors[ROWS];
 threadgroup float maxima[SIMDS * ROWS];
 threadgroup float sums[SIMDS * ROWS];
+threadgroup half key_table[table_size<KEY_BITS>()];
+threadgroup half value_table[table_size<VALUE_BITS>()];
 
 const int group_rows = sizes[0];
 const int rows = sizes[1];
@@ -45,166 +67,340 @@ const int exact_count = sizes[4];
 const int exact_capacity = sizes[5];
 const int sink_count = sizes[6];
 const int splits = sizes[7];
-const int heads = sizes[8];
-const int mask_batch_stride = sizes[9];
-const int mask_head_stride = sizes[10];
-const int mask_row_stride = sizes[11];
+const int packed_splits = sizes[8];
+const int heads = sizes[9];
+const int mask_batch_stride = sizes[10];
+const int mask_head_stride = sizes[11];
+const int mask_row_stride = sizes[12];
 
 const int lane = int(thread_index_in_simdgroup);
 const int simd = int(simdgroup_index_in_threadgroup);
-const int split = int(threadgroup_position_in_grid.x);
-const int head = int(threadgroup_position_in_grid.y);
+const int head = int(threadgroup_position_in_grid.x);
+const int split = int(threadgroup_position_in_grid.y);
 const int first_row = int(threadgroup_position_in_grid.z) * ROWS;
 const int last_token = exact_count + packed_count - 1;
+const bool exact = split >= packed_splits;
 
-// The queries: scaled, and rotated for packed tokens. Rows behind the last one are zeros.
+half2 key_coefficients[4];
+half2 value_coefficients[4];
+const int thread_index = simd * 32 + lane;
+const float key_unit = prepare_levels<KEY_BITS>(
+    key_levels, key_coefficients, key_table, thread_index, SIMDS * 32);
+const float value_unit = prepare_levels<VALUE_BITS>(
+    value_levels, value_coefficients, value_table, thread_index, SIMDS * 32);
+
+// The queries: scaled, and for packed tokens rotated and halved. Rows behind the last one are zeros.
+// Halves hold a query in units of its norm, whatever that is.
 for (int r = simd; r < ROWS; r += SIMDS) {
   float mean_score = 0.0f;
+  float squared_norm = 0.0f;
   for (int i = lane; i < PADDED; i += 32) {
     float value = 0.0f;
     if (i < DIM && first_row + r < group_rows) {
       value = float(queries[(long(head) * group_rows + first_row + r) * DIM + i]) * scale[0];
       mean_score += value * key_mean[long(head) * DIM + i];
-      value *= split == 0 ? 1.0f : signs[i];
+      squared_norm += value * value;
+      value *= exact ? 1.0f : signs[i];
     }
-    query[r * PADDED + i] = value;
+    scratch[r * PADDED + i] = value;
   }
   mean_score = simd_sum(mean_score);
+  const float norm = sqrt(simd_sum(squared_norm));
   if (lane == 0) {
     mean_scores[r] = mean_score;
+    factors[r] = norm * rsqrt(float(DIM)) * key_unit;
   }
   simdgroup_barrier(mem_flags::mem_threadgroup);
-  if (split > 0) {
-    butterflies<DIM, POWER>(query + r * PADDED, uint(lane));
-    float rotated[PADDED / 32];
-    for (int k = 0; k < PADDED / 32; k++) {
-      int i = k * 32 + lane;
-      rotated[k] = i < DIM
-          ? matrix_row<ORDER, POWER, false>(matrix, query + r * PADDED, i) * rsqrt(float(POWER))
-          : 0.0f;
-    }
-    simdgroup_barrier(mem_flags::mem_threadgroup);
-    for (int k = 0; k < PADDED / 32; k++) {
-      query[r * PADDED + k * 32 + lane] = rotated[k];
+  if (!exact) {
+    butterflies<DIM, POWER>(scratch + r * PADDED, uint(lane));
+    const float unit = norm > 0.0f ? sqrt(float(DIM)) * rsqrt(float(POWER)) / norm : 0.0f;
+    for (int i = lane; i < PADDED / 8; i += 32) {
+      float value[8];
+      for (int j = 0; j < 8; j++) {
+        value[j] = i * 8 + j < DIM
+            ? unit * matrix_row<ORDER, POWER, false>(matrix, scratch + r * PADDED, i * 8 + j)
+            : 0.0f;
+      }
+      query_pairs[r * PADDED / 8 + i] = eight_halves(value);
     }
   }
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
-float output[ROWS * COORDINATES];
+float output[ROWS * PIECES * 8];
 float largest[ROWS];
 float total[ROWS];
 for (int r = 0; r < ROWS; r++) {
   largest[r] = -1e30f;
   total[r] = 0.0f;
-  for (int k = 0; k < COORDINATES; k++) {
-    output[r * COORDINATES + k] = 0.0f;
+  for (int k = 0; k < PIECES * 8; k++) {
+    output[r * PIECES * 8 + k] = 0.0f;
   }
 }
 
-const int token_count = split == 0 ? exact_count : packed_count;
-const int first_block = split == 0 ? simd : (split - 1) * SIMDS + simd;
-const int block_step = split == 0 ? SIMDS : (splits - 1) * SIMDS;
-for (int block = first_block; block * 32 < token_count; block += block_step) {
-  const int token = block * 32 + lane;
-  const bool inside = token < token_count;
-  float scores[ROWS];
-  for (int r = 0; r < ROWS; r++) {
-    scores[r] = 0.0f;
+device const uint* head_keys = key_codes + long(head) * (capacity / 32) * words * 32 + lane;
+device const uint* head_values =
+    value_codes + (long(head) * capacity + lane / VALUE_LANES) * value_words;
+const int last_block = (packed_count - 1) / 32;
+const int part = lane / VALUE_LANES;
+const int first_coordinate = lane % VALUE_LANES * 8;
+
+const int token_count = exact ? exact_count : packed_count;
+const int block_size = exact ? EXACT_TOKENS : BLOCK_TOKENS;
+const int first_block = (exact ? split - packed_splits : split) * SIMDS + simd;
+const int block_step = (exact ? splits - packed_splits : packed_splits) * SIMDS;
+uint key_words[4 * KEY_BITS];
+device const uint* block_keys[2];
+for (int t = 0; t < 2; t++) {
+  block_keys[t] = head_keys + long(min(first_block * 2 + t, last_block)) * words * 32;
+  if (!exact && first_block * BLOCK_TOKENS < token_count) {
+    load_half_chunk<DIM, KEY_BITS>(key_words + 2 * KEY_BITS * t, block_keys[t], 0, 0);
   }
-  float value_scale = 1.0f;
-  int column = token;
-  if (split > 0) {
-    column += sink_count;
-    if (inside) {
-      const long start = (long(head) * (capacity / 32) + block) * words * 32 + lane;
-      for (int i = 0; i < DIM; i++) {
-        float level =
-            level_of<KEY_BITS>(key_levels, code_at<DIM, KEY_BITS>(key_codes + start, 32, i));
+}
+for (int block = first_block; block * block_size < token_count; block += block_step) {
+  const int first_token = block * block_size;
+  float scores[2 * ROWS];
+  float value_log[2];
+  float inverse_value_scale[2];
+  uint words_of_values[BATCH_WORDS];
+  if (!exact) {
+    bfloat16_t key_scale[2];
+    bfloat16_t value_scale[2];
+    for (int t = 0; t < 2; t++) {
+      const long token = long(head) * capacity + first_token + t * 32 + lane;
+      key_scale[t] = key_scales[token];
+      value_scale[t] = value_scales[token];
+    }
+    for (int i = 0; i < 2 * ROWS; i++) {
+      scores[i] = 0.0f;
+    }
+#pragma unroll 1
+    for (int chunk = 0; chunk < CHUNKS; chunk++) {
+      half2 products[2 * ROWS];
+      for (int i = 0; i < 2 * ROWS; i++) {
+        products[i] = half2(half(0.0f));
+      }
+#pragma unroll
+      for (int j = 0; j < 8; j++) {
+        // The words of the other half are loaded while those of this one are used.
+        if (j == 4 && chunk + 1 == CHUNKS) {
+          for (int t = 0; t < 2; t++) {
+            const int next = min((block + block_step) * 2 + t, last_block);
+            block_keys[t] = head_keys + long(next) * words * 32;
+          }
+        }
+        if (j % 4 == 0) {
+          const int next_chunk = chunk + j / 4 < CHUNKS ? chunk + j / 4 : 0;
+          for (int t = 0; t < 2; t++) {
+            load_half_chunk<DIM, KEY_BITS>(
+                key_words + 2 * KEY_BITS * t, block_keys[t], next_chunk, 1 - j / 4);
+          }
+        }
+        half2 levels[8];
+        for (int t = 0; t < 2; t++) {
+          for (int k = 0; k < 4; k++) {
+            levels[t * 4 + k] = level_pair<KEY_BITS>(key_coefficients, key_table,
+                code_pair<64, KEY_BITS>(key_words + 2 * KEY_BITS * t, j * 4 + k));
+          }
+        }
         for (int r = 0; r < ROWS; r++) {
-          scores[r] += level * query[r * PADDED + i];
+          const uint4 pairs = query_pairs[(r * CHUNKS + chunk) * 8 + j];
+          for (int t = 0; t < 2; t++) {
+            half2 sum = products[t * ROWS + r];
+            sum = fma(levels[t * 4], as_type<half2>(pairs.x), sum);
+            sum = fma(levels[t * 4 + 1], as_type<half2>(pairs.y), sum);
+            sum = fma(levels[t * 4 + 2], as_type<half2>(pairs.z), sum);
+            products[t * ROWS + r] = fma(levels[t * 4 + 3], as_type<half2>(pairs.w), sum);
+          }
         }
       }
-      const float key_scale = float(key_scales[long(head) * capacity + token]);
-      value_scale = float(value_scales[long(head) * capacity + token]);
+      for (int i = 0; i < 2 * ROWS; i++) {
+        scores[i] += float(products[i].x + products[i].y);
+      }
+    }
+    for (int b = 0; b < HALF_BATCH; b++) {
+      load_pieces<VALUE_DIM, VALUE_BITS, PIECES, VALUE_LANES>(words_of_values + b * PIECES * PLANES,
+          head_values + (first_token + b * AT_ONCE) * value_words, first_coordinate);
+    }
+    for (int t = 0; t < 2; t++) {
+      value_log[t] = log(max(float(value_scale[t]), 1e-20f));
+      inverse_value_scale[t] = exp(-value_log[t]);
       for (int r = 0; r < ROWS; r++) {
-        scores[r] = scores[r] * key_scale + mean_scores[r];
+        scores[t * ROWS + r] = scores[t * ROWS + r] * (float(key_scale[t]) * factors[r]) + mean_scores[r];
       }
     }
   } else {
-    column += token < sink_count ? 0 : packed_count;
-    if (inside) {
-      for (int i = 0; i < DIM; i++) {
-        float key = float(exact_keys[(long(head) * exact_capacity + token) * DIM + i]);
+    // Eight lanes take one token, so that neighbours read neighbours.
+#pragma unroll
+    for (int first = 0; first < EXACT_TOKENS; first += 4) {
+      const int token = min(first_token + first + lane / 8, exact_count - 1);
+      const long start = (long(head) * exact_capacity + token) * DIM;
+      float products[ROWS];
+      for (int r = 0; r < ROWS; r++) {
+        products[r] = 0.0f;
+      }
+#pragma unroll
+      for (int i = lane % 8; i < DIM; i += 8) {
+        const float key = float(exact_keys[start + i]);
         for (int r = 0; r < ROWS; r++) {
-          scores[r] += key * query[r * PADDED + i];
-        }
-      }
-    }
-  }
-
-  for (int r = 0; r < ROWS; r++) {
-    const int row = (first_row + r) % rows;
-    bool visible = inside && first_row + r < group_rows;
-    if (MASK == 1) {
-      visible = visible && column <= last_token + 1 - rows + row;
-    }
-    if (MASK > 1 && visible) {
-      const long at = long(head / heads) * mask_batch_stride +
-          long(head % heads * (group_rows / rows) + (first_row + r) / rows) * mask_head_stride +
-          long(row) * mask_row_stride + column;
-      if (MASK == 2) {
-        visible = float(mask[at]) != 0.0f;
-      } else {
-        scores[r] += float(mask[at]);
-      }
-    }
-    const float score = visible ? scores[r] : -INFINITY;
-    const float maximum = max(largest[r], simd_max(score));
-    const float correction = exp(largest[r] - maximum);
-    const float weight = visible ? exp(score - maximum) : 0.0f;
-    total[r] = total[r] * correction + simd_sum(weight);
-    largest[r] = maximum;
-    for (int k = 0; k < COORDINATES; k++) {
-      output[r * COORDINATES + k] *= correction;
-    }
-    weights[(simd * ROWS + r) * 32 + lane] = weight * value_scale;
-  }
-  simdgroup_barrier(mem_flags::mem_threadgroup);
-
-  const int tokens = min(32, token_count - block * 32);
-  for (int t = 0; t < tokens; t++) {
-    const int from = block * 32 + t;
-    for (int k = 0; k < COORDINATES; k++) {
-      const int i = lane * COORDINATES + k;
-      float value = 0.0f;
-      if (i < VALUE_DIM) {
-        if (split > 0) {
-          const long start = (long(head) * capacity + from) * value_words;
-          value = level_of<VALUE_BITS>(
-              value_levels, code_at<VALUE_DIM, VALUE_BITS>(value_codes + start, 1, i));
-        } else {
-          value = float(exact_values[(long(head) * exact_capacity + from) * VALUE_DIM + i]);
+          products[r] += key * scratch[r * PADDED + i];
         }
       }
       for (int r = 0; r < ROWS; r++) {
-        output[r * COORDINATES + k] += weights[(simd * ROWS + r) * 32 + t] * value;
+        for (ushort step = 1; step < 8; step *= 2) {
+          products[r] += simd_shuffle_xor(products[r], step);
+        }
+        if (lane % 8 == 0) {
+          exact_scores[(simd * EXACT_TOKENS + first + lane / 8) * ROWS + r] = products[r];
+        }
+      }
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    for (int t = 0; t < 2; t++) {
+      value_log[t] = 0.0f;
+      inverse_value_scale[t] = 1.0f;
+      for (int r = 0; r < ROWS; r++) {
+        scores[t * ROWS + r] = t == 0 && lane < EXACT_TOKENS
+            ? exact_scores[(simd * EXACT_TOKENS + lane) * ROWS + r]
+            : 0.0f;
+      }
+    }
+  }
+
+  // From here on `scores` of tokens that a row does not see are -inf.
+  float excess = -INFINITY;
+  for (int t = 0; t < 2; t++) {
+    const int token = first_token + t * 32 + lane;
+    const bool inside = t * 32 + lane < block_size && token < token_count;
+    int column = token;
+    if (exact) {
+      column += token < sink_count ? 0 : packed_count;
+    } else {
+      column += sink_count;
+    }
+    for (int r = 0; r < ROWS; r++) {
+      const int row = (first_row + r) % rows;
+      float score = scores[t * ROWS + r];
+      bool visible = inside && (MASK < 2 || first_row + r < group_rows);
+      if (MASK == 1) {
+        visible = visible && column <= last_token + 1 - rows + row;
+      }
+      if (MASK > 1 && visible) {
+        const long at = long(head / heads) * mask_batch_stride +
+            long(head % heads * (group_rows / rows) + (first_row + r) / rows) * mask_head_stride +
+            long(row) * mask_row_stride + column;
+        if (MASK == 2) {
+          visible = float(mask[at]) != 0.0f;
+        } else {
+          score += float(mask[at]);
+        }
+      }
+      // The value's scale counts as a part of the weight, which then fits a half.
+      score = visible ? score + value_log[t] : -INFINITY;
+      scores[t * ROWS + r] = score;
+      excess = max(excess, score - largest[r]);
+    }
+  }
+  // A new reference is rarely needed once the first blocks have been seen.
+  if (simd_any(excess > 4.0f)) {
+    for (int r = 0; r < ROWS; r++) {
+      const float maximum = max(largest[r], simd_max(max(scores[r], scores[ROWS + r])));
+      const float correction = exp(largest[r] - maximum);
+      largest[r] = maximum;
+      total[r] *= correction;
+      for (int k = 0; k < PIECES * 8; k++) {
+        output[r * PIECES * 8 + k] *= correction;
+      }
+    }
+  }
+  for (int t = 0; t < 2; t++) {
+    uint pairs[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+      const float weight = exp(scores[t * ROWS + r] - largest[r]);
+      total[r] += weight * inverse_value_scale[t];
+      pairs[r] = exact ? as_type<uint>(weight) : as_type<uint>(half2(half(weight)));
+    }
+    if (t * 32 + lane < block_size) {
+      store_words<ROWS>(weights, (simd * BLOCK_TOKENS + t * 32 + lane) * ROWS, pairs);
+    }
+  }
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+
+  if (!exact) {
+    for (int half_step = 0; half_step < STEPS; half_step += HALF_STEPS) {
+      half2 partial[ROWS * PIECES * 4];
+      for (int i = 0; i < ROWS * PIECES * 4; i++) {
+        partial[i] = half2(half(0.0f));
+      }
+#pragma unroll 1
+      for (int step = half_step; step < half_step + HALF_STEPS; step += BATCH) {
+#pragma unroll
+        for (int b = 0; b < BATCH; b++) {
+          if (b % HALF_BATCH == 0 && step + b + HALF_BATCH < STEPS) {
+            for (int i = 0; i < HALF_BATCH; i++) {
+              load_pieces<VALUE_DIM, VALUE_BITS, PIECES, VALUE_LANES>(
+                  words_of_values + ((b + HALF_BATCH) % BATCH + i) * PIECES * PLANES,
+                  head_values + (first_token + (step + b + HALF_BATCH + i) * AT_ONCE) * value_words,
+                  first_coordinate);
+            }
+          }
+          uint pairs[ROWS];
+          load_words<ROWS>(
+              weights, (simd * BLOCK_TOKENS + (step + b) * AT_ONCE + part) * ROWS, pairs);
+          for (int piece = 0; piece < PIECES; piece++) {
+            for (int k = 0; k < 4; k++) {
+              const half2 level = level_pair<VALUE_BITS>(value_coefficients, value_table,
+                  code_pair<8, VALUE_BITS>(words_of_values + (b * PIECES + piece) * PLANES, k));
+              for (int r = 0; r < ROWS; r++) {
+                const int at = (r * PIECES + piece) * 4 + k;
+                partial[at] = fma(level, as_type<half2>(pairs[r]), partial[at]);
+              }
+            }
+          }
+        }
+      }
+      for (int i = 0; i < ROWS * PIECES * 4; i++) {
+        output[2 * i] += float(partial[i].x);
+        output[2 * i + 1] += float(partial[i].y);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int t = part; t < EXACT_TOKENS; t += AT_ONCE) {
+      const int token = min(first_token + t, exact_count - 1);
+      uint pairs[ROWS];
+      load_words<ROWS>(weights, (simd * BLOCK_TOKENS + t) * ROWS, pairs);
+      for (int k = 0; k < PIECES * 8; k++) {
+        const int i = first_coordinate + k / 8 * VALUE_LANES * 8 + k % 8;
+        float value = 0.0f;
+        if (i < VALUE_DIM) {
+          value = float(exact_values[(long(head) * exact_capacity + token) * VALUE_DIM + i]);
+        }
+        for (int r = 0; r < ROWS; r++) {
+          output[r * PIECES * 8 + k] += as_type<float>(pairs[r]) * value;
+        }
       }
     }
   }
   simdgroup_barrier(mem_flags::mem_threadgroup);
 }
 
-// The SIMD groups of the threadgroup are joined in threadgroup memory.
+// The lanes that share coordinates, and then the SIMD groups, are joined.
+threadgroup_barrier(mem_flags::mem_threadgroup);
 for (int r = 0; r < ROWS; r++) {
+  const float row_total = simd_sum(total[r]);
   if (lane == 0) {
     maxima[simd * ROWS + r] = largest[r];
-    sums[simd * ROWS + r] = total[r];
+    sums[simd * ROWS + r] = row_total;
   }
-  for (int k = 0; k < COORDINATES; k++) {
-    const int i = lane * COORDINATES + k;
-    if (i < VALUE_DIM) {
-      outputs[(simd * ROWS + r) * VALUE_DIM + i] = output[r * COORDINATES + k];
+  for (int k = 0; k < PIECES * 8; k++) {
+    float sum = output[r * PIECES * 8 + k];
+    for (int step = VALUE_LANES; step < 32; step *= 2) {
+      sum += simd_shuffle_xor(sum, ushort(step));
+    }
+    const int i = first_coordinate + k / 8 * VALUE_LANES * 8 + k % 8;
+    if (part == 0 && i < VALUE_DIM) {
+      scratch[(simd * ROWS + r) * VALUE_DIM + i] = exact ? sum : sum * value_unit;
     }
   }
 }
@@ -220,7 +416,7 @@ for (int r = simd; r < ROWS; r += SIMDS) {
       float sum = 0.0f;
       for (int s = 0; s < SIMDS; s++) {
         const float weight = exp(maxima[s * ROWS + r] - maximum);
-        sum += weight * outputs[(s * ROWS + r) * VALUE_DIM + i];
+        sum += weight * scratch[(s * ROWS + r) * VALUE_DIM + i];
       }
       partial_out[at * VALUE_DIM + i] = sum;
     }

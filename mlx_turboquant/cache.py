@@ -150,8 +150,9 @@ class TurboQuantKVCache:
         if leaving == 0:
             return keys, values
         start, stop = self.sink_tokens, self.sink_tokens + leaving
-        self._packed_keys.append(keys[:, :, start:stop])
-        self._packed_values.append(values[:, :, start:stop])
+        self._packed_keys.append_with(
+            keys[:, :, start:stop], self._packed_values, values[:, :, start:stop]
+        )
         return tuple(
             mx.concatenate([x[:, :, :start], x[:, :, stop:]], axis=2) for x in (keys, values)
         )

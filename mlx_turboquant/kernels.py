@@ -6,9 +6,10 @@ or disagrees is replaced for the rest of the process, with a warning.
 """
 
 import logging
+import math
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -28,11 +29,22 @@ _MAX_QUANTIZE_DIM = 1024
 
 # SIMD groups in a threadgroup of the attention and inner-product kernels.
 _SIMDS = 4
+# Tokens that a SIMD group of the attention kernel takes in one step.
+_PACKED_TOKENS = 64
+_EXACT_TOKENS = 8
+_MAX_EXACT_SPLITS = 16
 _ATTENTION_INPUTS = (
     *("queries", "key_codes", "key_scales", "key_mean", "value_codes", "value_scales"),
     *("exact_keys", "exact_values", "key_levels", "value_levels", "signs"),
     *("matrix", "mask", "scale", "sizes"),
 )
+_QUANTIZE_PARAMETERS = ("mean", "levels", "thresholds", "gains", "signs", "matrix")
+_QUANTIZE_INPUTS = (
+    *("keys", *(f"key_{name}" for name in _QUANTIZE_PARAMETERS)),
+    *("values", *(f"value_{name}" for name in _QUANTIZE_PARAMETERS)),
+    "sizes",
+)
+_QUANTIZE_OUTPUTS = ("key_codes", "key_scales", "value_codes", "value_scales")
 _PARTIAL = ("partial_out", "partial_max", "partial_sum")
 _COMBINE_INPUTS = (*_PARTIAL, "mean", "signs", "matrix", "sinks", "sizes")
 
@@ -86,14 +98,27 @@ def _checked_backend(name: str | None, origin: str) -> str:
     return name or available[0]
 
 
-def quantize(x: mx.array, mean: mx.array, quantizer: TurboQuantizer) -> QuantizedVectors:
-    """Pack x (B, H, n, dim) less mean (B, H, 1, dim): codes (B, H, n, words), bfloat16 scales.
+class Block(NamedTuple):
+    """Vectors to quantize: x (B, H, n, dim), float32 mean (B, H, 1, dim) to subtract, and how.
 
     The quantizer's scale must be "unbiased".
     """
-    if quantizer.dim <= _MAX_QUANTIZE_DIM and agrees(check_quantize, quantizer, x.dtype):
-        return _launch_quantize(x, mean, quantizer)
-    return _reference_quantize(x, mean, quantizer)
+
+    x: mx.array
+    mean: mx.array
+    quantizer: TurboQuantizer
+
+
+def quantize(*blocks: Block) -> list[QuantizedVectors]:
+    """Pack one block, or keys and values of the same tokens in one launch.
+
+    Codes are (B, H, n, words), scales bfloat16 (B, H, n).
+    """
+    quantizers = [block.quantizer for block in blocks]
+    if max(q.dim for q in quantizers) <= _MAX_QUANTIZE_DIM:
+        if agrees(check_quantize, blocks[0].x.dtype, *quantizers):
+            return _launch_quantize(*blocks)
+    return [_reference_quantize(*block) for block in blocks]
 
 
 def dequantize(
@@ -158,32 +183,33 @@ def _reference_dequantize(codes, scales, mean, count, quantizer, interleaved, dt
     return (quantizer.dequantize(packed) + mean).astype(dtype)
 
 
-def _launch_quantize(x, mean, quantizer) -> QuantizedVectors:
-    *heads, count, dim = x.shape
-    groups, vectors = _groups(dim), x.size // dim
-    kernel = _kernel(
-        "quantize",
-        ("x", "mean", "levels", "thresholds", "gains", "signs", "matrix", "sizes"),
-        ("codes", "scales"),
+def _launch_quantize(*blocks: Block) -> list[QuantizedVectors]:
+    *heads, count, dim = blocks[0].x.shape
+    inputs, template, shapes, dtypes, threadgroups = [], [], [], [], []
+    # A single block is quantized as keys and again as values: the decode path has both.
+    for name, block in zip(("", "VALUE_"), (*blocks, blocks[0])):
+        quantizer, dim = block.quantizer, block.x.shape[-1]
+        levels, signs, gains = _constants(quantizer)
+        order, power = _rotation_order(quantizer)
+        inputs += [block.x, block.mean, levels, quantizer.thresholds, gains, signs]
+        inputs += [quantizer.rotation.matrix]
+        template += [(f"{name}DIM", dim), (f"{name}ORDER", order), (f"{name}POWER", power)]
+        template += [(f"{name or 'KEY_'}BITS", quantizer.bits)]
+        template += [(f"{name or 'KEY_'}GAINS", gains.size)]
+        shapes += [(*heads, count, words_per_vector(dim, quantizer.bits)), (*heads, count)]
+        dtypes += [mx.uint32, mx.bfloat16]
+        lanes = 32 if dim > 256 else 8
+        threadgroups.append(-(-block.x.size // dim * lanes // (32 * _SIMDS)))
+    outputs = _kernel("quantize", _QUANTIZE_INPUTS, _QUANTIZE_OUTPUTS)(
+        inputs=[*inputs, _sizes(math.prod(heads), count)],
+        template=[*template, ("GROUPS", _SIMDS)],
+        grid=(max(threadgroups) * 32 * _SIMDS, 2, 1),
+        threadgroup=(32 * _SIMDS, 1, 1),
+        output_shapes=shapes,
+        output_dtypes=dtypes,
     )
-    levels, signs, gains = _constants(quantizer)
-    codes, scales = kernel(
-        inputs=[
-            x.reshape(-1, count, dim),
-            mean.reshape(-1, dim),
-            levels,
-            quantizer.thresholds,
-            gains,
-            signs,
-            quantizer.rotation.matrix,
-            mx.array([count], dtype=mx.int32),
-        ],
-        template=[*_template(quantizer, groups), ("GAINS", gains.size)],
-        output_shapes=[(*heads, count, words_per_vector(dim, quantizer.bits)), (*heads, count)],
-        output_dtypes=[mx.uint32, mx.bfloat16],
-        **_grid(vectors, groups),
-    )
-    return QuantizedVectors(codes, scales)
+    packed = [QuantizedVectors(*outputs[:2]), QuantizedVectors(*outputs[2:])]
+    return packed[: len(blocks)]
 
 
 def _launch_dequantize(codes, scales, mean, count, quantizer, interleaved, dtype) -> mx.array:
@@ -204,7 +230,7 @@ def _launch_dequantize(codes, scales, mean, count, quantizer, interleaved, dtype
             levels,
             signs,
             quantizer.rotation.matrix,
-            mx.array([count, capacity], dtype=mx.int32),
+            _sizes(count, capacity),
         ],
         template=[("T", dtype), ("INTERLEAVED", interleaved), *_template(quantizer, groups)],
         output_shapes=[(*heads, count, quantizer.dim)],
@@ -223,7 +249,7 @@ def _launch_inner_product(queries, packed, quantizer) -> mx.array:
     return kernel(
         inputs=[
             *(quantizer.rotation.apply(queries), packed.codes, packed.scales, levels),
-            mx.array([query_count, count], dtype=mx.int32),
+            _sizes(query_count, count),
         ],
         template=[("DIM", dim), ("BITS", quantizer.bits), ("QUERIES", tile), ("SIMDS", _SIMDS)],
         grid=(-(-count // (32 * _SIMDS)) * 32 * _SIMDS, rows, -(-query_count // tile)),
@@ -239,56 +265,62 @@ def launch_decode_attention(queries, tokens, scale, mask, sinks) -> mx.array:
     keys, values = tokens.keys, tokens.values
     heads, value_dim = tokens.exact_keys.shape[1], tokens.exact_values.shape[-1]
     group_rows = query_heads // heads * rows
-    splits = 1 + _splits(keys.count, batch * heads)
     mask, mask_kind, mask_strides = _mask_arguments(mask, (batch, query_heads, rows, tokens.count))
-    scale = mx.array([scale], dtype=mx.float32)
+    scale = _scale(scale)
     levels, signs, _ = _constants(keys.quantizer)
     value_levels, value_signs, _ = _constants(values.quantizer)
     order, power = _rotation_order(keys.quantizer)
     tile = _rows_per_threadgroup(group_rows, max(dim, value_dim))
+    tiles = -(-group_rows // tile)
+    exact_splits = min(_MAX_EXACT_SPLITS, -(-tokens.exact_count // (_EXACT_TOKENS * _SIMDS)))
+    packed_splits = _packed_splits(keys.count, batch * heads * tiles)
+    splits = packed_splits + exact_splits
     threads = 32 * _SIMDS
     count = batch * query_heads * rows
     sizes = (
         *(group_rows, rows, keys.count, keys.scales.shape[-1]),
-        *(tokens.exact_count, tokens.exact_keys.shape[2], tokens.sink_count, splits, heads),
+        *(tokens.exact_count, tokens.exact_keys.shape[2], tokens.sink_count),
+        *(splits, packed_splits, heads),
         *mask_strides,
     )
     partial = _kernel("decode_attention", _ATTENTION_INPUTS, _PARTIAL)(
         inputs=[
             *(queries, keys.codes, keys.scales, keys.mean, values.codes, values.scales),
             *(tokens.exact_keys, tokens.exact_values, levels, value_levels, signs),
-            *(keys.quantizer.rotation.matrix, mask, scale, mx.array(sizes, dtype=mx.int32)),
+            *(keys.quantizer.rotation.matrix, mask, scale, _sizes(*sizes)),
         ],
         template=[
             *(("DIM", dim), ("VALUE_DIM", value_dim), ("ORDER", order), ("POWER", power)),
             *(("KEY_BITS", keys.bits), ("VALUE_BITS", values.bits)),
             *(("ROWS", tile), ("SIMDS", _SIMDS), ("MASK", mask_kind)),
         ],
-        grid=(splits * threads, batch * heads, -(-group_rows // tile)),
+        grid=(batch * heads * threads, splits, tiles),
         threadgroup=(threads, 1, 1),
         output_shapes=[(count, splits, value_dim), (count, splits), (count, splits)],
         output_dtypes=[mx.float32] * 3,
     )
-    groups = _groups(value_dim)
+    order, power = _rotation_order(values.quantizer)
+    simds = min(8, _THREADGROUP_BYTES // (8 * value_dim))
     return _kernel("combine", _COMBINE_INPUTS, ("out",))(
         inputs=[
             *(*partial, values.mean, value_signs, values.quantizer.rotation.matrix),
             scale if sinks is None else sinks.astype(mx.float32),
-            mx.array([count, splits, group_rows, rows, query_heads], dtype=mx.int32),
+            _sizes(splits, packed_splits, group_rows, rows, query_heads),
         ],
         template=[
-            *(("T", queries.dtype), ("SINKS", sinks is not None)),
-            *_template(values.quantizer, groups),
+            *(("T", queries.dtype), ("SINKS", sinks is not None), ("DIM", value_dim)),
+            *(("ORDER", order), ("POWER", power), ("SIMDS", simds)),
         ],
+        grid=(count * 32 * simds, 1, 1),
+        threadgroup=(32 * simds, 1, 1),
         output_shapes=[(batch, query_heads, rows, value_dim)],
         output_dtypes=[queries.dtype],
-        **_grid(count, groups),
     )[0]
 
 
-def _splits(packed_count: int, heads: int) -> int:
-    """Parts of the packed tokens: two blocks for a SIMD group at least, enough to fill a GPU."""
-    return max(1, min(packed_count // (2 * BLOCK * _SIMDS), 512 // heads, 64))
+def _packed_splits(packed_count: int, heads: int) -> int:
+    """Parts of the packed tokens: a step for each SIMD group at least, enough to fill a GPU."""
+    return max(1, min(packed_count // (_PACKED_TOKENS * _SIMDS), 512 // heads))
 
 
 def _rows_per_threadgroup(group_rows: int, dim: int) -> int:
@@ -296,7 +328,7 @@ def _rows_per_threadgroup(group_rows: int, dim: int) -> int:
 
     With that, queries and outputs fit in the threadgroup memory as well.
     """
-    most = 1 << (min(8, 1024 // dim).bit_length() - 1)
+    most = 1 << (min(4, 1024 // dim).bit_length() - 1)
     return min(most, 1 << (group_rows - 1).bit_length())
 
 
@@ -341,10 +373,22 @@ def _constants(quantizer: TurboQuantizer) -> tuple[mx.array, mx.array, mx.array]
     """Levels or their coefficients, signs and gains, as the kernels take them."""
     levels, signs = quantizer.levels, constant(mx.ones(quantizer.dim))
     if quantizer.bits <= POLYNOMIAL_BITS:
-        levels = constant(level_polynomial(quantizer.dim, quantizer.bits))
+        levels = (*level_polynomial(quantizer.dim, quantizer.bits), 2.0 ** (7 - quantizer.bits))
+        levels = constant(levels)
     if quantizer.rotation.factors is not None:
         signs = quantizer.rotation.signs
     return levels, signs, constant(quantizer.gains)
+
+
+@lru_cache(maxsize=64)
+def _sizes(*sizes: int) -> mx.array:
+    """One array for all layers of a step: each new one costs the host a copy to the GPU."""
+    return constant(mx.array(sizes, dtype=mx.int32))
+
+
+@lru_cache(maxsize=64)
+def _scale(scale: float) -> mx.array:
+    return constant(mx.array([scale], dtype=mx.float32))
 
 
 @cache
@@ -393,15 +437,19 @@ def _agrees(target: str, check: Callable[..., Agreement], *configuration: Any) -
     return False
 
 
-def check_quantize(quantizer: TurboQuantizer, dtype: mx.Dtype) -> Agreement:
+def check_quantize(dtype: mx.Dtype, *quantizers: TurboQuantizer) -> Agreement:
     """Compares squared errors: codes may differ where values or gains tie within rounding."""
-    x, mean = _check_data(quantizer, dtype)
-    packed, expected = _launch_quantize(x, mean, quantizer), _reference_quantize(x, mean, quantizer)
-    x = x.astype(mx.float32) - mean
-    error, allowed = (
-        ((quantizer.dequantize(p) - x) ** 2).mean().item() for p in (packed, expected)
-    )
-    return Agreement(abs(error / allowed - 1), 0.02)
+    blocks = [Block(*_check_data(quantizer, dtype), quantizer) for quantizer in quantizers]
+    worst = 0.0
+    for packed, block in zip(_launch_quantize(*blocks), blocks):
+        x = block.x.astype(mx.float32) - block.mean
+        error, expected = (
+            ((block.quantizer.dequantize(p) - x) ** 2).mean().item()
+            for p in (packed, _reference_quantize(*block))
+        )
+        # Not max(): an error that is not a number must stay one.
+        worst = mx.maximum(worst, abs(error / expected - 1)).item()
+    return Agreement(worst, 0.02)
 
 
 def check_dequantize(quantizer: TurboQuantizer, interleaved: bool, dtype: mx.Dtype) -> Agreement:
@@ -425,11 +473,16 @@ def check_inner_product(quantizer: TurboQuantizer) -> Agreement:
     return compare(_launch_inner_product(queries, packed, quantizer), expected, mx.float32)
 
 
-def compare(output: mx.array, expected: mx.array, dtype: mx.Dtype) -> Agreement:
-    """Allows two roundings to the output's dtype, and float32 sums in another order."""
+def compare(
+    output: mx.array, expected: mx.array, dtype: mx.Dtype, arithmetic: float = 2e-5
+) -> Agreement:
+    """Allows two roundings to the output's dtype, and ``arithmetic`` on the way there.
+
+    The default is for float32 sums in another order.
+    """
     expected = expected.astype(mx.float32)
     difference = mx.abs(output.astype(mx.float32) - expected).max() / mx.abs(expected).max()
-    return Agreement(difference.item(), 2 * mx.finfo(dtype).eps + 2e-5)
+    return Agreement(difference.item(), 2 * mx.finfo(dtype).eps + arithmetic)
 
 
 def _check_data(quantizer: TurboQuantizer, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:

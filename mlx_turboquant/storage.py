@@ -8,7 +8,7 @@ import mlx.core as mx
 from . import kernels
 from .kernels import BLOCK
 from .packing import words_per_vector
-from .quantizer import TurboQuantizer
+from .quantizer import QuantizedVectors, TurboQuantizer
 
 # Buffers grow by this many tokens or by 1/32 of their size, whichever is more.
 _GROWTH = 256
@@ -71,10 +71,21 @@ class PackedTokens:
 
     def append(self, x: mx.array) -> None:
         """Quantize x (B, H, n, dim) and store it after the tokens that are there."""
+        self._store(*kernels.quantize(self._block(x)))
+
+    def append_with(self, x: mx.array, values: "PackedTokens", value_x: mx.array) -> None:
+        """:meth:`append` x here and the values of the same tokens there, in one launch."""
+        packed = kernels.quantize(self._block(x), values._block(value_x))
+        self._store(packed[0])
+        values._store(packed[1])
+
+    def _block(self, x: mx.array) -> kernels.Block:
         if self.count == 0:
             self.mean = removable_mean(x)
-        packed = kernels.quantize(x, self.mean, self.quantizer)
-        start, stop = self.count, self.count + x.shape[2]
+        return kernels.Block(x, self.mean, self.quantizer)
+
+    def _store(self, packed: QuantizedVectors) -> None:
+        start, stop = self.count, self.count + packed.scales.shape[2]
         self._reserve(stop, packed.codes.shape)
         self.scales[..., start:stop] = packed.scales
         if self.interleaved:
