@@ -1,15 +1,23 @@
 """Time of one layer's decode attention: MLX's own caches and ours, in one run.
 
     python examples/bench_attention.py --tokens 4096 32768 131072
+    python examples/bench_attention.py --groups 1 4 8 --head-dims 64 128 256 --batches 1 8
 
-The arms alternate. Each measurement is a chain of independent calls in one evaluation, which hides
-the gaps between launches; the table has the median per call and its ratio to bfloat16.
+The arms alternate. A measurement is a chain of independent calls in one evaluation, which hides the
+gaps between launches; where a call is shorter than the time that MLX takes to launch it, the chain
+shows that time. For the kernels alone, run one call of each arm under a profiler:
+
+    ncu -k regex:"turboquant|sdpa" --metrics gpu__time_duration.sum \
+        python examples/bench_attention.py --once
 """
 
 import argparse
+import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 from mlx_lm.models.base import quantized_scaled_dot_product_attention
@@ -18,72 +26,180 @@ from mlx_turboquant.attention import CachedTokens, decode_attention
 from mlx_turboquant.storage import PackedTokens
 
 PRESETS = ((4, 4), (4, 2), (3, 3), (8, 4))
+CHUNK = 8192
 
 
-def dense_arm(keys: mx.array, values: mx.array, scale: float) -> Callable[[mx.array], mx.array]:
-    return lambda queries: mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale)
+class Shape(NamedTuple):
+    batch: int
+    heads: int
+    group: int
+    head_dim: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return (
+            f"batch {self.batch}, {self.heads} x {self.group} heads of {self.head_dim}, "
+            f"{self.tokens:,} tokens"
+        )
 
 
-def affine_arm(keys, values, scale, bits) -> Callable[[mx.array], mx.array]:
+class Arm(NamedTuple):
+    attend: Callable[[mx.array], mx.array]
+    nbytes: int
+
+
+def dense_arm(keys: mx.array, values: mx.array, scale: float) -> Arm:
+    def attend(queries):
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale)
+
+    return Arm(attend, keys.nbytes + values.nbytes)
+
+
+def affine_arm(keys: mx.array, values: mx.array, scale: float, bits: int) -> Arm:
     """mlx-lm's own quantized cache, groups of 64."""
     packed = [mx.quantize(x, group_size=64, bits=bits) for x in (keys, values)]
     mx.eval(packed)
-    return lambda queries: quantized_scaled_dot_product_attention(
-        queries * 1, *packed, scale=scale, mask=None, group_size=64, bits=bits
-    )
+
+    def attend(queries):
+        # It scales the queries in place.
+        return quantized_scaled_dot_product_attention(
+            queries * 1, *packed, scale=scale, mask=None, group_size=64, bits=bits
+        )
+
+    return Arm(attend, sum(part.nbytes for parts in packed for part in parts))
 
 
-def compressed_arm(keys, values, scale, key_bits, value_bits) -> Callable[[mx.array], mx.array]:
+def compressed_arm(keys, values, scale, key_bits, value_bits) -> Arm:
     """Four sinks and 128 recent tokens exact, the rest packed."""
     packed = PackedTokens(key_bits, 0, True), PackedTokens(value_bits, 0, False)
-    for store, x in zip(packed, (keys, values)):
-        for start in range(4, x.shape[2] - 128, 8192):
-            store.append(x[:, :, start : min(start + 8192, x.shape[2] - 128)])
-            mx.eval(store.codes, store.scales)
-    exact = [mx.concatenate([x[:, :, :4], x[:, :, -128:]], axis=2) for x in (keys, values)]
+    last = keys.shape[2] - 128
+    for start in range(4, last, CHUNK):
+        new_keys, new_values = (x[:, :, start : min(start + CHUNK, last)] for x in (keys, values))
+        packed[0].append_with(new_keys, packed[1], new_values)
+        mx.eval([(store.codes, store.scales) for store in packed])
+    exact = [mx.concatenate([x[:, :, :4], x[:, :, last:]], axis=2) for x in (keys, values)]
     mx.eval(exact)
     tokens = CachedTokens(*packed, *exact, exact_count=132, sink_count=4)
-    return lambda queries: decode_attention(queries, tokens, scale)
+    nbytes = sum(x.nbytes for x in exact) + sum(x.nbytes for store in packed for x in store.used())
+    return Arm(lambda queries: decode_attention(queries, tokens, scale), nbytes)
 
 
-def seconds_per_call(arm, queries: list[mx.array]) -> float:
+def arms_of(shape: Shape) -> dict[str, Arm]:
+    size = (shape.batch, shape.heads, shape.tokens, shape.head_dim)
+    keys, values = (mx.random.normal(size).astype(mx.bfloat16) for _ in range(2))
+    mx.eval(keys, values)
+    scale = shape.head_dim**-0.5
+    arms = {"bf16": dense_arm(keys, values, scale)}
+    arms |= {f"affine{bits}": affine_arm(keys, values, scale, bits) for bits in (4, 8)}
+    for key_bits, value_bits in PRESETS:
+        arm = compressed_arm(keys, values, scale, key_bits, value_bits)
+        arms[f"K{key_bits}V{value_bits}"] = arm
+    return arms
+
+
+def random_queries(shape: Shape, calls: int) -> list[mx.array]:
+    size = (shape.batch, shape.heads * shape.group, 1, shape.head_dim)
+    queries = [mx.random.normal(size).astype(mx.bfloat16) for _ in range(calls)]
+    mx.eval(queries)
+    return queries
+
+
+def seconds_per_call(function: Callable[[mx.array], mx.array], inputs: list[mx.array]) -> float:
+    """Of the evaluation alone: the graph is built before."""
+    outputs = [function(x) for x in inputs]
     begin = time.perf_counter()
-    mx.eval([arm(query) for query in queries])
-    return (time.perf_counter() - begin) / len(queries)
+    mx.eval(outputs)
+    return (time.perf_counter() - begin) / len(inputs)
+
+
+def bandwidth() -> float:
+    """Bytes per second of a copy of half a gigabyte, read and written."""
+    data = mx.ones((1 << 28,), mx.bfloat16)
+    mx.eval(data)
+    return 2 * data.nbytes / min(seconds_per_call(mx.abs, [data] * 4) for _ in range(5))
+
+
+def measure(shape: Shape, calls: int, repeats: int) -> Iterator[tuple[str, float, int]]:
+    """Name, median seconds per call, and bytes of the cache, of every arm."""
+    arms, queries = arms_of(shape), random_queries(shape, calls)
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(repeats + 1):  # the first round warms up
+        for name, arm in arms.items():
+            times[name].append(seconds_per_call(arm.attend, queries))
+    for name, arm in arms.items():
+        yield name, statistics.median(times[name][1:]), arm.nbytes
+
+
+def plot(results: list[tuple[Shape, dict[str, float]]], file: Path) -> None:
+    """Time relative to bfloat16 against tokens, a panel for every other setting."""
+    import matplotlib.pyplot as plt
+
+    panels: dict[Shape, list[tuple[Shape, dict[str, float]]]] = {}
+    for shape, medians in results:
+        panels.setdefault(shape._replace(tokens=0), []).append((shape, medians))
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(5 * columns, 3.6 * rows), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (panel, points) in zip(axes.flat, panels.items()):
+        tokens = [shape.tokens for shape, _ in points]
+        for name in points[0][1]:
+            ratios = [medians[name] / medians["bf16"] for _, medians in points]
+            axis.plot(tokens, ratios, marker="o", markersize=4, label=name)
+        axis.set(xscale="log", xlabel="tokens", ylabel="time relative to bf16")
+        axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.set_xticks(tokens, [f"{count // 1024}k" for count in tokens], minor=False)
+        axis.set_title(str(panel).rpartition(",")[0], fontsize=10)
+        axis.grid(alpha=0.3)
+    axes.flat[0].legend(fontsize=8)
+    figure.savefig(file, dpi=120)
+    print(f"Wrote {file}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 32768, 131072])
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1])
     parser.add_argument("--heads", type=int, default=8, help="key and value heads")
-    parser.add_argument("--group", type=int, default=4, help="query heads per key head")
-    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument(
+        "--groups", type=int, nargs="+", default=[4], help="query heads per key head"
+    )
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[128])
     parser.add_argument("--calls", type=int, default=30, help="calls in one evaluation")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--png", type=Path, help="file for a picture of the ratios")
+    parser.add_argument("--once", action="store_true", help="one call of each arm, for a profiler")
     args = parser.parse_args()
 
-    print("tokens   cache    microseconds   ratio to bf16")
-    for tokens in args.tokens:
-        shape = (args.batch, args.heads, tokens, args.head_dim)
-        keys, values = (mx.random.normal(shape).astype(mx.bfloat16) for _ in range(2))
-        query_shape = (args.batch, args.heads * args.group, 1, args.head_dim)
-        queries = [mx.random.normal(query_shape).astype(mx.bfloat16) for _ in range(args.calls)]
-        mx.eval(keys, values, queries)
-        scale = args.head_dim**-0.5
-        arms = {"bf16": dense_arm(keys, values, scale)}
-        arms |= {f"affine{bits}": affine_arm(keys, values, scale, bits) for bits in (4, 8)}
-        for key_bits, value_bits in PRESETS:
-            arm = compressed_arm(keys, values, scale, key_bits, value_bits)
-            arms[f"K{key_bits}V{value_bits}"] = arm
-        times: dict[str, list[float]] = {name: [] for name in arms}
-        for _ in range(args.repeats + 1):  # the first round warms up
-            for name, arm in arms.items():
-                times[name].append(seconds_per_call(arm, queries))
-        medians = {name: statistics.median(series[1:]) for name, series in times.items()}
-        for name, median in medians.items():
-            ratio = median / medians["bf16"]
-            print(f"{tokens:7,}  {name:7}  {median * 1e6:12.1f}   {ratio:13.2f}", flush=True)
+    product = itertools.product(args.batches, args.groups, args.head_dims, args.tokens)
+    shapes = [Shape(batch, args.heads, *rest) for batch, *rest in product]
+    if args.once:
+        for shape in shapes:
+            for arm in arms_of(shape).values():
+                mx.eval(arm.attend(random_queries(shape, 1)[0]))
+        return
+    device = mx.device_info().get("device_name", "CPU")
+    bytes_per_second = bandwidth()
+    print(f"{device}, MLX {mx.__version__}, a copy moves {bytes_per_second / 1e9:,.0f} GB/s")
+    results = []
+    for shape in shapes:
+        print(
+            f"\n{shape}\ncache    microseconds  to bf16   MB read  share of bandwidth", flush=True
+        )
+        medians: dict[str, float] = {}
+        for name, seconds, nbytes in measure(shape, args.calls, args.repeats):
+            medians[name] = seconds
+            share = nbytes / bytes_per_second / seconds
+            ratio = seconds / medians["bf16"]
+            numbers = f"{seconds * 1e6:12.1f} {ratio:8.2f} {nbytes / 1e6:9.1f} {share:19.0%}"
+            print(f"{name:8} {numbers}", flush=True)
+        results.append((shape, medians))
+    if args.png:
+        plot(results, args.png)
 
 
 if __name__ == "__main__":

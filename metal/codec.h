@@ -43,8 +43,9 @@ METAL_FUNC uint code_at(Words words, int stride, int i) {
   }
 }
 
-// The level of a code. `levels` holds the three coefficients of the odd polynomial up to 4 bits, so
-// that no divergent load is needed, and the table of all levels above.
+// The level of a code. Up to 4 bits `levels` begins with the three coefficients of the odd polynomial,
+// so that no divergent load is needed, and level_pair takes the five after them; above it is the table
+// of all levels.
 template <int BITS, typename Levels>
 METAL_FUNC float level_of(Levels levels, uint code) {
   if constexpr (BITS <= 4) {
@@ -118,6 +119,12 @@ METAL_FUNC uint code_pair(const thread uint* words, int pair) {
   }
 }
 
+// Numbers in the array of levels.
+template <int BITS>
+METAL_FUNC constexpr int level_count() {
+  return BITS <= 4 ? 8 : 1 << BITS;
+}
+
 // Entries of the table of levels in threadgroup memory; there is none up to 4 bits.
 template <int BITS>
 METAL_FUNC constexpr int table_size() {
@@ -126,38 +133,28 @@ METAL_FUNC constexpr int table_size() {
 
 // What level_pair needs, from the levels of level_of: four coefficients, or the table, which `count`
 // threads write. Returns the unit in which level_pair gives levels.
-//
-// For 3 and 4 bits x (a + b x^2 + c x^4) = c x ((x^2 + q)^2 + p), which is one operation less.
 template <int BITS, typename Levels>
 METAL_FUNC float prepare_levels(
     Levels levels, thread half2* coefficients, threadgroup half* table, int index, int count) {
-  float unit = 1.0f;
   if constexpr (BITS <= 4) {
-    constexpr float power = float(1 << BITS);  // coefficients are for x / power
-    float a = levels[0] * power;
-    float b = levels[1] * power * power * power;
-    if constexpr (BITS > 2) {
-      unit = levels[2] * power * power * power * power * power;
-      const float q = b / (2.0f * unit);
-      b = a / unit - q * q;
-      a = q;
+    for (int k = 0; k < 4; k++) {
+      coefficients[k] = half2(half(levels[3 + k]));
     }
-    coefficients[0] = half2(half(a));
-    coefficients[1] = half2(half(b));
-    coefficients[2] = half2(half(1.0f / power - 1.0f - levels[3]));
-    coefficients[3] = half2(half(levels[3]));
+    return levels[7];
   } else {
     for (int i = index; i < 1 << BITS; i += count) {
       table[i] = half(levels[i]);
     }
+    return 1.0f;
   }
-  return unit;
 }
 
 // The levels of a pair of codes as halves. Up to 4 bits the codes are put into the mantissas of
 // two halves, 2^(7-BITS) * (1 + code / 64): no conversion, and x / 2^BITS is a subtraction away. That
 // power of two comes with the levels, because a mask and an exponent that are both known to the
-// compiler cost NVIDIA two instructions.
+// compiler cost NVIDIA two instructions. For 3 and 4 bits x (a + b x^2 + c x^4) is computed as
+// c x ((x^2 + q)^2 + p), one operation less, and in units of c; _half_coefficients in kernels.py has
+// q and p.
 template <int BITS>
 METAL_FUNC half2 level_pair(
     const thread half2* coefficients, const threadgroup half* table, uint codes) {

@@ -1,22 +1,20 @@
 // Attention of a few query rows over all tokens of a compressed cache, as partial results over splits of
 // the tokens; combine.metal joins them.
 //
-//   queries        (batch * heads, GROUP_ROWS, DIM): heads of keys; GROUP_ROWS = query heads of one key
-//                  head times query rows of a sequence (the last `rows` in the order of MLX)
-//   key_codes      uint32 (batch * heads, capacity / 32, WORDS, 32), interleaved
-//   key_scales     bfloat16 (batch * heads, capacity)
-//   key_mean       float32 (batch * heads, DIM)
-//   value_codes    uint32 (batch * heads, capacity, VALUE_WORDS)
-//   value_scales   bfloat16 (batch * heads, capacity)
-//   exact_keys     (batch * heads, exact_capacity, DIM), exact_values likewise with VALUE_DIM
-//   key_levels, value_levels   float32, see level_of in codec.h
-//   signs, matrix  of the rotation of the keys, see codec.h
+//   queries        (batch, query heads, rows, DIM); below, GROUP_ROWS are the query heads of one key head
+//                  times the rows
+//   key_codes      uint32 (batch, heads, capacity / 32, WORDS, 32), interleaved
+//   key_scales     bfloat16 (batch, heads, capacity), capacity a multiple of 64
+//   key_mean       float32 (batch, heads, 1, DIM)
+//   value_codes    uint32 (batch, heads, capacity, VALUE_WORDS)
+//   value_scales   bfloat16 (batch, heads, capacity)
+//   exact_keys     (batch, heads, exact capacity, DIM), exact_values likewise with VALUE_DIM
+//   constants      float32: the factor of the scores (8 numbers, the first counts), levels of the keys, of
+//                  the values, signs and matrix of the rotation of the keys, see codec.h
 //   mask           bool or float (batch or 1, query heads or 1, rows, tokens), unused without MASK
-//   scale          float32 (1), factor of the scores
-//   sizes          int32 (13), see below
-//   partial_out    float32 (batch * heads * GROUP_ROWS, splits, VALUE_DIM)
-//   partial_max, partial_sum   float32 (batch * heads * GROUP_ROWS, splits); the maximum is a reference
-//                  for the exponentials that no score exceeds by much
+//   sizes          int32 (8), see below
+//   partial        float32 (batch * heads * GROUP_ROWS, splits, VALUE_DIM + 2): output, maximum and sum;
+//                  the maximum is a reference for the exponentials that no score exceeds by much
 //
 // Tokens are ordered: sinks, packed tokens, recent tokens. The first `packed_splits` splits share the
 // packed ones and work in rotated coordinates, for which the queries are rotated here. The others take
@@ -47,6 +45,8 @@ constexpr int PLANES = plane_count<VALUE_BITS>();
 constexpr int BATCH_WORDS = BATCH * PIECES * PLANES;
 constexpr int words = vector_words<DIM, KEY_BITS>();
 constexpr int value_words = vector_words<VALUE_DIM, VALUE_BITS>();
+constexpr int VALUE_LEVELS = 8 + level_count<KEY_BITS>();
+constexpr int SIGNS = VALUE_LEVELS + level_count<VALUE_BITS>();
 constexpr int OUTPUTS = SIMDS * ROWS * VALUE_DIM;
 threadgroup float scratch[ROWS * PADDED > OUTPUTS ? ROWS * PADDED : OUTPUTS];
 threadgroup uint4 query_pairs[ROWS * PADDED / 8];
@@ -59,25 +59,45 @@ threadgroup float sums[SIMDS * ROWS];
 threadgroup half key_table[table_size<KEY_BITS>()];
 threadgroup half value_table[table_size<VALUE_BITS>()];
 
-const int group_rows = sizes[0];
-const int rows = sizes[1];
-const int packed_count = sizes[2];
-const int capacity = sizes[3];
-const int exact_count = sizes[4];
-const int exact_capacity = sizes[5];
-const int sink_count = sizes[6];
-const int splits = sizes[7];
-const int packed_splits = sizes[8];
-const int heads = sizes[9];
-const int mask_batch_stride = sizes[10];
-const int mask_head_stride = sizes[11];
-const int mask_row_stride = sizes[12];
+// Shapes are at hand at once, `sizes` only after a load: first words are under way before they arrive.
+const int heads = int(exact_keys_shape[1]);
+const int rows = int(queries_shape[2]);
+const int group_rows = int(queries_shape[1]) / heads * rows;
+const int capacity = int(key_scales_shape[2]);
+const int exact_capacity = int(exact_keys_shape[2]);
 
 const int lane = int(thread_index_in_simdgroup);
 const int simd = int(simdgroup_index_in_threadgroup);
 const int head = int(threadgroup_position_in_grid.x);
 const int split = int(threadgroup_position_in_grid.y);
 const int first_row = int(threadgroup_position_in_grid.z) * ROWS;
+const int part = lane / VALUE_LANES;
+const int first_coordinate = lane % VALUE_LANES * 8;
+
+device const uint* head_keys = key_codes + long(head) * (capacity / 32) * words * 32 + lane;
+device const uint* head_values = value_codes + (long(head) * capacity + part) * value_words;
+const int last_block = capacity / BLOCK_TOKENS - 1;
+device const uint* block_keys[2];
+uint key_words[4 * KEY_BITS];
+uint words_of_values[BATCH_WORDS];
+for (int t = 0; t < 2; t++) {
+  block_keys[t] = head_keys + long(min(split * SIMDS + simd, last_block) * 2 + t) * words * 32;
+  load_half_chunk<DIM, KEY_BITS>(key_words + 2 * KEY_BITS * t, block_keys[t], 0, 0);
+}
+for (int b = 0; b < HALF_BATCH; b++) {
+  const int token = min(split * SIMDS + simd, last_block) * BLOCK_TOKENS + b * AT_ONCE;
+  load_pieces<VALUE_DIM, VALUE_BITS, PIECES, VALUE_LANES>(
+      words_of_values + b * PIECES * PLANES, head_values + token * value_words, first_coordinate);
+}
+
+const int packed_count = sizes[0];
+const int exact_count = sizes[1];
+const int sink_count = sizes[2];
+const int splits = sizes[3];
+const int packed_splits = sizes[4];
+const int mask_batch_stride = sizes[5];
+const int mask_head_stride = sizes[6];
+const int mask_row_stride = sizes[7];
 const int last_token = exact_count + packed_count - 1;
 const bool exact = split >= packed_splits;
 
@@ -85,24 +105,26 @@ half2 key_coefficients[4];
 half2 value_coefficients[4];
 const int thread_index = simd * 32 + lane;
 const float key_unit = prepare_levels<KEY_BITS>(
-    key_levels, key_coefficients, key_table, thread_index, SIMDS * 32);
+    constants + 8, key_coefficients, key_table, thread_index, SIMDS * 32);
 const float value_unit = prepare_levels<VALUE_BITS>(
-    value_levels, value_coefficients, value_table, thread_index, SIMDS * 32);
+    constants + VALUE_LEVELS, value_coefficients, value_table, thread_index, SIMDS * 32);
 
 // The queries: scaled, and for packed tokens rotated and halved. Rows behind the last one are zeros.
 // Halves hold a query in units of its norm, whatever that is.
 for (int r = simd; r < ROWS; r += SIMDS) {
   float mean_score = 0.0f;
   float squared_norm = 0.0f;
-  for (int i = lane; i < PADDED; i += 32) {
-    float value = 0.0f;
-    if (i < DIM && first_row + r < group_rows) {
-      value = float(queries[(long(head) * group_rows + first_row + r) * DIM + i]) * scale[0];
-      mean_score += value * key_mean[long(head) * DIM + i];
-      squared_norm += value * value;
-      value *= exact ? 1.0f : signs[i];
-    }
-    scratch[r * PADDED + i] = value;
+#pragma unroll
+  for (int k = 0; k < PADDED / 32; k++) {
+    const int i = k * 32 + lane;
+    const int at = min(i, DIM - 1);
+    const long row = long(head) * group_rows + min(first_row + r, group_rows - 1);
+    const bool used = i < DIM && first_row + r < group_rows;
+    const float query = float(queries[row * DIM + at]) * constants[0];
+    const float value = used ? query : 0.0f;
+    mean_score += value * key_mean[long(head) * DIM + at];
+    squared_norm += value * value;
+    scratch[r * PADDED + i] = exact ? value : value * constants[SIGNS + at];
   }
   mean_score = simd_sum(mean_score);
   const float norm = sqrt(simd_sum(squared_norm));
@@ -118,7 +140,8 @@ for (int r = simd; r < ROWS; r += SIMDS) {
       float value[8];
       for (int j = 0; j < 8; j++) {
         value[j] = i * 8 + j < DIM
-            ? unit * matrix_row<ORDER, POWER, false>(matrix, scratch + r * PADDED, i * 8 + j)
+            ? unit * matrix_row<ORDER, POWER, false>(
+                  constants + SIGNS + DIM, scratch + r * PADDED, i * 8 + j)
             : 0.0f;
       }
       query_pairs[r * PADDED / 8 + i] = eight_halves(value);
@@ -138,31 +161,15 @@ for (int r = 0; r < ROWS; r++) {
   }
 }
 
-device const uint* head_keys = key_codes + long(head) * (capacity / 32) * words * 32 + lane;
-device const uint* head_values =
-    value_codes + (long(head) * capacity + lane / VALUE_LANES) * value_words;
-const int last_block = (packed_count - 1) / 32;
-const int part = lane / VALUE_LANES;
-const int first_coordinate = lane % VALUE_LANES * 8;
-
 const int token_count = exact ? exact_count : packed_count;
 const int block_size = exact ? EXACT_TOKENS : BLOCK_TOKENS;
 const int first_block = (exact ? split - packed_splits : split) * SIMDS + simd;
 const int block_step = (exact ? splits - packed_splits : packed_splits) * SIMDS;
-uint key_words[4 * KEY_BITS];
-device const uint* block_keys[2];
-for (int t = 0; t < 2; t++) {
-  block_keys[t] = head_keys + long(min(first_block * 2 + t, last_block)) * words * 32;
-  if (!exact && first_block * BLOCK_TOKENS < token_count) {
-    load_half_chunk<DIM, KEY_BITS>(key_words + 2 * KEY_BITS * t, block_keys[t], 0, 0);
-  }
-}
 for (int block = first_block; block * block_size < token_count; block += block_step) {
   const int first_token = block * block_size;
   float scores[2 * ROWS];
   float value_log[2];
   float inverse_value_scale[2];
-  uint words_of_values[BATCH_WORDS];
   if (!exact) {
     bfloat16_t key_scale[2];
     bfloat16_t value_scale[2];
@@ -185,8 +192,7 @@ for (int block = first_block; block * block_size < token_count; block += block_s
         // The words of the other half are loaded while those of this one are used.
         if (j == 4 && chunk + 1 == CHUNKS) {
           for (int t = 0; t < 2; t++) {
-            const int next = min((block + block_step) * 2 + t, last_block);
-            block_keys[t] = head_keys + long(next) * words * 32;
+            block_keys[t] = head_keys + long(min(block + block_step, last_block) * 2 + t) * words * 32;
           }
         }
         if (j % 4 == 0) {
@@ -217,10 +223,6 @@ for (int block = first_block; block * block_size < token_count; block += block_s
       for (int i = 0; i < 2 * ROWS; i++) {
         scores[i] += float(products[i].x + products[i].y);
       }
-    }
-    for (int b = 0; b < HALF_BATCH; b++) {
-      load_pieces<VALUE_DIM, VALUE_BITS, PIECES, VALUE_LANES>(words_of_values + b * PIECES * PLANES,
-          head_values + (first_token + b * AT_ONCE) * value_words, first_coordinate);
     }
     for (int t = 0; t < 2; t++) {
       value_log[t] = log(max(float(value_scale[t]), 1e-20f));
@@ -328,20 +330,23 @@ for (int block = first_block; block * block_size < token_count; block += block_s
 
   if (!exact) {
     for (int half_step = 0; half_step < STEPS; half_step += HALF_STEPS) {
-      half2 partial[ROWS * PIECES * 4];
+      half2 products[ROWS * PIECES * 4];
       for (int i = 0; i < ROWS * PIECES * 4; i++) {
-        partial[i] = half2(half(0.0f));
+        products[i] = half2(half(0.0f));
       }
 #pragma unroll 1
       for (int step = half_step; step < half_step + HALF_STEPS; step += BATCH) {
 #pragma unroll
         for (int b = 0; b < BATCH; b++) {
-          if (b % HALF_BATCH == 0 && step + b + HALF_BATCH < STEPS) {
+          if (b % HALF_BATCH == 0) {
+            const int next_step = step + b + HALF_BATCH;
+            const int token = next_step < STEPS
+                ? first_token + next_step * AT_ONCE
+                : min(block + block_step, last_block) * BLOCK_TOKENS;
             for (int i = 0; i < HALF_BATCH; i++) {
               load_pieces<VALUE_DIM, VALUE_BITS, PIECES, VALUE_LANES>(
                   words_of_values + ((b + HALF_BATCH) % BATCH + i) * PIECES * PLANES,
-                  head_values + (first_token + (step + b + HALF_BATCH + i) * AT_ONCE) * value_words,
-                  first_coordinate);
+                  head_values + (token + i * AT_ONCE) * value_words, first_coordinate);
             }
           }
           uint pairs[ROWS];
@@ -353,15 +358,15 @@ for (int block = first_block; block * block_size < token_count; block += block_s
                   code_pair<8, VALUE_BITS>(words_of_values + (b * PIECES + piece) * PLANES, k));
               for (int r = 0; r < ROWS; r++) {
                 const int at = (r * PIECES + piece) * 4 + k;
-                partial[at] = fma(level, as_type<half2>(pairs[r]), partial[at]);
+                products[at] = fma(level, as_type<half2>(pairs[r]), products[at]);
               }
             }
           }
         }
       }
       for (int i = 0; i < ROWS * PIECES * 4; i++) {
-        output[2 * i] += float(partial[i].x);
-        output[2 * i + 1] += float(partial[i].y);
+        output[2 * i] += float(products[i].x);
+        output[2 * i + 1] += float(products[i].y);
       }
     }
   } else {
@@ -418,15 +423,15 @@ for (int r = simd; r < ROWS; r += SIMDS) {
         const float weight = exp(maxima[s * ROWS + r] - maximum);
         sum += weight * scratch[(s * ROWS + r) * VALUE_DIM + i];
       }
-      partial_out[at * VALUE_DIM + i] = sum;
+      partial[at * (VALUE_DIM + 2) + i] = sum;
     }
     if (lane == 0) {
       float sum = 0.0f;
       for (int s = 0; s < SIMDS; s++) {
         sum += exp(maxima[s * ROWS + r] - maximum) * sums[s * ROWS + r];
       }
-      partial_max[at] = maximum;
-      partial_sum[at] = sum;
+      partial[at * (VALUE_DIM + 2) + VALUE_DIM] = maximum;
+      partial[at * (VALUE_DIM + 2) + VALUE_DIM + 1] = sum;
     }
   }
 }

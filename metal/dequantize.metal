@@ -6,7 +6,7 @@
 //   levels  float32, see level_of in codec.h
 //   signs   float32 (DIM), of the randomized Hadamard matrix; ones for a dense rotation
 //   matrix  float32 (ORDER, ORDER), see matrix_row in codec.h
-//   sizes   int32 (2): vectors of each row to dequantize, and capacity
+//   sizes   int32 (8): vectors of each row to dequantize, and capacity
 //   out     T (rows, count, DIM)
 //
 // A row is one head of one sequence; WORDS is vector_words<DIM, BITS>(). One SIMD group restores one

@@ -4,7 +4,7 @@
 //   codes    uint32 (rows, count, WORDS)
 //   scales   float32 (rows, count)
 //   levels   float32, see level_of in codec.h
-//   sizes    int32 (2): query_count, count
+//   sizes    int32 (8): query_count, count
 //   out      float32 (rows, query_count, count)
 //
 // A row is one set of vectors; WORDS is vector_words<DIM, BITS>(). A lane takes one vector, so that no

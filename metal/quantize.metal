@@ -9,7 +9,7 @@
 //   key_signs       float32 (DIM), of the randomized Hadamard matrix; ones for a dense rotation
 //   key_matrix      float32 (ORDER, ORDER), see matrix_row in codec.h
 //   value_mean to value_matrix likewise
-//   sizes           int32 (2): rows, count
+//   sizes           int32 (8): rows, count
 //   key_codes       uint32 (rows, count, WORDS), value_codes likewise
 //   key_scales      bfloat16 (rows, count), value_scales likewise
 //

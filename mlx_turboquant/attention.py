@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from . import kernels
 from .quantizer import TurboQuantizer
-from .storage import PackedTokens
+from .storage import CAPACITY_UNIT, PackedTokens
 
 # Up to so many query rows a call is a decode step (or the check of drafted tokens).
 MAX_DECODE_ROWS = 8
@@ -72,7 +72,8 @@ def decode_attention(
         ValueError: shapes that do not fit each other, or counts beyond the buffers.
     """
     _check_shapes(queries, tokens)
-    if max(queries.shape[-1], tokens.exact_values.shape[-1]) <= _MAX_KERNEL_DIM:
+    dim = max(queries.shape[-1], tokens.exact_values.shape[-1])
+    if kernels.supports("decode_attention", dim, _MAX_KERNEL_DIM):
         configuration = (
             *(tokens.keys.quantizer, tokens.values.quantizer, queries.dtype),
             *(tokens.exact_keys.dtype, queries.shape[1] // tokens.exact_keys.shape[1]),
@@ -172,6 +173,11 @@ def _check_shapes(queries: mx.array, tokens: CachedTokens) -> None:
         raise ValueError(
             f"{tokens.exact_count} exact and {tokens.keys.count} packed tokens are not in buffers "
             f"of {room[0]} and {room[1]}: use fewer."
+        )
+    if room[1] % CAPACITY_UNIT:
+        raise ValueError(
+            f"A buffer of {room[1]} packed tokens ends within a step of the kernel: "
+            f"use a multiple of {CAPACITY_UNIT}."
         )
 
 

@@ -240,8 +240,7 @@ class TurboQuantKVCache:
         self.offset = offset
         self._exact_keys, self._exact_values = arrays[:2]
         for store, parts in ((self._packed_keys, arrays[2:5]), (self._packed_values, arrays[5:])):
-            store.count = packed
-            store.codes, store.scales, store.mean = parts
+            store.restore(packed, *parts)
 
     @classmethod
     def from_state(cls, state: tuple[Any, ...]) -> "TurboQuantKVCache":

@@ -16,6 +16,7 @@ from . import kernels
 from .attention import MAX_DECODE_ROWS, decode_attention
 from .cache import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW, CompressedArray, TurboQuantKVCache
 from .codebook import check_bits
+from .kernels import BLOCK
 
 # Keys need more bits than values: measured with examples/measure_kl.py, see the README.
 PRESETS = {2: (3, 1), 2.5: (3, 2), 3: (4, 2), 3.5: (4, 3), 4: (4, 4), 4.5: (5, 4)}
@@ -99,9 +100,13 @@ def make_prompt_cache(
 def enable(model: nn.Module, bits: float = 4, **settings) -> nn.Module:
     """Let every cache that mlx-lm makes for ``model`` be compressed; returns the model.
 
-    Takes the arguments of :func:`make_prompt_cache` and raises its errors.
+    Takes the arguments of :func:`make_prompt_cache` and raises its errors. Where there are kernels,
+    the model runs over some fifty tokens, which compiles those that it needs and compares them
+    with plain MLX; a warning names what is replaced.
     """
     make_prompt_cache(model, bits, **settings)  # refuses a bad setting now, not at generation
+    if kernels.backend() != "reference":
+        _use_kernels_once(model, bits, settings)
     replaced = model.__dict__.get("make_cache")
     if isinstance(replaced, _MakeCompressedCache):
         replaced = replaced.replaced
@@ -126,6 +131,13 @@ def disable(model: nn.Module) -> nn.Module:
             if not hook.models:
                 scope[_HOOKED_NAME] = hook.original
     return model
+
+
+def _use_kernels_once(model: nn.Module, bits: float, settings: dict[str, Any]) -> None:
+    """A chunk to pack, one that reads packed tokens densely, and a decode step."""
+    cache = make_prompt_cache(model, bits, **{**settings, "window": 0, "sink_tokens": 0})
+    for tokens in (BLOCK, MAX_DECODE_ROWS + 1, 1):
+        mx.eval(model(mx.ones((1, tokens), mx.int32), cache=cache))
 
 
 class _MakeCompressedCache:

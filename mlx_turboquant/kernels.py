@@ -35,9 +35,9 @@ _EXACT_TOKENS = 8
 _MAX_EXACT_SPLITS = 16
 _ATTENTION_INPUTS = (
     *("queries", "key_codes", "key_scales", "key_mean", "value_codes", "value_scales"),
-    *("exact_keys", "exact_values", "key_levels", "value_levels", "signs"),
-    *("matrix", "mask", "scale", "sizes"),
+    *("exact_keys", "exact_values", "constants", "mask", "sizes"),
 )
+_COMBINE_INPUTS = ("partial", "mean", "rotation", "sinks", "sizes")
 _QUANTIZE_PARAMETERS = ("mean", "levels", "thresholds", "gains", "signs", "matrix")
 _QUANTIZE_INPUTS = (
     *("keys", *(f"key_{name}" for name in _QUANTIZE_PARAMETERS)),
@@ -45,8 +45,6 @@ _QUANTIZE_INPUTS = (
     "sizes",
 )
 _QUANTIZE_OUTPUTS = ("key_codes", "key_scales", "value_codes", "value_scales")
-_PARTIAL = ("partial_out", "partial_max", "partial_sum")
-_COMBINE_INPUTS = (*_PARTIAL, "mean", "signs", "matrix", "sinks", "sizes")
 
 _log = logging.getLogger("mlx_turboquant")
 _forced: list[str] = []
@@ -115,7 +113,7 @@ def quantize(*blocks: Block) -> list[QuantizedVectors]:
     Codes are (B, H, n, words), scales bfloat16 (B, H, n).
     """
     quantizers = [block.quantizer for block in blocks]
-    if max(q.dim for q in quantizers) <= _MAX_QUANTIZE_DIM:
+    if supports("quantize", max(q.dim for q in quantizers), _MAX_QUANTIZE_DIM):
         if agrees(check_quantize, blocks[0].x.dtype, *quantizers):
             return _launch_quantize(*blocks)
     return [_reference_quantize(*block) for block in blocks]
@@ -266,9 +264,7 @@ def launch_decode_attention(queries, tokens, scale, mask, sinks) -> mx.array:
     heads, value_dim = tokens.exact_keys.shape[1], tokens.exact_values.shape[-1]
     group_rows = query_heads // heads * rows
     mask, mask_kind, mask_strides = _mask_arguments(mask, (batch, query_heads, rows, tokens.count))
-    scale = _scale(scale)
-    levels, signs, _ = _constants(keys.quantizer)
-    value_levels, value_signs, _ = _constants(values.quantizer)
+    constants = _attention_constants(keys.quantizer, values.quantizer, scale)
     order, power = _rotation_order(keys.quantizer)
     tile = _rows_per_threadgroup(group_rows, max(dim, value_dim))
     tiles = -(-group_rows // tile)
@@ -278,16 +274,14 @@ def launch_decode_attention(queries, tokens, scale, mask, sinks) -> mx.array:
     threads = 32 * _SIMDS
     count = batch * query_heads * rows
     sizes = (
-        *(group_rows, rows, keys.count, keys.scales.shape[-1]),
-        *(tokens.exact_count, tokens.exact_keys.shape[2], tokens.sink_count),
-        *(splits, packed_splits, heads),
+        *(keys.count, tokens.exact_count, tokens.sink_count, splits, packed_splits),
         *mask_strides,
     )
-    partial = _kernel("decode_attention", _ATTENTION_INPUTS, _PARTIAL)(
+    (partial,) = _kernel("decode_attention", _ATTENTION_INPUTS, ("partial",))(
         inputs=[
             *(queries, keys.codes, keys.scales, keys.mean, values.codes, values.scales),
-            *(tokens.exact_keys, tokens.exact_values, levels, value_levels, signs),
-            *(keys.quantizer.rotation.matrix, mask, scale, _sizes(*sizes)),
+            *(tokens.exact_keys, tokens.exact_values, constants),
+            *(constants if mask is None else mask, _sizes(*sizes)),
         ],
         template=[
             *(("DIM", dim), ("VALUE_DIM", value_dim), ("ORDER", order), ("POWER", power)),
@@ -296,16 +290,16 @@ def launch_decode_attention(queries, tokens, scale, mask, sinks) -> mx.array:
         ],
         grid=(batch * heads * threads, splits, tiles),
         threadgroup=(threads, 1, 1),
-        output_shapes=[(count, splits, value_dim), (count, splits), (count, splits)],
-        output_dtypes=[mx.float32] * 3,
+        output_shapes=[(count, splits, value_dim + 2)],
+        output_dtypes=[mx.float32],
     )
     order, power = _rotation_order(values.quantizer)
-    simds = min(8, _THREADGROUP_BYTES // (8 * value_dim))
+    simds = min(8, _THREADGROUP_BYTES // (16 * value_dim))
     return _kernel("combine", _COMBINE_INPUTS, ("out",))(
         inputs=[
-            *(*partial, values.mean, value_signs, values.quantizer.rotation.matrix),
-            scale if sinks is None else sinks.astype(mx.float32),
-            _sizes(splits, packed_splits, group_rows, rows, query_heads),
+            *(partial, values.mean, _rotation_constants(values.quantizer)),
+            values.mean if sinks is None else sinks.astype(mx.float32),
+            _sizes(packed_splits, group_rows, rows, query_heads),
         ],
         template=[
             *(("T", queries.dtype), ("SINKS", sinks is not None), ("DIM", value_dim)),
@@ -332,10 +326,10 @@ def _rows_per_threadgroup(group_rows: int, dim: int) -> int:
     return min(most, 1 << (group_rows - 1).bit_length())
 
 
-def _mask_arguments(mask, shape) -> tuple[mx.array, int, tuple[int, int, int]]:
+def _mask_arguments(mask, shape) -> tuple[mx.array | None, int, tuple[int, int, int]]:
     """The mask of decode_attention.metal: array, kind, strides of sequence, query head and row."""
     if mask is None or isinstance(mask, str):
-        return mx.zeros(1), 0 if mask is None else 1, (0, 0, 0)
+        return None, 0 if mask is None else 1, (0, 0, 0)
     mask = mask.reshape(*(1,) * (4 - mask.ndim), *mask.shape)
     if any(size not in (1, full) for size, full in zip(mask.shape, shape)):
         raise ValueError(f"A mask of shape {mask.shape} does not fit scores of shape {shape}.")
@@ -373,22 +367,48 @@ def _constants(quantizer: TurboQuantizer) -> tuple[mx.array, mx.array, mx.array]
     """Levels or their coefficients, signs and gains, as the kernels take them."""
     levels, signs = quantizer.levels, constant(mx.ones(quantizer.dim))
     if quantizer.bits <= POLYNOMIAL_BITS:
-        levels = (*level_polynomial(quantizer.dim, quantizer.bits), 2.0 ** (7 - quantizer.bits))
-        levels = constant(levels)
+        polynomial = level_polynomial(quantizer.dim, quantizer.bits)
+        levels = constant((*polynomial, *_half_coefficients(polynomial, quantizer.bits)))
     if quantizer.rotation.factors is not None:
         signs = quantizer.rotation.signs
     return levels, signs, constant(quantizer.gains)
 
 
+def _half_coefficients(polynomial: tuple[float, float, float], bits: int) -> tuple[float, ...]:
+    """For ``level_pair`` of codec.h: two coefficients, an offset, a power of two, the unit."""
+    power = 2.0**bits
+    first, second, fifth = (x * power**n for x, n in zip(polynomial, (1, 3, 5)))
+    base, unit = 128 / power, 1.0
+    if bits > 2:
+        # The square is completed: a + b s + c s^2 = c ((s + q)^2 + p).
+        unit, q = fifth, second / (2 * fifth)
+        first, second = q, first / unit - q * q
+    return first, second, 1 / power - 1 - base, base, unit
+
+
 @lru_cache(maxsize=64)
 def _sizes(*sizes: int) -> mx.array:
-    """One array for all layers of a step: each new one costs the host a copy to the GPU."""
-    return constant(mx.array(sizes, dtype=mx.int32))
+    """One array for all layers of a step, because the host pays for each new one.
+
+    At least eight numbers: MLX keeps arrays of up to 8 bytes in pages that CPU and GPU share, and a
+    kernel that reads one may wait for a page to move.
+    """
+    padding = (0,) * (8 - len(sizes))
+    return constant(mx.array((*sizes, *padding), dtype=mx.int32))
 
 
-@lru_cache(maxsize=64)
-def _scale(scale: float) -> mx.array:
-    return constant(mx.array([scale], dtype=mx.float32))
+@cache
+def _rotation_constants(quantizer: TurboQuantizer) -> mx.array:
+    _, signs, _ = _constants(quantizer)
+    return constant(mx.concatenate([signs, quantizer.rotation.matrix.flatten()]))
+
+
+@cache
+def _attention_constants(keys: TurboQuantizer, values: TurboQuantizer, scale: float) -> mx.array:
+    """All that a layer's attention needs and no token changes, in one array."""
+    levels = [_constants(quantizer)[0] for quantizer in (keys, values)]
+    factor = mx.full((8,), scale, mx.float32)
+    return constant(mx.concatenate([factor, *levels, _rotation_constants(keys)]))
 
 
 @cache
@@ -410,6 +430,16 @@ def _built_kernel(target: str, name: str, inputs: tuple[str, ...], outputs: tupl
         source = "TURBOQUANT_USING_DECLARATIONS\n" + source
         return mx.fast.cuda_kernel(f"turboquant_{name}", **names, header=header, source=source)
     return mx.fast.metal_kernel(f"turboquant_{name}", **names, header=header, source=source)
+
+
+@cache
+def supports(kernel: str, dim: int, most: int) -> bool:
+    """Whether a kernel takes vectors of ``dim`` values; if not, the log says so once."""
+    if dim > most:
+        _log.warning(
+            "Kernel %s takes up to %d values a vector: plain MLX is used for %d.", kernel, most, dim
+        )
+    return dim <= most
 
 
 def agrees(check: Callable[..., Agreement], *configuration: Any) -> bool:

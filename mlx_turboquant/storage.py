@@ -12,6 +12,8 @@ from .quantizer import QuantizedVectors, TurboQuantizer
 
 # Buffers grow by this many tokens or by 1/32 of their size, whichever is more.
 _GROWTH = 256
+# The attention kernel reads steps of two blocks, the last one whole.
+CAPACITY_UNIT = 2 * BLOCK
 # The mean of a head is removed where its energy is at least this multiple of the variance.
 _MEAN_ENERGY = 2.0
 
@@ -86,7 +88,7 @@ class PackedTokens:
 
     def _store(self, packed: QuantizedVectors) -> None:
         start, stop = self.count, self.count + packed.scales.shape[2]
-        self._reserve(stop, packed.codes.shape)
+        self._reserve(stop, packed.codes.shape[:2], packed.codes.shape[-1])
         self.scales[..., start:stop] = packed.scales
         if self.interleaved:
             self._write_blocks(packed.codes, start)
@@ -115,14 +117,22 @@ class PackedTokens:
         slots = -(-self.count // BLOCK) if self.interleaved else self.count
         return self.codes[:, :, :slots], self.scales[..., : self.count], self.mean
 
-    def _reserve(self, count: int, shape: tuple[int, ...]) -> None:
-        """Make room for ``count`` tokens; ``shape`` is (B, H, n, words), of new codes."""
+    def restore(self, count: int, *used: mx.array | None) -> None:
+        """Hold the ``count`` tokens whose :meth:`used` arrays these are."""
+        self.count = count
+        self.codes, self.scales, self.mean = used
+        if count:
+            words = self.codes.shape[-2 if self.interleaved else -1]
+            capacity = -(-count // CAPACITY_UNIT) * CAPACITY_UNIT
+            self._reserve(capacity, self.codes.shape[:2], words)
+
+    def _reserve(self, count: int, heads: tuple[int, ...], words: int) -> None:
+        """Make room for ``count`` tokens of (B, H) heads."""
         capacity = 0 if self.scales is None else self.scales.shape[-1]
         if count <= capacity:
             return
         grown = max(count, capacity + max(_GROWTH, capacity // 32))
-        grown = -(-grown // BLOCK) * BLOCK
-        heads, words = shape[:2], shape[-1]
+        grown = -(-grown // CAPACITY_UNIT) * CAPACITY_UNIT
         slots = (grown // BLOCK, words, BLOCK) if self.interleaved else (grown, words)
         codes, scales = (
             mx.zeros((*heads, *slots), mx.uint32),

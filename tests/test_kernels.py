@@ -11,7 +11,7 @@ import random
 import mlx.core as mx
 import pytest
 
-from mlx_turboquant import attention, kernels
+from mlx_turboquant import attention, enable, kernels
 from mlx_turboquant.attention import CachedTokens
 from mlx_turboquant.cli import doctor
 from mlx_turboquant.packing import unpack
@@ -303,6 +303,48 @@ def test_a_cache_uses_the_kernels_it_has_checked(kernels_run):
     assert kernels_run
     expected = attention.reference_decode_attention(*arguments)
     assert kernels.compare(output, expected, mx.float32, attention.HALF_ARITHMETIC).holds
+
+
+def test_enabling_a_model_runs_the_kernels_that_it_needs(kernels_run, random_model, caplog):
+    enable(random_model, 3)
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
+    if platform.system() == "Linux":
+        names = {kernel.name.removeprefix("turboquant_") for kernel, _ in kernels_run}
+        assert names == {"quantize", "dequantize", "decode_attention", "combine"}
+    checked = kernels._agrees.cache_info().misses
+    cache = random_model.make_cache()
+    for count in (200, 1, 9):
+        random_model(mx.ones((1, count), mx.int32), cache=cache)
+    assert kernels._agrees.cache_info().misses == checked
+
+
+def test_dimensions_that_no_kernel_takes_are_logged_once(kernels_run, caplog):
+    kernels.supports.cache_clear()
+    quantizer = TurboQuantizer(1100, 2, rotation="haar")
+    x = normal((1, 1, 3, 1100), 1)
+    for _ in range(2):
+        (packed,) = kernels.quantize(kernels.Block(x, mx.zeros((1, 1, 1, 1100)), quantizer))
+    assert not kernels_run
+    assert mx.array_equal(packed.codes, quantizer.quantize(x).codes)
+    messages = [record.message for record in caplog.records]
+    assert messages == [
+        "Kernel quantize takes up to 1024 values a vector: plain MLX is used for 1100."
+    ]
+
+
+def test_keys_and_values_are_quantized_in_one_launch(kernels_run):
+    quantizers = TurboQuantizer(128, 4), TurboQuantizer(320, 3)
+    blocks = [
+        kernels.Block(normal((1, 2, 33, q.dim), q.dim), normal((1, 2, 1, q.dim), 1), q)
+        for q in quantizers
+    ]
+    both = kernels._launch_quantize(*blocks)
+    if platform.system() == "Linux":
+        assert len(kernels_run) == 1
+    for packed, block in zip(both, blocks):
+        (alone,) = kernels._launch_quantize(block)
+        assert mx.array_equal(packed.codes, alone.codes)
+        assert mx.array_equal(packed.scales, alone.scales)
 
 
 def test_a_wrong_kernel_is_replaced_with_a_warning(monkeypatch, caplog):
