@@ -23,7 +23,7 @@ demo: .venv/ready
 test: .venv/test-ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2
 
 format: .venv/test-ready
 	$(BIN)/ruff check --fix .

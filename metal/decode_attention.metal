@@ -22,9 +22,10 @@
 //
 // A threadgroup is one split of one key head, and ROWS of its query rows, so that a code is unpacked
 // once for all of them. Each of its SIMDS SIMD groups takes every SIMDS-th block of tokens: 64 packed
-// ones, or 8 exact ones, few because they are not the bulk but take long. For the scores a lane takes two packed tokens: 32 lanes read 32 consecutive
-// words, a query is read once for both, and no sum crosses lanes. For the values a lane takes runs of
-// eight coordinates of every AT_ONCE-th token, with the weights from threadgroup memory.
+// ones, or 8 exact ones, fewer because their loads are not ahead of their use. For the scores a lane
+// takes two packed tokens: 32 lanes read 32 consecutive words, a query is read once for both, and no
+// sum crosses lanes. For the values a lane takes runs of eight coordinates of every AT_ONCE-th token,
+// with the weights from threadgroup memory.
 //
 // The time goes into arithmetic, not memory: levels, products and short sums (64 coordinates, 32 tokens)
 // are pairs of halves, longer sums are floats. Rounding adds .1 % of a score's standard deviation,
