@@ -83,6 +83,12 @@ METAL_FUNC void load_half_chunk(thread uint* out, const device uint* words, int 
   }
 }
 
+// Between loads and the arithmetic before their first use: a compiler that is short of registers may not
+// move the loads down to that use, where they would be waited for.
+METAL_FUNC void loads_stay_ahead() {
+  simdgroup_barrier(mem_flags::mem_none);
+}
+
 // Loads the codes of the coordinates i to i + 7, a word of each plane; i is a multiple of eight.
 template <int DIM, int BITS>
 METAL_FUNC void load_eight(thread uint* out, const device uint* words, int i) {

@@ -202,6 +202,7 @@ for (int block = first_block; block * block_size < token_count; block += block_s
             load_half_chunk<DIM, KEY_BITS>(
                 key_words + 2 * KEY_BITS * t, block_keys[t], next_chunk, 1 - j / 4);
           }
+          loads_stay_ahead();
         }
         half2 levels[8];
         for (int t = 0; t < 2; t++) {
@@ -349,6 +350,7 @@ for (int block = first_block; block * block_size < token_count; block += block_s
                   words_of_values + ((b + HALF_BATCH) % BATCH + i) * PIECES * PLANES,
                   head_values + (token + i * AT_ONCE) * value_words, first_coordinate);
             }
+            loads_stay_ahead();
           }
           uint pairs[ROWS];
           load_words<ROWS>(

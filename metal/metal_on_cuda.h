@@ -9,9 +9,11 @@
 #define thread
 #define threadgroup
 #define METAL_FUNC inline __device__ __attribute__((always_inline))
-// At most 128 registers a thread: then 16 warps of a multiprocessor cover the latency of loads.
+// Bounds the registers of a thread: more warps on a multiprocessor cover the latency of loads. kernels.py
+// defines how many threadgroups of 256 threads must fit.
 #undef __global__
-#define __global__ __attribute__((global)) __attribute__((launch_bounds(256, 2)))
+#define __global__ \
+  __attribute__((global)) __attribute__((launch_bounds(256, TURBOQUANT_BLOCKS)))
 typedef unsigned int uint;
 typedef unsigned short ushort;
 typedef __half float16_t;
@@ -40,7 +42,7 @@ template <class T> __device__ inline T simd_shuffle_xor(T x, ushort mask) {
 }
 __device__ inline bool simd_any(bool x) { return __any_sync(~0u, x); }
 
-enum class mem_flags { mem_threadgroup };
+enum class mem_flags { mem_none, mem_threadgroup };
 __device__ inline void simdgroup_barrier(mem_flags) { __syncwarp(); }
 __device__ inline void threadgroup_barrier(mem_flags) { __syncthreads(); }
 

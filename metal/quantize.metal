@@ -17,12 +17,12 @@
 //
 // Threadgroups with y = 0 take keys, those with y = 1 values. LANES lanes quantize one vector: every
 // step but the packing is a sum over its coordinates, and the fewer lanes share it, the fewer steps a
-// sum takes; more than 256 coordinates do not fit the registers of eight lanes. A coordinate stays in
-// its lane through all gains. The codes go to threadgroup memory, where a lane collects the
+// sum takes; a lane has room for sixteen coordinates in its registers. A coordinate stays in its lane
+// through all gains. The codes go to threadgroup memory, where a lane collects the
 // fields of a whole word.
 
-constexpr int LANES = DIM > 256 ? 32 : 8;
-constexpr int VALUE_LANES = VALUE_DIM > 256 ? 32 : 8;
+constexpr int LANES = DIM > 256 ? 32 : (DIM > 128 ? 16 : 8);
+constexpr int VALUE_LANES = VALUE_DIM > 256 ? 32 : (VALUE_DIM > 128 ? 16 : 8);
 constexpr int VECTORS = GROUPS * 32 / LANES;
 constexpr int VALUE_VECTORS = GROUPS * 32 / VALUE_LANES;
 constexpr int words = vector_words<DIM, KEY_BITS>();

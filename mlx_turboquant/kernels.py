@@ -46,6 +46,10 @@ _QUANTIZE_INPUTS = (
 )
 _QUANTIZE_OUTPUTS = ("key_codes", "key_scales", "value_codes", "value_scales")
 
+# Threadgroups of 256 threads that fit the registers of a CUDA multiprocessor: 2 leave a thread 128
+# registers, 3 leave it 80, which is enough where nothing spills.
+_CUDA_BLOCKS = {"quantize": 3}
+
 _log = logging.getLogger("mlx_turboquant")
 _forced: list[str] = []
 
@@ -196,7 +200,7 @@ def _launch_quantize(*blocks: Block) -> list[QuantizedVectors]:
         template += [(f"{name or 'KEY_'}GAINS", gains.size)]
         shapes += [(*heads, count, words_per_vector(dim, quantizer.bits)), (*heads, count)]
         dtypes += [mx.uint32, mx.bfloat16]
-        lanes = 32 if dim > 256 else 8
+        lanes = 32 if dim > 256 else 16 if dim > 128 else 8
         threadgroups.append(-(-block.x.size // dim * lanes // (32 * _SIMDS)))
     outputs = _kernel("quantize", _QUANTIZE_INPUTS, _QUANTIZE_OUTPUTS)(
         inputs=[*inputs, _sizes(math.prod(heads), count)],
@@ -427,6 +431,7 @@ def _built_kernel(target: str, name: str, inputs: tuple[str, ...], outputs: tupl
     source, header = _source(f"{name}.metal"), _source("codec.h")
     if target == "cuda":
         header = _source("metal_on_cuda.h").replace("// KERNEL HEADER\n", header)
+        header = f"#define TURBOQUANT_BLOCKS {_CUDA_BLOCKS.get(name, 2)}\n{header}"
         source = "TURBOQUANT_USING_DECLARATIONS\n" + source
         return mx.fast.cuda_kernel(f"turboquant_{name}", **names, header=header, source=source)
     return mx.fast.metal_kernel(f"turboquant_{name}", **names, header=header, source=source)
