@@ -77,7 +77,7 @@ def decode_attention(
         configuration = (
             *(tokens.keys.quantizer, tokens.values.quantizer, queries.dtype),
             *(tokens.exact_keys.dtype, queries.shape[1] // tokens.exact_keys.shape[1]),
-            *(queries.shape[2], _mask_kind(mask), sinks is not None),
+            *(queries.shape[2], kernels.mask_kind(mask), sinks is not None),
         )
         if kernels.agrees(check_decode_attention, *configuration):
             return kernels.launch_decode_attention(queries, tokens, scale, mask, sinks)
@@ -153,12 +153,6 @@ def check_decode_attention(
     output = kernels.launch_decode_attention(*arguments)
     expected = reference_decode_attention(*arguments)
     return kernels.compare(output, expected, dtype, HALF_ARITHMETIC)
-
-
-def _mask_kind(mask: None | str | mx.array) -> str:
-    if mask is None or isinstance(mask, str):
-        return mask or "none"
-    return "boolean" if mask.dtype == mx.bool_ else "additive"
 
 
 def _check_shapes(queries: mx.array, tokens: CachedTokens) -> None:

@@ -22,6 +22,7 @@ from .quantizer import QuantizedVectors, TurboQuantizer
 
 # Keys are interleaved in blocks of this many tokens, the width of a SIMD group.
 BLOCK = 32
+MASK_KINDS = ("none", "causal", "boolean", "additive")
 BACKEND_VARIABLE = "MLX_TURBOQUANT_BACKEND"
 _THREADGROUP_BYTES = 32768
 # The kernel keeps the coordinates of a vector in the registers of one SIMD group.
@@ -267,7 +268,8 @@ def launch_decode_attention(queries, tokens, scale, mask, sinks) -> mx.array:
     keys, values = tokens.keys, tokens.values
     heads, value_dim = tokens.exact_keys.shape[1], tokens.exact_values.shape[-1]
     group_rows = query_heads // heads * rows
-    mask, mask_kind, mask_strides = _mask_arguments(mask, (batch, query_heads, rows, tokens.count))
+    kind = MASK_KINDS.index(mask_kind(mask))
+    mask, mask_strides = _mask_arguments(mask, (batch, query_heads, rows, tokens.count))
     constants = _attention_constants(keys.quantizer, values.quantizer, scale)
     order, power = _rotation_order(keys.quantizer)
     tile = _rows_per_threadgroup(group_rows, max(dim, value_dim))
@@ -290,7 +292,7 @@ def launch_decode_attention(queries, tokens, scale, mask, sinks) -> mx.array:
         template=[
             *(("DIM", dim), ("VALUE_DIM", value_dim), ("ORDER", order), ("POWER", power)),
             *(("KEY_BITS", keys.bits), ("VALUE_BITS", values.bits)),
-            *(("ROWS", tile), ("SIMDS", _SIMDS), ("MASK", mask_kind)),
+            *(("ROWS", tile), ("SIMDS", _SIMDS), ("MASK", kind)),
         ],
         grid=(batch * heads * threads, splits, tiles),
         threadgroup=(threads, 1, 1),
@@ -330,10 +332,17 @@ def _rows_per_threadgroup(group_rows: int, dim: int) -> int:
     return min(most, 1 << (group_rows - 1).bit_length())
 
 
-def _mask_arguments(mask, shape) -> tuple[mx.array | None, int, tuple[int, int, int]]:
-    """The mask of decode_attention.metal: array, kind, strides of sequence, query head and row."""
+def mask_kind(mask: None | str | mx.array) -> str:
+    """One of ``MASK_KINDS``, whose order is that of MASK in decode_attention.metal."""
     if mask is None or isinstance(mask, str):
-        return None, 0 if mask is None else 1, (0, 0, 0)
+        return mask or "none"
+    return "boolean" if mask.dtype == mx.bool_ else "additive"
+
+
+def _mask_arguments(mask, shape) -> tuple[mx.array | None, tuple[int, int, int]]:
+    """The mask of decode_attention.metal, and its strides of sequence, query head and row."""
+    if mask is None or isinstance(mask, str):
+        return None, (0, 0, 0)
     mask = mask.reshape(*(1,) * (4 - mask.ndim), *mask.shape)
     if any(size not in (1, full) for size, full in zip(mask.shape, shape)):
         raise ValueError(f"A mask of shape {mask.shape} does not fit scores of shape {shape}.")
@@ -342,8 +351,9 @@ def _mask_arguments(mask, shape) -> tuple[mx.array | None, int, tuple[int, int, 
     for size in mask.shape[2::-1]:
         strides.append(step if size > 1 else 0)
         step *= size
-    kind = 2 if mask.dtype == mx.bool_ else 3
-    return mask if kind == 2 else mask.astype(mx.float32), kind, tuple(reversed(strides))
+    if mask.dtype != mx.bool_:
+        mask = mask.astype(mx.float32)
+    return mask, tuple(reversed(strides))
 
 
 def _rotation_order(quantizer: TurboQuantizer) -> tuple[int, int]:

@@ -389,6 +389,10 @@ def test_shapes_and_counts_that_do_not_fit_are_refused():
     arguments = (store.codes, store.scales, store.mean, 257, store.quantizer, True, mx.float32)
     with pytest.raises(ValueError, match="257 tokens are not in a buffer of 256"):
         kernels.dequantize(*arguments)
+    tokens.exact_count = 15
+    store.codes, store.scales = store.codes[:, :, :3], store.scales[..., :96]
+    with pytest.raises(ValueError, match="96 packed tokens .* use a multiple of 64"):
+        attention.decode_attention(queries, *rest)
 
 
 def test_a_mask_that_does_not_fit_is_refused():

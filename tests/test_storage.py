@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from mlx_turboquant.storage import (
     BLOCK,
+    CAPACITY_UNIT,
     PackedTokens,
     bytes_per_vector,
     removable_mean,
@@ -60,9 +61,20 @@ def test_a_block_of_keys_is_interleaved():
 def test_free_space_is_at_most_256_tokens_or_a_32nd(count, interleaved):
     store = stored(tokens(1), tokens(count, seed=1), interleaved=interleaved)
     per_token = bytes_per_vector(DIM, 4) * HEADS[0] * HEADS[1]
-    used, free = (count + 1) * per_token, max(256, count // 32) + BLOCK
+    used, free = (count + 1) * per_token, max(256, count // 32) + CAPACITY_UNIT
     mean = store.mean.nbytes
     assert used + mean <= store.nbytes <= used + free * per_token + mean
+
+
+@given(st.integers(1, 200), st.booleans())
+def test_restored_tokens_are_the_same_in_buffers_of_whole_steps(count, interleaved):
+    store = stored(tokens(count), interleaved=interleaved)
+    restored = PackedTokens(4, 0, interleaved)
+    restored.restore(count, *store.used())
+    assert mx.array_equal(restored.dense(mx.float32), store.dense(mx.float32))
+    assert restored.scales.shape[-1] % CAPACITY_UNIT == 0
+    slots = restored.codes.shape[2] * (BLOCK if interleaved else 1)
+    assert slots == restored.scales.shape[-1]
 
 
 def test_a_large_mean_is_removed_and_a_small_one_is_not():
