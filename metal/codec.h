@@ -125,16 +125,10 @@ METAL_FUNC uint code_pair(const thread uint* words, int pair) {
   }
 }
 
-// Numbers in the array of levels.
+// Numbers in the array of levels, and room for its table in threadgroup memory, unused up to 4 bits.
 template <int BITS>
 METAL_FUNC constexpr int level_count() {
   return BITS <= 4 ? 8 : 1 << BITS;
-}
-
-// Entries of the table of levels in threadgroup memory; there is none up to 4 bits.
-template <int BITS>
-METAL_FUNC constexpr int table_size() {
-  return BITS <= 4 ? 1 : 1 << BITS;
 }
 
 // What level_pair needs, from the levels of level_of: four coefficients, or the table, which `count`
@@ -279,7 +273,7 @@ METAL_FUNC uint packed_word(const threadgroup float* codes, int w) {
   return word;
 }
 
-// The sum over the LANES neighbours that share a vector, in all of them.
+// The sum over the LANES neighbours that share a vector or a token, in all of them.
 template <int LANES>
 METAL_FUNC float shared_sum(float x) {
   for (ushort step = 1; step < LANES; step *= 2) {

@@ -57,8 +57,8 @@ threadgroup float mean_scores[ROWS];
 threadgroup float factors[ROWS];
 threadgroup float maxima[SIMDS * ROWS];
 threadgroup float sums[SIMDS * ROWS];
-threadgroup half key_table[table_size<KEY_BITS>()];
-threadgroup half value_table[table_size<VALUE_BITS>()];
+threadgroup half key_table[level_count<KEY_BITS>()];
+threadgroup half value_table[level_count<VALUE_BITS>()];
 
 // Shapes are at hand at once, `sizes` only after a load: first words are under way before they arrive.
 const int heads = int(exact_keys_shape[1]);
@@ -251,11 +251,9 @@ for (int block = first_block; block * block_size < token_count; block += block_s
         }
       }
       for (int r = 0; r < ROWS; r++) {
-        for (ushort step = 1; step < 8; step *= 2) {
-          products[r] += simd_shuffle_xor(products[r], step);
-        }
+        const float score = shared_sum<8>(products[r]);
         if (lane % 8 == 0) {
-          exact_scores[(simd * EXACT_TOKENS + first + lane / 8) * ROWS + r] = products[r];
+          exact_scores[(simd * EXACT_TOKENS + first + lane / 8) * ROWS + r] = score;
         }
       }
     }

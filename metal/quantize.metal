@@ -21,8 +21,6 @@
 // through all gains. The codes go to threadgroup memory, where a lane collects the
 // fields of a whole word.
 
-constexpr int LANES = DIM > 256 ? 32 : (DIM > 128 ? 16 : 8);
-constexpr int VALUE_LANES = VALUE_DIM > 256 ? 32 : (VALUE_DIM > 128 ? 16 : 8);
 constexpr int VECTORS = GROUPS * 32 / LANES;
 constexpr int VALUE_VECTORS = GROUPS * 32 / VALUE_LANES;
 constexpr int words = vector_words<DIM, KEY_BITS>();

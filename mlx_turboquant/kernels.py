@@ -194,14 +194,14 @@ def _launch_quantize(*blocks: Block) -> list[QuantizedVectors]:
         quantizer, dim = block.quantizer, block.x.shape[-1]
         levels, signs, gains = _constants(quantizer)
         order, power = _rotation_order(quantizer)
+        lanes = 32 if dim > 256 else 16 if dim > 128 else 8
         inputs += [block.x, block.mean, levels, quantizer.thresholds, gains, signs]
         inputs += [quantizer.rotation.matrix]
         template += [(f"{name}DIM", dim), (f"{name}ORDER", order), (f"{name}POWER", power)]
         template += [(f"{name or 'KEY_'}BITS", quantizer.bits)]
-        template += [(f"{name or 'KEY_'}GAINS", gains.size)]
+        template += [(f"{name or 'KEY_'}GAINS", gains.size), (f"{name}LANES", lanes)]
         shapes += [(*heads, count, words_per_vector(dim, quantizer.bits)), (*heads, count)]
         dtypes += [mx.uint32, mx.bfloat16]
-        lanes = 32 if dim > 256 else 16 if dim > 128 else 8
         threadgroups.append(-(-block.x.size // dim * lanes // (32 * _SIMDS)))
     outputs = _kernel("quantize", _QUANTIZE_INPUTS, _QUANTIZE_OUTPUTS)(
         inputs=[*inputs, _sizes(math.prod(heads), count)],
@@ -408,7 +408,7 @@ def _sizes(*sizes: int) -> mx.array:
     kernel that reads one may wait for a page to move.
     """
     padding = (0,) * (8 - len(sizes))
-    return constant(mx.array((*sizes, *padding), dtype=mx.int32))
+    return constant((*sizes, *padding))
 
 
 @cache
