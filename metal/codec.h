@@ -83,10 +83,14 @@ METAL_FUNC void load_half_chunk(thread uint* out, const device uint* words, int 
   }
 }
 
-// Between loads and the arithmetic before their first use: a compiler that is short of registers may not
-// move the loads down to that use, where they would be waited for.
-METAL_FUNC void loads_stay_ahead() {
-  simdgroup_barrier(mem_flags::mem_none);
+// Asks for `count` words to be fetched into a cache, where there is an instruction for it.
+METAL_FUNC void prefetch(const device uint* words, int count) {
+#ifdef TURBOQUANT_PREFETCH
+  TURBOQUANT_PREFETCH(words, count);
+#else
+  (void)words;
+  (void)count;
+#endif
 }
 
 // Loads the codes of the coordinates i to i + 7, a word of each plane; i is a multiple of eight.

@@ -12,13 +12,17 @@
 //
 // `count` is all query rows of all heads of all sequences. A threadgroup joins one of them. Each of its
 // SIMDS SIMD groups sums every SIMDS-th split, its lanes over the coordinates, relative to the largest
-// maximum it has seen, and BATCH splits at once, so that many loads are under way. The first one adds
-// these sums up and rotates, which mixes all coordinates.
+// maximum it has seen, and BATCH splits at once: with that, one wait for memory is all there is for up to
+// SIMDS * BATCH splits. Then each thread adds up the SIMD groups' sums of a coordinate, and the first
+// SIMD group rotates, which mixes all of them.
 
 constexpr int COORDINATES = (DIM + 31) / 32;
-constexpr int BATCH = 4;
+constexpr int BATCH = COORDINATES > 4 ? 48 / COORDINATES : 12;
+constexpr int THREADS = SIMDS * 32;
+constexpr int OUTPUTS = (DIM + THREADS - 1) / THREADS;
 threadgroup float values[SIMDS * DIM];
 threadgroup float exact_values[SIMDS * DIM];
+threadgroup float rotated[DIM];
 threadgroup float maxima[SIMDS];
 threadgroup float totals[SIMDS];
 threadgroup float packed_totals[SIMDS];
@@ -31,6 +35,15 @@ const long first = long(query) * splits;
 const int packed_splits = sizes[0];
 const int group_rows = sizes[1];
 const int rows = sizes[2];
+
+// What the end needs is loaded now.
+float means[OUTPUTS];
+float signs[OUTPUTS];
+for (int k = 0; k < OUTPUTS; k++) {
+  const int i = min(k * THREADS + simd * 32 + lane, DIM - 1);
+  means[k] = mean[long(query / group_rows) * DIM + i];
+  signs[k] = rotation[i];
+}
 
 float largest = -1e30f;
 float total = 0.0f;
@@ -93,38 +106,45 @@ if (lane == 0) {
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
+float sink = 0.0f;
+if (SINKS) {
+  sink = sinks[query / rows % sizes[3]];
+  largest = max(largest, sink);
+}
+for (int s = 0; s < SIMDS; s++) {
+  largest = max(largest, maxima[s]);
+}
+total = SINKS ? exp(sink - largest) : 0.0f;
+packed = 0.0f;
+float weights[SIMDS];
+for (int s = 0; s < SIMDS; s++) {
+  weights[s] = exp(maxima[s] - largest);
+  total += weights[s] * totals[s];
+  packed += weights[s] * packed_totals[s];
+}
+float exact_sum[OUTPUTS];
+for (int k = 0; k < OUTPUTS; k++) {
+  const int i = min(k * THREADS + simd * 32 + lane, DIM - 1);
+  float sum = 0.0f;
+  exact_sum[k] = packed * means[k];
+  for (int s = 0; s < SIMDS; s++) {
+    sum += weights[s] * values[s * DIM + i];
+    exact_sum[k] += weights[s] * exact_values[s * DIM + i];
+  }
+  if (k * THREADS + simd * 32 + lane < DIM) {
+    rotated[i] = sum * rsqrt(float(POWER));
+  }
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
 if (simd == 0) {
-  float sink = 0.0f;
-  if (SINKS) {
-    sink = sinks[query / rows % sizes[3]];
-    largest = max(largest, sink);
-  }
-  for (int s = 0; s < SIMDS; s++) {
-    largest = max(largest, maxima[s]);
-  }
-  total = SINKS ? exp(sink - largest) : 0.0f;
-  packed = 0.0f;
-  float weights[SIMDS];
-  for (int s = 0; s < SIMDS; s++) {
-    weights[s] = exp(maxima[s] - largest);
-    total += weights[s] * totals[s];
-    packed += weights[s] * packed_totals[s];
-  }
-  for (int i = lane; i < DIM; i += 32) {
-    float sum = 0.0f;
-    float exact_sum = 0.0f;
-    for (int s = 0; s < SIMDS; s++) {
-      sum += weights[s] * values[s * DIM + i];
-      exact_sum += weights[s] * exact_values[s * DIM + i];
-    }
-    values[i] = sum * rsqrt(float(POWER));
-    exact_values[i] = exact_sum + packed * mean[long(query / group_rows) * DIM + i];
-  }
-  simdgroup_barrier(mem_flags::mem_threadgroup);
-  butterflies<DIM, POWER>(values, uint(lane));
-  const float inverse_total = total == 0.0f ? 0.0f : 1.0f / total;
-  for (int i = lane; i < DIM; i += 32) {
-    const float value = matrix_row<ORDER, POWER, true>(rotation + DIM, values, i);
-    out[long(query) * DIM + i] = T((value * rotation[i] + exact_values[i]) * inverse_total);
+  butterflies<DIM, POWER>(rotated, uint(lane));
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+const float inverse_total = total == 0.0f ? 0.0f : 1.0f / total;
+for (int k = 0; k < OUTPUTS; k++) {
+  const int i = k * THREADS + simd * 32 + lane;
+  if (i < DIM) {
+    const float value = matrix_row<ORDER, POWER, true>(rotation + DIM, rotated, i);
+    out[long(query) * DIM + i] = T((value * signs[k] + exact_sum[k]) * inverse_total);
   }
 }

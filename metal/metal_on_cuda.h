@@ -1,6 +1,6 @@
 // The part of Metal that the kernels here use, for CUDA: with this in front, mx.fast.cuda_kernel compiles
 // their text unchanged. A SIMD group is a warp and a threadgroup is a block. All 32 lanes must take
-// part in the simd functions. kernels.py puts codec.h in place of the line KERNEL HEADER.
+// part in the simd functions.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -75,7 +75,14 @@ template <class To, class From> __device__ inline To as_type(From x) {
   return reinterpret_cast<To&>(x);
 }
 
-// KERNEL HEADER
+// An instruction of compute capability 9.0 fetches words into the second-level cache.
+#if __CUDA_ARCH__ >= 900
+#define TURBOQUANT_PREFETCH(words, count)                          \
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"( \
+                   __cvta_generic_to_global(words)),               \
+               "r"(4 * (count)))
+#endif
+#include "codec.h"
 }  // namespace turboquant
 
 // CUDA has global functions of some of these names; declarations in the kernel's own scope hide them.

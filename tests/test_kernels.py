@@ -349,17 +349,26 @@ def test_keys_and_values_are_quantized_in_one_launch(kernels_run):
         assert mx.array_equal(packed.scales, alone.scales)
 
 
-def test_a_wrong_kernel_is_replaced_with_a_warning(monkeypatch, caplog):
-    right = kernels._source
-    planted = {
-        "dequantize.metal": ("mean[long", "-mean[long"),
-        "quantize.metal": ("const int count", "const int count +"),
-    }
+def plant(monkeypatch, folder, **replacements):
+    """Has kernels built from a text in which a string of theirs is replaced by another."""
+    right = kernels._file
+    for kernel, (old, new) in replacements.items():
+        text = right(f"{kernel}.metal").read_text()
+        assert old in text
+        (folder / f"{kernel}.metal").write_text(text.replace(old, new))
 
-    def wrong_source(file):
-        return right(file).replace(*planted.get(file, ("", "")))
+    def planted(name):
+        return folder / name if (folder / name).exists() else right(name)
 
-    monkeypatch.setattr(kernels, "_source", wrong_source)
+    monkeypatch.setattr(kernels, "_file", planted)
+
+
+def test_a_wrong_kernel_is_replaced_with_a_warning(monkeypatch, caplog, tmp_path):
+    plant(
+        *(monkeypatch, tmp_path),
+        dequantize=("mean[long", "-mean[long"),
+        quantize=("const int count", "const int count +"),
+    )
     quantizer = shared_quantizer(64, 4, 0)
     x, mean = normal((1, 1, 40, 64), 1), mx.ones((1, 1, 1, 64))
     (packed,) = kernels.quantize(kernels.Block(x, mean, quantizer))  # does not compile
@@ -434,9 +443,8 @@ def test_doctor_prints_a_verdict_for_every_check(few_checks, capsys):
     assert "2 of 2 configurations are right." in output
 
 
-def test_doctor_fails_if_a_kernel_does(few_checks, monkeypatch, capsys):
-    right = kernels._source
-    monkeypatch.setattr(kernels, "_source", lambda file: right(file).replace("+ mean[", "- mean["))
+def test_doctor_fails_if_a_kernel_does(few_checks, monkeypatch, capsys, tmp_path):
+    plant(monkeypatch, tmp_path, dequantize=("+ mean[", "- mean["))
     with pytest.raises(SystemExit) as leaving:
         doctor.main([])
     assert leaving.value.code == 1
