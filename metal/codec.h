@@ -83,16 +83,6 @@ METAL_FUNC void load_half_chunk(thread uint* out, const device uint* words, int 
   }
 }
 
-// Asks for `count` words to be fetched into a cache, where there is an instruction for it.
-METAL_FUNC void prefetch(const device uint* words, int count) {
-#ifdef TURBOQUANT_PREFETCH
-  TURBOQUANT_PREFETCH(words, count);
-#else
-  (void)words;
-  (void)count;
-#endif
-}
-
 // Loads the codes of the coordinates i to i + 7, a word of each plane; i is a multiple of eight.
 template <int DIM, int BITS>
 METAL_FUNC void load_eight(thread uint* out, const device uint* words, int i) {

@@ -29,8 +29,7 @@
 //
 // The time goes into arithmetic, not memory: levels, products and short sums (64 coordinates, 32 tokens)
 // are pairs of halves, longer sums are floats. Rounding adds .1 % of a score's standard deviation,
-// far below the noise of the codes. Words are loaded a step ahead of their use, and fetched into a cache a
-// block ahead.
+// far below the noise of the codes. Words are loaded a step ahead of their use.
 
 constexpr int BLOCK_TOKENS = 64;
 constexpr int EXACT_TOKENS = 8;
@@ -169,11 +168,6 @@ const int first_block = (exact ? split - packed_splits : split) * SIMDS + simd;
 const int block_step = (exact ? splits - packed_splits : packed_splits) * SIMDS;
 for (int block = first_block; block * block_size < token_count; block += block_step) {
   const int first_token = block * block_size;
-  if (!exact && lane == 0) {
-    const long next = min(block + block_step, last_block);
-    prefetch(head_keys + next * words * BLOCK_TOKENS, words * BLOCK_TOKENS);
-    prefetch(head_values + next * value_words * BLOCK_TOKENS, value_words * BLOCK_TOKENS);
-  }
   float scores[2 * ROWS];
   float value_log[2];
   float inverse_value_scale[2];

@@ -75,13 +75,6 @@ template <class To, class From> __device__ inline To as_type(From x) {
   return reinterpret_cast<To&>(x);
 }
 
-// An instruction of compute capability 9.0 fetches words into the second-level cache.
-#if __CUDA_ARCH__ >= 900
-#define TURBOQUANT_PREFETCH(words, count)                          \
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"( \
-                   __cvta_generic_to_global(words)),               \
-               "r"(4 * (count)))
-#endif
 #include "codec.h"
 }  // namespace turboquant
 
