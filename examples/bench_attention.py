@@ -13,6 +13,7 @@ shows that time. For the kernels alone, run one call of each arm under a profile
 
 import argparse
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -89,12 +90,14 @@ def arms_of(shape: Shape) -> dict[str, Arm]:
     keys, values = (mx.random.normal(size).astype(mx.bfloat16) for _ in range(2))
     mx.eval(keys, values)
     scale = shape.head_dim**-0.5
-    arms = {"bf16": dense_arm(keys, values, scale)}
-    arms |= {f"affine{bits}": affine_arm(keys, values, scale, bits) for bits in (4, 8)}
-    for key_bits, value_bits in PRESETS:
-        arm = compressed_arm(keys, values, scale, key_bits, value_bits)
-        arms[f"K{key_bits}V{value_bits}"] = arm
-    return arms
+    arms = [dense_arm(keys, values, scale)]
+    arms += [affine_arm(keys, values, scale, bits) for bits in (4, 8)]
+    arms += [compressed_arm(keys, values, scale, *bits) for bits in PRESETS]
+    return dict(zip(arm_names(), arms))
+
+
+def arm_names() -> list[str]:
+    return ["bf16", "affine4", "affine8", *(f"K{key}V{value}" for key, value in PRESETS)]
 
 
 def random_queries(shape: Shape, calls: int) -> list[mx.array]:
@@ -119,9 +122,20 @@ def bandwidth() -> float:
     return 2 * data.nbytes / min(seconds_per_call(mx.abs, [data] * 4) for _ in range(5))
 
 
+def runs(name: str, arm: Arm, queries: mx.array) -> bool:
+    """Compiles an arm; MLX has no quantized product for some shapes."""
+    try:
+        mx.eval(arm.attend(queries))
+    except RuntimeError as error:
+        print(f"{name:8} does not run: {error}", flush=True)
+        return False
+    return True
+
+
 def measure(shape: Shape, calls: int, repeats: int) -> Iterator[tuple[str, float, int]]:
     """Name, median seconds per call, and bytes of the cache, of every arm."""
-    arms, queries = arms_of(shape), random_queries(shape, calls)
+    queries = random_queries(shape, calls)
+    arms = {name: arm for name, arm in arms_of(shape).items() if runs(name, arm, queries[0])}
     times: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(repeats + 1):  # the first round warms up
         for name, arm in arms.items():
@@ -137,6 +151,8 @@ def plot(results: list[tuple[Shape, dict[str, float]]], file: Path) -> None:
     panels: dict[Shape, list[tuple[Shape, dict[str, float]]]] = {}
     for shape, medians in results:
         panels.setdefault(shape._replace(tokens=0), []).append((shape, medians))
+    # The same colour in every panel, though MLX cannot run every arm in all of them.
+    colours = {name: f"C{index}" for index, name in enumerate(arm_names())}
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(
@@ -146,9 +162,9 @@ def plot(results: list[tuple[Shape, dict[str, float]]], file: Path) -> None:
         axis.axis("off")
     for axis, (panel, points) in zip(axes.flat, panels.items()):
         tokens = [shape.tokens for shape, _ in points]
-        for name in points[0][1]:
-            ratios = [medians[name] / medians["bf16"] for _, medians in points]
-            axis.plot(tokens, ratios, marker="o", markersize=4, label=name)
+        for name, colour in colours.items():
+            ratios = [medians.get(name, math.nan) / medians["bf16"] for _, medians in points]
+            axis.plot(tokens, ratios, marker="o", markersize=4, label=name, color=colour)
         axis.set(xscale="log", xlabel="tokens", ylabel="time relative to bf16")
         axis.set_yscale("log", base=2)
         axis.yaxis.set_major_formatter("{x:g}")
@@ -156,7 +172,7 @@ def plot(results: list[tuple[Shape, dict[str, float]]], file: Path) -> None:
         axis.set_title(str(panel).rpartition(",")[0], fontsize=10)
         axis.grid(alpha=0.3)
     axes.flat[0].legend(fontsize=8)
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=90)
     print(f"Wrote {file}")
 
 

@@ -34,13 +34,14 @@ MASKS = ("none", "causal", "boolean", "boolean per head", "additive", "left padd
 
 @pytest.fixture(autouse=True)
 def kernels_run(monkeypatch):
-    """Kernels run on the GPU, or on the executor in its place; gives the list of launches there."""
+    """Kernels run on the GPU, or on the executor in its place; gives the list of launches."""
     launches = []
-    if ON_EXECUTOR:
 
-        def checked_kernel(name, **arguments):
-            kernel = metal_on_linux.metal_kernel(name=name, **arguments)
-            kernel.memory_check, kernel.order = True, "random"
+    def recording(make_kernel):
+        def make(name, **arguments):
+            kernel = make_kernel(name=name, **arguments)
+            if ON_EXECUTOR:
+                kernel.memory_check, kernel.order = True, "random"
 
             def launch(**call):
                 launches.append((kernel, call))
@@ -48,8 +49,14 @@ def kernels_run(monkeypatch):
 
             return launch
 
-        monkeypatch.setattr(mx.fast, "metal_kernel", checked_kernel)
+        return make
+
+    if ON_EXECUTOR:
+        monkeypatch.setattr(mx.fast, "metal_kernel", recording(metal_on_linux.metal_kernel))
         monkeypatch.setattr(kernels, "_checked_backend", lambda name, origin: name or "metal")
+    else:
+        for maker in ("metal_kernel", "cuda_kernel"):
+            monkeypatch.setattr(mx.fast, maker, recording(getattr(mx.fast, maker)))
     forget_kernels()
     yield launches
     forget_kernels()
