@@ -441,6 +441,13 @@ def few_checks(monkeypatch):
     monkeypatch.setattr(doctor, "_configurations", lambda: iter(checks))
 
 
+def test_the_doctor_checks_every_kernel_with_what_it_takes():
+    configurations = reversed(list(doctor._configurations()))
+    first = {check: configuration for check, configuration, _ in configurations}
+    assert len(first) == 4
+    assert all(check(*configuration).holds for check, configuration in first.items())
+
+
 def test_doctor_prints_a_verdict_for_every_check(few_checks, capsys):
     with pytest.raises(SystemExit) as leaving:
         doctor.main([])

@@ -57,7 +57,7 @@ def _configurations() -> Iterator[tuple[Callable[..., kernels.Agreement], tuple[
         for bits in range(1, 9):
             quantizer = shared_quantizer(dim, bits, 0)
             label = f"{dim} values, {bits} bits"
-            yield kernels.check_quantize, (quantizer, mx.float16), label
+            yield kernels.check_quantize, (mx.float16, quantizer, quantizer), label
             yield kernels.check_inner_product, (quantizer,), label
             for interleaved in (False, True):
                 yield kernels.check_dequantize, (quantizer, interleaved, mx.bfloat16), label
