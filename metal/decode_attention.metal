@@ -12,11 +12,15 @@
 //   constants      float32: the factor of the scores (8 numbers, the first counts), levels of the keys, of
 //                  the values, signs and matrix of the rotation of the keys, see codec.h
 //   mask           bool or float (batch or 1, query heads or 1, rows, tokens), unused without MASK
-//   sizes          int32 (8), see below
+//   sizes          int32 (8 + 3, or 8 + 3 for each sequence), see below
 //   partial        float32 (batch * heads * GROUP_ROWS, splits, VALUE_DIM + 2): output, maximum and sum;
 //                  the maximum is a reference for the exponentials that no score exceeds by much
 //
-// Tokens are ordered: sinks, packed tokens, recent tokens. The first `packed_splits` splits share the
+// Tokens are ordered: sinks, packed tokens, recent tokens. Sequences may differ in length: each has its
+// numbers of packed tokens and sinks, and the place in the exact buffers where its recent tokens begin;
+// all end at the same place. What lies between belongs to no token.
+//
+// The first `packed_splits` splits share the
 // packed ones and work in rotated coordinates, for which the queries are rotated here. The others take
 // the exact ones, sinks and recent, in the original coordinates; they are short and start last.
 //
@@ -91,15 +95,20 @@ for (int b = 0; b < HALF_BATCH; b++) {
       words_of_values + b * PIECES * PLANES, head_values + token * value_words, first_coordinate);
 }
 
-const int packed_count = sizes[0];
-const int exact_count = sizes[1];
-const int sink_count = sizes[2];
-const int splits = sizes[3];
-const int packed_splits = sizes[4];
+const int exact_count = sizes[0];
+const int splits = sizes[1];
+const int packed_splits = sizes[2];
+// Columns of the mask: sinks, then packed tokens, then recent ones, shifted from their place.
+const int sink_columns = sizes[3];
+const int recent_shift = sizes[4];
 const int mask_batch_stride = sizes[5];
 const int mask_head_stride = sizes[6];
 const int mask_row_stride = sizes[7];
-const int last_token = exact_count + packed_count - 1;
+const int extent = sizes_shape[0] > 11 ? 8 + head / heads * 3 : 8;
+const int packed_count = sizes[extent];
+const int sink_count = sizes[extent + 1];
+const int first_recent = sizes[extent + 2];
+const int last_column = exact_count + recent_shift - 1;
 const bool exact = split >= packed_splits;
 
 half2 key_coefficients[4];
@@ -272,19 +281,20 @@ for (int block = first_block; block * block_size < token_count; block += block_s
   float excess = -INFINITY;
   for (int t = 0; t < 2; t++) {
     const int token = first_token + t * 32 + lane;
-    const bool inside = t * 32 + lane < block_size && token < token_count;
+    bool inside = t * 32 + lane < block_size && token < token_count;
     int column = token;
     if (exact) {
-      column += token < sink_count ? 0 : packed_count;
+      inside = inside && (token < sink_count || token >= first_recent);
+      column += token < sink_count ? 0 : recent_shift;
     } else {
-      column += sink_count;
+      column += sink_columns;
     }
     for (int r = 0; r < ROWS; r++) {
       const int row = (first_row + r) % rows;
       float score = scores[t * ROWS + r];
       bool visible = inside && (MASK < 2 || first_row + r < group_rows);
       if (MASK == 1) {
-        visible = visible && column <= last_token + 1 - rows + row;
+        visible = visible && column <= last_column + 1 - rows + row;
       }
       if (MASK > 1 && visible) {
         const long at = long(head / heads) * mask_batch_stride +

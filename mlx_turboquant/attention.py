@@ -1,6 +1,7 @@
 """Attention over the tokens of a compressed cache: the kernels, and plain MLX to check them."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -16,12 +17,24 @@ HALF_ARITHMETIC = 6e-3
 _MAX_KERNEL_DIM = 512
 
 
+class Extent(NamedTuple):
+    """What one sequence holds of shared buffers; its recent tokens begin at ``recent_start``."""
+
+    packed: int
+    sinks: int
+    recent_start: int
+
+
 @dataclass
 class CachedTokens:
     """The tokens that one attention call sees, in order: sinks, packed tokens, recent tokens.
 
-    ``exact_keys`` and ``exact_values`` are (B, H, capacity, dim) in the model's dtype. The first
-    ``sink_count`` of their ``exact_count`` tokens come before the packed ones, the others after.
+    ``exact_keys`` and ``exact_values`` are (B, H, capacity, dim) in the model's dtype: first come
+    the ``sink_count`` sinks, and from ``recent_start`` to ``exact_count`` the recent tokens.
+
+    Sequences of different length share these buffers and end at the same ``exact_count``.
+    ``extents`` has one entry for all or one for each; a column that a sequence has no token in
+    belongs to none.
     """
 
     keys: PackedTokens
@@ -30,22 +43,51 @@ class CachedTokens:
     exact_values: mx.array
     exact_count: int
     sink_count: int
+    recent_start: int | None = None
+    extents: tuple[Extent, ...] = ()
+
+    def __post_init__(self):
+        if self.recent_start is None:
+            self.recent_start = self.sink_count
+        if not self.extents:
+            self.extents = (Extent(self.keys.count, self.sink_count, self.recent_start),)
 
     @property
     def count(self) -> int:
-        """All tokens, exact and packed."""
-        return self.exact_count + self.keys.count
+        """All columns: sinks, packed and recent tokens of the longest sequence of each."""
+        return self.sink_count + self.keys.count + self.exact_count - self.recent_start
 
     def dense(self) -> tuple[mx.array, mx.array]:
         """All keys and all values, (B, H, count, dim), in the model's dtype."""
         return self._join(self.keys, self.exact_keys), self._join(self.values, self.exact_values)
 
+    def visible(self) -> mx.array:
+        """Which columns hold a token of a sequence: boolean (B or 1, 1, 1, count)."""
+        columns = (self.sink_count, self.keys.count, self.recent_start, self.exact_count)
+        return visible_columns(self.extents, *columns)
+
     def _join(self, packed: PackedTokens, exact: mx.array) -> mx.array:
-        exact = exact[:, :, : self.exact_count]
+        sinks, recent = self.split(exact)
         if packed.count == 0:
-            return exact
-        sinks, recent = exact[:, :, : self.sink_count], exact[:, :, self.sink_count :]
+            return recent if self.sink_count == 0 else mx.concatenate([sinks, recent], axis=2)
         return mx.concatenate([sinks, packed.dense(exact.dtype), recent], axis=2)
+
+    def split(self, exact: mx.array) -> tuple[mx.array, mx.array]:
+        """Sinks and recent tokens of an exact buffer."""
+        return exact[:, :, : self.sink_count], exact[:, :, self.recent_start : self.exact_count]
+
+
+def visible_columns(
+    extents: tuple[Extent, ...], sinks: int, packed: int, recent_start: int, end: int
+) -> mx.array:
+    """:meth:`CachedTokens.visible`, for so many columns of each kind."""
+    packed_counts, sink_counts, starts = (mx.array(x)[:, None] for x in zip(*extents))
+    parts = [
+        mx.arange(sinks) < sink_counts,
+        mx.arange(packed) < packed_counts,
+        mx.arange(recent_start, end) >= starts,
+    ]
+    return mx.concatenate(parts, axis=-1)[:, None, None]
 
 
 def decode_attention(
@@ -99,17 +141,21 @@ def reference_decode_attention(queries, tokens, scale, mask=None, sinks=None) ->
     rotated = tokens.keys.quantizer.rotation.apply(grouped)
     packed = rotated @ tokens.keys.rotated_values().swapaxes(-1, -2)
     packed = packed + grouped @ tokens.keys.mean.swapaxes(-1, -2)
-    exact_keys = tokens.exact_keys[:, :, : tokens.exact_count].astype(mx.float32)
-    exact = grouped @ exact_keys.swapaxes(-1, -2)
-    scores = _in_order(exact, packed, tokens).reshape(batch, query_heads, rows, tokens.count)
-    weights = _softmax(_masked(scores, mask), sinks)
-    weights = weights.reshape(batch, heads, -1, tokens.count)
+    sink, recent = (
+        grouped @ keys.astype(mx.float32).swapaxes(-1, -2)
+        for keys in tokens.split(tokens.exact_keys)
+    )
+    scores = mx.concatenate([sink, packed, recent], axis=-1)
+    scores = _masked(scores.reshape(batch, query_heads, rows, tokens.count), mask)
+    if len(tokens.extents) > 1:
+        scores = _masked(scores, tokens.visible())
+    weights = _softmax(scores, sinks).reshape(batch, heads, -1, tokens.count)
     start, stop = tokens.sink_count, tokens.sink_count + tokens.values.count
-    packed = weights[..., start:stop]
-    exact = mx.concatenate([weights[..., :start], weights[..., stop:]], axis=-1)
+    sink, packed, recent = mx.split(weights, [start, stop], axis=-1)
     output = tokens.values.quantizer.rotation.invert(packed @ tokens.values.rotated_values())
     output = output + packed.sum(axis=-1, keepdims=True) * tokens.values.mean
-    output = output + exact @ tokens.exact_values[:, :, : tokens.exact_count].astype(mx.float32)
+    for part, values in zip((sink, recent), tokens.split(tokens.exact_values)):
+        output = output + part @ values.astype(mx.float32)
     return output.reshape(batch, query_heads, rows, -1).astype(queries.dtype)
 
 
@@ -173,11 +219,6 @@ def _check_shapes(queries: mx.array, tokens: CachedTokens) -> None:
             f"A buffer of {room[1]} packed tokens ends within a step of the kernel: "
             f"use a multiple of {CAPACITY_UNIT}."
         )
-
-
-def _in_order(exact: mx.array, packed: mx.array, tokens: CachedTokens) -> mx.array:
-    sinks, recent = exact[..., : tokens.sink_count], exact[..., tokens.sink_count :]
-    return mx.concatenate([sinks, packed, recent], axis=-1)
 
 
 def _masked(scores: mx.array, mask: None | str | mx.array) -> mx.array:

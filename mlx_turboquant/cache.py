@@ -63,6 +63,39 @@ class TurboQuantKVCache:
         self._exact_keys: mx.array | None = None
         self._exact_values: mx.array | None = None
 
+    @classmethod
+    def holding(
+        cls,
+        keys: PackedTokens,
+        values: PackedTokens,
+        exact_keys: mx.array,
+        exact_values: mx.array,
+        window: int,
+        sink_tokens: int,
+    ) -> "TurboQuantKVCache":
+        """A cache of these packed tokens, and of these exact ones: sinks, then recent ones."""
+        cache = cls(keys.bits, values.bits, window=window, sink_tokens=sink_tokens, seed=keys.seed)
+        cache._packed_keys, cache._packed_values = keys, values
+        cache.offset = keys.count + exact_keys.shape[2]
+        cache._keep(exact_keys, exact_values)
+        return cache
+
+    @staticmethod
+    def merge(caches: "list[TurboQuantKVCache]"):
+        """A :class:`.BatchTurboQuantKVCache` of the sequences of ``caches``, one each."""
+        from .batch_cache import BatchTurboQuantKVCache  # which is built on this module
+
+        return BatchTurboQuantKVCache.merge(caches)
+
+    @property
+    def keys(self) -> mx.array | None:
+        """The exact keys. Runs over several machines tie what they wait for to this array."""
+        return self._exact_keys
+
+    @keys.setter
+    def keys(self, keys: mx.array) -> None:
+        self._exact_keys = keys
+
     @property
     def key_bits(self) -> int:
         """Bits per value of the packed keys."""
@@ -94,7 +127,7 @@ class TurboQuantKVCache:
             tokens = self._append_few(keys, values)
         else:
             tokens = self._append_many(keys, values)
-        return tuple(_compressed_array(dense, tokens) for dense in tokens.dense())
+        return compressed_arrays(tokens)
 
     def _append_few(self, keys: mx.array, values: mx.array) -> CachedTokens:
         """Write into the exact buffers in place, after making room there."""
@@ -139,9 +172,8 @@ class TurboQuantKVCache:
         )
 
     def _leaving(self) -> int:
-        """How many of the exact tokens have left the window, in whole blocks of packed tokens."""
-        outside = self.exact_tokens - self.sink_tokens - self.window
-        return max(0, (self.packed_tokens + outside) // BLOCK * BLOCK - self.packed_tokens)
+        counts = self.packed_tokens, self.exact_tokens
+        return leaving_tokens(*counts, self.sink_tokens, self.window)
 
     def _pack_oldest(
         self, keys: mx.array, values: mx.array, leaving: int
@@ -250,7 +282,15 @@ class TurboQuantKVCache:
         return cache
 
 
-def _compressed_array(dense: mx.array, tokens: CachedTokens) -> CompressedArray:
-    array = CompressedArray(dense)
-    array.tokens = tokens
-    return array
+def compressed_arrays(tokens: CachedTokens) -> tuple[CompressedArray, CompressedArray]:
+    """All keys and all values of ``tokens``, for attention that knows them and for any other."""
+    arrays = tuple(CompressedArray(dense) for dense in tokens.dense())
+    for array in arrays:
+        array.tokens = tokens
+    return arrays
+
+
+def leaving_tokens(packed: int, exact: int, sink_tokens: int, window: int) -> int:
+    """How many exact tokens have left the window, in whole blocks of packed tokens."""
+    outside = exact - sink_tokens - window
+    return max(0, (packed + outside) // BLOCK * BLOCK - packed)

@@ -14,6 +14,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from . import kernels
 from .attention import MAX_DECODE_ROWS, decode_attention
+from .batch_cache import CausalMask
 from .cache import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW, CompressedArray, TurboQuantKVCache
 from .codebook import check_bits
 from .kernels import BLOCK
@@ -189,6 +190,8 @@ class _AttentionHook:
 
     @staticmethod
     def _decode(queries, tokens, cache, scale, mask, sinks=None):
+        if type(mask) is CausalMask:
+            mask = None if queries.shape[2] == 1 else "causal"
         return decode_attention(queries, tokens, scale, mask, sinks)
 
 

@@ -5,6 +5,7 @@ kernel is compared with plain MLX on small data before its first use; one that d
 or disagrees is replaced for the rest of the process, with a warning.
 """
 
+import itertools
 import logging
 import math
 import os
@@ -279,9 +280,11 @@ def launch_decode_attention(queries, tokens, scale, mask, sinks) -> mx.array:
     splits = packed_splits + exact_splits
     threads = 32 * _SIMDS
     count = batch * query_heads * rows
+    sinks_and_packed = tokens.sink_count + keys.count
     sizes = (
-        *(keys.count, tokens.exact_count, tokens.sink_count, splits, packed_splits),
-        *mask_strides,
+        *(tokens.exact_count, splits, packed_splits, tokens.sink_count),
+        *(sinks_and_packed - tokens.recent_start, *mask_strides),
+        *itertools.chain(*tokens.extents),
     )
     (partial,) = _kernel("decode_attention", _ATTENTION_INPUTS, ("partial",))(
         inputs=[

@@ -62,6 +62,11 @@ class PackedTokens:
         self.mean: mx.array | None = None
 
     @property
+    def counts(self) -> list[int]:
+        """Tokens of each sequence: one number for sequences of the same length."""
+        return [self.count]
+
+    @property
     def quantizer(self) -> TurboQuantizer:
         """The quantizer of these tokens; there is one once the first were stored."""
         return shared_quantizer(self.mean.shape[-1], self.bits, self.seed)
@@ -87,14 +92,18 @@ class PackedTokens:
         return kernels.Block(x, self.mean, self.quantizer)
 
     def _store(self, packed: QuantizedVectors) -> None:
-        start, stop = self.count, self.count + packed.scales.shape[2]
+        stop = self.count + packed.scales.shape[2]
         self._reserve(stop, packed.codes.shape[:2], packed.codes.shape[-1])
-        self.scales[..., start:stop] = packed.scales
-        if self.interleaved:
-            self._write_blocks(packed.codes, start)
-        else:
-            self.codes[..., start:stop, :] = packed.codes
+        self._write(packed, self.count)
         self.count = stop
+
+    def _write(self, packed: QuantizedVectors, start: int, rows: slice = slice(None)) -> None:
+        stop = start + packed.scales.shape[2]
+        self.scales[rows, :, start:stop] = packed.scales
+        if self.interleaved:
+            self._write_blocks(packed.codes, start, rows)
+        else:
+            self.codes[rows, :, start:stop] = packed.codes
 
     def rotated_values(self) -> mx.array:
         """The tokens without the mean, before the inverse rotation: float32 (B, H, count, dim)."""
@@ -144,21 +153,108 @@ class PackedTokens:
             scales[..., : self.count] = old_scales
         self.codes, self.scales = codes, scales
 
-    def _write_blocks(self, codes: mx.array, start: int) -> None:
-        """Write codes (B, H, n, words) to the interleaved tokens from ``start`` on."""
+    def _write_blocks(self, codes: mx.array, start: int, rows: slice) -> None:
+        """Write codes (rows, H, n, words) to the interleaved tokens from ``start`` on."""
         lane = start % BLOCK
         if lane:
             # Trimming can leave a block that is partly filled.
             head, codes = codes[:, :, : BLOCK - lane], codes[:, :, BLOCK - lane :]
             lanes = slice(lane, lane + head.shape[2])
-            self.codes[:, :, start // BLOCK, :, lanes] = head.swapaxes(-1, -2)
+            self.codes[rows, :, start // BLOCK, :, lanes] = head.swapaxes(-1, -2)
             start += head.shape[2]
         if codes.shape[2]:
             padding = -codes.shape[2] % BLOCK
             codes = mx.pad(codes, [(0, 0), (0, 0), (0, padding), (0, 0)])
             blocks = mx.unflatten(codes, 2, (-1, BLOCK)).swapaxes(-1, -2)
             first = start // BLOCK
-            self.codes[:, :, first : first + blocks.shape[2]] = blocks
+            self.codes[rows, :, first : first + blocks.shape[2]] = blocks
+
+
+class BatchPackedTokens(PackedTokens):
+    """Packed tokens of sequences of different length: row b of the buffers holds ``counts[b]``.
+
+    ``count`` is the largest of them.
+    """
+
+    counts: list[int] = []
+
+    @classmethod
+    def join(cls, stores: list[PackedTokens]) -> "BatchPackedTokens":
+        """The sequences of all ``stores``, which agree in bits, seed and layout."""
+        joined = cls(stores[0].bits, stores[0].seed, stores[0].interleaved)
+        joined._set_counts([count for store in stores for count in store.counts])
+        for name in ("codes", "scales", "mean"):
+            parts = [(getattr(store, name), len(store.counts)) for store in stores]
+            setattr(joined, name, _stacked(parts))
+        return joined
+
+    def take(self, rows: list[int]) -> "BatchPackedTokens":
+        """Some of the sequences, in buffers of the size that these need."""
+        taken = copy(self)
+        taken._set_counts([self.counts[row] for row in rows])
+        if self.mean is not None:
+            capacity = -(-(taken.count + _GROWTH) // CAPACITY_UNIT) * CAPACITY_UNIT
+            slots = capacity // BLOCK if self.interleaved else capacity
+            taken.codes, taken.scales = self.codes[rows, :, :slots], self.scales[rows, :, :capacity]
+            taken.mean = self.mean[rows]
+        return taken
+
+    def row(self, index: int) -> PackedTokens:
+        """One sequence alone."""
+        row = PackedTokens(self.bits, self.seed, self.interleaved)
+        taken = self.take([index])
+        row.count, row.codes, row.scales, row.mean = (
+            *(taken.count, taken.codes, taken.scales, taken.mean),
+        )
+        return row
+
+    def append_rows_with(
+        self, rows: slice, x: mx.array, values: "BatchPackedTokens", value_x: mx.array
+    ) -> None:
+        """:meth:`append_with` for sequences of the same length; x is (rows, H, n, dim)."""
+        packed = kernels.quantize(self._rows_block(rows, x), values._rows_block(rows, value_x))
+        self._store_rows(rows, packed[0])
+        values._store_rows(rows, packed[1])
+
+    def trim(self, tokens: list[int]) -> None:
+        """Forget the last ``tokens[b]`` of sequence b."""
+        self._set_counts([count - n for count, n in zip(self.counts, tokens)])
+
+    def _set_counts(self, counts: list[int]) -> None:
+        self.counts, self.count = counts, max(counts, default=0)
+
+    def _rows_block(self, rows: slice, x: mx.array) -> kernels.Block:
+        if self.mean is None:
+            self.mean = mx.zeros((len(self.counts), x.shape[1], 1, x.shape[-1]))
+        if self.counts[rows.start] == 0:
+            self.mean[rows] = removable_mean(x)
+        return kernels.Block(x, self.mean[rows], self.quantizer)
+
+    def _store_rows(self, rows: slice, packed: QuantizedVectors) -> None:
+        _, heads, added, words = packed.codes.shape
+        start = self.counts[rows.start]
+        self._reserve(start + added, (len(self.counts), heads), words)
+        self._write(packed, start, rows)
+        counts = list(self.counts)
+        counts[rows] = [start + added] * len(counts[rows])
+        self._set_counts(counts)
+
+
+def _stacked(parts: list[tuple[mx.array | None, int]]) -> mx.array | None:
+    """Buffers of several stores as one, zeros for the rows of a store that has none."""
+    buffers = [buffer for buffer, _ in parts if buffer is not None]
+    if not buffers:
+        return None
+    length = max(buffer.shape[2] for buffer in buffers)
+    return mx.concatenate([_with_room(buffer, buffers[0], rows, length) for buffer, rows in parts])
+
+
+def _with_room(buffer: mx.array | None, like: mx.array, rows: int, length: int) -> mx.array:
+    if buffer is None:
+        return mx.zeros((rows, like.shape[1], length, *like.shape[3:]), like.dtype)
+    padding = [(0, 0)] * buffer.ndim
+    padding[2] = (0, length - buffer.shape[2])
+    return mx.pad(buffer, padding)
 
 
 def bytes_per_vector(dim: int, bits: int) -> int:

@@ -13,7 +13,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_turboquant import attention, enable, kernels
-from mlx_turboquant.attention import CachedTokens
+from mlx_turboquant.attention import CachedTokens, Extent
 from mlx_turboquant.cli import doctor
 from mlx_turboquant.packing import unpack
 from mlx_turboquant.quantizer import TurboQuantizer
@@ -248,6 +248,20 @@ def test_attention_takes_any_number_of_packed_tokens(packed):
     """700 tokens make several splits of several blocks."""
     tokens = cached_tokens(packed=packed)
     assert_attention_agrees(*attention_arguments(tokens, 4, 2, mx.float32, "causal"))
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "boolean per head", "additive"])
+def test_attention_reads_sequences_of_different_length(mask):
+    """Keys that lie between the tokens of a sequence are not a number here."""
+    tokens = cached_tokens(packed=300)
+    tokens.recent_start = 7
+    tokens.extents = (Extent(300, 4, 7), Extent(33, 0, 12))
+    tokens.exact_keys[:, :, 4:7] = mx.nan
+    tokens.exact_keys[1, :, :12] = mx.nan
+    if mask == "none":
+        tokens.keys.scales[1, :, 33:] = mx.nan
+    rows = 1 if mask == "none" else 3
+    assert_attention_agrees(*attention_arguments(tokens, 2, rows, mx.float32, mask))
 
 
 def test_attention_adds_the_means_back():

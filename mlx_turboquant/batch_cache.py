@@ -1,0 +1,375 @@
+"""The compressed KV cache of one attention layer for sequences of different length."""
+
+from functools import lru_cache
+from itertools import groupby
+
+import mlx.core as mx
+
+from .attention import MAX_DECODE_ROWS, CachedTokens, Extent, visible_columns
+from .cache import CompressedArray, TurboQuantKVCache, compressed_arrays, leaving_tokens
+from .constants import constant
+from .storage import BatchPackedTokens
+
+# Room for this many new tokens in the exact buffers, which are copied when it is used up.
+_ROOM = 64
+
+
+class CausalMask(mx.array):
+    """A boolean mask that says no more than that a query does not see later tokens.
+
+    Which tokens a sequence has, the compressed tokens know themselves.
+    """
+
+
+class BatchTurboQuantKVCache:
+    """What :class:`.TurboQuantKVCache` holds, for a batch of sequences that grow, join and leave.
+
+    Packed tokens of sequence b begin at the start of row b of the packed buffers. In the exact
+    buffers (B, H, capacity, dim) the sinks come first, and the recent tokens of all sequences end
+    at the same place, so that a step writes one column. The sinks of a sequence are among its
+    recent tokens until its first block is packed.
+
+    Implements the interface of mlx-lm's ``BatchKVCache``. Prompts of different length are padded
+    on the right, which :meth:`prepare` announces.
+    """
+
+    def __init__(self, keys: BatchPackedTokens, values: BatchPackedTokens, window: int, sinks: int):
+        self.window = window
+        self.sink_tokens = sinks
+        self._packed_keys = keys
+        self._packed_values = values
+        self._exact_keys: mx.array | None = None
+        self._exact_values: mx.array | None = None
+        self._end = sinks
+        self._sinks = [0] * len(keys.counts)
+        self._recent = [0] * len(keys.counts)
+        # How many tokens of each sequence are still to come while a padded prompt is read.
+        self._expected: list[int] | None = None
+
+    @classmethod
+    def merge(cls, caches: list[TurboQuantKVCache]) -> "BatchTurboQuantKVCache":
+        """The sequences of ``caches``, one each, as a batch.
+
+        Raises:
+            ValueError: caches with different settings.
+        """
+        batch, *others = (cls._of_one(cache) for cache in caches)
+        for other in others:
+            batch.extend(other)
+        return batch
+
+    @classmethod
+    def _of_one(cls, cache: TurboQuantKVCache) -> "BatchTurboQuantKVCache":
+        stores = (cache._packed_keys, cache._packed_values)
+        keys, values = (BatchPackedTokens.join([store]) for store in stores)
+        row = cls(keys, values, cache.window, cache.sink_tokens)
+        if not cache.empty():
+            row._sinks = [cache.sink_tokens if cache.packed_tokens else 0]
+            row._recent = [cache.exact_tokens - row._sinks[0]]
+            exact = (cache._exact_keys, cache._exact_values)
+            if not row._sinks[0]:
+                exact = (_padded(x, cache.sink_tokens, 0) for x in exact)
+            row._keep(*exact, [cache.sink_tokens + row._recent[0]])
+        return row
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+        parts = zip(self._sinks, self._packed_keys.counts, self._recent)
+        return [sum(part) for part in parts]
+
+    @property
+    def offset(self) -> mx.array:
+        """Tokens of each sequence, int32 (B,): the position of its next one."""
+        return _offsets(*self.lengths)
+
+    @property
+    def keys(self) -> mx.array | None:
+        """The exact keys, as those of :class:`.TurboQuantKVCache`."""
+        return self._exact_keys
+
+    @keys.setter
+    def keys(self, keys: mx.array) -> None:
+        self._exact_keys = keys
+
+    @property
+    def key_bits(self) -> int:
+        """Bits per value of the packed keys."""
+        return self._packed_keys.bits
+
+    @property
+    def value_bits(self) -> int:
+        """Bits per value of the packed values."""
+        return self._packed_values.bits
+
+    @property
+    def packed_tokens(self) -> int:
+        """Tokens of all sequences that are quantized."""
+        return sum(self._packed_keys.counts)
+
+    @property
+    def exact_tokens(self) -> int:
+        """Tokens of all sequences that are held in the model's dtype."""
+        return sum(self._sinks) + sum(self._recent)
+
+    def prepare(
+        self,
+        *,
+        left_padding: list[int] | None = None,
+        lengths: list[int] | None = None,
+        right_padding: list[int] | None = None,
+    ) -> None:
+        """Expect a prompt of ``lengths[b]`` tokens of sequence b, then padding.
+
+        Raises:
+            ValueError: padding on the left.
+        """
+        if left_padding is not None and any(left_padding):
+            raise ValueError(
+                f"Padding of {left_padding} on the left is not possible: pad prompts on the right."
+            )
+        if right_padding is not None and any(right_padding):
+            self._expected = list(lengths)
+
+    def finalize(self) -> None:
+        """The padded prompt has been read; nothing was kept of the padding."""
+        self._expected = None
+
+    def update_and_fetch(
+        self, keys: mx.array, values: mx.array
+    ) -> tuple[CompressedArray, CompressedArray]:
+        """Append keys (B, H, n, dim) and values (B, H, n, value_dim) and return all tokens.
+
+        The new tokens and all that were exact before the call are seen exactly by its queries.
+        """
+        count = keys.shape[2]
+        added = self._added(count)
+        if count <= MAX_DECODE_ROWS and min(added) == count:
+            self._reserve(keys, values)
+            start, self._end = self._end, self._end + count
+            self._exact_keys[:, :, start : self._end] = keys
+            self._exact_values[:, :, start : self._end] = values
+            exact, end = (self._exact_keys, self._exact_values), self._end
+        else:
+            exact, end = self._joined(keys, values), self._end + count
+        tokens = self._tokens(*exact, end, [recent + count for recent in self._recent])
+        self._recent = [recent + new for recent, new in zip(self._recent, added)]
+        ends = [end - count + new for new in added]
+        self._pack(*exact, ends)
+        if exact[0] is not self._exact_keys:
+            self._keep(*exact, ends)
+        return compressed_arrays(tokens)
+
+    def _added(self, count: int) -> list[int]:
+        """How many of ``count`` new tokens are no padding, for each sequence."""
+        if self._expected is None:
+            return [count] * len(self._recent)
+        added = [min(count, expected) for expected in self._expected]
+        self._expected = [expected - new for expected, new in zip(self._expected, added)]
+        return added
+
+    def _reserve(self, keys: mx.array, values: mx.array) -> None:
+        """Make room for new tokens in the exact buffers."""
+        if self._exact_keys is None:
+            self._keep(*self._joined(keys[:, :, :0], values[:, :, :0]), [self._end])
+        elif self._end + keys.shape[2] > self._exact_keys.shape[2]:
+            self._keep(self._exact_keys, self._exact_values, [self._end])
+
+    def _joined(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """The exact tokens and the new ones, without free space behind them."""
+        if self._exact_keys is None:
+            return tuple(_padded(x, self.sink_tokens, 0) for x in (keys, values))
+        pairs = ((self._exact_keys, keys), (self._exact_values, values))
+        return tuple(mx.concatenate([x[:, :, : self._end], new], axis=2) for x, new in pairs)
+
+    def _tokens(
+        self, exact_keys: mx.array, exact_values: mx.array, end: int, recent: list[int]
+    ) -> CachedTokens:
+        return CachedTokens(
+            self._packed_keys.view(),
+            self._packed_values.view(),
+            exact_keys,
+            exact_values,
+            end,
+            max(self._sinks),
+            end - max(recent),
+            self._extents(end, recent),
+        )
+
+    def _extents(self, end: int, recent: list[int]) -> tuple[Extent, ...]:
+        """One for each sequence, or one for all."""
+        parts = zip(self._packed_keys.counts, self._sinks, recent)
+        extents = tuple(Extent(packed, sinks, end - count) for packed, sinks, count in parts)
+        return extents if len(set(extents)) > 1 else extents[:1]
+
+    def _pack(self, exact_keys: mx.array, exact_values: mx.array, ends: list[int]) -> None:
+        """Quantize what leaves the windows; sequence b ends at ``ends[b]`` of the exact tokens."""
+        parts = list(zip(self._packed_keys.counts, self._sinks, self._recent, ends))
+        for part, group in groupby(range(len(parts)), parts.__getitem__):
+            packed, sinks, recent, end = part
+            leaving = leaving_tokens(packed, sinks + recent, self.sink_tokens, self.window)
+            if not leaving:
+                continue
+            group = list(group)
+            rows = slice(group[0], group[-1] + 1)
+            new_sinks = self.sink_tokens - sinks
+            start = end - recent + new_sinks
+            if new_sinks:
+                for x in (exact_keys, exact_values):
+                    x[rows, :, :new_sinks] = x[rows, :, start - new_sinks : start]
+            self._packed_keys.append_rows_with(
+                rows,
+                exact_keys[rows, :, start : start + leaving],
+                self._packed_values,
+                exact_values[rows, :, start : start + leaving],
+            )
+            self._sinks[rows] = [self.sink_tokens] * len(group)
+            self._recent[rows] = [recent - new_sinks - leaving] * len(group)
+
+    def _keep(self, exact_keys: mx.array, exact_values: mx.array, ends: list[int]) -> None:
+        """Hold sinks and recent tokens, which end at ``ends`` (one for each or for all), anew."""
+        most = max(self._recent)
+        self._exact_keys, self._exact_values = (
+            _padded(
+                mx.concatenate([x[:, :, : self.sink_tokens], _last(x, ends, most)], axis=2),
+                0,
+                _ROOM,
+            )
+            for x in (exact_keys, exact_values)
+        )
+        self._end = self.sink_tokens + most
+
+    def make_mask(
+        self, n: int, return_array: bool = False, window_size: int | None = None
+    ) -> None | str | mx.array:
+        """The mask for n new tokens: boolean (B, 1, n, columns) unless all lengths are the same."""
+        end, recent = self._end + n, [count + n for count in self._recent]
+        extents = self._extents(end, recent)
+        if len(extents) == 1 and window_size is None and (n == 1 or not return_array):
+            return None if n == 1 else "causal"
+        sink_columns, packed_columns = max(self._sinks), self._packed_keys.count
+        lengths, sinks = mx.array(self.lengths)[:, None], mx.array(self._sinks)[:, None]
+        positions = [
+            mx.broadcast_to(mx.arange(sink_columns), (len(recent), sink_columns)),
+            sinks + mx.arange(packed_columns),
+            lengths + mx.arange(n - max(recent), n),
+        ]
+        queries = (lengths + mx.arange(n))[:, None, :, None]
+        distance = queries - mx.concatenate(positions, axis=-1)[:, None, None]
+        columns = (sink_columns, packed_columns, end - max(recent), end)
+        mask = visible_columns(extents, *columns) & (distance >= 0)
+        return CausalMask(mask) if window_size is None else mask & (distance < window_size)
+
+    def filter(self, rows: list[int]) -> None:
+        """Keep only the sequences ``rows``."""
+        self._packed_keys = self._packed_keys.take(rows)
+        self._packed_values = self._packed_values.take(rows)
+        self._sinks, self._recent = ([x[row] for row in rows] for x in (self._sinks, self._recent))
+        if self._exact_keys is not None:
+            self._keep(self._exact_keys[rows], self._exact_values[rows], [self._end])
+
+    def extend(self, other: "BatchTurboQuantKVCache") -> None:
+        """Add the sequences of another batch.
+
+        Raises:
+            ValueError: a batch with different settings.
+        """
+        settings, others = (
+            (x.key_bits, x.value_bits, x.window, x.sink_tokens, x._packed_keys.seed)
+            for x in (self, other)
+        )
+        if settings != others:
+            raise ValueError(
+                f"Caches with different settings cannot be batched: {others} beside {settings} "
+                "(bits of keys and values, window, sinks, seed): use the same."
+            )
+        end = max(self._end, other._end)
+        pairs = ((self._exact_keys, other._exact_keys), (self._exact_values, other._exact_values))
+        exact = [self._stacked(other, *pair, end) for pair in pairs]
+        self._packed_keys = BatchPackedTokens.join([self._packed_keys, other._packed_keys])
+        self._packed_values = BatchPackedTokens.join([self._packed_values, other._packed_values])
+        self._sinks, self._recent = self._sinks + other._sinks, self._recent + other._recent
+        self._end = end
+        if exact[0] is not None:
+            self._keep(*exact, [end])
+
+    def _stacked(self, other, mine: mx.array | None, theirs: mx.array | None, end: int):
+        """The exact tokens of both batches, which then end at ``end``."""
+        like = theirs if mine is None else mine
+        if like is None:
+            return None
+        rows = []
+        for batch, x in ((self, mine), (other, theirs)):
+            if x is None:
+                shape = (len(batch._recent), like.shape[1], batch._end, like.shape[3])
+                x = mx.zeros(shape, like.dtype)
+            sinks, recent = x[:, :, : self.sink_tokens], x[:, :, self.sink_tokens : batch._end]
+            rows.append(mx.concatenate([sinks, _padded(recent, end - batch._end, 0)], axis=2))
+        return mx.concatenate(rows)
+
+    def extract(self, row: int) -> TurboQuantKVCache:
+        """The cache of one sequence alone."""
+        sinks, recent, rows = self._sinks[row], self._recent[row], slice(row, row + 1)
+        exact = (
+            mx.concatenate([x[rows, :, :sinks], _last(x[rows], [self._end], recent)], axis=2)
+            for x in (self._exact_keys, self._exact_values)
+        )
+        stores = self._packed_keys.row(row), self._packed_values.row(row)
+        return TurboQuantKVCache.holding(*stores, *exact, self.window, self.sink_tokens)
+
+    def trim(self, n: int) -> int:
+        """Forget the last n tokens of each sequence (at most all). Returns how many."""
+        n = min(n, max(self.lengths))
+        recent = [min(n, count) for count in self._recent]
+        packed = [min(n - gone, count) for gone, count in zip(recent, self._packed_keys.counts)]
+        sinks = zip(recent, packed, self._sinks)
+        self._sinks = [count - min(n - a - b, count) for a, b, count in sinks]
+        self._recent = [count - gone for count, gone in zip(self._recent, recent)]
+        self._packed_keys.trim(packed)
+        self._packed_values.trim(packed)
+        self._end = max(self._end - n, self.sink_tokens)
+        return n
+
+    def is_trimmable(self) -> bool:
+        """Always: any number of tokens can be forgotten."""
+        return True
+
+    def size(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.lengths)
+
+    def empty(self) -> bool:
+        """Whether no token was ever stored."""
+        return self._exact_keys is None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is held, free space in the buffers included."""
+        exact = (self._exact_keys, self._exact_values)
+        nbytes = sum(x.nbytes for x in exact if x is not None)
+        return nbytes + self._packed_keys.nbytes + self._packed_values.nbytes
+
+    @property
+    def state(self) -> tuple[mx.array | None, ...]:
+        """All arrays, for ``mx.eval``."""
+        stores = (self._packed_keys, self._packed_values)
+        packed = (x for store in stores for x in (store.codes, store.scales, store.mean))
+        return (self._exact_keys, self._exact_values, *packed)
+
+
+@lru_cache(maxsize=64)
+def _offsets(*lengths: int) -> mx.array:
+    """One array for all layers of a step."""
+    return constant(list(lengths))
+
+
+def _padded(x: mx.array, before: int, after: int) -> mx.array:
+    return mx.pad(x, [(0, 0), (0, 0), (before, after), (0, 0)])
+
+
+def _last(x: mx.array, ends: list[int], count: int) -> mx.array:
+    """The last ``count`` tokens of x (B, H, n, dim) before ``ends``, one for all rows or each."""
+    if len(set(ends)) == 1:
+        return x[:, :, ends[0] - count : ends[0]]
+    index = mx.array(ends)[:, None] + mx.arange(-count, 0)
+    return mx.take_along_axis(x, mx.maximum(index, 0)[:, None, :, None], axis=2)
