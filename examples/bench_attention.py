@@ -24,7 +24,7 @@ import mlx.core as mx
 from mlx_lm.models.base import quantized_scaled_dot_product_attention
 
 from mlx_turboquant.attention import CachedTokens, decode_attention
-from mlx_turboquant.storage import PackedTokens
+from mlx_turboquant.storage import PackedTokens, append_all
 
 PRESETS = ((4, 4), (4, 2), (3, 3), (8, 4))
 CHUNK = 8192
@@ -72,11 +72,11 @@ def affine_arm(keys: mx.array, values: mx.array, scale: float, bits: int) -> Arm
 
 def compressed_arm(keys, values, scale, key_bits, value_bits) -> Arm:
     """Four sinks and 128 recent tokens exact, the rest packed."""
-    packed = PackedTokens(key_bits, 0, True), PackedTokens(value_bits, 0, False)
+    packed = [PackedTokens(key_bits, 0, True), PackedTokens(value_bits, 0, False)]
     last = keys.shape[2] - 128
     for start in range(4, last, CHUNK):
         new_keys, new_values = (x[:, :, start : min(start + CHUNK, last)] for x in (keys, values))
-        packed[0].append_with(new_keys, packed[1], new_values)
+        append_all(packed, [new_keys, new_values])
         mx.eval([(store.codes, store.scales) for store in packed])
     exact = [mx.concatenate([x[:, :, :4], x[:, :, last:]], axis=2) for x in (keys, values)]
     mx.eval(exact)

@@ -8,7 +8,7 @@ import mlx.core as mx
 from .attention import MAX_DECODE_ROWS, CachedTokens, Extent, visible_columns
 from .cache import CompressedArray, TurboQuantKVCache, compressed_arrays, leaving_tokens
 from .constants import constant
-from .storage import BatchPackedTokens
+from .storage import BatchPackedTokens, append_rows
 
 # Room for this many new tokens in the exact buffers, which are copied when it is used up.
 _ROOM = 64
@@ -33,16 +33,14 @@ class BatchTurboQuantKVCache:
     on the right, which :meth:`prepare` announces.
     """
 
-    def __init__(self, keys: BatchPackedTokens, values: BatchPackedTokens, window: int, sinks: int):
+    def __init__(self, packed: list[BatchPackedTokens], window: int, sink_tokens: int):
         self.window = window
-        self.sink_tokens = sinks
-        self._packed_keys = keys
-        self._packed_values = values
-        self._exact_keys: mx.array | None = None
-        self._exact_values: mx.array | None = None
-        self._end = sinks
-        self._sinks = [0] * len(keys.counts)
-        self._recent = [0] * len(keys.counts)
+        self.sink_tokens = sink_tokens
+        self._packed = packed
+        self._exact: list[mx.array] = []
+        self._end = sink_tokens
+        self._sinks = [0] * len(packed[0].counts)
+        self._recent = [0] * len(packed[0].counts)
         # How many tokens of each sequence are still to come while a padded prompt is read.
         self._expected: list[int] | None = None
 
@@ -60,22 +58,20 @@ class BatchTurboQuantKVCache:
 
     @classmethod
     def _of_one(cls, cache: TurboQuantKVCache) -> "BatchTurboQuantKVCache":
-        stores = (cache._packed_keys, cache._packed_values)
-        keys, values = (BatchPackedTokens.join([store]) for store in stores)
-        row = cls(keys, values, cache.window, cache.sink_tokens)
+        packed = [BatchPackedTokens.join([store]) for store in cache._packed]
+        row = cls(packed, cache.window, cache.sink_tokens)
         if not cache.empty():
             row._sinks = [cache.sink_tokens if cache.packed_tokens else 0]
             row._recent = [cache.exact_tokens - row._sinks[0]]
-            exact = (cache._exact_keys, cache._exact_values)
-            if not row._sinks[0]:
-                exact = (_padded(x, cache.sink_tokens, 0) for x in exact)
-            row._keep(*exact, [cache.sink_tokens + row._recent[0]])
+            before = cache.sink_tokens - row._sinks[0]
+            exact = [_padded(x, before, 0) for x in cache._exact]
+            row._keep(exact, [cache.sink_tokens + row._recent[0]])
         return row
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each sequence."""
-        parts = zip(self._sinks, self._packed_keys.counts, self._recent)
+        parts = zip(self._sinks, self._packed[0].counts, self._recent)
         return [sum(part) for part in parts]
 
     @property
@@ -86,26 +82,26 @@ class BatchTurboQuantKVCache:
     @property
     def keys(self) -> mx.array | None:
         """The exact keys, as those of :class:`.TurboQuantKVCache`."""
-        return self._exact_keys
+        return self._exact[0] if self._exact else None
 
     @keys.setter
     def keys(self, keys: mx.array) -> None:
-        self._exact_keys = keys
+        self._exact[0] = keys
 
     @property
     def key_bits(self) -> int:
         """Bits per value of the packed keys."""
-        return self._packed_keys.bits
+        return self._packed[0].bits
 
     @property
     def value_bits(self) -> int:
         """Bits per value of the packed values."""
-        return self._packed_values.bits
+        return self._packed[-1].bits
 
     @property
     def packed_tokens(self) -> int:
         """Tokens of all sequences that are quantized."""
-        return sum(self._packed_keys.counts)
+        return sum(self._packed[0].counts)
 
     @property
     def exact_tokens(self) -> int:
@@ -142,23 +138,27 @@ class BatchTurboQuantKVCache:
 
         The new tokens and all that were exact before the call are seen exactly by its queries.
         """
-        count = keys.shape[2]
+        return compressed_arrays(self._append([keys, values]))
+
+    def _append(self, new: list[mx.array]) -> CachedTokens:
+        """Append arrays (B, H, n, dim) of the kinds that the cache holds."""
+        count = new[0].shape[2]
         added = self._added(count)
         if count <= MAX_DECODE_ROWS and min(added) == count:
-            self._reserve(keys, values)
+            self._reserve(new)
             start, self._end = self._end, self._end + count
-            self._exact_keys[:, :, start : self._end] = keys
-            self._exact_values[:, :, start : self._end] = values
-            exact, end = (self._exact_keys, self._exact_values), self._end
+            for buffer, x in zip(self._exact, new):
+                buffer[:, :, start : self._end] = x
+            exact, end = self._exact, self._end
         else:
-            exact, end = self._joined(keys, values), self._end + count
-        tokens = self._tokens(*exact, end, [recent + count for recent in self._recent])
+            exact, end = self._joined(new), self._end + count
+        tokens = self._tokens(exact, end, [recent + count for recent in self._recent])
         self._recent = [recent + new for recent, new in zip(self._recent, added)]
         ends = [end - count + new for new in added]
-        self._pack(*exact, ends)
-        if exact[0] is not self._exact_keys:
-            self._keep(*exact, ends)
-        return compressed_arrays(tokens)
+        self._pack(exact, ends)
+        if exact is not self._exact:
+            self._keep(exact, ends)
+        return tokens
 
     def _added(self, count: int) -> list[int]:
         """How many of ``count`` new tokens are no padding, for each sequence."""
@@ -168,43 +168,39 @@ class BatchTurboQuantKVCache:
         self._expected = [expected - new for expected, new in zip(self._expected, added)]
         return added
 
-    def _reserve(self, keys: mx.array, values: mx.array) -> None:
+    def _reserve(self, new: list[mx.array]) -> None:
         """Make room for new tokens in the exact buffers."""
-        if self._exact_keys is None:
-            self._keep(*self._joined(keys[:, :, :0], values[:, :, :0]), [self._end])
-        elif self._end + keys.shape[2] > self._exact_keys.shape[2]:
-            self._keep(self._exact_keys, self._exact_values, [self._end])
+        if not self._exact:
+            self._keep(self._joined([x[:, :, :0] for x in new]), [self._end])
+        elif self._end + new[0].shape[2] > self._exact[0].shape[2]:
+            self._keep(self._exact, [self._end])
 
-    def _joined(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def _joined(self, new: list[mx.array]) -> list[mx.array]:
         """The exact tokens and the new ones, without free space behind them."""
-        if self._exact_keys is None:
-            return tuple(_padded(x, self.sink_tokens, 0) for x in (keys, values))
-        pairs = ((self._exact_keys, keys), (self._exact_values, values))
-        return tuple(mx.concatenate([x[:, :, : self._end], new], axis=2) for x, new in pairs)
+        if not self._exact:
+            return [_padded(x, self.sink_tokens, 0) for x in new]
+        pairs = zip(self._exact, new)
+        return [mx.concatenate([buffer[:, :, : self._end], x], axis=2) for buffer, x in pairs]
 
-    def _tokens(
-        self, exact_keys: mx.array, exact_values: mx.array, end: int, recent: list[int]
-    ) -> CachedTokens:
+    def _tokens(self, exact: list[mx.array], end: int, recent: list[int]) -> CachedTokens:
+        packed = [store.view() for store in self._packed]
         return CachedTokens(
-            self._packed_keys.view(),
-            self._packed_values.view(),
-            exact_keys,
-            exact_values,
-            end,
-            max(self._sinks),
-            end - max(recent),
-            self._extents(end, recent),
+            *(packed[0], packed[-1], exact[0], exact[-1]),
+            exact_count=end,
+            sink_count=max(self._sinks),
+            recent_start=end - max(recent),
+            extents=self._extents(end, recent),
         )
 
     def _extents(self, end: int, recent: list[int]) -> tuple[Extent, ...]:
         """One for each sequence, or one for all."""
-        parts = zip(self._packed_keys.counts, self._sinks, recent)
+        parts = zip(self._packed[0].counts, self._sinks, recent)
         extents = tuple(Extent(packed, sinks, end - count) for packed, sinks, count in parts)
         return extents if len(set(extents)) > 1 else extents[:1]
 
-    def _pack(self, exact_keys: mx.array, exact_values: mx.array, ends: list[int]) -> None:
+    def _pack(self, exact: list[mx.array], ends: list[int]) -> None:
         """Quantize what leaves the windows; sequence b ends at ``ends[b]`` of the exact tokens."""
-        parts = list(zip(self._packed_keys.counts, self._sinks, self._recent, ends))
+        parts = list(zip(self._packed[0].counts, self._sinks, self._recent, ends))
         for part, group in groupby(range(len(parts)), parts.__getitem__):
             packed, sinks, recent, end = part
             leaving = leaving_tokens(packed, sinks + recent, self.sink_tokens, self.window)
@@ -215,28 +211,17 @@ class BatchTurboQuantKVCache:
             new_sinks = self.sink_tokens - sinks
             start = end - recent + new_sinks
             if new_sinks:
-                for x in (exact_keys, exact_values):
+                for x in exact:
                     x[rows, :, :new_sinks] = x[rows, :, start - new_sinks : start]
-            self._packed_keys.append_rows_with(
-                rows,
-                exact_keys[rows, :, start : start + leaving],
-                self._packed_values,
-                exact_values[rows, :, start : start + leaving],
-            )
+            append_rows(self._packed, rows, [x[rows, :, start : start + leaving] for x in exact])
             self._sinks[rows] = [self.sink_tokens] * len(group)
             self._recent[rows] = [recent - new_sinks - leaving] * len(group)
 
-    def _keep(self, exact_keys: mx.array, exact_values: mx.array, ends: list[int]) -> None:
+    def _keep(self, exact: list[mx.array], ends: list[int]) -> None:
         """Hold sinks and recent tokens, which end at ``ends`` (one for each or for all), anew."""
         most = max(self._recent)
-        self._exact_keys, self._exact_values = (
-            _padded(
-                mx.concatenate([x[:, :, : self.sink_tokens], _last(x, ends, most)], axis=2),
-                0,
-                _ROOM,
-            )
-            for x in (exact_keys, exact_values)
-        )
+        kept = ([x[:, :, : self.sink_tokens], _last(x, ends, most)] for x in exact)
+        self._exact = [_padded(mx.concatenate(parts, axis=2), 0, _ROOM) for parts in kept]
         self._end = self.sink_tokens + most
 
     def make_mask(
@@ -247,7 +232,7 @@ class BatchTurboQuantKVCache:
         extents = self._extents(end, recent)
         if len(extents) == 1 and window_size is None and (n == 1 or not return_array):
             return None if n == 1 else "causal"
-        sink_columns, packed_columns = max(self._sinks), self._packed_keys.count
+        sink_columns, packed_columns = max(self._sinks), self._packed[0].count
         lengths, sinks = mx.array(self.lengths)[:, None], mx.array(self._sinks)[:, None]
         positions = [
             mx.broadcast_to(mx.arange(sink_columns), (len(recent), sink_columns)),
@@ -262,11 +247,10 @@ class BatchTurboQuantKVCache:
 
     def filter(self, rows: list[int]) -> None:
         """Keep only the sequences ``rows``."""
-        self._packed_keys = self._packed_keys.take(rows)
-        self._packed_values = self._packed_values.take(rows)
+        self._packed = [store.take(rows) for store in self._packed]
         self._sinks, self._recent = ([x[row] for row in rows] for x in (self._sinks, self._recent))
-        if self._exact_keys is not None:
-            self._keep(self._exact_keys[rows], self._exact_values[rows], [self._end])
+        if self._exact:
+            self._keep([x[rows] for x in self._exact], [self._end])
 
     def extend(self, other: "BatchTurboQuantKVCache") -> None:
         """Add the sequences of another batch.
@@ -275,7 +259,7 @@ class BatchTurboQuantKVCache:
             ValueError: a batch with different settings.
         """
         settings, others = (
-            (x.key_bits, x.value_bits, x.window, x.sink_tokens, x._packed_keys.seed)
+            (x.key_bits, x.value_bits, x.window, x.sink_tokens, x._packed[0].seed)
             for x in (self, other)
         )
         if settings != others:
@@ -284,49 +268,44 @@ class BatchTurboQuantKVCache:
                 "(bits of keys and values, window, sinks, seed): use the same."
             )
         end = max(self._end, other._end)
-        pairs = ((self._exact_keys, other._exact_keys), (self._exact_values, other._exact_values))
-        exact = [self._stacked(other, *pair, end) for pair in pairs]
-        self._packed_keys = BatchPackedTokens.join([self._packed_keys, other._packed_keys])
-        self._packed_values = BatchPackedTokens.join([self._packed_values, other._packed_values])
+        exact = []
+        for like in self._exact or other._exact:
+            i = len(exact)
+            exact.append(mx.concatenate([batch._ending(end, i, like) for batch in (self, other)]))
+        pairs = zip(self._packed, other._packed)
+        self._packed = [BatchPackedTokens.join(list(pair)) for pair in pairs]
         self._sinks, self._recent = self._sinks + other._sinks, self._recent + other._recent
-        self._end = end
-        if exact[0] is not None:
-            self._keep(*exact, [end])
+        if exact:
+            self._keep(exact, [end])
 
-    def _stacked(self, other, mine: mx.array | None, theirs: mx.array | None, end: int):
-        """The exact tokens of both batches, which then end at ``end``."""
-        like = theirs if mine is None else mine
-        if like is None:
-            return None
-        rows = []
-        for batch, x in ((self, mine), (other, theirs)):
-            if x is None:
-                shape = (len(batch._recent), like.shape[1], batch._end, like.shape[3])
-                x = mx.zeros(shape, like.dtype)
-            sinks, recent = x[:, :, : self.sink_tokens], x[:, :, self.sink_tokens : batch._end]
-            rows.append(mx.concatenate([sinks, _padded(recent, end - batch._end, 0)], axis=2))
-        return mx.concatenate(rows)
+    def _ending(self, end: int, kind: int, like: mx.array) -> mx.array:
+        """The exact tokens of one kind, moved to end at ``end``; if there are none, zeros."""
+        if not self._exact:
+            return mx.zeros((len(self._recent), like.shape[1], end, like.shape[3]), like.dtype)
+        x = self._exact[kind]
+        sinks, recent = x[:, :, : self.sink_tokens], x[:, :, self.sink_tokens : self._end]
+        return mx.concatenate([sinks, _padded(recent, end - self._end, 0)], axis=2)
 
     def extract(self, row: int) -> TurboQuantKVCache:
         """The cache of one sequence alone."""
         sinks, recent, rows = self._sinks[row], self._recent[row], slice(row, row + 1)
-        exact = (
+        exact = [
             mx.concatenate([x[rows, :, :sinks], _last(x[rows], [self._end], recent)], axis=2)
-            for x in (self._exact_keys, self._exact_values)
-        )
-        stores = self._packed_keys.row(row), self._packed_values.row(row)
-        return TurboQuantKVCache.holding(*stores, *exact, self.window, self.sink_tokens)
+            for x in self._exact
+        ]
+        packed = [store.row(row) for store in self._packed]
+        return TurboQuantKVCache.holding(packed, exact, self.window, self.sink_tokens)
 
     def trim(self, n: int) -> int:
         """Forget the last n tokens of each sequence (at most all). Returns how many."""
         n = min(n, max(self.lengths))
         recent = [min(n, count) for count in self._recent]
-        packed = [min(n - gone, count) for gone, count in zip(recent, self._packed_keys.counts)]
+        packed = [min(n - gone, count) for gone, count in zip(recent, self._packed[0].counts)]
         sinks = zip(recent, packed, self._sinks)
         self._sinks = [count - min(n - a - b, count) for a, b, count in sinks]
         self._recent = [count - gone for count, gone in zip(self._recent, recent)]
-        self._packed_keys.trim(packed)
-        self._packed_values.trim(packed)
+        for store in self._packed:
+            store.trim(packed)
         self._end = max(self._end - n, self.sink_tokens)
         return n
 
@@ -340,21 +319,18 @@ class BatchTurboQuantKVCache:
 
     def empty(self) -> bool:
         """Whether no token was ever stored."""
-        return self._exact_keys is None
+        return not self._exact
 
     @property
     def nbytes(self) -> int:
         """Bytes of everything that is held, free space in the buffers included."""
-        exact = (self._exact_keys, self._exact_values)
-        nbytes = sum(x.nbytes for x in exact if x is not None)
-        return nbytes + self._packed_keys.nbytes + self._packed_values.nbytes
+        return sum(x.nbytes for x in (*self._exact, *self._packed))
 
     @property
     def state(self) -> tuple[mx.array | None, ...]:
         """All arrays, for ``mx.eval``."""
-        stores = (self._packed_keys, self._packed_values)
-        packed = (x for store in stores for x in (store.codes, store.scales, store.mean))
-        return (self._exact_keys, self._exact_values, *packed)
+        packed = (x for store in self._packed for x in (store.codes, store.scales, store.mean))
+        return (*self._exact, *packed)
 
 
 @lru_cache(maxsize=64)

@@ -1,12 +1,13 @@
 """The compressed KV cache of one attention layer, for a single sequence or equal-length rows."""
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 
 from .attention import MAX_DECODE_ROWS, CachedTokens
 from .codebook import check_bits
-from .storage import BLOCK, PackedTokens
+from .storage import BLOCK, CAPACITY_UNIT, PackedTokens, append_all
 
 DEFAULT_WINDOW = 128
 DEFAULT_SINK_TOKENS = 4
@@ -35,6 +36,8 @@ class TurboQuantKVCache:
         value_bits: Bits per value of the values, 1 to 8.
         window: Recent tokens that stay exact, 0 or more.
         sink_tokens: First tokens that stay exact, 0 or more.
+        max_size: Tokens to hold at most: then the oldest block after the sinks is forgotten. None
+            keeps all.
         seed: Of the random rotation.
 
     Raises:
@@ -48,6 +51,7 @@ class TurboQuantKVCache:
         *,
         window: int = DEFAULT_WINDOW,
         sink_tokens: int = DEFAULT_SINK_TOKENS,
+        max_size: int | None = None,
         seed: int = 0,
     ):
         check_bits(key_bits)
@@ -57,64 +61,73 @@ class TurboQuantKVCache:
                 raise ValueError(f"A {name} of {tokens} is not possible: use 0 or more tokens.")
         self.window = window
         self.sink_tokens = sink_tokens
+        self.max_size = max_size
         self.offset = 0
-        self._packed_keys = PackedTokens(key_bits, seed, interleaved=True)
-        self._packed_values = PackedTokens(value_bits, seed, interleaved=False)
-        self._exact_keys: mx.array | None = None
-        self._exact_values: mx.array | None = None
+        self.forgotten = 0
+        self._packed = [
+            PackedTokens(key_bits, seed, interleaved=True),
+            PackedTokens(value_bits, seed, interleaved=False),
+        ]
+        self._exact: list[mx.array] = []
+        if max_size is not None:
+            most = max_size - sink_tokens - window - BLOCK - MAX_DECODE_ROWS
+            if most < CAPACITY_UNIT:
+                raise ValueError(
+                    f"A cache of {max_size} tokens is too small for {sink_tokens} sinks and a "
+                    f"window of {window}: use at least {max_size - most + CAPACITY_UNIT} tokens."
+                )
+            for store in self._packed:
+                store.most = most // CAPACITY_UNIT * CAPACITY_UNIT
 
     @classmethod
     def holding(
-        cls,
-        keys: PackedTokens,
-        values: PackedTokens,
-        exact_keys: mx.array,
-        exact_values: mx.array,
-        window: int,
-        sink_tokens: int,
+        cls, packed: list[PackedTokens], exact: list[mx.array], window: int, sink_tokens: int
     ) -> "TurboQuantKVCache":
-        """A cache of these packed tokens, and of these exact ones: sinks, then recent ones."""
-        cache = cls(keys.bits, values.bits, window=window, sink_tokens=sink_tokens, seed=keys.seed)
-        cache._packed_keys, cache._packed_values = keys, values
-        cache.offset = keys.count + exact_keys.shape[2]
-        cache._keep(exact_keys, exact_values)
+        """A cache of these packed keys and values and of these exact ones, sinks before others."""
+        bits = (store.bits for store in packed)
+        cache = cls(*bits, window=window, sink_tokens=sink_tokens, seed=packed[0].seed)
+        cache._packed = packed
+        cache.offset = packed[0].count + exact[0].shape[2]
+        cache._keep(exact)
         return cache
 
-    @staticmethod
-    def merge(caches: "list[TurboQuantKVCache]"):
-        """A :class:`.BatchTurboQuantKVCache` of the sequences of ``caches``, one each."""
+    @property
+    def merge(self) -> "Callable[[list[TurboQuantKVCache]], Any]":
+        """What makes a :class:`.BatchTurboQuantKVCache` of caches, unless their size is limited."""
+        if self.max_size is not None:
+            raise AttributeError(f"A cache of at most {self.max_size} tokens cannot be batched.")
         from .batch_cache import BatchTurboQuantKVCache  # which is built on this module
 
-        return BatchTurboQuantKVCache.merge(caches)
+        return BatchTurboQuantKVCache.merge
 
     @property
     def keys(self) -> mx.array | None:
         """The exact keys. Runs over several machines tie what they wait for to this array."""
-        return self._exact_keys
+        return self._exact[0] if self._exact else None
 
     @keys.setter
     def keys(self, keys: mx.array) -> None:
-        self._exact_keys = keys
+        self._exact[0] = keys
 
     @property
     def key_bits(self) -> int:
         """Bits per value of the packed keys."""
-        return self._packed_keys.bits
+        return self._packed[0].bits
 
     @property
     def value_bits(self) -> int:
         """Bits per value of the packed values."""
-        return self._packed_values.bits
+        return self._packed[-1].bits
 
     @property
     def packed_tokens(self) -> int:
         """Tokens that are quantized."""
-        return self._packed_keys.count
+        return self._packed[0].count
 
     @property
     def exact_tokens(self) -> int:
         """Tokens that are held in the model's dtype: sinks and recent ones."""
-        return self.offset - self.packed_tokens
+        return self.size() - self.packed_tokens
 
     def update_and_fetch(
         self, keys: mx.array, values: mx.array
@@ -123,74 +136,61 @@ class TurboQuantKVCache:
 
         The new tokens and all that were exact before the call are seen exactly by its queries.
         """
-        if keys.shape[2] <= MAX_DECODE_ROWS:
-            tokens = self._append_few(keys, values)
-        else:
-            tokens = self._append_many(keys, values)
-        return compressed_arrays(tokens)
+        return compressed_arrays(self._append([keys, values]))
 
-    def _append_few(self, keys: mx.array, values: mx.array) -> CachedTokens:
+    def _append(self, new: list[mx.array]) -> CachedTokens:
+        """Append arrays (B, H, n, dim) of the kinds that the cache holds."""
+        few = new[0].shape[2] <= MAX_DECODE_ROWS
+        return self._append_few(new) if few else self._append_many(new)
+
+    def _append_few(self, new: list[mx.array]) -> CachedTokens:
         """Write into the exact buffers in place, after making room there."""
-        if self._exact_keys is None:
-            self._exact_keys = self._buffer(keys[:, :, :0])
-            self._exact_values = self._buffer(values[:, :, :0])
+        if not self._exact:
+            self._exact = [self._buffer(x[:, :, :0]) for x in new]
         leaving = self._leaving()
-        start, stop = self.exact_tokens, self.exact_tokens + keys.shape[2]
-        if leaving or stop > self._exact_keys.shape[2]:
-            exact_keys, exact_values = (
-                self._exact_keys[:, :, :start],
-                self._exact_values[:, :, :start],
-            )
-            self._keep(*self._pack_oldest(exact_keys, exact_values, leaving))
+        start, stop = self.exact_tokens, self.exact_tokens + new[0].shape[2]
+        if leaving or stop > self._exact[0].shape[2]:
+            self._keep(self._pack_oldest([x[:, :, :start] for x in self._exact], leaving))
             start, stop = start - leaving, stop - leaving
-        self._exact_keys[:, :, start:stop] = keys
-        self._exact_values[:, :, start:stop] = values
-        self.offset += keys.shape[2]
-        return self._tokens(self._exact_keys, self._exact_values)
+        for buffer, x in zip(self._exact, new):
+            buffer[:, :, start:stop] = x
+        self.offset += new[0].shape[2]
+        return self._tokens(self._exact)
 
-    def _append_many(self, keys: mx.array, values: mx.array) -> CachedTokens:
+    def _append_many(self, new: list[mx.array]) -> CachedTokens:
         """Quantize what leaves the window at once: a long chunk never enters the exact buffers."""
-        if self._exact_keys is not None:
-            count = self.exact_tokens
-            keys = mx.concatenate([self._exact_keys[:, :, :count], keys], axis=2)
-            values = mx.concatenate([self._exact_values[:, :, :count], values], axis=2)
-        self.offset = self.packed_tokens + keys.shape[2]
-        tokens = self._tokens(keys, values)
-        self._keep(*self._pack_oldest(keys, values, self._leaving()))
+        self.offset += new[0].shape[2]
+        if self._exact:
+            held = self.exact_tokens - new[0].shape[2]
+            pairs = zip(self._exact, new)
+            new = [mx.concatenate([buffer[:, :, :held], x], axis=2) for buffer, x in pairs]
+        tokens = self._tokens(new)
+        self._keep(self._pack_oldest(new, self._leaving()))
         return tokens
 
-    def _tokens(self, exact_keys: mx.array, exact_values: mx.array) -> CachedTokens:
+    def _tokens(self, exact: list[mx.array]) -> CachedTokens:
         count = self.exact_tokens
         # Snapshots: a chunk that is packed in the same call must not be seen packed by it.
-        return CachedTokens(
-            self._packed_keys.view(),
-            self._packed_values.view(),
-            exact_keys,
-            exact_values,
-            count,
-            min(count, self.sink_tokens),
-        )
+        packed = [store.view() for store in self._packed]
+        sinks = min(count, self.sink_tokens)
+        return CachedTokens(packed[0], packed[-1], exact[0], exact[-1], count, sinks)
 
     def _leaving(self) -> int:
         counts = self.packed_tokens, self.exact_tokens
         return leaving_tokens(*counts, self.sink_tokens, self.window)
 
-    def _pack_oldest(
-        self, keys: mx.array, values: mx.array, leaving: int
-    ) -> tuple[mx.array, mx.array]:
+    def _pack_oldest(self, exact: list[mx.array], leaving: int) -> list[mx.array]:
         """Quantize the first ``leaving`` tokens after the sinks; return the others."""
         if leaving == 0:
-            return keys, values
+            return exact
         start, stop = self.sink_tokens, self.sink_tokens + leaving
-        self._packed_keys.append_with(
-            keys[:, :, start:stop], self._packed_values, values[:, :, start:stop]
-        )
-        return tuple(
-            mx.concatenate([x[:, :, :start], x[:, :, stop:]], axis=2) for x in (keys, values)
-        )
+        before = self.packed_tokens
+        append_all(self._packed, [x[:, :, start:stop] for x in exact])
+        self.forgotten += before + leaving - self.packed_tokens
+        return [mx.concatenate([x[:, :, :start], x[:, :, stop:]], axis=2) for x in exact]
 
-    def _keep(self, keys: mx.array, values: mx.array) -> None:
-        self._exact_keys, self._exact_values = self._buffer(keys), self._buffer(values)
+    def _keep(self, exact: list[mx.array]) -> None:
+        self._exact = [self._buffer(x) for x in exact]
 
     def _buffer(self, tokens: mx.array) -> mx.array:
         """The exact tokens with free space behind them, up to what the window can ever need."""
@@ -201,41 +201,36 @@ class TurboQuantKVCache:
 
     def trim(self, n: int) -> int:
         """Forget the last n tokens (at most all); packed tokens stay packed. Returns how many."""
-        n = min(n, self.offset)
+        n = min(n, self.offset) if self.is_trimmable() else 0
         sinks = min(self.exact_tokens, self.sink_tokens)
         recent = self.exact_tokens - sinks
         packed = min(max(n - recent, 0), self.packed_tokens)
-        self._packed_keys.count -= packed
-        self._packed_values.count -= packed
+        for store in self._packed:
+            store.count -= packed
         self.offset -= n
         return n
 
     def is_trimmable(self) -> bool:
-        """Always: any number of tokens can be forgotten."""
-        return True
+        """Whether any number of tokens can be taken back: until the oldest were forgotten."""
+        return self.forgotten == 0
 
     def size(self) -> int:
         """Tokens in the cache."""
-        return self.offset
+        return self.offset - self.forgotten
 
     def empty(self) -> bool:
         """Whether no token was ever stored."""
-        return self._exact_keys is None
+        return not self._exact
 
     @property
     def nbytes(self) -> int:
         """Bytes of everything that is held, free space in the buffers included."""
-        exact = (self._exact_keys, self._exact_values)
-        nbytes = sum(x.nbytes for x in exact if x is not None)
-        return nbytes + self._packed_keys.nbytes + self._packed_values.nbytes
+        return sum(x.nbytes for x in (*self._exact, *self._packed))
 
     @property
     def fp16_nbytes(self) -> int:
         """Bytes that the same tokens take in a dense 16-bit cache."""
-        if self._exact_keys is None:
-            return 0
-        batch, heads, _, key_dim = self._exact_keys.shape
-        return 2 * batch * heads * self.offset * (key_dim + self._exact_values.shape[-1])
+        return sum(2 * x.size // x.shape[2] * self.size() for x in self._exact)
 
     def make_mask(
         self, n: int, return_array: bool = False, window_size: int | None = None
@@ -243,36 +238,44 @@ class TurboQuantKVCache:
         """The mask for n new tokens, as mlx-lm's caches return it."""
         if window_size is None and (n == 1 or not return_array):
             return None if n == 1 else "causal"
-        distance = mx.arange(self.offset, self.offset + n)[:, None] - mx.arange(self.offset + n)
+        sinks = min(self.exact_tokens, self.sink_tokens)
+        positions = [
+            mx.arange(sinks),
+            self._packed[0].order() + sinks + self.forgotten,
+            mx.arange(sinks + self.forgotten + self.packed_tokens, self.offset + n),
+        ]
+        distance = mx.arange(self.offset, self.offset + n)[:, None] - mx.concatenate(positions)
         mask = distance >= 0
         return mask if window_size is None else mask & (distance < window_size)
 
     @property
     def state(self) -> tuple[Any, ...]:
         """All settings, counts and arrays, without free space; what ``from_state`` takes."""
-        count = self.exact_tokens
-        exact = (self._exact_keys, self._exact_values)
+        count, first = self.exact_tokens, self._packed[0]
+        exact = [x[:, :, :count] for x in self._exact] or [None] * len(self._packed)
         return (
-            self.key_bits,
-            self.value_bits,
-            self.window,
-            self.sink_tokens,
-            self._packed_keys.seed,
-            self.offset,
-            self.packed_tokens,
-            *(None if x is None else x[:, :, :count] for x in exact),
-            *self._packed_keys.used(),
-            *self._packed_values.used(),
+            *(self.key_bits, self.value_bits, self.window, self.sink_tokens, first.seed),
+            *(self.max_size, self.offset, self.forgotten, first.count, first.oldest),
+            *exact,
+            *(array for store in self._packed for array in store.used()),
         )
 
     @state.setter
     def state(self, state: tuple[Any, ...]) -> None:
-        key_bits, value_bits, window, sink_tokens, seed, offset, packed, *arrays = state
-        self.__init__(key_bits, value_bits, window=window, sink_tokens=sink_tokens, seed=seed)
-        self.offset = offset
-        self._exact_keys, self._exact_values = arrays[:2]
-        for store, parts in ((self._packed_keys, arrays[2:5]), (self._packed_values, arrays[5:])):
-            store.restore(packed, *parts)
+        key_bits, value_bits, window, sink_tokens, seed, max_size, *rest = state
+        self.__init__(
+            key_bits,
+            value_bits,
+            window=window,
+            sink_tokens=sink_tokens,
+            max_size=max_size,
+            seed=seed,
+        )
+        self.offset, self.forgotten, count, oldest, *arrays = rest
+        kinds = len(self._packed)
+        self._exact = [x for x in arrays[:kinds] if x is not None]
+        for i, store in enumerate(self._packed):
+            store.restore(count, oldest, *arrays[kinds + 3 * i : kinds + 3 * i + 3])
 
     @classmethod
     def from_state(cls, state: tuple[Any, ...]) -> "TurboQuantKVCache":

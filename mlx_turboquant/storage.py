@@ -57,6 +57,9 @@ class PackedTokens:
         self.seed = seed
         self.interleaved = interleaved
         self.count = 0
+        # With a limit, the place of the oldest token, which the next one takes.
+        self.most: int | None = None
+        self.oldest = 0
         self.codes: mx.array | None = None
         self.scales: mx.array | None = None
         self.mean: mx.array | None = None
@@ -78,13 +81,7 @@ class PackedTokens:
 
     def append(self, x: mx.array) -> None:
         """Quantize x (B, H, n, dim) and store it after the tokens that are there."""
-        self._store(*kernels.quantize(self._block(x)))
-
-    def append_with(self, x: mx.array, values: "PackedTokens", value_x: mx.array) -> None:
-        """:meth:`append` x here and the values of the same tokens there, in one launch."""
-        packed = kernels.quantize(self._block(x), values._block(value_x))
-        self._store(packed[0])
-        values._store(packed[1])
+        append_all([self], [x])
 
     def _block(self, x: mx.array) -> kernels.Block:
         if self.count == 0:
@@ -92,10 +89,22 @@ class PackedTokens:
         return kernels.Block(x, self.mean, self.quantizer)
 
     def _store(self, packed: QuantizedVectors) -> None:
-        stop = self.count + packed.scales.shape[2]
+        """Write after the last token, and over the oldest ones once there are ``most``."""
+        added = packed.scales.shape[2]
+        stop = self.count + added if self.most is None else min(self.count + added, self.most)
         self._reserve(stop, packed.codes.shape[:2], packed.codes.shape[-1])
-        self._write(packed, self.count)
-        self.count = stop
+        while added:
+            full = self.count == self.most
+            start = self.oldest if full else self.count
+            fitting = added if self.most is None else min(added, self.most - start)
+            self._write(
+                QuantizedVectors(*(x[:, :, -added:][:, :, :fitting] for x in packed)), start
+            )
+            if full:
+                self.oldest = (start + fitting) % self.most
+            else:
+                self.count += fitting
+            added -= fitting
 
     def _write(self, packed: QuantizedVectors, start: int, rows: slice = slice(None)) -> None:
         stop = start + packed.scales.shape[2]
@@ -117,7 +126,17 @@ class PackedTokens:
 
     def view(self) -> "PackedTokens":
         """The tokens of now: the same buffers, read up to the count of now."""
-        return copy(self)
+        view = copy(self)
+        if self.most is not None:
+            # What is written over an old token must not be seen.
+            view.codes, view.scales = (
+                None if x is None else mx.array(x) for x in (self.codes, self.scales)
+            )
+        return view
+
+    def order(self) -> mx.array:
+        """The place of each token in the order of their age: int32 (count,), 0 is the oldest."""
+        return (mx.arange(self.count) - self.oldest) % max(self.count, 1)
 
     def used(self) -> tuple[mx.array | None, ...]:
         """``codes``, ``scales`` and ``mean`` without the free space behind the last token."""
@@ -126,9 +145,9 @@ class PackedTokens:
         slots = -(-self.count // BLOCK) if self.interleaved else self.count
         return self.codes[:, :, :slots], self.scales[..., : self.count], self.mean
 
-    def restore(self, count: int, *used: mx.array | None) -> None:
+    def restore(self, count: int, oldest: int, *used: mx.array | None) -> None:
         """Hold the ``count`` tokens whose :meth:`used` arrays these are."""
-        self.count = count
+        self.count, self.oldest = count, oldest
         self.codes, self.scales, self.mean = used
         if count:
             words = self.codes.shape[-2 if self.interleaved else -1]
@@ -142,6 +161,8 @@ class PackedTokens:
             return
         grown = max(count, capacity + max(_GROWTH, capacity // 32))
         grown = -(-grown // CAPACITY_UNIT) * CAPACITY_UNIT
+        if self.most is not None:
+            grown = min(grown, self.most)
         slots = (grown // BLOCK, words, BLOCK) if self.interleaved else (grown, words)
         codes, scales = (
             mx.zeros((*heads, *slots), mx.uint32),
@@ -208,14 +229,6 @@ class BatchPackedTokens(PackedTokens):
         )
         return row
 
-    def append_rows_with(
-        self, rows: slice, x: mx.array, values: "BatchPackedTokens", value_x: mx.array
-    ) -> None:
-        """:meth:`append_with` for sequences of the same length; x is (rows, H, n, dim)."""
-        packed = kernels.quantize(self._rows_block(rows, x), values._rows_block(rows, value_x))
-        self._store_rows(rows, packed[0])
-        values._store_rows(rows, packed[1])
-
     def trim(self, tokens: list[int]) -> None:
         """Forget the last ``tokens[b]`` of sequence b."""
         self._set_counts([count - n for count, n in zip(self.counts, tokens)])
@@ -238,6 +251,25 @@ class BatchPackedTokens(PackedTokens):
         counts = list(self.counts)
         counts[rows] = [start + added] * len(counts[rows])
         self._set_counts(counts)
+
+
+def append_all(stores: list[PackedTokens], arrays: list[mx.array]) -> None:
+    """Quantize what new tokens add to each of one or two stores, in one launch.
+
+    ``arrays`` are (B, H, n, dim). Of more than a store takes at most, the first are left out.
+    """
+    if stores[0].most is not None:
+        arrays = [x[:, :, -stores[0].most :] for x in arrays]
+    blocks = (store._block(x) for store, x in zip(stores, arrays))
+    for store, packed in zip(stores, kernels.quantize(*blocks)):
+        store._store(packed)
+
+
+def append_rows(stores: list[BatchPackedTokens], rows: slice, arrays: list[mx.array]) -> None:
+    """:func:`append_all` for some sequences of the same length; arrays are (rows, H, n, dim)."""
+    blocks = (store._rows_block(rows, x) for store, x in zip(stores, arrays))
+    for store, packed in zip(stores, kernels.quantize(*blocks)):
+        store._store_rows(rows, packed)
 
 
 def _stacked(parts: list[tuple[mx.array | None, int]]) -> mx.array | None:

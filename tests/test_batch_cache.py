@@ -149,9 +149,7 @@ class Batches(RuleBasedStateMachine):
             assert cache.offset == tokens[0].shape[2]
             packed, exact = cache.packed_tokens, cache.exact_tokens
             sinks = min(exact, SINKS)
-            for restored, x in zip(
-                cache._tokens(cache._exact_keys, cache._exact_values).dense(), tokens
-            ):
+            for restored, x in zip(cache._tokens(cache._exact).dense(), tokens):
                 assert mx.array_equal(restored[:, :, :sinks], x[:, :, :sinks])
                 assert mx.array_equal(restored[:, :, sinks + packed :], x[:, :, sinks + packed :])
                 assert mx.allclose(restored, x, atol=0.1)  # 8 bits: .5 % on average
@@ -165,7 +163,7 @@ def test_packed_tokens_of_a_batch_are_those_of_the_caches_alone():
     caches = [new_cache(key_bits=3, value_bits=2) for _ in range(3)]
     for row, cache in enumerate(caches):
         cache.update_and_fetch(*random_tokens(1, 50 + 40 * row, row))
-    batch = TurboQuantKVCache.merge(caches)
+    batch = BatchTurboQuantKVCache.merge(caches)
     for row, cache in enumerate(caches):
         extracted = batch.extract(row)
         assert extracted.packed_tokens == cache.packed_tokens > 0
@@ -179,7 +177,7 @@ def test_a_batch_takes_the_memory_of_its_longest_sequence_times_their_number():
     caches = [new_cache(key_bits=4, value_bits=4) for _ in range(4)]
     for cache in caches:
         cache.update_and_fetch(*random_tokens(1, 2000, 1))
-    batch = TurboQuantKVCache.merge(caches)
+    batch = BatchTurboQuantKVCache.merge(caches)
     dense = 4 * 2 * HEADS * 2000 * DIM * 2
     assert batch.nbytes == pytest.approx(sum(cache.nbytes for cache in caches), rel=0.2)
     assert batch.nbytes < dense * 0.5
@@ -196,11 +194,11 @@ def test_caches_with_different_settings_are_not_batched():
         {"seed": 1},
     ):
         with pytest.raises(ValueError, match="different settings cannot be batched"):
-            TurboQuantKVCache.merge([new_cache(), new_cache(**change)])
+            BatchTurboQuantKVCache.merge([new_cache(), new_cache(**change)])
 
 
 def test_padding_on_the_left_is_refused():
-    batch = TurboQuantKVCache.merge([new_cache(), new_cache()])
+    batch = BatchTurboQuantKVCache.merge([new_cache(), new_cache()])
     batch.prepare(left_padding=[0, 0])
     with pytest.raises(ValueError, match=r"\[0, 3\] on the left is not possible"):
         batch.prepare(left_padding=[0, 3])

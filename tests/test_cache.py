@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from mlx_lm.models.cache import KVCache
 
 from mlx_turboquant import TurboQuantKVCache
-from mlx_turboquant.storage import BLOCK
+from mlx_turboquant.storage import BLOCK, CAPACITY_UNIT
 
 HEADS, DIM = 2, 64
 chunk_sizes = st.lists(st.integers(1, 90), min_size=1, max_size=6)
@@ -66,8 +66,8 @@ def test_a_chunk_sees_itself_and_the_window_before_it_exactly():
 
 def test_nothing_is_held_but_what_nbytes_counts():
     cache, _ = filled([3000, 1, 1], window=64)
-    held = [part for part in vars(cache).values() if isinstance(part, mx.array)]
-    for store in (cache._packed_keys, cache._packed_values):
+    held = list(cache._exact)
+    for store in cache._packed:
         held += [part for part in vars(store).values() if isinstance(part, mx.array)]
     assert cache.nbytes == sum(part.nbytes for part in held)
     # 4 bits and a 2-byte scale in place of 2 bytes a value, sinks and window in float32.
@@ -171,3 +171,45 @@ def test_a_head_that_cannot_be_quantized_is_named():
     cache = TurboQuantKVCache(window=0, sink_tokens=0)
     with pytest.raises(ValueError, match="4 values"):
         cache.update_and_fetch(mx.zeros((1, 1, 64, 4)), mx.zeros((1, 1, 64, 4)))
+
+
+@given(chunk_sizes, st.integers(0, 20), st.integers(0, 5))
+def test_a_limited_cache_forgets_the_oldest_blocks_and_keeps_the_sinks(sizes, window, sinks):
+    max_size = window + sinks + 40 + 2 * CAPACITY_UNIT
+    cache = TurboQuantKVCache(8, 8, window=window, sink_tokens=sinks, max_size=max_size)
+    keys, values = tokens(sum(sizes))
+    start = 0
+    for size in sizes:
+        chunk = slice(start, start + size)
+        causal = cache.make_mask(size, return_array=True)
+        sliding = cache.make_mask(size, window_size=30)
+        fetched = cache.update_and_fetch(keys[:, :, chunk], values[:, :, chunk])
+        start += size
+        positions = positions_of(fetched[0], keys)
+        recent = range(start - (len(positions) - sinks), start)
+        assert sorted(positions) == sorted({*range(min(sinks, start)), *recent})
+        for restored, original in zip(fetched, (keys, values)):
+            error = mx.linalg.norm(restored - original[:, :, mx.array(positions)], axis=-1)
+            assert (error < 0.015 * mx.linalg.norm(original, axis=-1).max()).all()
+        distance = mx.arange(start - size, start)[:, None] - mx.array(positions)
+        assert causal is None or mx.array_equal(causal, distance >= 0)
+        assert mx.array_equal(sliding, (distance >= 0) & (distance < 30))
+        assert cache.size() <= max_size and cache.offset == start
+    forgotten = cache.offset - cache.size()
+    assert forgotten % BLOCK == 0
+    assert cache.is_trimmable() == (forgotten == 0)
+    if forgotten:
+        assert cache.trim(1) == 0
+        assert cache.packed_tokens == 2 * CAPACITY_UNIT
+
+
+def positions_of(held: mx.array, keys: mx.array) -> list[int]:
+    """Which of ``keys`` (1, H, n, DIM) each held key is: the nearest one."""
+    distances = mx.linalg.norm(held[0, 0, :, None] - keys[0, 0, None], axis=-1)
+    return distances.argmin(axis=-1).tolist()
+
+
+@pytest.mark.parametrize("max_size", [0, 171])
+def test_a_limit_without_room_for_a_block_is_refused(max_size):
+    with pytest.raises(ValueError, match=f"of {max_size} tokens is too small .* at least 236"):
+        TurboQuantKVCache(max_size=max_size)

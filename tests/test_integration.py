@@ -1,7 +1,6 @@
 import gc
 
 import mlx.core as mx
-import mlx_lm
 import numpy as np
 import pytest
 from mlx_lm.models import cache as mlx_lm_cache
@@ -189,7 +188,7 @@ def test_a_saved_cache_goes_on_with_the_same_bytes_and_logits(random_model, tmp_
     assert metadata["note"] == "hello"
     for saved, restored in zip(cache, loaded):
         for a, b in zip(saved.state, restored.state):
-            assert mx.array_equal(mx.array(a), mx.array(b))
+            assert mx.array_equal(a, b) if isinstance(a, mx.array) else a == b
     token = PROMPT[None, :1]
     assert mx.array_equal(random_model(token, cache=cache), random_model(token, cache=loaded))
 
@@ -198,7 +197,7 @@ def test_a_file_is_as_small_as_what_the_cache_holds(random_model, tmp_path):
     cache = make_prompt_cache(random_model, 3, window=16)
     logits(random_model, cache)
     file = save_prompt_cache(tmp_path / "cache", cache, random_model)
-    held = sum(part.nbytes for layer in cache for part in layer.state[7:])
+    held = sum(part.nbytes for layer in cache for part in layer.state[10:])
     assert held < file.stat().st_size < held + 5000  # the header
 
 
@@ -284,10 +283,3 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(random_model, saved, mon
         save_prompt_cache(saved, cache, random_model)
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
-
-
-def test_batching_is_refused_in_words(random_model):
-    """Batches of sequences come later; until then mlx-lm must not run them wrongly."""
-    enable(random_model, 4)
-    with pytest.raises(ValueError, match="does not yet support batching"):
-        mlx_lm.generate.__globals__["_merge_caches"]([random_model.make_cache()])
