@@ -83,23 +83,29 @@ METAL_FUNC void load_half_chunk(thread uint* out, const device uint* words, int 
   }
 }
 
+// Where the words of a token begin; STRIDE, 1 or 32 (interleaved), lies between them.
+template <int WORDS, int STRIDE>
+METAL_FUNC int token_start(int token) {
+  return STRIDE == 1 ? token * WORDS : token / 32 * (WORDS * 32) + token % 32;
+}
+
 // Loads the codes of the coordinates i to i + 7, a word of each plane; i is a multiple of eight.
-template <int DIM, int BITS>
+template <int DIM, int BITS, int STRIDE>
 METAL_FUNC void load_eight(thread uint* out, const device uint* words, int i) {
   constexpr int width = first_plane<BITS>();
-  out[0] = words[i * width / 32] >> field_shift<width>(i);
+  out[0] = words[i * width / 32 * STRIDE] >> field_shift<width>(i);
   if constexpr (BITS > width) {
-    load_eight<DIM, BITS - width>(out + 1, words + plane_words<DIM, width>(), i);
+    load_eight<DIM, BITS - width, STRIDE>(out + 1, words + plane_words<DIM, width>() * STRIDE, i);
   }
 }
 
 // load_eight for PIECES runs of coordinates of a token, 8 * LANES apart. Lanes behind the last
 // coordinate read the first ones in their place.
-template <int DIM, int BITS, int PIECES, int LANES>
+template <int DIM, int BITS, int STRIDE, int PIECES, int LANES>
 METAL_FUNC void load_pieces(thread uint* out, const device uint* words, int coordinate) {
   for (int piece = 0; piece < PIECES; piece++) {
     const int i = coordinate + piece * LANES * 8;
-    load_eight<DIM, BITS>(
+    load_eight<DIM, BITS, STRIDE>(
         out + piece * plane_count<BITS>(), words, DIM % (8 * LANES) == 0 || i < DIM ? i : 0);
   }
 }

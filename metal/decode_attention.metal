@@ -6,7 +6,8 @@
 //   key_codes      uint32 (batch, heads, capacity / 32, WORDS, 32), interleaved
 //   key_scales     bfloat16 (batch, heads, capacity), capacity a multiple of 64
 //   key_mean       float32 (batch, heads, 1, DIM)
-//   value_codes    uint32 (batch, heads, capacity, VALUE_WORDS)
+//   value_codes    uint32 (batch, heads, capacity, VALUE_WORDS); with a VALUE_STRIDE of 32 interleaved like
+//                  the keys, which they then are (one latent vector a token is key and value)
 //   value_scales   bfloat16 (batch, heads, capacity)
 //   exact_keys     (batch, heads, exact capacity, DIM), exact_values likewise with VALUE_DIM
 //   constants      float32: the factor of the scores (8 numbers, the first counts), levels of the keys, of
@@ -80,7 +81,7 @@ const int part = lane / VALUE_LANES;
 const int first_coordinate = lane % VALUE_LANES * 8;
 
 device const uint* head_keys = key_codes + long(head) * (capacity / 32) * words * 32 + lane;
-device const uint* head_values = value_codes + (long(head) * capacity + part) * value_words;
+device const uint* head_values = value_codes + long(head) * capacity * value_words;
 const int last_block = capacity / BLOCK_TOKENS - 1;
 device const uint* block_keys[2];
 uint key_words[4 * KEY_BITS];
@@ -90,9 +91,10 @@ for (int t = 0; t < 2; t++) {
   load_half_chunk<DIM, KEY_BITS>(key_words + 2 * KEY_BITS * t, block_keys[t], 0, 0);
 }
 for (int b = 0; b < HALF_BATCH; b++) {
-  const int token = min(split * SIMDS + simd, last_block) * BLOCK_TOKENS + b * AT_ONCE;
-  load_pieces<VALUE_DIM, VALUE_BITS, PIECES, VALUE_LANES>(
-      words_of_values + b * PIECES * PLANES, head_values + token * value_words, first_coordinate);
+  const int token = min(split * SIMDS + simd, last_block) * BLOCK_TOKENS + b * AT_ONCE + part;
+  load_pieces<VALUE_DIM, VALUE_BITS, VALUE_STRIDE, PIECES, VALUE_LANES>(
+      words_of_values + b * PIECES * PLANES,
+      head_values + token_start<value_words, VALUE_STRIDE>(token), first_coordinate);
 }
 
 const int exact_count = sizes[0];
@@ -353,9 +355,10 @@ for (int block = first_block; block * block_size < token_count; block += block_s
                 ? first_token + next_step * AT_ONCE
                 : min(block + block_step, last_block) * BLOCK_TOKENS;
             for (int i = 0; i < HALF_BATCH; i++) {
-              load_pieces<VALUE_DIM, VALUE_BITS, PIECES, VALUE_LANES>(
+              const int start = token_start<value_words, VALUE_STRIDE>(token + i * AT_ONCE + part);
+              load_pieces<VALUE_DIM, VALUE_BITS, VALUE_STRIDE, PIECES, VALUE_LANES>(
                   words_of_values + ((b + HALF_BATCH) % BATCH + i) * PIECES * PLANES,
-                  head_values + (token + i * AT_ONCE) * value_words, first_coordinate);
+                  head_values + start, first_coordinate);
             }
           }
           uint pairs[ROWS];

@@ -57,20 +57,19 @@ class CachedTokens:
         """All columns: sinks, packed and recent tokens of the longest sequence of each."""
         return self.sink_count + self.keys.count + self.exact_count - self.recent_start
 
-    def dense(self) -> tuple[mx.array, mx.array]:
-        """All keys and all values, (B, H, count, dim), in the model's dtype."""
-        return self._join(self.keys, self.exact_keys), self._join(self.values, self.exact_values)
+    def dense(self, kind: int) -> mx.array:
+        """All keys (``kind`` 0) or all values (1), (B, H, count, dim), in the model's dtype."""
+        packed = (self.keys, self.values)[kind]
+        exact = (self.exact_keys, self.exact_values)[kind]
+        sinks, recent = self.split(exact)
+        if packed.count == 0:
+            return recent if self.sink_count == 0 else mx.concatenate([sinks, recent], axis=2)
+        return mx.concatenate([sinks, packed.dense(exact.dtype), recent], axis=2)
 
     def visible(self) -> mx.array:
         """Which columns hold a token of a sequence: boolean (B or 1, 1, 1, count)."""
         columns = (self.sink_count, self.keys.count, self.recent_start, self.exact_count)
         return visible_columns(self.extents, *columns)
-
-    def _join(self, packed: PackedTokens, exact: mx.array) -> mx.array:
-        sinks, recent = self.split(exact)
-        if packed.count == 0:
-            return recent if self.sink_count == 0 else mx.concatenate([sinks, recent], axis=2)
-        return mx.concatenate([sinks, packed.dense(exact.dtype), recent], axis=2)
 
     def split(self, exact: mx.array) -> tuple[mx.array, mx.array]:
         """Sinks and recent tokens of an exact buffer."""
@@ -120,6 +119,7 @@ def decode_attention(
             *(tokens.keys.quantizer, tokens.values.quantizer, queries.dtype),
             *(tokens.exact_keys.dtype, queries.shape[1] // tokens.exact_keys.shape[1]),
             *(queries.shape[2], kernels.mask_kind(mask), sinks is not None),
+            tokens.values is tokens.keys,
         )
         if kernels.agrees(check_decode_attention, *configuration):
             return kernels.launch_decode_attention(queries, tokens, scale, mask, sinks)
@@ -168,8 +168,12 @@ def check_decode_attention(
     rows: int,
     mask_kind: str,
     with_sinks: bool,
+    shared: bool,
 ) -> kernels.Agreement:
-    """Compare the kernels of one configuration with plain MLX on 90 tokens."""
+    """Compare the kernels of one configuration with plain MLX on 90 tokens.
+
+    With ``shared``, the keys are the values as well.
+    """
     heads, packed_count, exact_count = 2, 70, 20
 
     def random(shape: tuple[int, ...], seed: int, dtype: mx.Dtype = mx.float32) -> mx.array:
@@ -181,6 +185,8 @@ def check_decode_attention(
         store.append(random((1, heads, packed_count, quantizer.dim), i))
         packed.append(store)
         exact.append(random((1, heads, exact_count + 4, quantizer.dim), 2 + i, exact_dtype))
+    if shared:
+        packed, exact = packed[:1] * 2, exact[:1] * 2
     tokens = CachedTokens(*packed, *exact, exact_count, sink_count=4)
     shape = (1, heads * group, rows, tokens.count)
     masks = {

@@ -6,7 +6,7 @@ from itertools import groupby
 import mlx.core as mx
 
 from .attention import MAX_DECODE_ROWS, CachedTokens, Extent, visible_columns
-from .cache import CompressedArray, TurboQuantKVCache, compressed_arrays, leaving_tokens
+from .cache import CompressedArray, TurboQuantKVCache, compressed_array, leaving_tokens
 from .constants import constant
 from .storage import BatchPackedTokens, append_rows
 
@@ -138,7 +138,8 @@ class BatchTurboQuantKVCache:
 
         The new tokens and all that were exact before the call are seen exactly by its queries.
         """
-        return compressed_arrays(self._append([keys, values]))
+        tokens = self._append([keys, values])
+        return compressed_array(tokens), compressed_array(tokens, 1)
 
     def _append(self, new: list[mx.array]) -> CachedTokens:
         """Append arrays (B, H, n, dim) of the kinds that the cache holds."""
@@ -232,18 +233,22 @@ class BatchTurboQuantKVCache:
         extents = self._extents(end, recent)
         if len(extents) == 1 and window_size is None and (n == 1 or not return_array):
             return None if n == 1 else "causal"
-        sink_columns, packed_columns = max(self._sinks), self._packed[0].count
-        lengths, sinks = mx.array(self.lengths)[:, None], mx.array(self._sinks)[:, None]
-        positions = [
-            mx.broadcast_to(mx.arange(sink_columns), (len(recent), sink_columns)),
-            sinks + mx.arange(packed_columns),
-            lengths + mx.arange(n - max(recent), n),
-        ]
-        queries = (lengths + mx.arange(n))[:, None, :, None]
-        distance = queries - mx.concatenate(positions, axis=-1)[:, None, None]
-        columns = (sink_columns, packed_columns, end - max(recent), end)
+        queries = mx.array(self.lengths)[:, None] + mx.arange(n)
+        distance = queries[:, None, :, None] - self._columns(n)[:, None, None]
+        columns = (max(self._sinks), self._packed[0].count, end - max(recent), end)
         mask = visible_columns(extents, *columns) & (distance >= 0)
         return CausalMask(mask) if window_size is None else mask & (distance < window_size)
+
+    def _columns(self, n: int) -> mx.array:
+        """The token of each column after n new ones: int32 (B, columns), any number for no token."""
+        lengths, sinks = (mx.array(x)[:, None] for x in (self.lengths, self._sinks))
+        sink_columns = mx.arange(max(self._sinks))
+        parts = [
+            mx.broadcast_to(sink_columns, (len(self._sinks), sink_columns.size)),
+            sinks + mx.arange(self._packed[0].count),
+            lengths + mx.arange(-max(self._recent), n),
+        ]
+        return mx.concatenate(parts, axis=-1)
 
     def filter(self, rows: list[int]) -> None:
         """Keep only the sequences ``rows``."""
@@ -288,13 +293,16 @@ class BatchTurboQuantKVCache:
 
     def extract(self, row: int) -> TurboQuantKVCache:
         """The cache of one sequence alone."""
+        return self._extract(row, TurboQuantKVCache)
+
+    def _extract(self, row: int, kind: type[TurboQuantKVCache]) -> TurboQuantKVCache:
         sinks, recent, rows = self._sinks[row], self._recent[row], slice(row, row + 1)
         exact = [
             mx.concatenate([x[rows, :, :sinks], _last(x[rows], [self._end], recent)], axis=2)
             for x in self._exact
         ]
         packed = [store.row(row) for store in self._packed]
-        return TurboQuantKVCache.holding(packed, exact, self.window, self.sink_tokens)
+        return kind.holding(packed, exact, self.window, self.sink_tokens)
 
     def trim(self, n: int) -> int:
         """Forget the last n tokens of each sequence (at most all). Returns how many."""

@@ -136,7 +136,8 @@ class TurboQuantKVCache:
 
         The new tokens and all that were exact before the call are seen exactly by its queries.
         """
-        return compressed_arrays(self._append([keys, values]))
+        tokens = self._append([keys, values])
+        return compressed_array(tokens), compressed_array(tokens, 1)
 
     def _append(self, new: list[mx.array]) -> CachedTokens:
         """Append arrays (B, H, n, dim) of the kinds that the cache holds."""
@@ -285,12 +286,11 @@ class TurboQuantKVCache:
         return cache
 
 
-def compressed_arrays(tokens: CachedTokens) -> tuple[CompressedArray, CompressedArray]:
-    """All keys and all values of ``tokens``, for attention that knows them and for any other."""
-    arrays = tuple(CompressedArray(dense) for dense in tokens.dense())
-    for array in arrays:
-        array.tokens = tokens
-    return arrays
+def compressed_array(tokens: CachedTokens, kind: int = 0) -> CompressedArray:
+    """All keys (or values, ``kind`` 1), for attention that knows compressed tokens and any other."""
+    array = CompressedArray(tokens.dense(kind))
+    array.tokens = tokens
+    return array
 
 
 def leaving_tokens(packed: int, exact: int, sink_tokens: int, window: int) -> int:

@@ -295,6 +295,7 @@ def launch_decode_attention(queries, tokens, scale, mask, sinks) -> mx.array:
         template=[
             *(("DIM", dim), ("VALUE_DIM", value_dim), ("ORDER", order), ("POWER", power)),
             *(("KEY_BITS", keys.bits), ("VALUE_BITS", values.bits)),
+            ("VALUE_STRIDE", BLOCK if values.interleaved else 1),
             *(("ROWS", tile), ("SIMDS", _SIMDS), ("MASK", kind)),
         ],
         grid=(batch * heads * threads, splits, tiles),

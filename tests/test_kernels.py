@@ -264,6 +264,13 @@ def test_attention_reads_sequences_of_different_length(mask):
     assert_attention_agrees(*attention_arguments(tokens, 2, rows, mx.float32, mask))
 
 
+@pytest.mark.parametrize("dim, bits", [(512, 4), (512, 3), (128, 6), (256, 8)])
+def test_attention_reads_one_latent_vector_as_key_and_value(dim, bits):
+    tokens = cached_tokens(dim, dim, bits, bits)
+    tokens.values, tokens.exact_values = tokens.keys, tokens.exact_keys
+    assert_attention_agrees(*attention_arguments(tokens, 4, 1, mx.float32, "additive"))
+
+
 def test_attention_adds_the_means_back():
     tokens = cached_tokens(mean=5.0)
     assert tokens.keys.mean.any()
