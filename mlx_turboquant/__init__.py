@@ -2,8 +2,6 @@
 
 from .cache import TurboQuantKVCache
 from .integration import (
-    CacheSize,
-    cache_size,
     disable,
     enable,
     load_prompt_cache,
@@ -11,12 +9,15 @@ from .integration import (
     save_prompt_cache,
 )
 from .quantizer import QuantizedVectors, TurboQuantizer
+from .report import CacheReport, CacheSize, cache_report, cache_size
 
 __all__ = [
+    "CacheReport",
     "CacheSize",
     "QuantizedVectors",
     "TurboQuantKVCache",
     "TurboQuantizer",
+    "cache_report",
     "cache_size",
     "disable",
     "enable",

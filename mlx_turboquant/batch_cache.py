@@ -43,6 +43,8 @@ class BatchTurboQuantKVCache:
         self._recent = [0] * len(packed[0].counts)
         # How many tokens of each sequence are still to come while a padded prompt is read.
         self._expected: list[int] | None = None
+        self.shared = False
+        self._fetched: tuple[CompressedArray, CompressedArray] | None = None
 
     @classmethod
     def merge(cls, caches: list[TurboQuantKVCache]) -> "BatchTurboQuantKVCache":
@@ -60,6 +62,7 @@ class BatchTurboQuantKVCache:
     def _of_one(cls, cache: TurboQuantKVCache) -> "BatchTurboQuantKVCache":
         packed = [BatchPackedTokens.join([store]) for store in cache._packed]
         row = cls(packed, cache.window, cache.sink_tokens)
+        row.shared = cache.shared
         if not cache.empty():
             row._sinks = [cache.sink_tokens if cache.packed_tokens else 0]
             row._recent = [cache.exact_tokens - row._sinks[0]]
@@ -139,7 +142,13 @@ class BatchTurboQuantKVCache:
         The new tokens and all that were exact before the call are seen exactly by its queries.
         """
         tokens = self._append([keys, values])
-        return compressed_array(tokens), compressed_array(tokens, 1)
+        fetched = compressed_array(tokens), compressed_array(tokens, 1)
+        self._fetched = fetched if self.shared else None
+        return fetched
+
+    def keys_and_values(self) -> tuple[CompressedArray, CompressedArray]:
+        """What the last :meth:`update_and_fetch` returned, for layers without keys of their own."""
+        return self._fetched
 
     def _append(self, new: list[mx.array]) -> CachedTokens:
         """Append arrays (B, H, n, dim) of the kinds that the cache holds."""
@@ -240,7 +249,7 @@ class BatchTurboQuantKVCache:
         return CausalMask(mask) if window_size is None else mask & (distance < window_size)
 
     def _columns(self, n: int) -> mx.array:
-        """The token of each column after n new ones: int32 (B, columns), any number for no token."""
+        """The token of each column after n new ones: int32 (B, columns), any number for none."""
         lengths, sinks = (mx.array(x)[:, None] for x in (self.lengths, self._sinks))
         sink_columns = mx.arange(max(self._sinks))
         parts = [
@@ -302,7 +311,9 @@ class BatchTurboQuantKVCache:
             for x in self._exact
         ]
         packed = [store.row(row) for store in self._packed]
-        return kind.holding(packed, exact, self.window, self.sink_tokens)
+        cache = kind.holding(packed, exact, self.window, self.sink_tokens)
+        cache.shared = self.shared
+        return cache
 
     def trim(self, n: int) -> int:
         """Forget the last n tokens of each sequence (at most all). Returns how many."""
@@ -333,6 +344,11 @@ class BatchTurboQuantKVCache:
     def nbytes(self) -> int:
         """Bytes of everything that is held, free space in the buffers included."""
         return sum(x.nbytes for x in (*self._exact, *self._packed))
+
+    @property
+    def fp16_nbytes(self) -> int:
+        """Bytes that a dense 16-bit cache, as long as the longest sequence, takes."""
+        return sum(2 * x.size // x.shape[2] * self.size() for x in self._exact)
 
     @property
     def state(self) -> tuple[mx.array | None, ...]:

@@ -69,6 +69,9 @@ class TurboQuantKVCache:
             PackedTokens(value_bits, seed, interleaved=False),
         ]
         self._exact: list[mx.array] = []
+        # Whether other layers ask for the keys and values of this one; then the last are held.
+        self.shared = False
+        self._fetched: tuple[CompressedArray, CompressedArray] | None = None
         if max_size is not None:
             most = max_size - sink_tokens - window - BLOCK - MAX_DECODE_ROWS
             if most < CAPACITY_UNIT:
@@ -137,6 +140,15 @@ class TurboQuantKVCache:
         The new tokens and all that were exact before the call are seen exactly by its queries.
         """
         tokens = self._append([keys, values])
+        fetched = compressed_array(tokens), compressed_array(tokens, 1)
+        self._fetched = fetched if self.shared else None
+        return fetched
+
+    def keys_and_values(self) -> tuple[CompressedArray, CompressedArray]:
+        """What the last :meth:`update_and_fetch` returned, for layers without keys of their own."""
+        if self._fetched is not None:
+            return self._fetched
+        tokens = self._tokens(self._exact)
         return compressed_array(tokens), compressed_array(tokens, 1)
 
     def _append(self, new: list[mx.array]) -> CachedTokens:
@@ -287,7 +299,7 @@ class TurboQuantKVCache:
 
 
 def compressed_array(tokens: CachedTokens, kind: int = 0) -> CompressedArray:
-    """All keys (or values, ``kind`` 1), for attention that knows compressed tokens and any other."""
+    """All keys (or values, ``kind`` 1), for attention that knows ``tokens`` and for any other."""
     array = CompressedArray(tokens.dense(kind))
     array.tokens = tokens
     return array

@@ -5,7 +5,7 @@ import os
 import tempfile
 import weakref
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,6 +18,7 @@ from .batch_cache import CausalMask
 from .cache import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW, CompressedArray, TurboQuantKVCache
 from .codebook import check_bits
 from .kernels import BLOCK
+from .latent_cache import TurboQuantLatentCache
 
 # Keys need more bits than values: measured with examples/measure_kl.py, see the README.
 PRESETS = {2: (3, 1), 2.5: (3, 2), 3: (4, 2), 3.5: (4, 3), 4: (4, 4), 4.5: (5, 4)}
@@ -26,6 +27,7 @@ CODEC_VERSION = "1"
 
 # mlx-lm's load_prompt_cache looks classes up by name in its own module.
 mlx_lm_cache.TurboQuantKVCache = TurboQuantKVCache
+mlx_lm_cache.TurboQuantLatentCache = TurboQuantLatentCache
 
 _HOOKED_NAME = "scaled_dot_product_attention"
 
@@ -56,14 +58,16 @@ def make_prompt_cache(
     value_bits: int | None = None,
     window: int = DEFAULT_WINDOW,
     sink_tokens: int = DEFAULT_SINK_TOKENS,
+    max_size: int | None = None,
     seed: int = 0,
     backend: str | None = None,
 ) -> list[Any]:
     """A compressed ``prompt_cache`` for mlx-lm: one cache per layer of ``model``.
 
-    Layers for which mlx-lm would make a plain ``KVCache`` are compressed, all others are
-    left as they are. Also lets the model's attention read compressed tokens, which
-    :func:`disable` undoes.
+    Layers for which mlx-lm would make a plain ``KVCache``, alone or in a ``CacheList``, are
+    compressed, all others are left as they are; so are layers that choose tokens by an index of
+    their own (DeepSeek's sparse attention). Also lets the model's attention read compressed
+    tokens, which :func:`disable` undoes.
 
     Args:
         model: A model of mlx-lm.
@@ -72,6 +76,7 @@ def make_prompt_cache(
         value_bits: Bits per value of the values, in place of the preset's.
         window: Recent tokens that stay exact.
         sink_tokens: First tokens that stay exact.
+        max_size: Tokens that a layer holds at most, after which the oldest are forgotten.
         seed: Of the random rotation.
         backend: "metal", "cuda" or "reference" (plain MLX operations), for the whole process; None
             leaves the choice to ``MLX_TURBOQUANT_BACKEND`` and the machine.
@@ -83,19 +88,17 @@ def make_prompt_cache(
         kernels.force_backend(backend)
     key_bits, value_bits = split_bits(bits, key_bits, value_bits)
     caches = _plain_caches(model)
-    if not any(type(cache) is mlx_lm_cache.KVCache for cache in caches):
+    settings = {"window": window, "sink_tokens": sink_tokens, "max_size": max_size, "seed": seed}
+    compress = _Compression(model, key_bits, value_bits, settings)
+    compressed = [compress(cache, layer) for cache, layer in zip(caches, _layers(model, caches))]
+    if not any(map(_is_compressed, compressed)):
         kinds = ", ".join(sorted({type(cache).__name__ for cache in caches})) or "none"
         raise ValueError(
             f"No layer of this model can be compressed (its caches: {kinds}): "
             "use a model with plain KVCache layers."
         )
     _hook_attention(model)
-    return [
-        TurboQuantKVCache(key_bits, value_bits, window=window, sink_tokens=sink_tokens, seed=seed)
-        if type(cache) is mlx_lm_cache.KVCache
-        else cache
-        for cache in caches
-    ]
+    return compressed
 
 
 def enable(model: nn.Module, bits: float = 4, **settings) -> nn.Module:
@@ -139,6 +142,43 @@ def _use_kernels_once(model: nn.Module, bits: float, settings: dict[str, Any]) -
     cache = make_prompt_cache(model, bits, **{**settings, "window": 0, "sink_tokens": 0})
     for tokens in (BLOCK, MAX_DECODE_ROWS + 1, 1):
         mx.eval(model(mx.ones((1, tokens), mx.int32), cache=cache))
+
+
+class _Compression:
+    """Puts a compressed cache in the place of a plain one, as the layer needs it."""
+
+    def __init__(self, model, key_bits, value_bits, settings):
+        self.bits = (key_bits, value_bits)
+        self.settings = settings
+        calls = (getattr(type(module).__call__, "__code__", None) for module in model.modules())
+        self.shared = any("keys_and_values" in code.co_names for code in calls if code)
+
+    def __call__(self, cache: Any, layer: nn.Module) -> Any:
+        modules = [module for _, module in layer.named_modules()]
+        if any("indexer" in module for module in modules):
+            return cache
+        if type(cache) is mlx_lm_cache.CacheList:
+            return mlx_lm_cache.CacheList(*(self(part, layer) for part in cache.caches))
+        if type(cache) is not mlx_lm_cache.KVCache:
+            return cache
+        # Multi-head latent attention, with the projections of keys and values absorbed.
+        if any("embed_q" in module for module in modules):
+            return TurboQuantLatentCache(max(self.bits), **self.settings)
+        compressed = TurboQuantKVCache(*self.bits, **self.settings)
+        compressed.shared = self.shared
+        return compressed
+
+
+def _layers(model: nn.Module, caches: list[Any]) -> list[nn.Module]:
+    """The layer of each cache, or the whole model where there are not as many."""
+    layers = getattr(model, "layers", [])
+    return layers if len(layers) == len(caches) else [model] * len(caches)
+
+
+def _is_compressed(cache: Any) -> bool:
+    return isinstance(cache, TurboQuantKVCache) or any(
+        map(_is_compressed, getattr(cache, "caches", ()))
+    )
 
 
 class _MakeCompressedCache:
@@ -210,30 +250,6 @@ def _hook_attention(model: nn.Module) -> None:
         if id(model) not in models:
             models.add(id(model))
             weakref.finalize(model, models.discard, id(model))
-
-
-class CacheSize(NamedTuple):
-    """What a prompt cache holds. ``fp16_nbytes`` is what its tokens would take in 16 bits."""
-
-    tokens: int
-    nbytes: int
-    fp16_nbytes: int
-
-    def __str__(self) -> str:
-        ratio = self.fp16_nbytes / max(self.nbytes, 1)
-        return (
-            f"{self.tokens:,} tokens, {self.nbytes / 1e6:,.2f} MB "
-            f"(fp16: {self.fp16_nbytes / 1e6:,.2f} MB, ratio {ratio:.2f})"
-        )
-
-
-def cache_size(cache: list[Any]) -> CacheSize:
-    """Tokens and bytes of a prompt cache; layers that are not compressed count as they are."""
-    return CacheSize(
-        max((layer.size() for layer in cache), default=0),
-        sum(layer.nbytes for layer in cache),
-        sum(getattr(layer, "fp16_nbytes", layer.nbytes) for layer in cache),
-    )
 
 
 def save_prompt_cache(

@@ -133,6 +133,13 @@ class BatchTurboQuantLatentCache(BatchTurboQuantKVCache):
         return super().nbytes + (0 if self._rotary is None else self._rotary.nbytes)
 
     @property
+    def fp16_nbytes(self) -> int:
+        """Bytes that a dense 16-bit cache, as long as the longest sequence, takes."""
+        if self._rotary is None:
+            return 0
+        return super().fp16_nbytes + 2 * self._rotary[:, :, : self.size()].size
+
+    @property
     def state(self) -> tuple[mx.array | None, ...]:
         """All arrays, for ``mx.eval``."""
         return (*super().state, self._rotary)

@@ -139,7 +139,7 @@ def test_a_chat_streams_stops_saves_and_leaves(tmp_path):
     chat.expect("[a-z]{3}")  # the reply has begun
     chat.sendintr()
     chat.expect(r"tokens/s · cache [\d,]+ tokens")
-    say("/stats", "2 messages.*layers compressed")
+    say("/stats", "2 messages.*TurboQuantKVCache")
     say(f"/save {tmp_path}/talk", "saved to")
     say("/reset", "forgotten")
     say("/stats", "0 messages, cache 0 tokens")

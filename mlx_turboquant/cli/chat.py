@@ -18,12 +18,12 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..integration import (
-    cache_size,
     load_prompt_cache,
     make_prompt_cache,
     save_prompt_cache,
     split_bits,
 )
+from ..report import cache_report, cache_size
 from .loading import model_errors, prepare_for_device
 from .options import DEFAULT_BITS, add_cache_options, cache_settings, warn_without_effect
 
@@ -40,6 +40,9 @@ def main(arguments: list[str]) -> None:
     """Parse the options of mlx-lm's chat and of the cache, load the model, and talk."""
     parser = setup_arg_parser()
     parser.prog, parser.description = "mlx_turboquant chat", __doc__
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="Show /stats after every reply"
+    )
     add_cache_options(parser)
     args = parser.parse_args(arguments)
     settings = cache_settings(args)
@@ -65,7 +68,7 @@ def main(arguments: list[str]) -> None:
         "max_tokens": args.max_tokens,
         "prefill_step_size": args.prefill_step_size,
     }
-    Chat(conversation, generation).run(args.model)
+    Chat(conversation, generation, args.verbose).run(args.model)
 
 
 class Conversation:
@@ -151,8 +154,11 @@ class Conversation:
 class Chat:
     """The terminal side: reads lines, runs commands, streams replies."""
 
-    def __init__(self, conversation: Conversation, generation: dict[str, Any]):
+    def __init__(
+        self, conversation: Conversation, generation: dict[str, Any], verbose: bool = False
+    ):
         self.conversation = conversation
+        self.verbose = verbose
         self.generation = generation
         self.console = make_console()
         self.commands: dict[str, Callable[[str], None]] = {
@@ -219,6 +225,8 @@ class Chat:
         print()
         speed = f"{response.generation_tps:.1f} tokens/s · " if response else ""
         self._note(f"{speed}cache {cache_size(self.conversation.cache)}")
+        if self.verbose:
+            self._stats("")
 
     def _help(self, _: str) -> None:
         self.console.print(_HELP)
@@ -228,15 +236,10 @@ class Chat:
         self._note("the conversation is forgotten")
 
     def _stats(self, _: str) -> None:
-        cache = self.conversation.cache
-        compressed = [layer for layer in cache if hasattr(layer, "packed_tokens")]
-        first = compressed[0]
-        self._note(f"{len(self.conversation.messages)} messages, cache {cache_size(cache)}")
-        self._note(
-            f"{len(compressed)} of {len(cache)} layers compressed: keys {first.key_bits} bits, "
-            f"values {first.value_bits} bits; {first.packed_tokens:,} tokens packed, "
-            f"{first.exact_tokens:,} exact"
-        )
+        report = cache_report(self.conversation.cache)
+        self._note(f"{len(self.conversation.messages)} messages, cache {report.size}")
+        for line in str(report).splitlines():
+            self._note(line)
 
     def _save(self, name: str) -> None:
         if not name:

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from ..integration import cache_size, check_fingerprint, load_prompt_cache, make_prompt_cache
+from ..integration import check_fingerprint, load_prompt_cache, make_prompt_cache
+from ..report import cache_report
 from .loading import model_errors, prepare_for_device
 from .options import add_cache_options, cache_settings, warn_without_effect
 
@@ -19,6 +20,9 @@ def main(arguments: list[str]) -> None:
     """Run mlx-lm's own command with its parser, loader and generation wrapped."""
     parser = _mlx_lm_generate.setup_arg_parser()
     parser.prog, parser.description = "mlx_turboquant generate", __doc__
+    parser.add_argument(
+        "-v", dest="report", action="store_true", help="Show the cache of each kind of layer"
+    )
     add_cache_options(parser)
     args = parser.parse_args(arguments)
     settings = cache_settings(args)
@@ -87,7 +91,10 @@ class _Run:
             **keywords,
         )
         if verbose:
-            print(f"Cache: {cache_size(prompt_cache)}")
+            report = cache_report(prompt_cache)
+            if self.args.report:
+                print(report)
+            print(f"Cache: {report.size}")
         return text
 
 

@@ -1,0 +1,115 @@
+"""What a prompt cache holds, layer by layer: compressed or not and why, in how many bytes."""
+
+import logging
+from typing import Any, NamedTuple
+
+_WHY_NOT = {
+    "RotatingKVCache": "sliding window, bounded already",
+    "BatchRotatingKVCache": "sliding window, bounded already",
+    "ChunkedKVCache": "attention in chunks, bounded already",
+    "ArraysCache": "recurrent state, no tokens",
+    "KVCache": "read by an index of the model's own",
+    "BatchKVCache": "read by an index of the model's own",
+}
+
+_log = logging.getLogger("mlx_turboquant")
+
+
+class CacheSize(NamedTuple):
+    """What a prompt cache holds. ``fp16_nbytes`` is what its tokens would take in 16 bits."""
+
+    tokens: int
+    nbytes: int
+    fp16_nbytes: int
+
+    def __str__(self) -> str:
+        ratio = self.fp16_nbytes / max(self.nbytes, 1)
+        return (
+            f"{self.tokens:,} tokens, {self.nbytes / 1e6:,.2f} MB "
+            f"(fp16: {self.fp16_nbytes / 1e6:,.2f} MB, ratio {ratio:.2f})"
+        )
+
+
+class LayerKind(NamedTuple):
+    """Layers whose caches are of one kind. ``key_bits`` is None if they are not compressed."""
+
+    cache: str
+    layers: int
+    key_bits: int | None
+    value_bits: int | None
+    remark: str
+    nbytes: int
+    fp16_nbytes: int
+
+    def columns(self) -> tuple[str, ...]:
+        """As text: cache, layers, bits of keys and values, megabytes, those in 16 bits, remark."""
+        bits = "exact" if self.key_bits is None else f"K{self.key_bits} V{self.value_bits}"
+        sizes = (f"{nbytes / 1e6:,.2f}" for nbytes in (self.nbytes, self.fp16_nbytes))
+        return (self.cache, str(self.layers), bits, *sizes, self.remark)
+
+
+class CacheReport(NamedTuple):
+    """The size of a prompt cache, and its layers by kind; as text, a table."""
+
+    size: CacheSize
+    kinds: list[LayerKind]
+
+    @property
+    def compressed_layers(self) -> int:
+        """How many caches of layers are compressed."""
+        return sum(kind.layers for kind in self.kinds if kind.key_bits is not None)
+
+    def __str__(self) -> str:
+        rows = [("cache", "layers", "bits", "MB", "MB in fp16", "")]
+        rows += [kind.columns() for kind in self.kinds]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if index in (1, 3, 4) else cell.ljust(width)
+                for index, (cell, width) in enumerate(zip(row, widths))
+            ).rstrip()
+            for row in rows
+        ]
+        if not self.compressed_layers:
+            lines.append("Nothing is compressed.")
+        return "\n".join(lines)
+
+
+def cache_size(cache: list[Any]) -> CacheSize:
+    """Tokens and bytes of a prompt cache; layers that are not compressed count as they are."""
+    layers = _flat(cache)
+    return CacheSize(
+        max((layer.size() for layer in layers), default=0),
+        sum(layer.nbytes for layer in layers),
+        sum(getattr(layer, "fp16_nbytes", layer.nbytes) for layer in layers),
+    )
+
+
+def cache_report(cache: list[Any]) -> CacheReport:
+    """What a prompt cache, a list of one cache per layer, holds; warns if nothing is compressed."""
+    groups: dict[tuple, list[Any]] = {}
+    for layer in _flat(cache):
+        bits = getattr(layer, "key_bits", None), getattr(layer, "value_bits", None)
+        groups.setdefault((type(layer).__name__, *bits), []).append(layer)
+    kinds = [_kind(*key, layers) for key, layers in groups.items()]
+    report = CacheReport(cache_size(cache), kinds)
+    if not report.compressed_layers:
+        names = ", ".join(kind.cache for kind in kinds) or "none"
+        _log.warning("No layer of this cache is compressed (its caches: %s).", names)
+    return report
+
+
+def _kind(name: str, key_bits: int | None, value_bits: int | None, layers: list[Any]) -> LayerKind:
+    if key_bits is None:
+        remark = _WHY_NOT.get(name, "a kind that is left as it is")
+    else:
+        packed = sum(layer.packed_tokens for layer in layers)
+        exact = sum(layer.exact_tokens for layer in layers)
+        remark = f"{packed:,} tokens packed, {exact:,} exact"
+    size = cache_size(layers)
+    return LayerKind(name, len(layers), key_bits, value_bits, remark, size.nbytes, size.fp16_nbytes)
+
+
+def _flat(cache: list[Any]) -> list[Any]:
+    """The caches of all layers, those within a ``CacheList`` one by one."""
+    return [part for layer in cache for part in getattr(layer, "caches", (layer,))]

@@ -1,0 +1,70 @@
+import logging
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
+
+from mlx_turboquant import TurboQuantKVCache, cache_report, cache_size
+
+
+def filled(cache, count: int):
+    x = mx.random.normal((1, 2, count, 64), key=mx.random.key(0))
+    cache.update_and_fetch(x, x)
+    return cache
+
+
+@pytest.fixture
+def mixed():
+    """Two compressed layers, one of them in a list, and two that are not."""
+    compressed = [filled(TurboQuantKVCache(4, 2, window=16), 300) for _ in range(2)]
+    return [
+        compressed[0],
+        CacheList(ArraysCache(size=2), compressed[1]),
+        filled(RotatingKVCache(max_size=16), 300),
+    ]
+
+
+def test_the_report_tells_layers_apart_and_why(mixed):
+    kinds = {kind.cache: kind for kind in cache_report(mixed).kinds}
+    assert kinds["TurboQuantKVCache"].layers == 2
+    assert (kinds["TurboQuantKVCache"].key_bits, kinds["TurboQuantKVCache"].value_bits) == (4, 2)
+    assert kinds["TurboQuantKVCache"].nbytes == mixed[0].nbytes + mixed[1][1].nbytes
+    assert kinds["TurboQuantKVCache"].remark == "512 tokens packed, 88 exact"
+    assert kinds["RotatingKVCache"].key_bits is None
+    assert "sliding window" in kinds["RotatingKVCache"].remark
+    assert "recurrent" in kinds["ArraysCache"].remark
+
+
+def test_the_report_counts_every_byte_of_the_cache(mixed):
+    report = cache_report(mixed)
+    assert report.size == cache_size(mixed)
+    assert report.size.nbytes == sum(layer.nbytes for layer in mixed)
+    assert sum(kind.nbytes for kind in report.kinds) == report.size.nbytes
+    assert report.size.tokens == 300
+    # Two tokens of 64 16-bit values and two heads, in the compressed layers.
+    assert report.kinds[0].fp16_nbytes == 2 * 300 * 2 * 2 * 64 * 2
+
+
+def test_the_report_is_an_aligned_table(mixed):
+    lines = str(cache_report(mixed)).splitlines()
+    assert len(lines) == 4
+    assert lines[1].split()[:4] == ["TurboQuantKVCache", "2", "K4", "V2"]
+    assert len({line.index(word) for line, word in zip(lines, ("bits", "K4", "exact"))}) == 1
+
+
+def test_a_cache_of_which_nothing_is_compressed_is_reported_with_a_warning(caplog):
+    with caplog.at_level(logging.WARNING, "mlx_turboquant"):
+        report = cache_report([filled(KVCache(), 10)])
+    assert "No layer of this cache is compressed (its caches: KVCache)" in caplog.text
+    assert str(report).endswith("Nothing is compressed.")
+
+
+def test_a_batch_is_reported_as_its_sequences_are():
+    batch = TurboQuantKVCache(4, 4, window=16).merge(
+        [filled(TurboQuantKVCache(4, 4, window=16), count) for count in (100, 200)]
+    )
+    (kind,) = cache_report([batch]).kinds
+    assert (kind.key_bits, kind.nbytes) == (4, batch.nbytes)
+    assert kind.remark == "224 tokens packed, 76 exact"
+    # 200 columns for two sequences.
+    assert cache_size([batch]).fp16_nbytes == 2 * (2 * 200 * 2 * 2 * 64)
