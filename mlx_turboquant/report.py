@@ -103,9 +103,8 @@ def _kind(name: str, key_bits: int | None, value_bits: int | None, layers: list[
     if key_bits is None:
         remark = _WHY_NOT.get(name, "a kind that is left as it is")
     else:
-        packed = sum(layer.packed_tokens for layer in layers)
-        exact = sum(layer.exact_tokens for layer in layers)
-        remark = f"{packed:,} tokens packed, {exact:,} exact"
+        packed, exact = layers[-1].packed_tokens, layers[-1].exact_tokens
+        remark = f"{packed:,} tokens a layer packed, {exact:,} exact"
     size = cache_size(layers)
     return LayerKind(name, len(layers), key_bits, value_bits, remark, size.nbytes, size.fp16_nbytes)
 

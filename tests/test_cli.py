@@ -54,10 +54,16 @@ def test_quiet_generate_prints_the_text_alone():
 
 
 def test_options_of_mlx_lm_without_effect_are_named():
-    result = generate("--kv-group-size", "32", "--max-kv-size", "100")
+    result = generate("--kv-group-size", "32")
     assert result.returncode == 0
-    for option in ("--kv-group-size", "--max-kv-size"):
-        assert f"{option} has no effect on the compressed cache." in result.stderr
+    assert "--kv-group-size has no effect on the compressed cache." in result.stderr
+
+
+def test_generate_holds_no_more_tokens_than_it_is_told():
+    arguments = ("--max-kv-size", "300", "--kv-window", "64", "--prompt", "-", "-v")
+    result = generate(*arguments, input="import os\n" * 400)
+    assert int(re.search(r"Cache: ([\d,]+) tokens", result.stdout)[1]) <= 300
+    assert re.search(r"TurboQuantKVCache +\d+ +K4 V4 .* 192 tokens a layer packed", result.stdout)
 
 
 def test_speculative_decoding_gives_the_same_text():
@@ -94,6 +100,7 @@ def test_a_cache_of_another_model_is_refused(random_model, tmp_path):
         (["--key-bits", "0"], "0 bits per value are not supported"),
         (["--kv-window", "-1"], "A window of -1 is not possible"),
         (["--kv-sinks", "-1"], "sink tokens of -1"),
+        (["--max-kv-size", "100"], "A cache of 100 tokens is too small"),
         (["--model", "no/such/folder"], "'no/such/folder' cannot be loaded"),
         (["--prompt-cache-file", "missing"], "missing.safetensors does not exist"),
     ],

@@ -29,7 +29,7 @@ def test_the_report_tells_layers_apart_and_why(mixed):
     assert kinds["TurboQuantKVCache"].layers == 2
     assert (kinds["TurboQuantKVCache"].key_bits, kinds["TurboQuantKVCache"].value_bits) == (4, 2)
     assert kinds["TurboQuantKVCache"].nbytes == mixed[0].nbytes + mixed[1][1].nbytes
-    assert kinds["TurboQuantKVCache"].remark == "512 tokens packed, 88 exact"
+    assert kinds["TurboQuantKVCache"].remark == "256 tokens a layer packed, 44 exact"
     assert kinds["RotatingKVCache"].key_bits is None
     assert "sliding window" in kinds["RotatingKVCache"].remark
     assert "recurrent" in kinds["ArraysCache"].remark
@@ -65,6 +65,6 @@ def test_a_batch_is_reported_as_its_sequences_are():
     )
     (kind,) = cache_report([batch]).kinds
     assert (kind.key_bits, kind.nbytes) == (4, batch.nbytes)
-    assert kind.remark == "224 tokens packed, 76 exact"
+    assert kind.remark == "224 tokens a layer packed, 76 exact"
     # 200 columns for two sequences.
     assert cache_size([batch]).fp16_nbytes == 2 * (2 * 200 * 2 * 2 * 64)

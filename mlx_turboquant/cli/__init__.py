@@ -6,6 +6,7 @@ import sys
 COMMANDS = {
     "generate": "complete a prompt, as mlx_lm.generate does",
     "chat": "talk to a model",
+    "server": "answer requests over HTTP, as mlx_lm.server does",
     "doctor": "check the kernels on this machine",
 }
 _USAGE = "usage: mlx_turboquant COMMAND [options]\n\ncommands:\n" + "".join(

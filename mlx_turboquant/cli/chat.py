@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
     add_cache_options(parser)
     args = parser.parse_args(arguments)
     settings = cache_settings(args)
-    warn_without_effect(args, {"max_kv_size": None, "pipeline": False})
+    warn_without_effect(args, {"pipeline": False})
     mx.random.seed(args.seed)
     with model_errors(args.model):
         model, tokenizer = load(

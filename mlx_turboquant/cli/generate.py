@@ -2,15 +2,14 @@
 
 import importlib
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 from ..integration import check_fingerprint, load_prompt_cache, make_prompt_cache
 from ..report import cache_report
 from .loading import model_errors, prepare_for_device
 from .options import add_cache_options, cache_settings, warn_without_effect
+from .replaced import replaced
 
 # The package mlx_lm hides the module behind the function of the same name.
 _mlx_lm_generate = importlib.import_module("mlx_lm.generate")
@@ -31,17 +30,16 @@ def main(arguments: list[str]) -> None:
         {
             "kv_group_size": parser.get_default("kv_group_size"),
             "quantized_kv_start": parser.get_default("quantized_kv_start"),
-            "max_kv_size": None,
         },
     )
     args.kv_bits = None  # mlx-lm would convert the layers that are not compressed
     if args.prompt_cache_file is not None and settings:
         raise ValueError(
             f"{args.prompt_cache_file} was saved with settings of its own: "
-            "leave out --kv-bits, --key-bits, --value-bits, --kv-window and --kv-sinks."
+            "leave out the options of the compressed cache."
         )
     run = _Run(args, settings)
-    with _replaced(
+    with replaced(
         _mlx_lm_generate,
         setup_arg_parser=lambda: SimpleNamespace(parse_args=lambda: args),
         load=run.load,
@@ -96,13 +94,3 @@ class _Run:
                 print(report)
             print(f"Cache: {report.size}")
         return text
-
-
-@contextmanager
-def _replaced(module: ModuleType, **replacements: Any) -> Iterator[None]:
-    originals = {name: getattr(module, name) for name in replacements}
-    vars(module).update(replacements)
-    try:
-        yield
-    finally:
-        vars(module).update(originals)

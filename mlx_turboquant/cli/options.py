@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from ..cache import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW
+from ..cache import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW, TurboQuantKVCache
 from ..integration import split_bits
 
 DEFAULT_BITS = 4.0
@@ -14,6 +14,7 @@ _SETTINGS = {
     "value_bits": "value_bits",
     "kv_window": "window",
     "kv_sinks": "sink_tokens",
+    "max_kv_size": "max_size",
 }
 
 
@@ -38,17 +39,24 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         help=f"First tokens that stay exact (default: {DEFAULT_SINK_TOKENS})",
     )
+    group.add_argument(
+        "--max-kv-size",
+        type=int,
+        help="Tokens that a layer holds at most, after which the oldest are forgotten",
+    )
 
 
 def cache_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of ``make_prompt_cache`` that were given on the command line.
 
     Raises:
-        ValueError: bits that are not supported.
+        ValueError: a setting that is not possible.
     """
     given = {name: getattr(args, option) for option, name in _SETTINGS.items()}
     given = {name: value for name, value in given.items() if value is not None}
-    split_bits(**{name: value for name, value in given.items() if name.endswith("bits")})
+    bits = {name: value for name, value in given.items() if name.endswith("bits")}
+    sizes = {name: value for name, value in given.items() if name not in bits}
+    TurboQuantKVCache(*split_bits(**bits), **sizes)  # refuses them before a model is loaded
     return given
 
 

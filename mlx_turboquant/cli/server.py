@@ -1,0 +1,82 @@
+"""``mlx_turboquant server``: mlx-lm's OpenAI-compatible server, with compressed caches."""
+
+import argparse
+import importlib
+import logging
+import os
+import signal
+import socket
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+from mlx_lm.models.cache import LRUPromptCache
+from mlx_lm.utils import _download, load, load_config
+
+from ..integration import enable
+from .loading import model_errors, prepare_for_device
+from .options import add_cache_options, cache_settings, warn_without_effect
+from .replaced import replaced
+
+_mlx_lm_server = importlib.import_module("mlx_lm.server")
+
+
+def main(arguments: list[str]) -> None:
+    """Run mlx-lm's own server with its parser, loader and store of prompt caches wrapped.
+
+    It ends on SIGINT and SIGTERM, after the requests that are being answered.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    run = _Run(arguments)
+    with replaced(
+        _mlx_lm_server,
+        argparse=SimpleNamespace(ArgumentParser=run.parser),
+        load=run.load,
+        LRUPromptCache=run.prompt_caches,
+    ):
+        _mlx_lm_server.main()
+    # MLX's threads of the streams of a thread that has ended abort the end of the interpreter.
+    logging.shutdown()
+    os._exit(0)
+
+
+class _Run:
+    """One run of mlx-lm's server: the functions that stand in for its own."""
+
+    def __init__(self, arguments: list[str]):
+        self.arguments = arguments
+        self.settings: dict[str, Any] = {}
+        self.max_bytes: int | None = None
+
+    def parser(self, **_) -> argparse.ArgumentParser:
+        """mlx-lm's parser is made here, filled there, and asked without arguments."""
+        parser = argparse.ArgumentParser(prog="mlx_turboquant server", description=__doc__)
+        parse = partial(parser.parse_args, self.arguments)
+        parser.parse_args = lambda: self._checked(parser, parse)
+        return parser
+
+    def _checked(self, parser, parse) -> argparse.Namespace:
+        add_cache_options(parser)
+        args = parse()
+        self.settings = cache_settings(args)
+        self.max_bytes = args.prompt_cache_bytes
+        defaults = ("kv_group_size", "quantized_kv_start")
+        warn_without_effect(args, {option: parser.get_default(option) for option in defaults})
+        args.kv_bits = None  # mlx-lm would quantize by itself, and serve one request at a time
+        for model in (args.model, args.draft_model):
+            if model is not None:
+                with model_errors(model):
+                    load_config(_download(model))
+        # Before mlx-lm starts the thread that would outlive its failure.
+        socket.create_server((args.host, args.port)).close()
+        return args
+
+    def load(self, *positional, **keywords):
+        """The models that are asked for, too, are loaded here."""
+        with model_errors(positional[0]):
+            model, *rest = load(*positional, **keywords)
+        return (enable(prepare_for_device(model), **self.settings), *rest)
+
+    def prompt_caches(self, max_size: int) -> LRUPromptCache:
+        """mlx-lm keeps to the limit in bytes only while it serves batches."""
+        return LRUPromptCache(max_size, *([] if self.max_bytes is None else [self.max_bytes]))

@@ -1,0 +1,175 @@
+"""The server as its users see it: a process of its own, and the openai client."""
+
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import openai
+import pytest
+from conftest import REPOSITORY
+
+from mlx_turboquant.needle import answer, code_line, question, random_code, random_names
+
+TINY_LM = str(REPOSITORY / "examples" / "tiny-lm")
+START_SECONDS = 60
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+@contextmanager
+def server(port: int, *options: str):
+    """A running server; it is killed in the end if it still runs."""
+    command = [sys.executable, "-m", "mlx_turboquant", "server", "--port", str(port)]
+    with subprocess.Popen(
+        [*command, "--model", TINY_LM, *options], stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            wait_for(port, process)
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for(port: int, process: subprocess.Popen) -> None:
+    for _ in range(10 * START_SECONDS):
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
+            return
+        except OSError:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+    pytest.fail(f"The server does not answer after {START_SECONDS} seconds.")
+
+
+def client(port: int) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-", max_retries=0)
+
+
+def complete(api: openai.OpenAI, prompt: str, count: int = 8) -> str:
+    response = api.completions.create(
+        model="default_model", prompt=prompt, max_tokens=count, temperature=0
+    )
+    return response.choices[0].text
+
+
+class Running(NamedTuple):
+    api: openai.OpenAI
+    process: subprocess.Popen
+
+    def resident_bytes(self) -> int:
+        output = subprocess.check_output(["ps", "-o", "rss=", "-p", str(self.process.pid)])
+        return 1024 * int(output)
+
+
+@pytest.fixture(scope="module")
+def running():
+    """A server with 8-bit caches, so small a window that tokens are packed, and little room."""
+    port = free_port()
+    options = ("--kv-bits", "8", "--kv-window", "32", "--log-level", "ERROR")
+    with server(port, *options, "--prompt-cache-bytes", "20M") as process:
+        yield Running(client(port), process)
+
+
+def prompts_with_codes(count: int) -> tuple[list[str], list[str]]:
+    """Questions about one of four codes, after four long texts that they share, and answers."""
+    rng = random.Random(0)
+    texts = []
+    for _ in range(4):
+        names, codes = random_names(4, rng), [random_code(rng) for _ in range(4)]
+        lines = [f"value_{number} = {rng.randrange(1000)}" for number in range(40)]
+        for place, pair in enumerate(zip(names, codes)):
+            lines.insert(10 * place, code_line(*pair))
+        texts.append(("\n".join(lines), names, codes))
+    prompts, answers = [], []
+    for index in range(count):
+        text, names, codes = texts[index % 4]
+        which = index // 4 % 4
+        # Prompts of different length, which begin in the same way.
+        filler = "\n".join(["import os"] * (index % 7))
+        prompts.append(f"{text}\n{filler}\n{question(names[which])}")
+        answers.append(answer(codes[which]))
+    return prompts, answers
+
+
+def test_chat_completions_and_streams_answer(running):
+    assert complete(running.api, "def add(a, b):\n    return", 5).strip().startswith("a + b")
+    messages = [{"role": "user", "content": "def add(a, b):"}]
+    settings = {"model": "default_model", "max_tokens": 8, "temperature": 0}
+    chat = running.api.chat.completions.create(messages=messages, **settings)
+    assert chat.choices[0].message.content
+    assert chat.usage.completion_tokens == 8
+    stream = running.api.chat.completions.create(messages=messages, stream=True, **settings)
+    pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+    assert "".join(pieces) == chat.choices[0].message.content
+
+
+def test_200_requests_of_16_clients_get_the_answers_of_one_at_a_time(running):
+    prompts, answers = prompts_with_codes(200)
+    alone = {prompt: complete(running.api, prompt) for prompt in sorted(set(prompts))}
+    before = running.resident_bytes()
+    with ThreadPoolExecutor(16) as clients:
+        together = list(clients.map(lambda prompt: complete(running.api, prompt), prompts))
+    assert together == [alone[prompt] for prompt in prompts]
+    # The model finds nearly all codes, so that answers differ from each other.
+    right = [text.strip().startswith(code.strip()) for text, code in zip(together, answers)]
+    assert sum(right) > 180
+    # 20 MB of stored caches, and 16 requests of 1 to 2 MB at a time with what computing them takes.
+    assert running.resident_bytes() - before < 100e6
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_server_ends_when_it_is_asked_to(number):
+    port = free_port()
+    with server(port, "--log-level", "ERROR") as process:
+        complete(client(port), "def add(a, b):", 3)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == 0
+        assert "Traceback" not in process.stderr.read()
+    socket.create_server(("127.0.0.1", port)).close()
+
+
+def test_a_server_that_was_killed_while_it_answered_starts_again_on_its_port():
+    port = free_port()
+    with server(port, "--log-level", "ERROR") as process:
+        stream = client(port).completions.create(
+            model="default_model", prompt="def add(a, b):", max_tokens=400, stream=True
+        )
+        next(iter(stream))
+        process.kill()
+        process.wait()
+    with server(port, "--log-level", "ERROR"):
+        assert complete(client(port), "def add(a, b):\n    return", 5).strip()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--kv-bits", "9"], "9 bits are not supported"),
+        (["--model", "no/such/folder"], "'no/such/folder' cannot be loaded"),
+        (["--kv-window", "-3"], "A window of -3 is not possible"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(options, message):
+    command = [sys.executable, "-m", "mlx_turboquant", "server", "--model", TINY_LM, *options]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_port_that_is_taken_is_refused():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "mlx_turboquant", "server", "--model", TINY_LM]
+        result = subprocess.run([*command, "--port", port], capture_output=True, text=True)
+        assert result.returncode == 2
+        assert "Address already in use" in result.stderr
