@@ -7,12 +7,21 @@ import mlx.core as mx
 
 from .attention import MAX_DECODE_ROWS, CachedTokens
 from .codebook import check_bits
-from .storage import BLOCK, CAPACITY_UNIT, PackedTokens, append_all
+from .storage import (
+    BLOCK,
+    CAPACITY_UNIT,
+    PackedTokens,
+    append_all,
+    check_state,
+    check_vectors,
+)
 
 DEFAULT_WINDOW = 128
 DEFAULT_SINK_TOKENS = 4
 # The exact buffers of a short conversation grow by this many tokens.
 _STEP = 64
+# An array has no more places than this along an axis.
+_LARGEST = 2**31 - 1
 
 
 class CompressedArray(mx.array):
@@ -73,7 +82,7 @@ class TurboQuantKVCache:
         self.shared = False
         self._fetched: tuple[CompressedArray, CompressedArray] | None = None
         if max_size is not None:
-            most = max_size - sink_tokens - window - BLOCK - MAX_DECODE_ROWS
+            most = min(max_size, _LARGEST) - sink_tokens - window - BLOCK - MAX_DECODE_ROWS
             if most < CAPACITY_UNIT:
                 raise ValueError(
                     f"A cache of {max_size} tokens is too small for {sink_tokens} sinks and a "
@@ -111,6 +120,11 @@ class TurboQuantKVCache:
     @keys.setter
     def keys(self, keys: mx.array) -> None:
         self._exact[0] = keys
+
+    @property
+    def seed(self) -> int:
+        """Seed of the random rotation."""
+        return self._packed[0].seed
 
     @property
     def key_bits(self) -> int:
@@ -160,15 +174,18 @@ class TurboQuantKVCache:
         """Write into the exact buffers in place, after making room there."""
         if not self._exact:
             self._exact = [self._buffer(x[:, :, :0]) for x in new]
-        leaving = self._leaving()
+        self._make_room(new[0].shape[2])
         start, stop = self.exact_tokens, self.exact_tokens + new[0].shape[2]
-        if leaving or stop > self._exact[0].shape[2]:
-            self._keep(self._pack_oldest([x[:, :, :start] for x in self._exact], leaving))
-            start, stop = start - leaving, stop - leaving
         for buffer, x in zip(self._exact, new):
             buffer[:, :, start:stop] = x
         self.offset += new[0].shape[2]
         return self._tokens(self._exact)
+
+    def _make_room(self, count: int) -> None:
+        """Pack what has left the window, and let the exact buffers have ``count`` free places."""
+        leaving, held = self._leaving(), self.exact_tokens
+        if leaving or held + count > self._exact[0].shape[2]:
+            self._keep(self._pack_oldest([x[:, :, :held] for x in self._exact], leaving))
 
     def _append_many(self, new: list[mx.array]) -> CachedTokens:
         """Quantize what leaves the window at once: a long chunk never enters the exact buffers."""
@@ -251,6 +268,8 @@ class TurboQuantKVCache:
         """The mask for n new tokens, as mlx-lm's caches return it."""
         if window_size is None and (n == 1 or not return_array):
             return None if n == 1 else "causal"
+        if self._exact and n <= MAX_DECODE_ROWS:
+            self._make_room(n)  # now, because it changes the order of a limited cache
         sinks = min(self.exact_tokens, self.sink_tokens)
         positions = [
             mx.arange(sinks),
@@ -267,32 +286,44 @@ class TurboQuantKVCache:
         count, first = self.exact_tokens, self._packed[0]
         exact = [x[:, :, :count] for x in self._exact] or [None] * len(self._packed)
         return (
-            *(self.key_bits, self.value_bits, self.window, self.sink_tokens, first.seed),
-            *(self.max_size, self.offset, self.forgotten, first.count, first.oldest),
+            *(self.key_bits, self.value_bits, self.window, self.sink_tokens, self.seed),
+            *(self.max_size, self.shared, self.offset, self.forgotten, first.count, first.oldest),
             *exact,
             *(array for store in self._packed for array in store.used()),
         )
 
     @state.setter
     def state(self, state: tuple[Any, ...]) -> None:
-        key_bits, value_bits, window, sink_tokens, seed, max_size, *rest = state
-        self.__init__(
-            key_bits,
-            value_bits,
-            window=window,
-            sink_tokens=sink_tokens,
-            max_size=max_size,
-            seed=seed,
-        )
-        self.offset, self.forgotten, count, oldest, *arrays = rest
+        settings, counts, arrays = state[:7], state[7:11], state[11:]
+        check_state(len(settings) == 7 and len(counts) == 4, f"it has {len(state)} parts")
+        *bits, window, sink_tokens, seed, max_size, shared = settings
+        numbers = (*bits, window, sink_tokens, *counts, *([] if max_size is None else [max_size]))
+        check_state(all(map(_is_count, numbers)), "a number is none of tokens or bits")
+        check_state(type(seed) is int and seed >= 0, f"a seed of {seed}")
+        self.__init__(*bits, window=window, sink_tokens=sink_tokens, max_size=max_size, seed=seed)
+        self.shared = bool(shared)
         kinds = len(self._packed)
+        check_state(len(arrays) == 4 * kinds, f"it has {len(state)} parts")
+        self.offset, self.forgotten, count, oldest = counts
+        exact = self.size() - count
+        check_state(exact >= (self.sink_tokens if count else 0), f"{exact} exact tokens")
+        check_state(max_size is not None or not self.forgotten, "tokens forgotten without a limit")
         self._exact = [x for x in arrays[:kinds] if x is not None]
+        check_state(bool(self._exact) or not self.offset, "tokens without arrays")
+        check_state(len(self._exact) in (0, kinds), "an array is missing")
         for i, store in enumerate(self._packed):
-            store.restore(count, oldest, *arrays[kinds + 3 * i : kinds + 3 * i + 3])
+            if self._exact:
+                heads = check_vectors(self._exact[i], exact, self._exact[0])
+                used = arrays[kinds + 3 * i : kinds + 3 * i + 3]
+                store.restore(count, oldest, (*heads, self._exact[i].shape[-1]), *used)
 
     @classmethod
     def from_state(cls, state: tuple[Any, ...]) -> "TurboQuantKVCache":
-        """A cache with the ``state`` of another one."""
+        """A cache with the ``state`` of another one.
+
+        Raises:
+            ValueError: a state that no cache can have.
+        """
         cache = cls.__new__(cls)
         cache.state = state
         return cache
@@ -309,3 +340,7 @@ def leaving_tokens(packed: int, exact: int, sink_tokens: int, window: int) -> in
     """How many exact tokens have left the window, in whole blocks of packed tokens."""
     outside = exact - sink_tokens - window
     return max(0, (packed + outside) // BLOCK * BLOCK - packed)
+
+
+def _is_count(number: Any) -> bool:
+    return type(number) is int and 0 <= number <= _LARGEST

@@ -1,15 +1,10 @@
-"""Everything that touches mlx-lm: switching compression on and off, and prompt-cache files."""
+"""Switching compression on and off for a model of mlx-lm."""
 
-import hashlib
-import os
-import tempfile
 import weakref
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.models import cache as mlx_lm_cache
 
 from . import kernels
@@ -22,12 +17,6 @@ from .latent_cache import TurboQuantLatentCache
 
 # Keys need more bits than values: measured with examples/measure_kl.py, see the README.
 PRESETS = {2: (3, 1), 2.5: (3, 2), 3: (4, 2), 3.5: (4, 3), 4: (4, 4), 4.5: (5, 4)}
-# Changes whenever the same codes would mean something else.
-CODEC_VERSION = "1"
-
-# mlx-lm's load_prompt_cache looks classes up by name in its own module.
-mlx_lm_cache.TurboQuantKVCache = TurboQuantKVCache
-mlx_lm_cache.TurboQuantLatentCache = TurboQuantLatentCache
 
 _HOOKED_NAME = "scaled_dot_product_attention"
 
@@ -87,7 +76,7 @@ def make_prompt_cache(
     if backend is not None:
         kernels.force_backend(backend)
     key_bits, value_bits = split_bits(bits, key_bits, value_bits)
-    caches = _plain_caches(model)
+    caches = plain_caches(model)
     settings = {"window": window, "sink_tokens": sink_tokens, "max_size": max_size, "seed": seed}
     compress = _Compression(model, key_bits, value_bits, settings)
     compressed = [compress(cache, layer) for cache, layer in zip(caches, _layers(model, caches))]
@@ -97,7 +86,7 @@ def make_prompt_cache(
             f"No layer of this model can be compressed (its caches: {kinds}): "
             "use a model with plain KVCache layers."
         )
-    _hook_attention(model)
+    hook_attention(model)
     return compressed
 
 
@@ -135,6 +124,12 @@ def disable(model: nn.Module) -> nn.Module:
             if not hook.models:
                 scope[_HOOKED_NAME] = hook.original
     return model
+
+
+def enabled_settings(model: nn.Module) -> dict[str, Any] | None:
+    """The settings, besides the bits, that :func:`enable` was given; None without it."""
+    maker = model.__dict__.get("make_cache")
+    return maker.settings if isinstance(maker, _MakeCompressedCache) else None
 
 
 def _use_kernels_once(model: nn.Module, bits: float, settings: dict[str, Any]) -> None:
@@ -194,7 +189,7 @@ class _MakeCompressedCache:
         return make_prompt_cache(self.model(), self.bits, **self.settings)
 
 
-def _plain_caches(model: nn.Module) -> list[Any]:
+def plain_caches(model: nn.Module) -> list[Any]:
     """The caches that mlx-lm makes for a model that is not enabled."""
     maker = model.__dict__.get("make_cache")
     if not isinstance(maker, _MakeCompressedCache):
@@ -242,7 +237,8 @@ def _attention_scopes(model: nn.Module) -> list[dict[str, Any]]:
     return [scope for scope in scopes if _HOOKED_NAME in scope]
 
 
-def _hook_attention(model: nn.Module) -> None:
+def hook_attention(model: nn.Module) -> None:
+    """Let the attention of ``model`` read compressed tokens as they are."""
     for scope in _attention_scopes(model):
         if not isinstance(scope[_HOOKED_NAME], _AttentionHook):
             scope[_HOOKED_NAME] = _AttentionHook(scope[_HOOKED_NAME])
@@ -250,100 +246,3 @@ def _hook_attention(model: nn.Module) -> None:
         if id(model) not in models:
             models.add(id(model))
             weakref.finalize(model, models.discard, id(model))
-
-
-def save_prompt_cache(
-    file: str | Path,
-    cache: list[Any],
-    model: nn.Module,
-    metadata: dict[str, str] | None = None,
-) -> Path:
-    """Save a prompt cache, packed as it is, for :func:`load_prompt_cache` with the same model.
-
-    The file is complete or not there: it is written to a temporary name and renamed. Returns its
-    path, which ends in ".safetensors".
-    """
-    file = _safetensors(file)
-    metadata = {**(metadata or {}), "codec": CODEC_VERSION, "fingerprint": fingerprint(model)}
-    if not file.parent.is_dir():
-        raise ValueError(f"{file.parent} is not a folder: save to a folder that exists.")
-    if file.exists() and "0.codec" not in _header(file):
-        raise ValueError(
-            f"{file} exists and is not a prompt cache of mlx_turboquant: use another name."
-        )
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}-") as folder:
-        complete = Path(folder) / file.name
-        mlx_lm_cache.save_prompt_cache(str(complete), cache, metadata)
-        os.replace(complete, file)
-    return file
-
-
-def load_prompt_cache(
-    file: str | Path, model: nn.Module | None = None, return_metadata: bool = False
-) -> list[Any] | tuple[list[Any], dict[str, str]]:
-    """Load what :func:`save_prompt_cache` saved; with ``return_metadata`` also its metadata.
-
-    Raises:
-        ValueError: not a prompt cache of this package, truncated, of another codec version, or
-            of another model than ``model``.
-    """
-    file = _safetensors(file)
-    header = _header(file)
-    codec = header.get("0.codec")
-    if codec is None:
-        raise ValueError(
-            f"{file} is not a prompt cache of mlx_turboquant: use a file that it has saved."
-        )
-    if codec != CODEC_VERSION:
-        raise ValueError(
-            f"{file} was written with codec version {codec}, this is version {CODEC_VERSION}: "
-            "process the prompt again."
-        )
-    if model is not None:
-        check_fingerprint(file, header.get("0.fingerprint"), model)
-    try:
-        cache, metadata = mlx_lm_cache.load_prompt_cache(str(file), return_metadata=True)
-        mx.eval([layer.state for layer in cache])
-    except Exception as error:
-        raise ValueError(f"{file} is damaged: save it again.") from error
-    if model is not None:
-        _hook_attention(model)
-    return (cache, metadata) if return_metadata else cache
-
-
-def _safetensors(file: str | Path) -> Path:
-    """The path with the ending that mlx expects."""
-    file = Path(file)
-    return file if file.suffix == ".safetensors" else file.with_name(file.name + ".safetensors")
-
-
-def _header(file: Path) -> dict[str, str]:
-    """The metadata of a safetensors file; keys of the caller's metadata begin with "0."."""
-    if not file.is_file():
-        raise ValueError(f"{file} does not exist: use a file that was saved.")
-    try:
-        return mx.load(str(file), format="safetensors", return_metadata=True)[1]
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{file} is not a complete safetensors file: use another one.") from error
-
-
-def check_fingerprint(file: str | Path, expected: str | None, model: nn.Module) -> None:
-    """Raise ValueError unless ``expected``, of a saved cache, is the fingerprint of ``model``."""
-    if expected != fingerprint(model):
-        raise ValueError(
-            f"{file} belongs to another model (fingerprint {str(expected)[:12]}, this model has "
-            f"{fingerprint(model)[:12]}): load the model that it was made with."
-        )
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A hash of the model's configuration and of its vectors (norm weights and biases).
-
-    The same for a model and its dequantized form, because vectors are not quantized.
-    """
-    digest = hashlib.sha256(repr(getattr(model, "args", type(model).__name__)).encode())
-    for name, parameter in sorted(tree_flatten(model.parameters())):
-        if parameter.ndim == 1:
-            digest.update(name.encode())
-            digest.update(bytes(memoryview(parameter.astype(mx.float32))))
-    return digest.hexdigest()

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from .batch_cache import BatchTurboQuantKVCache
 from .cache import CompressedArray, TurboQuantKVCache, compressed_array
-from .storage import BatchPackedTokens
+from .storage import BatchPackedTokens, check_state, check_vectors
 
 # The buffer of rotary parts grows by this many tokens.
 _STEP = 256
@@ -70,6 +70,9 @@ class TurboQuantLatentCache(TurboQuantKVCache):
     def state(self, state: tuple[Any, ...]) -> None:
         *state, rotary = state
         TurboQuantKVCache.state.fset(self, state)
+        check_state((rotary is None) == self.empty(), "rotary parts without latent vectors")
+        if rotary is not None:
+            check_vectors(rotary, self.offset, self._exact[0])
         self._rotary = rotary
 
 

@@ -6,6 +6,7 @@ from functools import cache
 import mlx.core as mx
 
 from . import kernels
+from .codebook import check_dim
 from .kernels import BLOCK
 from .packing import words_per_vector
 from .quantizer import QuantizedVectors, TurboQuantizer
@@ -145,14 +146,34 @@ class PackedTokens:
         slots = -(-self.count // BLOCK) if self.interleaved else self.count
         return self.codes[:, :, :slots], self.scales[..., : self.count], self.mean
 
-    def restore(self, count: int, oldest: int, *used: mx.array | None) -> None:
-        """Hold the ``count`` tokens whose :meth:`used` arrays these are."""
+    def restore(
+        self, count: int, oldest: int, shape: tuple[int, int, int], *used: mx.array | None
+    ) -> None:
+        """Hold ``count`` tokens of ``shape`` (B, H, dim), whose :meth:`used` arrays these are.
+
+        Raises:
+            ValueError: numbers or arrays that no tokens can have.
+        """
+        check_state(oldest == 0 or self.most == count > oldest, f"token {oldest} is the oldest")
+        check_state(self.most is None or count <= self.most, f"{count} tokens are too many")
+        *heads, dim = shape
+        check_dim(dim)
         self.count, self.oldest = count, oldest
+        if count == 0:
+            check_state(all(x is None for x in used), "codes of no tokens")
+            return
+        words = words_per_vector(dim, self.bits)
+        slots = (-(-count // BLOCK), words, BLOCK) if self.interleaved else (count, words)
+        for x, expected, dtype in zip(
+            used,
+            ((*heads, *slots), (*heads, count), (*heads, 1, dim)),
+            (mx.uint32, mx.bfloat16, mx.float32),
+        ):
+            what = f"codes, scales and means of {count} tokens are not of their shape"
+            check_state(isinstance(x, mx.array) and x.shape == expected and x.dtype == dtype, what)
         self.codes, self.scales, self.mean = used
-        if count:
-            words = self.codes.shape[-2 if self.interleaved else -1]
-            capacity = -(-count // CAPACITY_UNIT) * CAPACITY_UNIT
-            self._reserve(capacity, self.codes.shape[:2], words)
+        capacity = -(-count // CAPACITY_UNIT) * CAPACITY_UNIT
+        self._reserve(capacity, heads, words)
 
     def _reserve(self, count: int, heads: tuple[int, ...], words: int) -> None:
         """Make room for ``count`` tokens of (B, H) heads."""
@@ -270,6 +291,22 @@ def append_rows(stores: list[BatchPackedTokens], rows: slice, arrays: list[mx.ar
     blocks = (store._rows_block(rows, x) for store, x in zip(stores, arrays))
     for store, packed in zip(stores, kernels.quantize(*blocks)):
         store._store_rows(rows, packed)
+
+
+def check_state(holds: bool, what: str) -> None:
+    """Raise ValueError, of a saved state in which ``what`` is wrong, unless it ``holds``."""
+    if not holds:
+        raise ValueError(f"The state of a cache is damaged ({what}): use one that was saved.")
+
+
+def check_vectors(x: mx.array, count: int, like: mx.array) -> tuple[int, int]:
+    """The (B, H) of ``like``; ValueError unless x is (B, H, count, dim) and a model's dtype."""
+    arrays = all(isinstance(array, mx.array) and array.ndim == 4 for array in (x, like))
+    what = f"the vectors of {count} tokens are not of their shape"
+    check_state(arrays and all(x.shape[:2]) and x.shape[3] > 0, what)
+    check_state(x.shape[:3] == (*like.shape[:2], count), what)
+    check_state(mx.issubdtype(x.dtype, mx.floating), f"vectors are {x.dtype}")
+    return like.shape[:2]
 
 
 def _stacked(parts: list[tuple[mx.array | None, int]]) -> mx.array | None:

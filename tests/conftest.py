@@ -25,6 +25,23 @@ REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "examples"))
 
 
+PROMPT = mx.random.randint(0, 128, (200,), key=mx.random.key(3))
+
+
+def logits(model, cache, chunks=(150, 40, 1, 1, 8)) -> mx.array:
+    """Logits of the last tokens of ``PROMPT``, read in chunks."""
+    start, rows = 0, []
+    for size in chunks:
+        rows.append(model(PROMPT[None, start : start + size], cache=cache)[0])
+        start += size
+    return mx.concatenate(rows[1:])
+
+
+def variant(model, **arguments) -> llama.Model:
+    """A model like ``model`` with other arguments and other random weights."""
+    return llama.Model(llama.ModelArgs(**{**vars(model.args), **arguments}))
+
+
 @pytest.fixture
 def random_model() -> Iterator[llama.Model]:
     """A small Llama with random weights: two layers, four query heads on two KV heads of 64."""

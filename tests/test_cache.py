@@ -1,15 +1,18 @@
 import copy
+import random
 
 import mlx.core as mx
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from mlx_lm.models.cache import KVCache
 
 from mlx_turboquant import TurboQuantKVCache
+from mlx_turboquant.latent_cache import TurboQuantLatentCache
 from mlx_turboquant.storage import BLOCK, CAPACITY_UNIT
 
 HEADS, DIM = 2, 64
+MEGABYTE = 1 << 20
 chunk_sizes = st.lists(st.integers(1, 90), min_size=1, max_size=6)
 
 
@@ -112,6 +115,63 @@ def test_a_cache_restored_from_its_state_is_the_same(sizes):
             assert mx.array_equal(a, b)
 
 
+def changed(state: list, choose: random.Random) -> list:
+    """A state in which one thing is wrong, or another one than before."""
+    place = choose.randrange(len(state))
+    part, other = state[place], choose.choice(state)
+    numbers = [None, -1, 0, 1, 2, 8, 31, 32, 33, 96, 2**31, 2**62, True, 1.5, "4", [], mx.array(1)]
+    replacements = [*numbers, other]
+    if isinstance(part, mx.array) and part.ndim:
+        shorter = [part[(slice(None),) * axis + (slice(1),)] for axis in range(part.ndim)]
+        dtypes = [part.astype(dtype) for dtype in (mx.float16, mx.int32, mx.uint32)]
+        replacements += [*shorter, *dtypes, part[None], part.T, part[..., :0]]
+    elif type(part) is int:
+        replacements += [part + 1, part - 1, part + 32, part - 32]
+    choice = choose.randrange(len(replacements) + 2)
+    if choice < len(replacements):
+        return [*state[:place], replacements[choice], *state[place + 1 :]]
+    return [
+        *state[:place],
+        *([part, part] if choice == len(replacements) else []),
+        *state[place + 1 :],
+    ]
+
+
+@pytest.mark.parametrize("kind", ["packed", "exact", "limited", "empty", "latent"])
+def test_random_states_are_refused_or_usable(kind):
+    """2 500 states of each kind."""
+    settings = {"window": 64 if kind == "exact" else 0, "sink_tokens": 1}
+    settings |= {"max_size": 107} if kind == "limited" else {}
+    cache = (TurboQuantLatentCache if kind == "latent" else TurboQuantKVCache)(4, 4, **settings)
+    keys, values = (x[..., :16] for x in tokens(0 if kind == "empty" else 50))
+    for _ in range(0 if kind == "empty" else 3):
+        cache.update_and_fetch(keys, values)
+    mx.eval(cache.state)
+    choose, outcomes = random.Random(0), {"refused": 0, "usable": 0}
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    for _ in range(2500):
+        state = list(cache.state)
+        for _ in range(choose.randint(1, 2)):
+            state = changed(state, choose)
+        try:
+            restored = type(cache).from_state(tuple(state))
+        except ValueError:
+            outcomes["refused"] += 1
+            continue
+        outcomes["usable"] += 1
+        size, count = restored.size(), choose.choice([1, 8, 40])
+        like = [x for x in restored.state if isinstance(x, mx.array) and x.ndim == 4]
+        sides = (like[0], like[-1 if kind == "latent" else 1]) if like else (keys, values)
+        new = [mx.ones((*x.shape[:2], count, x.shape[3]), x.dtype) for x in sides]
+        fetched = restored.update_and_fetch(*new)
+        mx.eval(fetched, restored.state)
+        assert fetched[0].shape[2] == size + count
+        assert restored.trim(count) in (0, count)
+    assert min(outcomes.values()) > 200
+    assert mx.get_peak_memory() - before < 32 * MEGABYTE
+
+
 def test_a_copy_lives_its_own_life():
     cache, _ = filled([100])
     twin = copy.deepcopy(cache)
@@ -174,6 +234,7 @@ def test_a_head_that_cannot_be_quantized_is_named():
 
 
 @given(chunk_sizes, st.integers(0, 20), st.integers(0, 5))
+@example([1, 61, 90, 8, 1], 0, 0)  # the last token makes the cache forget
 def test_a_limited_cache_forgets_the_oldest_blocks_and_keeps_the_sinks(sizes, window, sinks):
     max_size = window + sinks + 40 + 2 * CAPACITY_UNIT
     cache = TurboQuantKVCache(8, 8, window=window, sink_tokens=sinks, max_size=max_size)

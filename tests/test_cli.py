@@ -87,6 +87,23 @@ def test_generate_goes_on_from_a_saved_cache(tiny_lm, tmp_path):
     )
 
 
+def test_a_prompt_is_processed_once_and_continued_as_if_it_were_read_again(tmp_path):
+    prompt, question, file = "import os\n" * 200, "def add(a, b):\n    return", str(tmp_path / "c")
+    arguments = ("--model", TINY_LM, "--prompt", "-", "--prompt-cache-file", file, "--kv-bits", "8")
+    result = run("cache_prompt", *arguments, input=prompt)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == f"Saved {file}.safetensors"
+    quiet = ("--max-tokens", "12", "--verbose", "F")
+    loaded = run("generate", "--prompt-cache-file", file, "--prompt", question, *quiet)
+    assert loaded.returncode == 0, loaded.stderr
+    again = run("generate", "--model", TINY_LM, "--prompt", prompt + question, *quiet)
+    assert loaded.stdout == again.stdout
+    text = tmp_path / "text.safetensors"
+    text.write_text("not a cache, and nobody wants to lose it")
+    result = run("cache_prompt", *arguments[:4], "--prompt-cache-file", str(text), input=prompt)
+    assert_refused(result, "is not a complete safetensors file")
+
+
 def test_a_cache_of_another_model_is_refused(random_model, tmp_path):
     file = save_prompt_cache(tmp_path / "c", make_prompt_cache(random_model), random_model)
     assert_refused(generate("--prompt-cache-file", str(file)), "belongs to another model")
@@ -109,7 +126,7 @@ def test_bad_input_is_one_sentence_and_status_2(arguments, message):
     assert_refused(generate(*arguments), message)
 
 
-@pytest.mark.parametrize("command", ["generate", "chat"])
+@pytest.mark.parametrize("command", ["generate", "chat", "server", "cache_prompt"])
 def test_the_help_lists_the_options_of_the_cache(command):
     result = run(command, "--help")
     assert result.returncode == 0

@@ -1,41 +1,21 @@
 import gc
 
 import mlx.core as mx
-import numpy as np
 import pytest
+from conftest import logits, variant
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models import llama, mamba
 from mlx_lm.models.cache import KVCache, RotatingKVCache
-from safetensors.numpy import load_file, save_file
 
-import mlx_turboquant
 from mlx_turboquant import (
     TurboQuantKVCache,
     cache_size,
     disable,
     enable,
     kernels,
-    load_prompt_cache,
     make_prompt_cache,
-    save_prompt_cache,
 )
-from mlx_turboquant.integration import CODEC_VERSION, split_bits
-
-PROMPT = mx.random.randint(0, 128, (200,), key=mx.random.key(3))
-
-
-def logits(model, cache, chunks=(150, 40, 1, 1, 8)) -> mx.array:
-    """Logits of the last tokens of a prompt that is read in chunks, then token by token."""
-    start, rows = 0, []
-    for size in chunks:
-        rows.append(model(PROMPT[None, start : start + size], cache=cache)[0])
-        start += size
-    return mx.concatenate(rows[1:])
-
-
-def variant(model, **arguments) -> llama.Model:
-    """A model like ``model`` with other arguments and other random weights."""
-    return llama.Model(llama.ModelArgs(**{**vars(model.args), **arguments}))
+from mlx_turboquant.integration import split_bits
 
 
 @pytest.mark.parametrize(
@@ -177,109 +157,3 @@ def test_sizes_count_tokens_and_bytes_of_all_layers(random_model):
         size.fp16_nbytes == 200 * 2 * 2 * 64 * 2 * 2
     )  # heads, keys and values, dim, bytes, layers
     assert str(size).startswith("200 tokens, ")
-
-
-def test_a_saved_cache_goes_on_with_the_same_bytes_and_logits(random_model, tmp_path):
-    cache = make_prompt_cache(random_model, 3, window=16)
-    logits(random_model, cache)
-    file = save_prompt_cache(tmp_path / "cache", cache, random_model, {"note": "hello"})
-    assert file == tmp_path / "cache.safetensors"
-    loaded, metadata = load_prompt_cache(tmp_path / "cache", random_model, return_metadata=True)
-    assert metadata["note"] == "hello"
-    for saved, restored in zip(cache, loaded):
-        for a, b in zip(saved.state, restored.state):
-            assert mx.array_equal(a, b) if isinstance(a, mx.array) else a == b
-    token = PROMPT[None, :1]
-    assert mx.array_equal(random_model(token, cache=cache), random_model(token, cache=loaded))
-
-
-def test_a_file_is_as_small_as_what_the_cache_holds(random_model, tmp_path):
-    cache = make_prompt_cache(random_model, 3, window=16)
-    logits(random_model, cache)
-    file = save_prompt_cache(tmp_path / "cache", cache, random_model)
-    held = sum(part.nbytes for layer in cache for part in layer.state[10:])
-    assert held < file.stat().st_size < held + 5000  # the header
-
-
-def test_mlx_lm_loads_the_file_with_its_own_function(random_model, tmp_path):
-    cache = make_prompt_cache(random_model, 4)
-    logits(random_model, cache)
-    file = save_prompt_cache(tmp_path / "cache", cache, random_model)
-    loaded = mlx_lm_cache.load_prompt_cache(str(file))
-    assert [type(layer) for layer in loaded] == [TurboQuantKVCache] * 2
-    assert loaded[0].offset == 200
-
-
-@pytest.fixture
-def saved(random_model, tmp_path):
-    cache = make_prompt_cache(random_model, 4)
-    logits(random_model, cache)
-    return save_prompt_cache(tmp_path / "cache", cache, random_model)
-
-
-def test_a_cache_of_another_model_is_refused(random_model, saved):
-    for other in (variant(random_model), variant(random_model, rope_theta=5.0)):
-        other.update(random_model.parameters() if other.args.rope_theta == 5.0 else {})
-        norm = other.model.norm
-        norm.weight = norm.weight + (other.args.rope_theta != 5.0)
-        with pytest.raises(ValueError, match="belongs to another model"):
-            load_prompt_cache(saved, other)
-
-
-def test_a_cache_of_another_codec_version_is_refused(random_model, saved, monkeypatch):
-    monkeypatch.setattr(mlx_turboquant.integration, "CODEC_VERSION", "99")
-    with pytest.raises(ValueError, match=f"codec version {CODEC_VERSION}, this is version 99"):
-        load_prompt_cache(saved, random_model)
-
-
-@pytest.mark.parametrize("kept", [0, 4, 100, 0.5, -1])
-def test_a_truncated_file_is_refused(random_model, saved, kept):
-    data = saved.read_bytes()
-    saved.write_bytes(data[: int(kept * len(data)) if kept == 0.5 else kept])
-    with pytest.raises(ValueError, match="is not a complete safetensors file|is damaged"):
-        load_prompt_cache(saved, random_model)
-
-
-def test_foreign_files_are_refused(random_model, tmp_path):
-    weights, text = tmp_path / "weights.safetensors", tmp_path / "text.safetensors"
-    save_file({"weight": np.zeros(3, np.float32)}, weights)
-    text.write_text("not a safetensors file, but long enough to hold a header length")
-    plain = tmp_path / "plain.safetensors"
-    mlx_lm_cache.save_prompt_cache(str(plain), [KVCache()])
-    for file, message in (
-        (weights, "not a prompt cache of mlx_turboquant"),
-        (text, "not a complete safetensors file"),
-        (plain, "not a prompt cache of mlx_turboquant"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            load_prompt_cache(file, random_model)
-    with pytest.raises(ValueError, match="does not exist"):
-        load_prompt_cache(tmp_path / "missing.safetensors", random_model)
-
-
-def test_saving_never_overwrites_another_kind_of_file(random_model, tmp_path):
-    weights = tmp_path / "weights.safetensors"
-    save_file({"weight": np.ones(3, np.float32)}, weights)
-    cache = make_prompt_cache(random_model, 4)
-    with pytest.raises(ValueError, match="exists and is not a prompt cache"):
-        save_prompt_cache(weights, cache, random_model)
-    assert load_file(weights)["weight"].tolist() == [1, 1, 1]
-
-
-def test_saving_needs_a_folder(random_model, tmp_path):
-    with pytest.raises(ValueError, match="nowhere is not a folder"):
-        save_prompt_cache(tmp_path / "nowhere" / "c", make_prompt_cache(random_model), random_model)
-
-
-def test_a_failed_save_leaves_the_old_file_and_no_other(random_model, saved, monkeypatch):
-    before = saved.read_bytes()
-
-    def fail(*arguments):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(mx, "save_safetensors", fail)
-    cache = make_prompt_cache(random_model, 4)
-    with pytest.raises(OSError, match="disk full"):
-        save_prompt_cache(saved, cache, random_model)
-    assert saved.read_bytes() == before
-    assert list(saved.parent.iterdir()) == [saved]

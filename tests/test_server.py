@@ -1,5 +1,6 @@
 """The server as its users see it: a process of its own, and the openai client."""
 
+import os
 import random
 import signal
 import socket
@@ -9,7 +10,7 @@ import tempfile
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import openai
@@ -28,20 +29,26 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(port: int, *options: str):
-    """A running server; it is killed in the end if it still runs."""
-    command = [sys.executable, "-m", "mlx_turboquant", "server", "--port", str(port)]
+def started(command: list[str], port: int):
+    """A server on ``port``, with processes that it may start; they are killed if still there."""
     # Not a pipe, which would be full after a thousand requests and stop the server.
     with (
         tempfile.TemporaryFile("w+") as messages,
-        subprocess.Popen([*command, "--model", TINY_LM, *options], stderr=messages) as process,
+        subprocess.Popen(command, stderr=messages, start_new_session=True) as process,
     ):
         process.stderr = messages
         try:
             wait_for(port, process)
             yield process
         finally:
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def server(port: int, *options: str):
+    """A running server of the bundled model."""
+    command = [sys.executable, "-m", "mlx_turboquant", "server", "--model", TINY_LM]
+    return started([*command, "--port", str(port), *options], port)
 
 
 def messages_of(process: subprocess.Popen) -> str:

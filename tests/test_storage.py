@@ -70,7 +70,7 @@ def test_free_space_is_at_most_256_tokens_or_a_32nd(count, interleaved):
 def test_restored_tokens_are_the_same_in_buffers_of_whole_steps(count, interleaved):
     store = stored(tokens(count), interleaved=interleaved)
     restored = PackedTokens(4, 0, interleaved)
-    restored.restore(count, 0, *store.used())
+    restored.restore(count, 0, (*HEADS, DIM), *store.used())
     assert mx.array_equal(restored.dense(mx.float32), store.dense(mx.float32))
     assert restored.scales.shape[-1] % CAPACITY_UNIT == 0
     slots = restored.codes.shape[2] * (BLOCK if interleaved else 1)

@@ -275,11 +275,11 @@ FAMILIES = {
 }
 
 
-def tiny_model(family: str) -> nn.Module:
+def tiny_model(family: str, **settings) -> nn.Module:
     """A model of ``FAMILIES`` in float32, whose weights are the same at every call."""
     module, changes = FAMILIES[family]
     library = importlib.import_module(f"mlx_lm.models.{module}")
-    arguments = {**_COMMON, "model_type": module, **changes}
+    arguments = {**_COMMON, "model_type": module, **changes, **settings}
     mx.random.seed(0)
     model = library.Model(library.ModelArgs.from_dict(arguments))
 

@@ -7,10 +7,11 @@ COMMANDS = {
     "generate": "complete a prompt, as mlx_lm.generate does",
     "chat": "talk to a model",
     "server": "answer requests over HTTP, as mlx_lm.server does",
+    "cache_prompt": "process a prompt once and save it, as mlx_lm.cache_prompt does",
     "doctor": "check the kernels on this machine",
 }
 _USAGE = "usage: mlx_turboquant COMMAND [options]\n\ncommands:\n" + "".join(
-    f"  {name:10} {purpose}\n" for name, purpose in COMMANDS.items()
+    f"  {name:13} {purpose}\n" for name, purpose in COMMANDS.items()
 )
 
 

@@ -17,12 +17,8 @@ from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..integration import (
-    load_prompt_cache,
-    make_prompt_cache,
-    save_prompt_cache,
-    split_bits,
-)
+from ..integration import make_prompt_cache, split_bits
+from ..prompt_cache import load_prompt_cache, save_prompt_cache
 from ..report import cache_report, cache_size
 from .loading import model_errors, prepare_for_device
 from .options import DEFAULT_BITS, add_cache_options, cache_settings, warn_without_effect

@@ -5,7 +5,8 @@ from argparse import Namespace
 from types import SimpleNamespace
 from typing import Any
 
-from ..integration import check_fingerprint, load_prompt_cache, make_prompt_cache
+from ..integration import make_prompt_cache
+from ..prompt_cache import check_fingerprint, load_prompt_cache
 from ..report import cache_report
 from .loading import model_errors, prepare_for_device
 from .options import add_cache_options, cache_settings, warn_without_effect
@@ -72,7 +73,9 @@ class _Run:
         """mlx-lm loads the cache before the model, so the model is checked later."""
         cache, metadata = load_prompt_cache(file, return_metadata=True)
         self.fingerprint = metadata["fingerprint"]
-        return cache, {"tokenizer_config": "{}", "model": self.args.model, **metadata}
+        metadata = {"tokenizer_config": "{}", **metadata}
+        # The fingerprint knows a model by any name.
+        return cache, {**metadata, "model": self.args.model or metadata.get("model")}
 
     def generate(self, model, tokenizer, prompt, *, prompt_cache, draft_model, verbose, **keywords):
         if prompt_cache is None:

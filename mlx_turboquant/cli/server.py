@@ -6,12 +6,14 @@ import logging
 import os
 import signal
 import socket
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm.models.cache import LRUPromptCache
-from mlx_lm.utils import _download, load, load_config
+from mlx_lm.utils import _download, load, load_config, sharded_load
 
 from ..integration import enable
 from .loading import model_errors, prepare_for_device
@@ -31,7 +33,8 @@ def main(arguments: list[str]) -> None:
     with replaced(
         _mlx_lm_server,
         argparse=SimpleNamespace(ArgumentParser=run.parser),
-        load=run.load,
+        load=run.loader(load),
+        sharded_load=run.loader(sharded_load),
         LRUPromptCache=run.prompt_caches,
     ):
         _mlx_lm_server.main()
@@ -67,15 +70,20 @@ class _Run:
             if model is not None:
                 with model_errors(model):
                     load_config(_download(model))
-        # Before mlx-lm starts the thread that would outlive its failure.
-        socket.create_server((args.host, args.port)).close()
+        if mx.distributed.init().rank() == 0:
+            # Before mlx-lm starts the thread that would outlive its failure.
+            socket.create_server((args.host, args.port)).close()
         return args
 
-    def load(self, *positional, **keywords):
-        """The models that are asked for, too, are loaded here."""
-        with model_errors(positional[0]):
-            model, *rest = load(*positional, **keywords)
-        return (enable(prepare_for_device(model), **self.settings), *rest)
+    def loader(self, load: Callable[..., tuple]) -> Callable[..., tuple]:
+        """mlx-lm's function with compression switched on; also for models that requests name."""
+
+        def load_enabled(*positional, **keywords):
+            with model_errors(positional[0]):
+                model, *rest = load(*positional, **keywords)
+            return (enable(prepare_for_device(model), **self.settings), *rest)
+
+        return load_enabled
 
     def prompt_caches(self, max_size: int) -> LRUPromptCache:
         """mlx-lm keeps to the limit in bytes only while it serves batches."""

@@ -1,0 +1,31 @@
+"""What models say that are split over all processes: run by mlx.launch, with folders of models."""
+
+import json
+import sys
+
+import mlx.core as mx
+from mlx_lm.generate import generate_step
+from mlx_lm.utils import sharded_load
+
+from mlx_turboquant import cache_report, enable, make_prompt_cache
+
+
+def tokens(model) -> list[int]:
+    """Twenty-four tokens after a prompt of 90, with 8 bits and a small window."""
+    cache = make_prompt_cache(model, 8, window=16)
+    prompt = mx.random.randint(0, 512, (90,), key=mx.random.key(5))
+    steps = generate_step(prompt, model, max_tokens=24, prompt_cache=cache, prefill_step_size=40)
+    said = [token for token, _ in steps]
+    assert cache_report(cache).size.tokens >= 90
+    assert all(layer.packed_tokens >= 64 for layer in cache)
+    return said
+
+
+if __name__ == "__main__":
+    group = mx.distributed.init(strict=True)
+    for folder in sys.argv[1:]:
+        for split in ("tensor_group", "pipeline_group"):
+            model, _ = sharded_load(folder, **{split: group})
+            said = tokens(enable(model, 8))
+            if group.rank() == 0:
+                print(json.dumps([group.size(), len(model.layers), said]), flush=True)

@@ -1,0 +1,211 @@
+"""Ways in which mlx-lm generates, each with compressed caches."""
+
+import random
+
+import mlx.core as mx
+import pytest
+from conftest import variant
+from mlx_lm.generate import generate_step, speculative_generate_step
+from mlx_lm.models.cache import make_prompt_cache as make_exact_cache
+from mlx_lm.models.cache import trim_prompt_cache
+
+from mlx_turboquant import cache, make_prompt_cache
+
+CODE = (
+    "import os\n\n\ndef read(path):\n    with open(path) as file:\n        return file.read()\n\n\n"
+)
+
+
+@pytest.fixture
+def prompt(tiny_lm) -> mx.array:
+    """Some two hundred tokens."""
+    return tiny_lm[1].encode(7 * CODE + "def write(path, text):\n", return_tensors="mlx")[0]
+
+
+def generate(model, prompt, prompt_cache, count: int = 40, **options) -> list[int]:
+    steps = generate_step(prompt, model, max_tokens=count, prompt_cache=prompt_cache, **options)
+    return [token for token, _ in steps]
+
+
+@pytest.mark.parametrize("draft_tokens", [1, 4])
+@pytest.mark.parametrize("draft", ["itself", "always wrong"])
+@pytest.mark.parametrize("window", [0, 8, 128])
+def test_speculative_decoding_says_what_the_plain_run_says(
+    tiny_lm, prompt, window, draft, draft_tokens
+):
+    model = tiny_lm[0]
+    drafting = model if draft == "itself" else variant(model)
+    caches = [make_prompt_cache(m, 8, window=window) for m in (model, drafting)]
+    steps = speculative_generate_step(
+        prompt,
+        model,
+        drafting,
+        max_tokens=40,
+        num_draft_tokens=draft_tokens,
+        prompt_cache=sum(caches, []),
+    )
+    said, accepted = zip(*((token, from_draft) for token, _, from_draft in steps))
+    assert list(said) == generate(model, prompt, make_exact_cache(model))
+    assert sum(accepted) >= 20 if draft == "itself" else sum(accepted) < 4
+    assert caches[0][0].packed_tokens >= 32 * ((prompt.size - window) // 32)
+
+
+def test_no_token_is_quantized_twice_while_drafts_are_taken_back(tiny_lm, prompt, monkeypatch):
+    model, quantized = tiny_lm[0], []
+
+    def counting(stores, arrays):
+        quantized.append(arrays[0].shape[2])
+        append_all(stores, arrays)
+
+    append_all = cache.append_all
+    monkeypatch.setattr(cache, "append_all", counting)
+    caches = [make_prompt_cache(m, 8, window=8) for m in (model, variant(model))]
+    options = {"max_tokens": 80, "num_draft_tokens": 4, "prompt_cache": sum(caches, [])}
+    list(speculative_generate_step(prompt, model, variant(model), **options))
+    # A window of 8 is longer than any draft, so nothing that was packed is ever taken back.
+    assert sum(quantized) == sum(layer.packed_tokens for layer in sum(caches, []))
+
+
+@pytest.mark.parametrize("size", [1, 7, 2048])
+def test_the_prompt_may_be_read_in_chunks_of_any_size(tiny_lm, prompt, size):
+    model = tiny_lm[0]
+    expected = generate(model, prompt, make_exact_cache(model))
+    compressed = make_prompt_cache(model, 8, window=16)
+    assert generate(model, prompt, compressed, prefill_step_size=size) == expected
+    assert compressed[0].packed_tokens >= 160
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 67, 68, 69, 100, 101])
+def test_prompts_around_the_window_are_continued_as_without_compression(tiny_lm, prompt, length):
+    """A window of 64 and 4 sinks: 68 tokens are exact, and the first block leaves with 100."""
+    model = tiny_lm[0]
+    expected = generate(model, prompt[:length], make_exact_cache(model))
+    assert generate(model, prompt[:length], make_prompt_cache(model, 8, window=64)) == expected
+
+
+def test_an_empty_prompt_is_refused_and_changes_nothing(tiny_lm):
+    compressed = make_prompt_cache(tiny_lm[0], 8)
+    with pytest.raises(ValueError, match="prompt"):
+        generate(tiny_lm[0], mx.array([], mx.int32), compressed)
+    assert all(layer.empty() for layer in compressed)
+
+
+def test_a_prompt_that_was_interrupted_can_be_read_on(tiny_lm, prompt):
+    model = tiny_lm[0]
+    compressed = make_prompt_cache(model, 8, window=16)
+
+    def interrupt(processed, total):
+        if processed >= 120:
+            raise KeyboardInterrupt
+
+    options = {"prefill_step_size": 60, "prompt_progress_callback": interrupt}
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, prompt, compressed, **options)
+    seen = compressed[0].offset
+    assert seen == 120
+    said = generate(model, prompt[seen:], compressed)
+    assert said == generate(model, prompt, make_exact_cache(model))
+
+
+@pytest.mark.parametrize("after", [1, 2, 30, 33])
+def test_a_generation_that_was_stopped_can_go_on(tiny_lm, prompt, after):
+    model = tiny_lm[0]
+    expected = generate(model, prompt, make_exact_cache(model), count=60)
+    compressed = make_prompt_cache(model, 8, window=16)
+    steps = generate_step(prompt, model, max_tokens=60, prompt_cache=compressed)
+    said = [next(steps)[0] for _ in range(after)]
+    steps.close()
+    # mlx-lm is a token ahead of what it has given out.
+    trim_prompt_cache(compressed, compressed[0].offset - (prompt.size + after - 1))
+    rest = generate(model, mx.array(said[-1:]), compressed, count=60 - after)
+    assert said + rest == expected
+
+
+class Graph:
+    """A file for ``mx.export_to_dot`` that counts lines."""
+
+    def __init__(self):
+        self.lines = 0
+
+    def write(self, text: str) -> None:
+        self.lines += text.count("\n")
+
+
+def graph_size(arrays: list[mx.array]) -> int:
+    """How much has to be evaluated for these arrays: lines of a drawing of it."""
+    graph = Graph()
+    mx.export_to_dot(graph, *arrays)
+    return graph.lines
+
+
+def held_beside_nbytes(prompt_cache, before: int) -> int:
+    mx.synchronize()
+    mx.clear_cache()
+    return mx.get_active_memory() - before - sum(layer.nbytes for layer in prompt_cache)
+
+
+def generate_long(model, count: int, check_every: int, **settings) -> None:
+    """Graph and memory stay what they were after the first 300 tokens of ``count``."""
+    generate(model, mx.array([1]), make_prompt_cache(model, **settings), count=200)  # constants
+    before = mx.get_active_memory()
+    compressed = make_prompt_cache(model, **settings)
+    token, sizes, beside = mx.array([[1]]), [], []
+    for step in range(count):
+        logits = model(token, cache=compressed)
+        token = logits[:, -1:].argmax(axis=-1)
+        if step >= 300:
+            sizes.append(graph_size([token]))
+        mx.eval(token)  # as mlx-lm does, and nothing of the cache
+        if step % check_every == 300 % check_every and step >= 300:
+            beside.append(held_beside_nbytes(compressed, before))
+    assert compressed[0].offset == count
+    # A step that packs a block has more to do than others; none has more to do later on.
+    assert max(sizes[-200:]) <= max(sizes[:200])
+    assert max(map(abs, beside)) < 20_000
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_size": 300}], ids=["growing", "limited"])
+def test_a_long_generation_grows_neither_the_graph_nor_memory_beside_the_cache(
+    random_model, settings
+):
+    generate_long(random_model, 1000, check_every=50, **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"max_size": 1000}], ids=["growing", "limited"])
+def test_twenty_thousand_tokens_grow_neither_the_graph_nor_memory_beside_the_cache(
+    random_model, settings
+):
+    generate_long(random_model, 20_000, check_every=500, **settings)
+
+
+def test_a_thousand_turns_that_are_taken_back_leave_what_was_there(random_model):
+    """Every turn is read in a chunk, answered in three tokens, and mostly forgotten again."""
+    choose, tokens = random.Random(0), []
+    compressed = make_prompt_cache(random_model, 8, window=16)
+    before, beside = None, []
+    for turn in range(1000):
+        said = [choose.randrange(128) for _ in range(choose.randint(1, 60))]
+        logits = random_model(mx.array([said]), cache=compressed)
+        for _ in range(3):
+            token = logits[:, -1:].argmax(axis=-1)
+            said.append(token.item())
+            logits = random_model(token, cache=compressed)
+        mx.eval(logits)
+        tokens += said
+        kept = choose.randint(max(0, len(tokens) - 90), min(len(tokens), 400))
+        assert trim_prompt_cache(compressed, len(tokens) - kept) == len(tokens) - kept
+        tokens = tokens[:kept]
+        assert [layer.offset for layer in compressed] == [kept] * 2
+        if turn >= 100:
+            del logits, token
+            before = mx.get_active_memory() if before is None else before
+            beside.append(held_beside_nbytes(compressed, 0))
+    assert max(beside) - min(beside) < 20_000
+    following = mx.random.randint(0, 128, (1, 20), key=mx.random.key(0))
+    exact = make_exact_cache(random_model)
+    random_model(mx.array([tokens]), cache=exact)
+    expected = random_model(following, cache=exact)
+    # 8 bits, as in the tests of whole models.
+    error = random_model(following, cache=compressed) - expected
+    assert mx.linalg.norm(error) < 0.01 * mx.linalg.norm(expected)
