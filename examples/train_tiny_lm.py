@@ -354,6 +354,7 @@ def main():
     add("--text", nargs="+", default=[sysconfig.get_path("stdlib")], help="folders of Python files")
     add("--out", type=Path, default=Path("tiny-lm"), help="folder of the finished model")
     add("--work", type=Path, default=Path("tiny-lm.work"), help="folder of tokens and checkpoint")
+    add("--config", type=json.loads, default={}, help='other settings, as {"head_dim": 64}')
     add("--steps", type=int, default=7000, help="length of the training")
     add("--scale", type=float, default=1.0, help="factor on the batch sizes")
     add("--seed", type=int, default=0, help="of the weights and the order of the data")
@@ -364,6 +365,7 @@ def main():
     add("--held-out-tokens", type=int, default=262144, help="tokens for the held-out loss")
     arguments = parser.parse_args()
 
+    CONFIG.update(arguments.config)
     tokenizer, training, held_out = prepare(arguments.work, arguments.text)
     print(f"{len(training) / 1e6:.2f} M tokens, {len(held_out) / 1e6:.2f} M held out", flush=True)
     if not arguments.evaluate:
