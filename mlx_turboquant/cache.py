@@ -1,5 +1,6 @@
 """The compressed KV cache of one attention layer, for a single sequence or equal-length rows."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -260,7 +261,18 @@ class TurboQuantKVCache:
     @property
     def fp16_nbytes(self) -> int:
         """Bytes that the same tokens take in a dense 16-bit cache."""
-        return sum(2 * x.size // x.shape[2] * self.size() for x in self._exact)
+        return 2 * self.token_values * self.size()
+
+    @property
+    def token_values(self) -> int:
+        """Values of one token: those of keys and values of all heads and rows."""
+        return sum(x.size // x.shape[2] for x in self._exact)
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes that one more packed token takes."""
+        pairs = zip(self._exact, self._packed)
+        return sum(math.prod(x.shape[:2]) * store.vector_nbytes(x.shape[3]) for x, store in pairs)
 
     def make_mask(
         self, n: int, return_array: bool = False, window_size: int | None = None

@@ -15,7 +15,7 @@ from .codebook import check_bits
 from .kernels import BLOCK
 from .latent_cache import TurboQuantLatentCache
 
-# Keys need more bits than values: measured with examples/measure_kl.py, see the README.
+# Keys need more bits than values, see docs/quality.md.
 PRESETS = {2: (3, 1), 2.5: (3, 2), 3: (4, 2), 3.5: (4, 3), 4: (4, 4), 4.5: (5, 4)}
 
 _HOOKED_NAME = "scaled_dot_product_attention"

@@ -54,11 +54,18 @@ class TurboQuantLatentCache(TurboQuantKVCache):
         return super().nbytes + (0 if self._rotary is None else self._rotary.nbytes)
 
     @property
-    def fp16_nbytes(self) -> int:
-        """Bytes that the same tokens take in a dense 16-bit cache."""
-        if self._rotary is None:
-            return 0
-        return super().fp16_nbytes + 2 * self._rotary[:, :, : self.offset].size
+    def token_values(self) -> int:
+        """Values of one token: those of the latent vector and of the rotary part."""
+        return super().token_values + self._rotary_values
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes that one more packed token takes, with its rotary part."""
+        return super().token_nbytes + 2 * self._rotary_values
+
+    @property
+    def _rotary_values(self) -> int:
+        return 0 if self._rotary is None else self._rotary.size // self._rotary.shape[2]
 
     @property
     def state(self) -> tuple[Any, ...]:

@@ -80,6 +80,10 @@ class PackedTokens:
         """Bytes of the buffers and the mean, free space included."""
         return sum(a.nbytes for a in (self.codes, self.scales, self.mean) if a is not None)
 
+    def vector_nbytes(self, dim: int) -> int:
+        """Bytes that one stored vector takes: the packed words and a bfloat16 scale."""
+        return 4 * words_per_vector(dim, self.bits) + 2
+
     def append(self, x: mx.array) -> None:
         """Quantize x (B, H, n, dim) and store it after the tokens that are there."""
         append_all([self], [x])
@@ -324,8 +328,3 @@ def _with_room(buffer: mx.array | None, like: mx.array, rows: int, length: int) 
     padding = [(0, 0)] * buffer.ndim
     padding[2] = (0, length - buffer.shape[2])
     return mx.pad(buffer, padding)
-
-
-def bytes_per_vector(dim: int, bits: int) -> int:
-    """Bytes that one stored token of one head takes: the packed words and a bfloat16 scale."""
-    return 4 * words_per_vector(dim, bits) + 2

@@ -1,13 +1,19 @@
 """The commands as a person types them, in processes of their own."""
 
+import json
 import os
 import re
+import shutil
+import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import pexpect
 import pytest
 from conftest import REPOSITORY
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama
 
 from mlx_turboquant import make_prompt_cache, save_prompt_cache
 
@@ -179,3 +185,74 @@ def test_a_chat_streams_stops_saves_and_leaves(tmp_path):
     chat.close()
     assert chat.exitstatus == 0
     assert (tmp_path / "talk.safetensors").is_file()
+
+
+EVALUATE = ("evaluate", "--model", TINY_LM)
+SHORT = ("--context", "300", "--samples", "1", "--scored", "40", "--greedy", "4")
+
+
+def test_evaluate_prints_a_table_and_writes_json_and_pictures(tmp_path):
+    text, out = tmp_path / "text", tmp_path / "new" / "folder"
+    text.write_text("import os\nx = os.getcwd()\n" * 200)
+    options = ("--kv-bits", "4", "K3V2", "--needle-depths", "2", "--text", str(text))
+    result = run(*EVALUATE, *SHORT, *options, "--out", str(out))
+    assert result.returncode == 0, result.stderr
+    lines = [re.split(r"  +", line.strip()) for line in result.stdout.splitlines()]
+    table = {line[0]: line[1:] for line in lines if len(line) == 9}
+    assert list(table) == ["cache", "exact", "mlx-lm 8 bits", "mlx-lm 4 bits", "4 bits", "K3V2"]
+    assert [row[0] for row in table.values()][1:] == ["16.00", "8.50", "4.50", "4.12", "2.62"]
+    assert all(row[-1] == "4 of 4" for row in list(table.values())[1:])
+    assert "100%" in result.stderr  # the progress bar
+    written = json.loads((out / "evaluation.json").read_text())
+    for codec in written["codecs"]:
+        assert table[codec["codec"]][1] == f"{codec['kl_mean']:.5f}"
+        assert len(codec["needles"]) == 4
+        assert [codec["by_position"][i]["first"] for i in (0, -1)] == [261, 296]
+    for name in ("kl.png", "needles.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert sorted(file.name for file in out.iterdir()) == [
+        "evaluation.json",
+        "kl.png",
+        "needles.png",
+    ]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--kv-bits", "4", "five"), "'five' is not a preset: use bits as 4"),
+        (("--kv-bits", "K9V4"), "9 bits per value are not supported"),
+        (("--kv-window", "-1"), "A window of -1 is not possible"),
+        (("--context", "10000000"), "tokens and 10000001 are needed: give a longer text"),
+        (("--context", "100"), "256 scored tokens are not fewer than the context of 100"),
+        (("--samples", "0"), "--samples is 0: use 1 or more."),
+        (("--needle-lengths", "40"), "ask for a longer prompt"),
+        (("--text", "missing.txt"), "No such file or directory: 'missing.txt'"),
+        (("--chat",), "has no chat template: leave out --chat."),
+        (("--model", "missing"), "Model 'missing' cannot be loaded"),
+    ],
+)
+def test_evaluate_refuses_bad_input_before_it_begins(options, message, tmp_path):
+    result = run(*EVALUATE, *options, cwd=tmp_path)
+    assert_refused(result, message)
+    assert "tokens/s" not in result.stderr
+
+
+def test_evaluate_refuses_a_model_that_does_not_fit(tmp_path):
+    """Two terabytes of embeddings, of which nothing is on the disk."""
+    config = json.loads((Path(TINY_LM) / "config.json").read_text())
+    del config["quantization"], config["quantization_config"]
+    config |= {"vocab_size": 2**31 - 1}
+    model = llama.Model(llama.ModelArgs.from_dict(config))  # lazy: nothing is allocated
+    header, end = {}, 0
+    for name, array in tree_flatten(model.parameters()):
+        start, end = end, end + array.nbytes
+        header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    shutil.copytree(TINY_LM, tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with open(tmp_path / "model" / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        file.truncate(8 + len(encoded) + end)
+    result = run("evaluate", "--model", str(tmp_path / "model"), cwd=tmp_path)
+    assert_refused(result, "The model does not fit: it needs 2")

@@ -7,7 +7,6 @@ from mlx_turboquant.storage import (
     BLOCK,
     CAPACITY_UNIT,
     PackedTokens,
-    bytes_per_vector,
     removable_mean,
     shared_quantizer,
 )
@@ -60,7 +59,7 @@ def test_a_block_of_keys_is_interleaved():
 @given(st.integers(1, 2000), st.booleans())
 def test_free_space_is_at_most_256_tokens_or_a_32nd(count, interleaved):
     store = stored(tokens(1), tokens(count, seed=1), interleaved=interleaved)
-    per_token = bytes_per_vector(DIM, 4) * HEADS[0] * HEADS[1]
+    per_token = store.vector_nbytes(DIM) * HEADS[0] * HEADS[1]
     used, free = (count + 1) * per_token, max(256, count // 32) + CAPACITY_UNIT
     mean = store.mean.nbytes
     assert used + mean <= store.nbytes <= used + free * per_token + mean

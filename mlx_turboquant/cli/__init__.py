@@ -8,6 +8,7 @@ COMMANDS = {
     "chat": "talk to a model",
     "server": "answer requests over HTTP, as mlx_lm.server does",
     "cache_prompt": "process a prompt once and save it, as mlx_lm.cache_prompt does",
+    "evaluate": "measure what the compressed cache does to the output of a model",
     "doctor": "check the kernels on this machine",
 }
 _USAGE = "usage: mlx_turboquant COMMAND [options]\n\ncommands:\n" + "".join(

@@ -1,10 +1,12 @@
 """What the commands do with a model between loading and use."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.utils import dequantize_model
 
 
@@ -19,6 +21,40 @@ def model_errors(name: str) -> Iterator[None]:
             f"Model {name!r} cannot be loaded ({reason}): give the folder of a model of mlx-lm, "
             "or its name on the Hugging Face hub."
         ) from error
+
+
+def check_memory(model: nn.Module, more: int = 0) -> None:
+    """Raise ValueError if the weights of a lazily loaded model and ``more`` bytes do not fit."""
+    needed, memory = device_nbytes(model) + more, _memory()
+    if needed > memory:
+        raise ValueError(
+            f"The model does not fit: it needs {needed / 1e9:,.1f} GB and this machine has "
+            f"{memory / 1e9:,.1f} GB: use a smaller model or one with fewer bits."
+        )
+
+
+def device_nbytes(model: nn.Module) -> int:
+    """Bytes of the weights as :func:`prepare_for_device` leaves them."""
+    parameters = [array for _, array in tree_flatten(model.parameters())]
+    if mx.default_device().type != mx.DeviceType.cpu:
+        return sum(array.nbytes for array in parameters)
+    values = sum(array.size for array in parameters)
+    for module in model.modules():
+        if "scales" in module and hasattr(module, "bits"):
+            stored = (
+                module[name].size for name in ("weight", "scales", "biases") if name in module
+            )
+            values += module.weight.size * 32 // module.bits - sum(stored)
+    return 4 * values
+
+
+def _memory() -> int:
+    """Bytes that MLX can use on its default device."""
+    info = mx.device_info()
+    for name in ("max_recommended_working_set_size", "total_memory"):
+        if name in info:
+            return info[name]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def prepare_for_device(model: nn.Module) -> nn.Module:

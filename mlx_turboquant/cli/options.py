@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from ..cache import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW, TurboQuantKVCache
@@ -29,6 +30,16 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--key-bits", type=int, help="Bits per value of the keys, 1 to 8")
     group.add_argument("--value-bits", type=int, help="Bits per value of the values, 1 to 8")
+    add_exact_token_options(group)
+    group.add_argument(
+        "--max-kv-size",
+        type=int,
+        help="Tokens that a layer holds at most, after which the oldest are forgotten",
+    )
+
+
+def add_exact_token_options(group: argparse._ActionsContainer) -> None:
+    """Add the options of the tokens that stay exact."""
     group.add_argument(
         "--kv-window",
         type=int,
@@ -39,11 +50,12 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         help=f"First tokens that stay exact (default: {DEFAULT_SINK_TOKENS})",
     )
-    group.add_argument(
-        "--max-kv-size",
-        type=int,
-        help="Tokens that a layer holds at most, after which the oldest are forgotten",
-    )
+
+
+def given_settings(args: argparse.Namespace, options: Iterable[str] = _SETTINGS) -> dict[str, Any]:
+    """The arguments of ``make_prompt_cache`` for those of ``options`` that were given."""
+    given = {_SETTINGS[option]: getattr(args, option) for option in options}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def cache_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -52,8 +64,7 @@ def cache_settings(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: a setting that is not possible.
     """
-    given = {name: getattr(args, option) for option, name in _SETTINGS.items()}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = given_settings(args)
     bits = {name: value for name, value in given.items() if name.endswith("bits")}
     sizes = {name: value for name, value in given.items() if name not in bits}
     TurboQuantKVCache(*split_bits(**bits), **sizes)  # refuses them before a model is loaded

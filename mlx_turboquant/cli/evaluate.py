@@ -1,0 +1,162 @@
+"""``mlx_turboquant evaluate``: what a compressed cache does to the output of a model."""
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+
+from .. import __version__, texts
+from ..evaluate import MLX_LM, REPLY_TOKENS, Comparison, Scores, passkey_prompt, preset
+from .loading import check_memory, model_errors, prepare_for_device
+from .options import add_exact_token_options, given_settings
+
+_PRESETS = ("4", "3.5", "3", "2.5", "2")
+_NO_TOOLS = "evaluate draws tables and pictures: pip install 'mlx-turboquant-cache[evaluate]'."
+
+
+def main(arguments: list[str]) -> None:
+    """Compare caches on a model; prints a table and writes JSON and PNG."""
+    args = _parser().parse_args(arguments)
+    _check_numbers(args)
+    settings = given_settings(args, ("kv_window", "kv_sinks"))
+    codecs = [preset(name, **settings) for name in args.kv_bits]
+    contents = texts.read_texts(args.text) if args.text else texts.bundled_texts()
+    try:
+        from tqdm import tqdm
+
+        from . import pictures
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is not installed; {_NO_TOOLS}") from error
+    args.out.mkdir(parents=True, exist_ok=True)
+    with model_errors(args.model):
+        model, tokenizer = mlx_lm.load(args.model, lazy=True)
+    if args.chat and not tokenizer.has_chat_template:
+        raise ValueError(f"The tokenizer of {args.model} has no chat template: leave out --chat.")
+    encoded = texts.encode(tokenizer, contents)
+    contexts = texts.pieces(encoded, args.context + 1, args.samples)
+    prompts = _passkey_prompts(tokenizer, [token for text in encoded for token in text], args)
+    # The exact log-probabilities, those of a codec, and what is computed of both.
+    check_memory(model, 12 * args.scored * tokenizer.vocab_size)
+    prepare_for_device(model)
+    mx.eval(model.parameters())
+    comparison = Comparison(model, [*MLX_LM, *codecs])
+    steps = sum(len(context) + args.greedy for context in contexts)
+    steps += sum(len(prompt) + REPLY_TOKENS for prompt, *_ in prompts)
+    with tqdm(total=steps * len(comparison.scores), unit="tokens", unit_scale=True) as bar:
+        comparison.progress = bar.update
+        for context in contexts:
+            comparison.text(context, args.scored, args.greedy)
+        for prompt in prompts:
+            comparison.needle(tokenizer, *prompt)
+    result = _result(args, contexts, comparison.scores)
+    pictures.print_table(result)
+    for file in _write(args.out, result, pictures.draw):
+        print(f"Wrote {file}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mlx_turboquant evaluate", description=__doc__)
+    add = parser.add_argument
+    add("--model", required=True, help="Folder of a model of mlx-lm, or its name on the hub")
+    add(
+        "--kv-bits",
+        nargs="+",
+        default=_PRESETS,
+        metavar="BITS",
+        help=f"Presets to compare, as 4, 3.5 or K5V3 (default: {' '.join(_PRESETS)})",
+    )
+    add_exact_token_options(parser)
+    add("--text", type=Path, nargs="+", help="Files to read in place of the bundled texts")
+    add("--context", type=int, default=2048, help="Tokens of a text (default: %(default)s)")
+    add("--samples", type=int, default=4, help="Texts of that length (default: %(default)s)")
+    add(
+        "--scored",
+        type=int,
+        default=256,
+        help="Last tokens of a text that are decoded and compared (default: %(default)s)",
+    )
+    add(
+        "--greedy",
+        type=int,
+        default=128,
+        help="Tokens after a text in which to look for the first departure (default: %(default)s)",
+    )
+    add(
+        "--needle-lengths",
+        type=int,
+        nargs="*",
+        metavar="TOKENS",
+        help="Lengths of the texts in which a code is hidden; nothing for none (default: half "
+        "and all of --context)",
+    )
+    add("--needle-depths", type=int, default=5, help="Places in each of them (default: 5)")
+    add("--needle-trials", type=int, default=1, help="Codes hidden at each place (default: 1)")
+    add("--chat", action="store_true", help="Ask for the code through the chat template")
+    add(
+        "--out",
+        type=Path,
+        default=Path("evaluation"),
+        help="Folder of evaluation.json, kl.png and needles.png (default: %(default)s)",
+    )
+    return parser
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    if args.needle_lengths is None:
+        args.needle_lengths = [args.context // 2, args.context]
+    least = {"context": 2, "samples": 1, "scored": 1, "greedy": 0}
+    least |= {"needle_depths": 1, "needle_trials": 1}
+    for name, limit in least.items():
+        if getattr(args, name) < limit:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} is {getattr(args, name)}: use {limit} or more.")
+    if args.scored >= args.context:
+        raise ValueError(
+            f"{args.scored} scored tokens are not fewer than the context of {args.context}: "
+            "use a smaller --scored or a larger --context."
+        )
+
+
+def _passkey_prompts(tokenizer, text: list[int], args: argparse.Namespace) -> list[tuple]:
+    """(prompt, code, length, depth) for each question."""
+    depths = [i / max(args.needle_depths - 1, 1) for i in range(args.needle_depths)]
+    prompts = []
+    for length in args.needle_lengths:
+        for depth in depths:
+            for _ in range(args.needle_trials):
+                seed = len(prompts)
+                prompt = passkey_prompt(tokenizer, text, length, depth, seed, args.chat)
+                prompts.append((*prompt, length, depth))
+    return prompts
+
+
+def _result(
+    args: argparse.Namespace, contexts: list[list[int]], scores: list[Scores]
+) -> dict[str, Any]:
+    return {
+        "version": __version__,
+        "mlx": mx.__version__,
+        "device": mx.device_info().get("device_name", "CPU"),
+        "model": args.model,
+        "context": args.context,
+        "texts": len(contexts),
+        "scored": args.scored,
+        "greedy": args.greedy,
+        "codecs": [{**each.summary(), "by_position": each.by_position()} for each in scores],
+    }
+
+
+def _write(folder: Path, result: dict[str, Any], draw) -> list[Path]:
+    """Write everything to a temporary folder, then put it in its place."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".evaluation-") as temporary:
+        (Path(temporary) / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+        draw(result, Path(temporary))
+        written = sorted(Path(temporary).iterdir())
+        for file in written:
+            os.replace(file, folder / file.name)
+    return [folder / file.name for file in written]

@@ -1,0 +1,116 @@
+"""The table and the pictures of an evaluation."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+_COLUMNS = (
+    *("cache", "bits", "KL mean", "median", "99 %", "perplexity", "top-1", "departs"),
+    "codes found",
+)
+
+
+_LABEL = {"fontsize": 8, "ha": "center"}
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """One line for each codec."""
+    table = Table(
+        title=f"{result['texts']} texts of {result['context']:,} tokens, "
+        f"the last {result['scored']} decoded; KL in nats",
+        caption="bits: of one more value, scales included. top-1: same most probable token. "
+        "departs: first greedy token that is not that of the exact cache.",
+        box=SIMPLE,
+    )
+    for column in _COLUMNS:
+        table.add_column(column, justify="left" if column == "cache" else "right")
+    for codec in result["codecs"]:
+        if codec["failure"] is not None:
+            table.add_row(codec["codec"], f"not possible: {codec['failure']}")
+        else:
+            table.add_row(*_cells(codec, result["greedy"]))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 110  # whole lines in a file or a pipe
+    console.print(table)
+
+
+def _cells(codec: dict[str, Any], greedy: int) -> list[str]:
+    departures = [d for d in codec["departures"] if d is not None]
+    found = codec.get("needles_found")
+    return [
+        codec["codec"],
+        f"{codec['bits_per_value']:.2f}",
+        *(f"{codec[key]:.5f}" for key in ("kl_mean", "kl_median", "kl_p99")),
+        f"{codec['perplexity']:.3f}",
+        f"{codec['top1_agreement']:.1%}",
+        f"{min(departures)}" if departures else f"> {greedy}",
+        "" if found is None else f"{found} of {len(codec['needles'])}",
+    ]
+
+
+def draw(result: dict[str, Any], folder: Path) -> None:
+    """Write kl.png and, if codes were hidden, needles.png."""
+    matplotlib.use("agg")
+    codecs = [codec for codec in result["codecs"] if codec["failure"] is None]
+    _divergences(result, codecs[1:]).savefig(folder / "kl.png", dpi=110)
+    if "needles" in codecs[0]:
+        _needles(codecs).savefig(folder / "needles.png", dpi=110)
+
+
+def _divergences(result: dict[str, Any], codecs: list[dict[str, Any]]) -> Figure:
+    """Mean divergence against bits per value."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for ours in (False, True):
+        points = [c for c in codecs if c["codec"].startswith("mlx-lm") != ours]
+        bits, kl = ([c[key] for c in points] for key in ("bits_per_value", "kl_mean"))
+        axis.plot(bits, kl, "o", label="mlx_turboquant" if ours else "mlx-lm", color=f"C{1 - ours}")
+        for c in points:
+            place = (c["bits_per_value"], c["kl_mean"])
+            axis.annotate(c["codec"], place, (0, 6), textcoords="offset points", **_LABEL)
+    axis.set(
+        yscale="log",
+        xlabel="bits per value, scales included",
+        ylabel="KL divergence to the exact cache, nats",
+        title=f"{result['context']:,} tokens",
+    )
+    axis.margins(x=0.12)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
+
+
+def _needles(codecs: list[dict[str, Any]]) -> Figure:
+    """Share of codes found over length and depth, a panel for every codec."""
+    columns = min(4, len(codecs))
+    rows = -(-len(codecs) // columns)
+    figure = Figure(figsize=(2.6 * columns + 0.8, 2.4 * rows + 0.4), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat[len(codecs) :]:
+        axis.axis("off")
+    for axis, codec in zip(axes.flat, codecs):
+        needles = codec["needles"]
+        lengths, depths = (sorted({n[key] for n in needles}) for key in ("length", "depth"))
+        grid = [[_share(needles, length, depth) for length in lengths] for depth in depths]
+        image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        for row, column in itertools.product(range(len(depths)), range(len(lengths))):
+            axis.text(column, row, f"{grid[row][column]:.0%}", ha="center", va="center", fontsize=7)
+        axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=7)
+        axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=7)
+        axis.set_title(codec["codec"], fontsize=9)
+    figure.supxlabel("tokens", fontsize=9)
+    figure.supylabel("depth of the code", fontsize=9)
+    figure.colorbar(image, ax=axes, label="codes found", shrink=0.8)
+    return figure
+
+
+def _share(needles: list[dict[str, Any]], length: int, depth: float) -> float:
+    found = [n["found"] for n in needles if (n["length"], n["depth"]) == (length, depth)]
+    return sum(found) / len(found)

@@ -1,0 +1,308 @@
+"""How far a model with a quantized cache is from the same model with the exact one.
+
+Everything is measured at decode, as it happens in use: a text is read in chunks, and its last
+tokens go through the cache a few at a time, so that they see quantized tokens as soon as these
+leave the window.
+"""
+
+import importlib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.cache import QuantizedKVCache
+
+from .attention import MAX_DECODE_ROWS
+from .cache import TurboQuantKVCache
+from .integration import make_prompt_cache, plain_caches, split_bits
+from .needle import hide_codes
+from .report import bits_per_value, cache_size
+
+_mlx_lm_generate = importlib.import_module("mlx_lm.generate")
+
+# mlx-lm reads prompts in chunks of this size.
+CHUNK = 2048
+_GROUP_SIZE = 64
+# A reply may begin with some words before the code.
+REPLY_TOKENS = 32
+
+
+class Codec(NamedTuple):
+    """A cache to evaluate: a name, and either the bits of mlx-lm's cache or settings of ours."""
+
+    name: str
+    mlx_lm_bits: int | None = None
+    settings: dict[str, Any] | None = None
+
+    def make_cache(self, model: nn.Module) -> list[Any]:
+        """An empty prompt cache."""
+        if self.settings is None:
+            return plain_caches(model)
+        return make_prompt_cache(model, **self.settings)
+
+    def after_chunk(self, cache: list[Any]) -> None:
+        """What mlx-lm does after every chunk of a prompt: its own cache is quantized then."""
+        _mlx_lm_generate.maybe_quantize_kv_cache(cache, 0, _GROUP_SIZE, self.mlx_lm_bits)
+
+    def bits_per_value(self, cache: list[Any]) -> float:
+        """Bits that one more value takes, scales included; 16 where nothing is quantized."""
+        if any(isinstance(layer, QuantizedKVCache) for layer in cache):
+            return self.mlx_lm_bits + 32 / _GROUP_SIZE
+        return 16.0 if self.settings is None else bits_per_value(cache)
+
+
+EXACT = Codec("exact")
+MLX_LM = (Codec("mlx-lm 8 bits", 8), Codec("mlx-lm 4 bits", 4))
+
+
+def preset(name: str, **settings: Any) -> Codec:
+    """Our codec of a setting as ``4``, ``3.5`` (bits) or ``K5V3`` (bits of keys and of values).
+
+    ``settings`` are further arguments of :func:`.integration.make_prompt_cache`.
+
+    Raises:
+        ValueError: a name of another form.
+    """
+    split = re.fullmatch(r"[Kk](\d)[Vv](\d)", name)
+    if split:
+        key_bits, value_bits = map(int, split.groups())
+        bits = {"key_bits": key_bits, "value_bits": value_bits}
+    elif re.fullmatch(r"\d(\.\d*)?", name):
+        bits = {"bits": float(name)}
+    else:
+        raise ValueError(f"{name!r} is not a preset: use bits as 4 or 3.5, or a split as K5V3.")
+    TurboQuantKVCache(*split_bits(**bits), **settings)  # refuses what is out of range
+    return Codec(name.upper() if split else f"{name} bits", settings={**bits, **settings})
+
+
+@dataclass
+class Scores:
+    """What was measured of one codec; arrays are over all scored tokens, in nats.
+
+    ``bits`` are those of one more value with its share of a scale; ``bits_in_all`` what a value of
+    this text took, exact tokens and free space included (0 for the caches of mlx-lm).
+    ``positions`` are those of the scored tokens in their text; ``departures`` has for every text
+    the first of ``greedy`` tokens that is not that of the exact cache, or None.
+    """
+
+    codec: Codec
+    bits: float = 0.0
+    bits_in_all: float = 0.0
+    positions: list[int] = field(default_factory=list)
+    divergences: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    agreements: list[bool] = field(default_factory=list)
+    departures: list[int | None] = field(default_factory=list)
+    needles: list["Needle"] = field(default_factory=list)
+    failure: str | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """Numbers for a table or a file."""
+        measured = {
+            "codec": self.codec.name,
+            "bits_per_value": self.bits,
+            "bits_in_all": self.bits_in_all,
+            "departures": self.departures,
+            "failure": self.failure,
+        }
+        if self.divergences and self.failure is None:
+            mean, (median, p99) = (
+                np.mean(self.divergences),
+                np.percentile(self.divergences, (50, 99)),
+            )
+            measured |= {
+                "kl_mean": float(mean),
+                "kl_median": float(median),
+                "kl_p99": float(p99),
+                "perplexity": float(np.exp(np.mean(self.losses))),
+                "top1_agreement": float(np.mean(self.agreements)),
+            }
+        if self.needles and self.failure is None:
+            measured["needles_found"] = sum(needle.found for needle in self.needles)
+            measured["needles"] = [needle._asdict() for needle in self.needles]
+        return measured
+
+    def by_position(self, bins: int = 8) -> list[dict[str, float]]:
+        """Divergence and perplexity in stretches of the scored positions."""
+        edges = np.array_split(np.unique(self.positions), bins)
+        rows = []
+        for part in (edge for edge in edges if edge.size):
+            inside = np.isin(self.positions, part)
+            rows.append(
+                {
+                    "first": int(part[0]),
+                    "last": int(part[-1]),
+                    "kl_mean": float(np.mean(np.array(self.divergences)[inside])),
+                    "perplexity": float(np.exp(np.mean(np.array(self.losses)[inside]))),
+                }
+            )
+        return rows
+
+
+class Needle(NamedTuple):
+    """One question about a code hidden at ``depth`` (0 to 1) of ``length`` tokens."""
+
+    length: int
+    depth: float
+    found: bool
+
+
+Progress = Callable[[int], Any]
+
+
+def read_prompt(model: nn.Module, codec: Codec, tokens: mx.array, progress: Progress) -> list[Any]:
+    """A cache of ``codec`` that has read the tokens (n,) as mlx-lm reads a prompt."""
+    cache = codec.make_cache(model)
+    for start in range(0, len(tokens), CHUNK):
+        chunk = tokens[None, start : start + CHUNK]
+        model(chunk, cache=cache)
+        codec.after_chunk(cache)
+        mx.eval([layer.state for layer in cache])
+        progress(chunk.size)
+    return cache
+
+
+def log_probabilities(
+    model: nn.Module, cache: list[Any], tokens: mx.array, progress: Progress
+) -> Iterator[mx.array]:
+    """Log-probabilities (up to 8, vocabulary) after each of the tokens (n,), some at a time."""
+    for start in range(0, len(tokens), MAX_DECODE_ROWS):
+        step = tokens[None, start : start + MAX_DECODE_ROWS]
+        logits = model(step, cache=cache)[0].astype(mx.float32)
+        rows = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        mx.eval(rows)
+        progress(step.size)
+        yield rows
+
+
+def divergence(exact: mx.array, other: mx.array) -> mx.array:
+    """KL(exact || other) in nats of log-probabilities (n, vocabulary): float32 (n,)."""
+    return (mx.exp(exact) * (exact - other)).sum(axis=-1)
+
+
+def greedy_tokens(model: nn.Module, cache: list[Any], token: int) -> Iterator[int]:
+    """The most probable tokens after ``token``, one at a time, without end."""
+    while True:
+        token = model(mx.array([[token]]), cache=cache)[0, -1].argmax().item()
+        yield token
+
+
+class Comparison:
+    """Runs the exact cache and ``codecs``, one cache at a time, and keeps the ``scores`` of each.
+
+    Besides the model there are in memory one cache and the exact log-probabilities of the scored
+    tokens of one text. A cache of mlx-lm that the model does not support is a ``failure`` of its
+    codec. ``progress`` is called with the number of tokens after each step.
+    """
+
+    def __init__(
+        self, model: nn.Module, codecs: list[Codec], progress: Progress = lambda tokens: None
+    ):
+        self.model = model
+        self.progress = progress
+        self.scores = [Scores(codec) for codec in (EXACT, *codecs)]
+
+    def text(self, tokens: list[int], scored: int, greedy: int = 0) -> None:
+        """Score the predictions of the last ``scored`` tokens.
+
+        Then let the exact cache go on for ``greedy`` tokens and look where the others depart.
+        """
+        first = len(tokens) - scored
+        exact: list[mx.array] = []
+        continuation: list[int] = []
+        tokens = mx.array(tokens)
+        for scores in self._working():
+            with _failure_of(scores):
+                cache = read_prompt(self.model, scores.codec, tokens[: first - 1], self.progress)
+                self._score(scores, cache, tokens[first - 1 :], exact)
+                scores.positions += range(first, first + scored)
+                self._depart(scores, cache, tokens[-1].item(), continuation, greedy)
+                scores.bits = scores.codec.bits_per_value(cache)
+                if scores.codec.settings is not None:
+                    size = cache_size(cache)
+                    scores.bits_in_all = 16 * size.nbytes / size.fp16_nbytes
+
+    def _working(self) -> Iterator[Scores]:
+        for scores in self.scores:
+            if scores.failure is None:
+                yield scores
+            mx.clear_cache()
+
+    def _score(
+        self, scores: Scores, cache: list[Any], tokens: mx.array, exact: list[mx.array]
+    ) -> None:
+        steps = log_probabilities(self.model, cache, tokens[:-1], self.progress)
+        for i, rows in enumerate(steps):
+            if scores.codec is EXACT:
+                exact.append(rows)
+            targets = tokens[1 + i * MAX_DECODE_ROWS :][: len(rows), None]
+            losses = -mx.take_along_axis(rows, targets, axis=-1)[:, 0]
+            agreements = rows.argmax(axis=-1) == exact[i].argmax(axis=-1)
+            scores.divergences += divergence(exact[i], rows).tolist()
+            scores.losses += losses.tolist()
+            scores.agreements += agreements.tolist()
+
+    def _depart(
+        self, scores: Scores, cache: list[Any], token: int, continuation: list[int], greedy: int
+    ) -> None:
+        tokens = islice(greedy_tokens(self.model, cache, token), greedy)
+        if scores.codec is EXACT:
+            continuation += tokens
+        differs = (one != other for one, other in zip(continuation, tokens))
+        scores.departures.append(next((i for i, is_other in enumerate(differs) if is_other), None))
+        self.progress(greedy)
+
+    def needle(self, tokenizer, prompt: list[int], code: str, length: int, depth: float) -> None:
+        """Let every codec go on after a passkey prompt; the first six digits must be the code."""
+        for scores in self._working():
+            with _failure_of(scores):
+                tokens = mx.array(prompt[:-1])
+                cache = read_prompt(self.model, scores.codec, tokens, self.progress)
+                continuation = greedy_tokens(self.model, cache, prompt[-1])
+                found = _first_code(tokenizer, islice(continuation, REPLY_TOKENS)) == code
+                scores.needles.append(Needle(length, depth, found))
+                self.progress(REPLY_TOKENS)
+
+
+def passkey_prompt(
+    tokenizer, text: list[int], length: int, depth: float, seed: int, chat: bool
+) -> tuple[list[int], str]:
+    """A prompt of ``length`` tokens that ends with a question, and the code that answers it.
+
+    With ``chat`` it is the message of a user (and a little longer).
+    """
+    prompt, code = hide_codes(tokenizer, text, length, depth=depth, seed=seed)
+    if chat:
+        message = {"role": "user", "content": tokenizer.decode(prompt) + " which six digits?"}
+        prompt = tokenizer.apply_chat_template(
+            [message], add_generation_prompt=True, enable_thinking=False
+        )
+    return list(prompt), code
+
+
+def _first_code(tokenizer, tokens: Iterable[int]) -> str | None:
+    """The first six digits of a reply, which is read only that far."""
+    reply = []
+    for token in tokens:
+        reply.append(token)
+        digits = re.search(r"\d{6}", tokenizer.decode(reply))
+        if digits:
+            return digits[0]
+    return None
+
+
+@contextmanager
+def _failure_of(scores: Scores) -> Iterator[None]:
+    """Whatever mlx-lm's own cache raises with a model that it does not support."""
+    try:
+        yield
+    except Exception as error:
+        if scores.codec.mlx_lm_bits is None:
+            raise
+        scores.failure = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,56 @@
+"""Texts to evaluate a model on: files, or those that every Python brings along."""
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+from pydoc_data.topics import topics
+
+_MODULES = ("argparse", "tarfile", "typing", "pickle")
+
+
+def bundled_texts() -> list[str]:
+    """The language reference of the running Python, as prose, and the source of four modules."""
+    folder = Path(argparse.__file__).parent
+    modules = [(folder / f"{name}.py").read_text(encoding="utf-8") for name in _MODULES]
+    return ["\n\n".join(topics[name] for name in sorted(topics)), *modules]
+
+
+def read_texts(paths: Iterable[Path]) -> list[str]:
+    """The contents of text files.
+
+    Raises:
+        OSError, ValueError: a file that cannot be read, or that is no text in UTF-8.
+    """
+    texts = []
+    for path in paths:
+        try:
+            texts.append(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not a text in UTF-8: convert it.") from error
+    return texts
+
+
+def encode(tokenizer, texts: Iterable[str]) -> list[list[int]]:
+    """The tokens of each text, without a warning that it is longer than the model's context."""
+    return [list(tokenizer.encode(text, verbose=False)) for text in texts]
+
+
+def pieces(texts: list[list[int]], length: int, count: int) -> list[list[int]]:
+    """Up to ``count`` pieces of ``length`` tokens: the first of every text, then the second, ...
+
+    Where no text is long enough, of all texts one after the other.
+
+    Raises:
+        ValueError: all texts together are too short.
+    """
+    total = sum(map(len, texts))
+    if total < length:
+        raise ValueError(
+            f"The text has {total} tokens and {length} are needed: "
+            "give a longer text or ask for a shorter context."
+        )
+    if max(map(len, texts)) < length:
+        texts = [[token for text in texts for token in text]]
+    starts = range(0, max(map(len, texts)) - length + 1, length)
+    cut = (text[start : start + length] for start in starts for text in texts)
+    return [piece for piece in cut if len(piece) == length][:count]

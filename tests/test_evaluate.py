@@ -1,0 +1,163 @@
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+import pytest
+from conftest import variant
+
+from mlx_turboquant.cli.loading import check_memory, device_nbytes
+from mlx_turboquant.evaluate import (
+    MLX_LM,
+    Comparison,
+    Needle,
+    Scores,
+    divergence,
+    passkey_prompt,
+    preset,
+)
+
+TOKENS = mx.random.randint(0, 128, (301,), key=mx.random.key(5)).tolist()
+SHORT = {"window": 16}
+
+
+def compare(model, *codecs, scored=100, greedy=0) -> list[Scores]:
+    comparison = Comparison(model, list(codecs))
+    comparison.text(TOKENS, scored, greedy)
+    return comparison.scores
+
+
+def test_the_divergence_is_that_of_the_formula():
+    logits = np.random.default_rng(0).normal(size=(2, 5, 40))
+    exact, other = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    expected = (np.exp(exact) * (exact - other)).sum(axis=-1)
+    measured = divergence(mx.array(exact), mx.array(other))
+    assert np.allclose(measured, expected, atol=1e-6)  # rounding of float32
+
+
+def test_the_exact_cache_has_the_perplexity_of_the_model_without_a_cache(random_model):
+    exact, *_ = compare(random_model)
+    losses = nn.losses.cross_entropy(
+        random_model(mx.array(TOKENS[:-1])[None]), mx.array([TOKENS[1:]])
+    )
+    expected = mx.exp(losses[0, -100:].mean()).item()
+    assert exact.summary()["perplexity"] == pytest.approx(expected, rel=1e-4)
+    assert exact.positions == list(range(201, 301))
+    assert max(exact.divergences) == 0 and all(exact.agreements)
+
+
+def test_fewer_bits_are_farther_away(random_model):
+    presets = [preset(name, **SHORT) for name in ("8", "4", "2", "K1V1")]
+    scores = compare(random_model, *presets)
+    means = [each.summary()["kl_mean"] for each in scores]
+    assert means == sorted(means) and means[0] == 0 and means[1] > 0
+    assert [each.bits for each in scores] == [16, 8.25, 4.25, 2.25, 1.25]
+    assert all(each.bits_in_all > each.bits for each in scores[1:])
+
+
+def test_tokens_are_seen_quantized_as_soon_as_they_leave_the_window(random_model):
+    """A window that holds the whole text changes nothing; none does, from the first token on."""
+    whole, none = compare(random_model, preset("2", window=400), preset("2", window=0))[1:]
+    assert max(whole.divergences) < 1e-6 < min(none.divergences)
+
+
+def test_the_caches_of_mlx_lm_are_quantized(random_model):
+    eight, four = compare(random_model, *MLX_LM)[1:]
+    assert 0 < eight.summary()["kl_mean"] < four.summary()["kl_mean"]
+    assert [eight.bits, four.bits] == [8.5, 4.5]
+
+
+def test_a_model_that_mlx_lm_cannot_quantize_fails_in_its_line_only(random_model):
+    model = variant(random_model, head_dim=40)
+    exact, eight, ours = compare(model, MLX_LM[0], preset("4"))
+    assert eight.failure and "kl_mean" not in eight.summary()
+    assert exact.failure is None and ours.failure is None
+
+
+def test_the_first_departure_is_where_generation_differs(tiny_lm):
+    model, tokenizer = tiny_lm
+    tokens = tokenizer.encode("def add(a, b):\n    return a + b\n" * 30)
+    codec = preset("K1V1", window=0, sink_tokens=0)
+    comparison = Comparison(model, [codec])
+    comparison.text(tokens, 1, 24)
+    texts = []
+    for cache in (None, codec.make_cache(model)):
+        replies = mlx_lm.stream_generate(
+            model, tokenizer, tokens, max_tokens=24, prompt_cache=cache
+        )
+        texts.append([reply.token for reply in replies])
+    expected = next(i for i, (one, other) in enumerate(zip(*texts)) if one != other)
+    exact, ours = comparison.scores
+    assert exact.departures == [None] and ours.departures == [expected]
+
+
+def test_stretches_of_positions_cover_what_was_scored():
+    scores = Scores(preset("4"), positions=[10, 11, 12, 13] * 2)
+    scores.divergences, scores.losses = [1, 1, 3, 3] * 2, [0.0] * 8
+    assert scores.by_position(bins=2) == [
+        {"first": 10, "last": 11, "kl_mean": 1, "perplexity": 1},
+        {"first": 12, "last": 13, "kl_mean": 3, "perplexity": 1},
+    ]
+
+
+def test_a_code_is_found_with_four_bits_and_not_without_the_text(tiny_lm):
+    model, tokenizer = tiny_lm
+    text = tokenizer.encode("import os\nx = os.getcwd()\n" * 100)
+    prompt, code = passkey_prompt(tokenizer, text, 500, 0.5, 0, chat=False)
+    comparison = Comparison(model, [preset("4")])
+    comparison.needle(tokenizer, prompt, code, 500, 0.5)
+    comparison.needle(tokenizer, prompt[-20:], code, 20, 1)
+    for scores in comparison.scores:
+        assert scores.needles == [Needle(500, 0.5, True), Needle(20, 1, False)]
+
+
+def test_a_question_in_a_chat_is_the_message_of_a_user(tiny_lm):
+    _, tokenizer = tiny_lm
+    text = tokenizer.encode("import os\nx = os.getcwd()\n" * 100)
+
+    class Chat:
+        encode, decode = tokenizer.encode, tokenizer.decode
+
+        def apply_chat_template(self, messages, add_generation_prompt, enable_thinking):
+            assert add_generation_prompt and not enable_thinking
+            return tokenizer.encode("".join(f"<{m['role']}>{m['content']}" for m in messages))
+
+    prompt, code = passkey_prompt(Chat(), text, 500, 0.5, 0, chat=True)
+    message = tokenizer.decode(prompt)
+    assert message.startswith("<user>") and f"is {code}." in message and message.endswith("?")
+
+
+def test_progress_counts_every_token_of_a_text(random_model):
+    counted = []
+    comparison = Comparison(random_model, [preset("4")], counted.append)
+    comparison.text(TOKENS, 100, 7)
+    assert sum(counted) == 2 * (len(TOKENS) - 1 + 7)
+
+
+@pytest.mark.parametrize("name", ["", "four", "K4", "K9V4", "K0V4", "9", "4.3", "K44V4", "nan"])
+def test_unknown_presets_are_refused(name):
+    with pytest.raises(ValueError, match="use "):
+        preset(name)
+
+
+@pytest.mark.parametrize("name, bits", [("4", 4), ("3.5", 3.5), ("k5v3", None)])
+def test_presets_are_bits_or_a_split(name, bits):
+    assert preset(name).settings == ({"bits": bits} if bits else {"key_bits": 5, "value_bits": 3})
+
+
+def test_the_weights_are_counted_as_the_device_holds_them():
+    layer = nn.Linear(128, 64, bias=False)
+    dense = device_nbytes(layer)
+    assert dense == 128 * 64 * 4
+    quantized = nn.QuantizedLinear.from_linear(layer, bits=4)
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    assert device_nbytes(quantized) == (dense if on_cpu else 128 * 64 * (4 + 1) // 8)
+
+
+def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_read():
+    class Large(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights = [mx.zeros((2**20, 2**20), mx.float16) for _ in range(8)]  # never made
+
+    with pytest.raises(ValueError, match=r"does not fit: it needs [\d,.]+ GB and this machine has"):
+        check_memory(Large())
