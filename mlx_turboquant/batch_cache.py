@@ -6,8 +6,15 @@ from itertools import groupby
 import mlx.core as mx
 
 from .attention import MAX_DECODE_ROWS, CachedTokens, Extent, visible_columns
-from .cache import CompressedArray, TurboQuantKVCache, compressed_array, leaving_tokens
+from .cache import (
+    CompressedArray,
+    TurboQuantKVCache,
+    choose_bits,
+    compressed_array,
+    leaving_tokens,
+)
 from .constants import constant
+from .protection import Demands, Limits
 from .storage import BatchPackedTokens, append_rows
 
 # Room for this many new tokens in the exact buffers, which are copied when it is used up.
@@ -43,6 +50,9 @@ class BatchTurboQuantKVCache:
         self._recent = [0] * len(packed[0].counts)
         # How many tokens of each sequence are still to come while a padded prompt is read.
         self._expected: list[int] | None = None
+        self.limits: Limits | None = None
+        self.demands: Demands | None = None
+        self._waiting = False
         self.shared = False
         self._fetched: tuple[CompressedArray, CompressedArray] | None = None
 
@@ -62,7 +72,7 @@ class BatchTurboQuantKVCache:
     def _of_one(cls, cache: TurboQuantKVCache) -> "BatchTurboQuantKVCache":
         packed = [BatchPackedTokens.join([store]) for store in cache._packed]
         row = cls(packed, cache.window, cache.sink_tokens)
-        row.shared = cache.shared
+        row.shared, row.limits, row.demands = cache.shared, cache.limits, cache.demands
         if not cache.empty():
             row._sinks = [cache.sink_tokens if cache.packed_tokens else 0]
             row._recent = [cache.exact_tokens - row._sinks[0]]
@@ -152,6 +162,8 @@ class BatchTurboQuantKVCache:
 
     def _append(self, new: list[mx.array]) -> CachedTokens:
         """Append arrays (B, H, n, dim) of the kinds that the cache holds."""
+        if self._waiting:  # in vain: this attention does not call protect
+            self.limits, self._waiting = None, False
         count = new[0].shape[2]
         added = self._added(count)
         if count <= MAX_DECODE_ROWS and min(added) == count:
@@ -165,10 +177,42 @@ class BatchTurboQuantKVCache:
         tokens = self._tokens(exact, end, [recent + count for recent in self._recent])
         self._recent = [recent + new for recent, new in zip(self._recent, added)]
         ends = [end - count + new for new in added]
-        self._pack(exact, ends)
+        self._waiting = self.undecided and any(map(self._leaving, range(len(ends))))
+        if not self.undecided:
+            self._pack(exact, ends)
         if exact is not self._exact:
             self._keep(exact, ends)
         return tokens
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the bits are still to be chosen."""
+        return self.limits is not None and self._packed[0].codes is None
+
+    def protect(self, queries: mx.array, scale: float, mask: None | str | mx.array) -> None:
+        """As that of :class:`.TurboQuantKVCache`; the longest sequence decides for all."""
+        if not self._waiting:
+            return
+        self._waiting = False
+        row = max(range(len(self._recent)), key=self._recent.__getitem__)
+        rows, recent = slice(row, row + 1), self._recent[row]
+        exact = [x[rows, :, self._end - recent : self._end] for x in self._exact]
+        if isinstance(mask, mx.array) and type(mask) is not CausalMask:
+            mask = mask[rows if mask.shape[0] > 1 else slice(None), ..., -recent:]
+        elif mask is not None:
+            mask = "causal"
+        span = (self.sink_tokens, self._leaving(row))
+        self.demands = choose_bits(
+            self._packed, self.limits, exact, span, queries[rows], scale, mask
+        )
+        ends = [self._end] * len(self._recent)
+        self._pack(self._exact, ends)
+        self._keep(self._exact, ends)
+
+    def _leaving(self, row: int) -> int:
+        """How many exact tokens of a sequence have left the window, in whole blocks."""
+        exact = self._sinks[row] + self._recent[row]
+        return leaving_tokens(self._packed[0].counts[row], exact, self.sink_tokens, self.window)
 
     def _added(self, count: int) -> list[int]:
         """How many of ``count`` new tokens are no padding, for each sequence."""
@@ -273,14 +317,18 @@ class BatchTurboQuantKVCache:
             ValueError: a batch with different settings.
         """
         settings, others = (
-            (x.key_bits, x.value_bits, x.window, x.sink_tokens, x._packed[0].seed)
+            (
+                *(x.limits or (x.key_bits, x.value_bits)),
+                *(x.window, x.sink_tokens, x._packed[0].seed),
+            )
             for x in (self, other)
         )
         if settings != others:
             raise ValueError(
                 f"Caches with different settings cannot be batched: {others} beside {settings} "
-                "(bits of keys and values, window, sinks, seed): use the same."
+                "(bits of keys and values or their limits, window, sinks, seed): use the same."
             )
+        self.demands = self.demands or other.demands
         end = max(self._end, other._end)
         exact = []
         for like in self._exact or other._exact:
@@ -312,7 +360,7 @@ class BatchTurboQuantKVCache:
         ]
         packed = [store.row(row) for store in self._packed]
         cache = kind.holding(packed, exact, self.window, self.sink_tokens)
-        cache.shared = self.shared
+        cache.shared, cache.limits, cache.demands = self.shared, self.limits, self.demands
         return cache
 
     def trim(self, n: int) -> int:

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from .attention import MAX_DECODE_ROWS, CachedTokens
 from .codebook import check_bits
+from .protection import Demands, Limits, error_demands
 from .storage import (
     BLOCK,
     CAPACITY_UNIT,
@@ -15,6 +16,7 @@ from .storage import (
     append_all,
     check_state,
     check_vectors,
+    deviations,
 )
 
 DEFAULT_WINDOW = 128
@@ -49,6 +51,8 @@ class TurboQuantKVCache:
         max_size: Tokens to hold at most: then the oldest block after the sinks is forgotten. None
             keeps all.
         seed: Of the random rotation.
+        limits: Errors for which the cache chooses its bits when it quantizes its first tokens, if
+            the attention calls :meth:`protect`; until then it has ``key_bits`` and ``value_bits``.
 
     Raises:
         ValueError: an argument outside these ranges.
@@ -63,6 +67,7 @@ class TurboQuantKVCache:
         sink_tokens: int = DEFAULT_SINK_TOKENS,
         max_size: int | None = None,
         seed: int = 0,
+        limits: Limits | None = None,
     ):
         check_bits(key_bits)
         check_bits(value_bits)
@@ -72,6 +77,10 @@ class TurboQuantKVCache:
         self.window = window
         self.sink_tokens = sink_tokens
         self.max_size = max_size
+        self.limits = limits
+        self.demands: Demands | None = None
+        # Whether the first tokens wait for the attention to show its queries.
+        self._waiting = False
         self.offset = 0
         self.forgotten = 0
         self._packed = [
@@ -168,8 +177,32 @@ class TurboQuantKVCache:
 
     def _append(self, new: list[mx.array]) -> CachedTokens:
         """Append arrays (B, H, n, dim) of the kinds that the cache holds."""
+        if self._waiting:  # in vain: this attention does not call protect
+            self.limits, self._waiting = None, False
         few = new[0].shape[2] <= MAX_DECODE_ROWS
-        return self._append_few(new) if few else self._append_many(new)
+        tokens = self._append_few(new) if few else self._append_many(new)
+        self._waiting = self.undecided and self._leaving() > 0
+        return tokens
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the bits are still to be chosen."""
+        return self.limits is not None and self._packed[0].codes is None
+
+    def protect(self, queries: mx.array, scale: float, mask: None | str | mx.array) -> None:
+        """Choose the bits of the first tokens, if these are to be quantized now, and do it.
+
+        Attention calls this after each step with its queries (B, query_heads, L, dim) and the
+        scale and mask of its scores.
+        """
+        if not self._waiting:
+            return
+        self._waiting = False
+        leaving = self._leaving()
+        exact = [x[:, :, : self.exact_tokens] for x in self._exact]
+        span = (self.sink_tokens, leaving)
+        self.demands = choose_bits(self._packed, self.limits, exact, span, queries, scale, mask)
+        self._keep(self._quantize_oldest(exact, leaving))
 
     def _append_few(self, new: list[mx.array]) -> CachedTokens:
         """Write into the exact buffers in place, after making room there."""
@@ -184,9 +217,9 @@ class TurboQuantKVCache:
 
     def _make_room(self, count: int) -> None:
         """Pack what has left the window, and let the exact buffers have ``count`` free places."""
-        leaving, held = self._leaving(), self.exact_tokens
+        leaving, held = 0 if self.undecided else self._leaving(), self.exact_tokens
         if leaving or held + count > self._exact[0].shape[2]:
-            self._keep(self._pack_oldest([x[:, :, :held] for x in self._exact], leaving))
+            self._keep(self._quantize_oldest([x[:, :, :held] for x in self._exact], leaving))
 
     def _append_many(self, new: list[mx.array]) -> CachedTokens:
         """Quantize what leaves the window at once: a long chunk never enters the exact buffers."""
@@ -196,7 +229,8 @@ class TurboQuantKVCache:
             pairs = zip(self._exact, new)
             new = [mx.concatenate([buffer[:, :, :held], x], axis=2) for buffer, x in pairs]
         tokens = self._tokens(new)
-        self._keep(self._pack_oldest(new, self._leaving()))
+        leaving = 0 if self.undecided else self._leaving()
+        self._keep(self._quantize_oldest(new, leaving))
         return tokens
 
     def _tokens(self, exact: list[mx.array]) -> CachedTokens:
@@ -210,7 +244,7 @@ class TurboQuantKVCache:
         counts = self.packed_tokens, self.exact_tokens
         return leaving_tokens(*counts, self.sink_tokens, self.window)
 
-    def _pack_oldest(self, exact: list[mx.array], leaving: int) -> list[mx.array]:
+    def _quantize_oldest(self, exact: list[mx.array], leaving: int) -> list[mx.array]:
         """Quantize the first ``leaving`` tokens after the sinks; return the others."""
         if leaving == 0:
             return exact
@@ -299,21 +333,31 @@ class TurboQuantKVCache:
         exact = [x[:, :, :count] for x in self._exact] or [None] * len(self._packed)
         return (
             *(self.key_bits, self.value_bits, self.window, self.sink_tokens, self.seed),
-            *(self.max_size, self.shared, self.offset, self.forgotten, first.count, first.oldest),
+            *(
+                self.max_size,
+                self.shared,
+                self.limits,
+                self.demands,
+                self.offset,
+                self.forgotten,
+                first.count,
+                first.oldest,
+            ),
             *exact,
             *(array for store in self._packed for array in store.used()),
         )
 
     @state.setter
     def state(self, state: tuple[Any, ...]) -> None:
-        settings, counts, arrays = state[:7], state[7:11], state[11:]
-        check_state(len(settings) == 7 and len(counts) == 4, f"it has {len(state)} parts")
-        *bits, window, sink_tokens, seed, max_size, shared = settings
+        settings, counts, arrays = state[:9], state[9:13], state[13:]
+        check_state(len(settings) == 9 and len(counts) == 4, f"it has {len(state)} parts")
+        *bits, window, sink_tokens, seed, max_size, shared, limits, demands = settings
         numbers = (*bits, window, sink_tokens, *counts, *([] if max_size is None else [max_size]))
         check_state(all(map(_is_count, numbers)), "a number is none of tokens or bits")
         check_state(type(seed) is int and seed >= 0, f"a seed of {seed}")
         self.__init__(*bits, window=window, sink_tokens=sink_tokens, max_size=max_size, seed=seed)
         self.shared = bool(shared)
+        self.limits, self.demands = _numbers(limits, Limits), _numbers(demands, Demands)
         kinds = len(self._packed)
         check_state(len(arrays) == 4 * kinds, f"it has {len(state)} parts")
         self.offset, self.forgotten, count, oldest = counts
@@ -348,6 +392,29 @@ def compressed_array(tokens: CachedTokens, kind: int = 0) -> CompressedArray:
     return array
 
 
+def choose_bits(
+    stores: list[PackedTokens],
+    limits: Limits,
+    exact: list[mx.array],
+    span: tuple[int, int],
+    queries: mx.array,
+    scale: float,
+    mask: None | str | mx.array,
+) -> Demands:
+    """Give the stores, which are empty, the bits that their first tokens demand; returns that.
+
+    ``exact`` are all keys and values so far, (B, H, n, dim); those from ``span[0]`` on, ``span[1]``
+    in number, are to be quantized.
+    """
+    squared = [deviations(x, *span) for x in exact]
+    arrays = (exact[0], exact[-1], (squared[0], squared[-1]))
+    demands = error_demands(queries, *arrays, scale, mask)
+    bits = limits.bits(demands, exact[0].shape[-1], exact[-1].shape[-1])
+    for store, chosen in zip(stores, bits if len(stores) == 2 else [max(bits)]):
+        store.bits = chosen
+    return demands
+
+
 def leaving_tokens(packed: int, exact: int, sink_tokens: int, window: int) -> int:
     """How many exact tokens have left the window, in whole blocks of packed tokens."""
     outside = exact - sink_tokens - window
@@ -356,3 +423,15 @@ def leaving_tokens(packed: int, exact: int, sink_tokens: int, window: int) -> in
 
 def _is_count(number: Any) -> bool:
     return type(number) is int and 0 <= number <= _LARGEST
+
+
+def _numbers(saved: Any, kind: type) -> Any:
+    """``kind`` of the numbers of a saved state, or None."""
+    if saved is None:
+        return None
+    fits = isinstance(saved, list | tuple) and len(saved) == len(kind._fields)
+    check_state(fits and all(type(x) in (int, float) for x in saved), "its limits are none")
+    numbers = kind(*saved)
+    if kind is Limits:
+        check_state(all(x in range(1, 9) for x in numbers[2:]), "its limits are none")
+    return numbers

@@ -220,8 +220,18 @@ class _AttentionHook:
             and keys.tokens.keys.count
             and queries.shape[2] <= MAX_DECODE_ROWS
         ):
-            return self._decode(queries, keys.tokens, *arguments, **keywords)
-        return self.original(queries, keys, values, *arguments, **keywords)
+            output = self._decode(queries, keys.tokens, *arguments, **keywords)
+        else:
+            output = self.original(queries, keys, values, *arguments, **keywords)
+        if type(keys) is CompressedArray:
+            self._protect(queries, *arguments, **keywords)
+        return output
+
+    @staticmethod
+    def _protect(queries, cache, scale, mask=None, sinks=None):
+        """The cache learns from the queries how many bits the layer needs."""
+        if hasattr(cache, "protect"):
+            cache.protect(queries, scale, mask)
 
     @staticmethod
     def _decode(queries, tokens, cache, scale, mask, sinks=None):

@@ -22,7 +22,7 @@ from .latent_cache import TurboQuantLatentCache
 from .storage import check_state, check_vectors
 
 # Changes whenever the state of a cache is written in another way.
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 # Changes whenever the same codes would mean something else.
 CODEC_VERSION = "1"
 

@@ -44,6 +44,16 @@ def removable_mean(x: mx.array) -> mx.array:
     return mx.where(pays, mean, 0)
 
 
+def deviations(x: mx.array, start: int, count: int) -> mx.array:
+    """|x - c|^2 of ``count`` tokens of x (B, H, n, dim) from ``start`` on, which are quantized.
+
+    c is what :func:`removable_mean` would remove from them. Float32 (B, H, n), zero elsewhere.
+    """
+    block = x[:, :, start : start + count].astype(mx.float32)
+    squared = mx.square(block - removable_mean(block)).sum(axis=-1)
+    return mx.pad(squared, [(0, 0), (0, 0), (start, x.shape[2] - start - count)])
+
+
 class PackedTokens:
     """Quantized vectors of one layer, (B, H, count, dim), in buffers that are larger than count.
 
@@ -128,6 +138,20 @@ class PackedTokens:
         """The reconstructed tokens (B, H, count, dim)."""
         arrays = (self.codes, self.scales, self.mean, self.count)
         return kernels.dequantize(*arrays, self.quantizer, self.interleaved, dtype)
+
+    def at_bits(self, bits: int) -> "PackedTokens":
+        """These tokens at ``bits`` bits per value, quantized again if that is another number."""
+        changed = copy(self)
+        changed.bits = bits
+        if bits != self.bits and self.codes is not None:
+            x = self.quantizer.rotation.invert(self.rotated_values())
+            changed.codes = changed.scales = None
+            changed._reserve(self.count, x.shape[:2], words_per_vector(x.shape[-1], bits))
+            [packed] = kernels.quantize(
+                kernels.Block(x, mx.zeros_like(self.mean), changed.quantizer)
+            )
+            changed._write(packed, 0)
+        return changed
 
     def view(self) -> "PackedTokens":
         """The tokens of now: the same buffers, read up to the count of now."""
@@ -226,7 +250,9 @@ class BatchPackedTokens(PackedTokens):
 
     @classmethod
     def join(cls, stores: list[PackedTokens]) -> "BatchPackedTokens":
-        """The sequences of all ``stores``, which agree in bits, seed and layout."""
+        """The sequences of all ``stores``, which agree in seed and layout, at the most bits."""
+        bits = [store.bits for store in stores if store.codes is not None] or [stores[0].bits]
+        stores = [store.at_bits(max(bits)) for store in stores]
         joined = cls(stores[0].bits, stores[0].seed, stores[0].interleaved)
         joined._set_counts([count for store in stores for count in store.counts])
         for name in ("codes", "scales", "mean"):

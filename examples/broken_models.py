@@ -1,0 +1,113 @@
+"""Models that break careless quantizers of the KV cache, made of a trained one.
+
+Each function changes a ``llama`` of mlx-lm in place, or returns a new model. What the first three
+do to keys, the queries undo, so that the model with an exact cache is what it was.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama, qwen3
+
+
+def add_key_offsets(model: nn.Module, size: float) -> nn.Module:
+    """Constants of +-``size`` in the eight key dimensions of a head that RoPE turns most slowly.
+
+    This is what the key biases of Qwen2.5 do. A constant in all keys of a head leaves softmax
+    attention nearly as it is.
+    """
+    for index, attention in enumerate(_attentions(model)):
+        heads, dim = attention.n_kv_heads, model.args.head_dim
+        signs = mx.random.bernoulli(0.5, (heads, 2, 4), key=mx.random.key(index)) * 2.0 - 1
+        offsets = mx.pad(signs * size, [(0, 0), (0, 0), (dim // 2 - 4, 0)]).reshape(-1)
+        offsets = offsets.astype(attention.k_proj.weight.dtype)
+        attention.k_proj.bias = offsets + attention.k_proj.get("bias", 0)
+    return model
+
+
+def scale_key_channels(model: nn.Module, factors: mx.array) -> nn.Module:
+    """Multiply the channels of all keys by ``factors`` (head_dim / 2), one for each rotary pair.
+
+    Queries are divided by the same.
+    """
+    factors = mx.concatenate([factors, factors])
+    for attention in _attentions(model):
+        _scale_rows(attention.k_proj, mx.tile(factors, attention.n_kv_heads))
+        _scale_rows(attention.q_proj, mx.tile(1 / factors, attention.n_heads))
+    return model
+
+
+def add_outlier_channels(model: nn.Module, variance: float = 30, pairs: int = 2) -> nn.Module:
+    """``variance`` times the variance in a few key channels: ``pairs`` rotary pairs of a head."""
+    places = mx.arange(model.args.head_dim // 2)
+    first = model.args.head_dim // 8
+    outlier = (places >= first) & (places < first + pairs)
+    return scale_key_channels(model, mx.where(outlier, variance**0.5, 1.0))
+
+
+def with_head_dim(model: nn.Module, head_dim: int) -> nn.Module:
+    """The model with heads of half or twice the dimension.
+
+    Twice is the same function: rotary pair i becomes pair 2 i, which turns as fast, and in the
+    others keys are random where queries are zero. Half keeps every second pair, and is worse.
+    """
+    old = model.args.head_dim
+    places = mx.arange(old // 2)
+    if head_dim == 2 * old:
+        pairs = 2 * places
+        rows = mx.concatenate([pairs, pairs + old])
+    else:
+        rows = mx.concatenate([places[::2], places[::2] + old // 2])
+    wider = head_dim > old
+    scale = (head_dim / old) ** 0.25  # of the softmax, shared by queries and keys
+    arguments = {**vars(model.args), "head_dim": head_dim}
+    new = llama.Model(llama.ModelArgs(**arguments))
+    weights = dict(tree_flatten(model.parameters()))
+    for name in list(weights):
+        if not any(part in name for part in ("q_proj", "k_proj", "v_proj", "o_proj")):
+            continue
+        weight = weights[name].T if "o_proj" in name else weights[name]
+        heads = mx.unflatten(weight, 0, (-1, old))
+        if wider:
+            noise = 0.02 if "k_proj" in name else 0.0
+            key = mx.random.key(len(name))
+            taken = noise * mx.random.normal((len(heads), head_dim, *heads.shape[2:]), key=key)
+            taken = taken.astype(heads.dtype)
+            taken[:, rows] = heads
+        else:
+            taken = heads[:, rows]
+        if "q_proj" in name or "k_proj" in name:
+            taken = taken * scale
+        taken = taken.flatten(0, 1)
+        weights[name] = taken.T if "o_proj" in name else taken
+    new.load_weights(list(weights.items()))
+    return new
+
+
+def with_query_and_key_norms(model: nn.Module, spread: float) -> nn.Module:
+    """A ``qwen3`` with the weights of a ``llama``: queries and keys are normalized, then scaled.
+
+    The gains of keys are log-normal over the rotary pairs with standard deviation ``spread``, and
+    those of queries their inverse. The norms make it another function than the ``llama``.
+    """
+    arguments = {**vars(model.args), "model_type": "qwen3", "rope_scaling": None}
+    names = qwen3.ModelArgs.__dataclass_fields__
+    new = qwen3.Model(qwen3.ModelArgs(**{k: v for k, v in arguments.items() if k in names}))
+    new.load_weights(tree_flatten(model.parameters()), strict=False)
+    half = model.args.head_dim // 2
+    gains = mx.exp(spread * mx.random.normal((half,), key=mx.random.key(0)))
+    gains = mx.concatenate([gains, gains])
+    for layer in new.layers:
+        layer.self_attn.k_norm.weight = 2 * gains
+        layer.self_attn.q_norm.weight = 2 / gains
+    return new
+
+
+def _attentions(model: nn.Module) -> list[nn.Module]:
+    return [layer.self_attn for layer in model.layers]
+
+
+def _scale_rows(linear: nn.Linear, factors: mx.array) -> None:
+    linear.weight = linear.weight * factors[:, None].astype(linear.weight.dtype)
+    if "bias" in linear:
+        linear.bias = linear.bias * factors.astype(linear.bias.dtype)

@@ -1,0 +1,108 @@
+"""How many bits the keys and values of a layer need, from the first tokens that it quantizes.
+
+The error of a quantized key k with mean c is spread evenly over the dimensions by the rotation, so
+a score of query q has noise of variance
+
+    scale^2 |q|^2 |k - c|^2 D(b) / d,
+
+D(b) being the relative mean squared error of b bits in d dimensions. To second order, noise of
+variance s_j in the scores moves a softmax p by a KL divergence of half of sum p_j (1 - p_j) s_j.
+The error of values adds sum p_j^2 |v_j - c|^2 D(b) to the squared length of an output.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from .codebook import MAX_BITS, codebook, distortion
+
+# Queries that the demands are averaged over, and scores that may be computed for it.
+_MAX_ROWS = 16
+_MAX_SCORES = 2**24
+
+
+class Demands(NamedTuple):
+    """What quantizing would do to the attention of a layer, for each unit of D.
+
+    ``keys`` is the KL divergence of the weights in nats, ``values`` the squared error of the
+    outputs relative to their squared length; means over queries, sums over heads.
+    """
+
+    keys: float
+    values: float
+
+
+class Limits(NamedTuple):
+    """The error that a layer may have, in the units of :class:`Demands`, and the fewest bits."""
+
+    keys: float
+    values: float
+    key_bits: int
+    value_bits: int
+
+    def bits(self, demands: Demands, key_dim: int, value_dim: int) -> tuple[int, int]:
+        """The fewest bits of keys and of values that stay within the limits, at most 8."""
+        return (
+            _fewest(key_dim, demands.keys, self.keys, self.key_bits),
+            _fewest(value_dim, demands.values, self.values, self.value_bits),
+        )
+
+
+@cache
+def relative_error(dim: int, bits: int) -> float:
+    """D(b): the mean squared error of a unit vector of ``dim`` values at ``bits`` bits."""
+    return distortion(dim, codebook(dim, bits).levels)
+
+
+def _fewest(dim: int, demand: float, limit: float, least: int) -> int:
+    # A demand that is not a number says nothing: one token of the prompt was not finite.
+    candidates = range(least, MAX_BITS)
+    return next((b for b in candidates if not demand * relative_error(dim, b) > limit), MAX_BITS)
+
+
+def error_demands(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    deviations: tuple[mx.array, mx.array],
+    scale: float,
+    mask: None | str | mx.array,
+) -> Demands:
+    """The demands of a layer whose attention has just been computed.
+
+    Args:
+        queries: (B, query_heads, L, dim), the last of which sees all tokens.
+        keys, values: All tokens, (B, H, n, dim) and (B, H, n, value_dim).
+        deviations: |k - c|^2 and |v - c|^2 of every token, (B, H, n), zero where it stays exact.
+        scale: Factor of the scores.
+        mask: That of the attention: None, "causal", boolean or additive (B, heads, L, n).
+    """
+    (batch, heads, count, dim), length = keys.shape, queries.shape[2]
+    most = max(1, min(_MAX_ROWS, _MAX_SCORES // (batch * queries.shape[1] * count)))
+    # From the later half of the queries: these have the most tokens to look at.
+    rows = mx.arange(length - 1, -1, -max(1, length // (2 * most)))[:most]
+    sampled = queries[:, :, rows].astype(mx.float32) * scale
+    grouped = mx.unflatten(sampled, 1, (heads, -1))
+    scores = grouped @ keys.astype(mx.float32)[:, :, None].swapaxes(-1, -2)
+    scores = scores + _additive(mask, rows, count, length, scores.shape)
+    weights = mx.softmax(scores, axis=-1)
+    key_deviations, value_deviations = (x[:, :, None, None] for x in deviations)
+    noise = (grouped * grouped).sum(axis=-1, keepdims=True) * key_deviations / dim
+    divergence = (weights * (1 - weights) * noise).sum(axis=-1).mean() / 2
+    errors = (weights * weights * value_deviations).sum()
+    outputs = weights @ values.astype(mx.float32)[:, :, None]
+    return Demands(*mx.stack([divergence, errors / (outputs * outputs).sum()]).tolist())
+
+
+def _additive(mask, rows, count, length, shape) -> mx.array | float:
+    """The mask of some of the rows, to be added to scores of ``shape`` (B, H, group, rows, n)."""
+    if mask is None:
+        return 0.0
+    if isinstance(mask, str):
+        mask = mx.arange(count) <= (mx.arange(count - length, count))[:, None]
+    if mask.dtype == mx.bool_:
+        mask = mx.where(mask, 0.0, -1e30)
+    mask = mx.broadcast_to(mask, (*mask.shape[:-2], length, count))[..., rows, :]
+    heads = shape[1] * shape[2]
+    return mx.broadcast_to(mask, (shape[0], heads, *mask.shape[-2:])).reshape(shape)
