@@ -19,8 +19,7 @@ import numpy as np
 from mlx_lm.models.cache import QuantizedKVCache
 
 from .attention import MAX_DECODE_ROWS
-from .cache import TurboQuantKVCache
-from .integration import make_prompt_cache, plain_caches, split_bits
+from .integration import check_settings, make_prompt_cache, plain_caches
 from .needle import hide_codes
 from .report import bits_per_value, cache_size
 
@@ -62,7 +61,7 @@ MLX_LM = (Codec("mlx-lm 8 bits", 8), Codec("mlx-lm 4 bits", 4))
 
 
 def preset(name: str, **settings: Any) -> Codec:
-    """Our codec of a setting as ``4``, ``3.5`` (bits) or ``K5V3`` (bits of keys and of values).
+    """Our codec of a setting as ``4``, ``3.5`` (bits), ``K5V3`` (of keys and values) or ``auto``.
 
     ``settings`` are further arguments of :func:`.integration.make_prompt_cache`.
 
@@ -73,12 +72,19 @@ def preset(name: str, **settings: Any) -> Codec:
     if split:
         key_bits, value_bits = map(int, split.groups())
         bits = {"key_bits": key_bits, "value_bits": value_bits}
+    elif name == "auto":
+        bits = {"bits": name}
     elif re.fullmatch(r"\d(\.\d*)?", name):
         bits = {"bits": float(name)}
     else:
-        raise ValueError(f"{name!r} is not a preset: use bits as 4 or 3.5, or a split as K5V3.")
-    TurboQuantKVCache(*split_bits(**bits), **settings)  # refuses what is out of range
-    return Codec(name.upper() if split else f"{name} bits", settings={**bits, **settings})
+        raise ValueError(
+            f"{name!r} is not a preset: use bits as 4 or 3.5, a split as K5V3, or auto."
+        )
+    if name != "auto":
+        settings = {key: value for key, value in settings.items() if key != "kl_budget"}
+    check_settings(**bits, **settings)
+    label = name if name == "auto" else name.upper() if split else f"{name} bits"
+    return Codec(label, settings={**bits, **settings})
 
 
 @dataclass

@@ -11,24 +11,46 @@ from . import kernels
 from .attention import MAX_DECODE_ROWS, decode_attention
 from .batch_cache import CausalMask
 from .cache import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW, CompressedArray, TurboQuantKVCache
-from .codebook import check_bits
+from .codebook import MAX_BITS, check_bits
 from .kernels import BLOCK
 from .latent_cache import TurboQuantLatentCache
+from .protection import Limits, relative_error
 
 # Keys need more bits than values, see docs/quality.md.
 PRESETS = {2: (3, 1), 2.5: (3, 2), 3: (4, 2), 3.5: (4, 3), 4: (4, 4), 4.5: (5, 4)}
+
+# The largest demands that a layer may have at the bits of its preset. Those of trained models
+# without large biases, gains or outliers are below, see docs/quality.md.
+_DEMANDS = (4.0, 2.0)
+# KL divergence of the output for that of the weights of a layer, and for the squared error of its
+# outputs: the largest of the trained models in docs/quality.md. The last layers have no other
+# after them that would smooth an error out.
+_SENSITIVITY = (0.01, 0.01)
+_LAST_SENSITIVITY = (0.07, 0.03)
+_DIM = 128  # whose relative errors stand for those of any dimension
+_AUTO = "auto"
+_AUTO_LEAST = (2, 1)
+DEFAULT_KL_BUDGET = 0.005
 
 _HOOKED_NAME = "scaled_dot_product_attention"
 
 
 def split_bits(
-    bits: float = 4, key_bits: int | None = None, value_bits: int | None = None
+    bits: float | str = 4, key_bits: int | None = None, value_bits: int | None = None
 ) -> tuple[int, int]:
     """Key and value bits of a setting; ``key_bits`` and ``value_bits`` override the preset.
 
+    With "auto" they are 8, for layers that cannot choose by themselves.
+
     Raises:
-        ValueError: ``bits`` is not 1 to 8 in half steps, or a side is not 1 to 8.
+        ValueError: ``bits`` is neither "auto" nor 1 to 8 in half steps, or a side is not 1 to 8.
     """
+    if bits == _AUTO:
+        if (key_bits, value_bits) != (None, None):
+            raise ValueError("auto chooses the bits of keys and values: leave them out.")
+        return MAX_BITS, MAX_BITS
+    if isinstance(bits, str):
+        raise ValueError(f"{bits!r} bits are not supported: use a number or {_AUTO!r}.")
     if bits not in [half / 2 for half in range(2, 17)]:
         raise ValueError(f"{bits:g} bits are not supported: use 1 to 8 in steps of a half.")
     split = PRESETS.get(bits, (int(bits + 0.5), int(bits)))
@@ -41,10 +63,12 @@ def split_bits(
 
 def make_prompt_cache(
     model: nn.Module,
-    bits: float = 4,
+    bits: float | str = 4,
     *,
     key_bits: int | None = None,
     value_bits: int | None = None,
+    protect: bool = True,
+    kl_budget: float | None = None,
     window: int = DEFAULT_WINDOW,
     sink_tokens: int = DEFAULT_SINK_TOKENS,
     max_size: int | None = None,
@@ -60,9 +84,14 @@ def make_prompt_cache(
 
     Args:
         model: A model of mlx-lm.
-        bits: Bits per value, 1 to 8 in half steps; how they are split is in ``PRESETS``.
+        bits: Bits per value, 1 to 8 in half steps; how they are split is in ``PRESETS``. Or
+            "auto": each layer chooses its own for a ``kl_budget``.
         key_bits: Bits per value of the keys, in place of the preset's.
         value_bits: Bits per value of the values, in place of the preset's.
+        protect: Let a layer have more bits, up to 8, where the keys and queries of the prompt or
+            its values demand it.
+        kl_budget: KL divergence of the next-token distribution, in nats, that "auto" aims at;
+            .005 if it is None.
         window: Recent tokens that stay exact.
         sink_tokens: First tokens that stay exact.
         max_size: Tokens that a layer holds at most, after which the oldest are forgotten.
@@ -75,11 +104,16 @@ def make_prompt_cache(
     """
     if backend is not None:
         kernels.force_backend(backend)
-    key_bits, value_bits = split_bits(bits, key_bits, value_bits)
-    caches = plain_caches(model)
     settings = {"window": window, "sink_tokens": sink_tokens, "max_size": max_size, "seed": seed}
-    compress = _Compression(model, key_bits, value_bits, settings)
-    compressed = [compress(cache, layer) for cache, layer in zip(caches, _layers(model, caches))]
+    split = check_settings(bits, key_bits, value_bits, protect, kl_budget, **settings)
+    caches = plain_caches(model)
+    compress = _Compression(model, split, settings)
+    if bits == _AUTO:
+        compress.limits = _budget_limits(kl_budget or DEFAULT_KL_BUDGET, len(caches))
+    elif protect:
+        compress.limits = [_preset_limits(split)] * len(caches)
+    layers = _layers(model, caches)
+    compressed = [compress(cache, layers[i], i) for i, cache in enumerate(caches)]
     if not any(map(_is_compressed, compressed)):
         kinds = ", ".join(sorted({type(cache).__name__ for cache in caches})) or "none"
         raise ValueError(
@@ -90,7 +124,54 @@ def make_prompt_cache(
     return compressed
 
 
-def enable(model: nn.Module, bits: float = 4, **settings) -> nn.Module:
+def check_settings(
+    bits: float | str = 4,
+    key_bits: int | None = None,
+    value_bits: int | None = None,
+    protect: bool = True,
+    kl_budget: float | None = None,
+    **settings: Any,
+) -> tuple[int, int]:
+    """The bits of keys and values of arguments of :func:`make_prompt_cache`.
+
+    Raises:
+        ValueError: arguments that are out of range or do not fit together.
+    """
+    split = split_bits(bits, key_bits, value_bits)
+    TurboQuantKVCache(*split, **settings)
+    if bits == _AUTO and not protect:
+        raise ValueError("auto is protection: leave out the option that switches it off.")
+    if kl_budget is not None and (bits != _AUTO or not kl_budget > 0):
+        raise ValueError(
+            f"A KL budget of {kl_budget} with {bits} bits is not possible: "
+            "use a positive number of nats with auto."
+        )
+    return split
+
+
+def _preset_limits(split: tuple[int, int]) -> Limits:
+    """What the demands of most models are at these bits is allowed for those of all."""
+    return Limits(*(x * relative_error(_DIM, b) for x, b in zip(_DEMANDS, split)), *split)
+
+
+def _budget_limits(budget: float, layers: int) -> list[Limits]:
+    """The same part of the budget for keys and for values of every layer.
+
+    An error falls by the same factor with every bit, so this is the cheapest division.
+    """
+    part = budget / (2 * layers)
+    sensitivities = [
+        _LAST_SENSITIVITY if is_last(i, layers) else _SENSITIVITY for i in range(layers)
+    ]
+    return [Limits(*(part / x for x in pair), *_AUTO_LEAST) for pair in sensitivities]
+
+
+def is_last(index: int, layers: int) -> bool:
+    """Whether a layer is one of the last eighth, or the last."""
+    return index >= layers - max(1, layers // 8)
+
+
+def enable(model: nn.Module, bits: float | str = 4, **settings) -> nn.Module:
     """Let every cache that mlx-lm makes for ``model`` be compressed; returns the model.
 
     Takes the arguments of :func:`make_prompt_cache` and raises its errors. Where there are kernels,
@@ -132,7 +213,7 @@ def enabled_settings(model: nn.Module) -> dict[str, Any] | None:
     return maker.settings if isinstance(maker, _MakeCompressedCache) else None
 
 
-def _use_kernels_once(model: nn.Module, bits: float, settings: dict[str, Any]) -> None:
+def _use_kernels_once(model: nn.Module, bits: float | str, settings: dict[str, Any]) -> None:
     """A chunk to pack, one that reads packed tokens densely, and a decode step."""
     cache = make_prompt_cache(model, bits, **{**settings, "window": 0, "sink_tokens": 0})
     for tokens in (BLOCK, MAX_DECODE_ROWS + 1, 1):
@@ -142,26 +223,36 @@ def _use_kernels_once(model: nn.Module, bits: float, settings: dict[str, Any]) -
 class _Compression:
     """Puts a compressed cache in the place of a plain one, as the layer needs it."""
 
-    def __init__(self, model, key_bits, value_bits, settings):
-        self.bits = (key_bits, value_bits)
+    def __init__(self, model, bits, settings):
+        self.bits = bits
         self.settings = settings
+        self.limits: list[Limits] | None = None
         calls = (getattr(type(module).__call__, "__code__", None) for module in model.modules())
         self.shared = any("keys_and_values" in code.co_names for code in calls if code)
 
-    def __call__(self, cache: Any, layer: nn.Module) -> Any:
+    def __call__(self, cache: Any, layer: nn.Module, index: int) -> Any:
         modules = [module for _, module in layer.named_modules()]
         if any("indexer" in module for module in modules):
             return cache
         if type(cache) is mlx_lm_cache.CacheList:
-            return mlx_lm_cache.CacheList(*(self(part, layer) for part in cache.caches))
+            return mlx_lm_cache.CacheList(*(self(part, layer, index) for part in cache.caches))
         if type(cache) is not mlx_lm_cache.KVCache:
             return cache
+        settings = self.settings
+        if self.limits is not None and any(map(_calls_attention, modules)):
+            settings = {**settings, "limits": self.limits[index]}
         # Multi-head latent attention, with the projections of keys and values absorbed.
         if any("embed_q" in module for module in modules):
-            return TurboQuantLatentCache(max(self.bits), **self.settings)
-        compressed = TurboQuantKVCache(*self.bits, **self.settings)
+            return TurboQuantLatentCache(max(self.bits), **settings)
+        compressed = TurboQuantKVCache(*self.bits, **settings)
         compressed.shared = self.shared
         return compressed
+
+
+def _calls_attention(module: nn.Module) -> bool:
+    """Whether the module calls the function that is hooked, rather than one of its own."""
+    code = getattr(type(module).__call__, "__code__", None)
+    return code is not None and _HOOKED_NAME in code.co_names
 
 
 def _layers(model: nn.Module, caches: list[Any]) -> list[nn.Module]:

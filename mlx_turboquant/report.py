@@ -3,6 +3,8 @@
 import logging
 from typing import Any, NamedTuple
 
+from .protection import relative_error
+
 _WHY_NOT = {
     "RotatingKVCache": "sliding window, bounded already",
     "BatchRotatingKVCache": "sliding window, bounded already",
@@ -49,10 +51,11 @@ class LayerKind(NamedTuple):
 
 
 class CacheReport(NamedTuple):
-    """The size of a prompt cache, and its layers by kind; as text, a table."""
+    """The size of a prompt cache, its layers by kind, and which have more bits than asked for."""
 
     size: CacheSize
     kinds: list[LayerKind]
+    raised: list[str]
 
     @property
     def compressed_layers(self) -> int:
@@ -70,6 +73,7 @@ class CacheReport(NamedTuple):
             ).rstrip()
             for row in rows
         ]
+        lines += self.raised
         if not self.compressed_layers:
             lines.append("Nothing is compressed.")
         return "\n".join(lines)
@@ -99,7 +103,8 @@ def cache_report(cache: list[Any]) -> CacheReport:
         bits = getattr(layer, "key_bits", None), getattr(layer, "value_bits", None)
         groups.setdefault((type(layer).__name__, *bits), []).append(layer)
     kinds = [_kind(*key, layers) for key, layers in groups.items()]
-    report = CacheReport(cache_size(cache), kinds)
+    raised = [line for i, layer in enumerate(_flat(cache)) for line in _raised(i, layer)]
+    report = CacheReport(cache_size(cache), kinds, raised)
     if not report.compressed_layers:
         names = ", ".join(kind.cache for kind in kinds) or "none"
         _log.warning("No layer of this cache is compressed (its caches: %s).", names)
@@ -114,6 +119,27 @@ def _kind(name: str, key_bits: int | None, value_bits: int | None, layers: list[
         remark = f"{packed:,} tokens a layer packed, {exact:,} exact"
     size = cache_size(layers)
     return LayerKind(name, len(layers), key_bits, value_bits, remark, size.nbytes, size.fp16_nbytes)
+
+
+def _raised(index: int, layer: Any) -> list[str]:
+    """Why keys and values of a layer have more bits than the fewest that they may have."""
+    if getattr(layer, "demands", None) is None:
+        return []
+    limits, demands, stores = layer.limits, layer.demands, layer._packed
+    sides = (
+        ("keys", "divergence of the weights", limits.key_bits, demands.keys, limits.keys),
+        ("values", "error of the outputs", limits.value_bits, demands.values, limits.values),
+    )
+    lines = []
+    for store, (side, what, least, demand, limit) in zip(stores, sides):
+        if store.bits > least and store.codes is not None:
+            expected = demand * relative_error(store.mean.shape[-1], least)
+            lines.append(
+                f"layer {index}: {side} have {store.bits} bits, not {least}, at which the expected "
+                f"{what} is {expected:.2g} and may be {limit:.2g}: "
+                f"{store.nbytes_above(least) / 1e6:,.2f} MB more"
+            )
+    return lines
 
 
 def _flat(cache: list[Any]) -> list[Any]:

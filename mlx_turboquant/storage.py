@@ -94,6 +94,13 @@ class PackedTokens:
         """Bytes that one stored vector takes: the packed words and a bfloat16 scale."""
         return 4 * words_per_vector(dim, self.bits) + 2
 
+    def nbytes_above(self, bits: int) -> int:
+        """Bytes of the buffers that ``bits`` bits per value would not have taken."""
+        if self.codes is None:
+            return 0
+        fewer, more = (words_per_vector(self.mean.shape[-1], b) for b in (bits, self.bits))
+        return self.codes.nbytes * (more - fewer) // more
+
     def append(self, x: mx.array) -> None:
         """Quantize x (B, H, n, dim) and store it after the tokens that are there."""
         append_all([self], [x])
@@ -146,11 +153,13 @@ class PackedTokens:
         if bits != self.bits and self.codes is not None:
             x = self.quantizer.rotation.invert(self.rotated_values())
             changed.codes = changed.scales = None
+            changed.count = 0
             changed._reserve(self.count, x.shape[:2], words_per_vector(x.shape[-1], bits))
             [packed] = kernels.quantize(
                 kernels.Block(x, mx.zeros_like(self.mean), changed.quantizer)
             )
             changed._write(packed, 0)
+            changed.count = self.count
         return changed
 
     def view(self) -> "PackedTokens":

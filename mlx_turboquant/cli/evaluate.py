@@ -13,7 +13,7 @@ import mlx_lm
 from .. import __version__, texts
 from ..evaluate import MLX_LM, REPLY_TOKENS, Comparison, Scores, passkey_prompt, preset
 from .loading import check_memory, model_errors, prepare_for_device
-from .options import add_exact_token_options, given_settings
+from .options import add_exact_token_options, add_protection_options, given_settings
 
 _PRESETS = ("4", "3.5", "3", "2.5", "2")
 _NO_TOOLS = "evaluate draws tables and pictures: pip install 'mlx-turboquant-cache[evaluate]'."
@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> None:
     """Compare caches on a model; prints a table and writes JSON and PNG."""
     args = _parser().parse_args(arguments)
     _check_numbers(args)
-    settings = given_settings(args, ("kv_window", "kv_sinks"))
+    settings = given_settings(args, ("kv_window", "kv_sinks", "protect", "kl_budget"))
     codecs = [preset(name, **settings) for name in args.kv_bits]
     contents = texts.read_texts(args.text) if args.text else texts.bundled_texts()
     try:
@@ -68,8 +68,9 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=_PRESETS,
         metavar="BITS",
-        help=f"Presets to compare, as 4, 3.5 or K5V3 (default: {' '.join(_PRESETS)})",
+        help=f"Presets to compare, as 4, 3.5, K5V3 or auto (default: {' '.join(_PRESETS)})",
     )
+    add_protection_options(parser)
     add_exact_token_options(parser)
     add("--text", type=Path, nargs="+", help="Files to read in place of the bundled texts")
     add("--context", type=int, default=2048, help="Tokens of a text (default: %(default)s)")

@@ -5,8 +5,8 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from ..cache import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW, TurboQuantKVCache
-from ..integration import split_bits
+from ..cache import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW
+from ..integration import DEFAULT_KL_BUDGET, check_settings
 
 DEFAULT_BITS = 4.0
 _SETTINGS = {
@@ -16,6 +16,8 @@ _SETTINGS = {
     "kv_window": "window",
     "kv_sinks": "sink_tokens",
     "max_kv_size": "max_size",
+    "protect": "protect",
+    "kl_budget": "kl_budget",
 }
 
 
@@ -25,17 +27,40 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("compressed cache")
     group.add_argument(
         "--kv-bits",
-        type=float,
-        help=f"Bits per value, 1 to 8 in half steps (default: {DEFAULT_BITS:g})",
+        type=_bits,
+        help="Bits per value, 1 to 8 in half steps, or auto: each layer's own for --kl-budget "
+        f"(default: {DEFAULT_BITS:g})",
     )
     group.add_argument("--key-bits", type=int, help="Bits per value of the keys, 1 to 8")
     group.add_argument("--value-bits", type=int, help="Bits per value of the values, 1 to 8")
+    add_protection_options(group)
     add_exact_token_options(group)
     group.add_argument(
         "--max-kv-size",
         type=int,
         help="Tokens that a layer holds at most, after which the oldest are forgotten",
     )
+
+
+def add_protection_options(group: argparse._ActionsContainer) -> None:
+    """Add the options of the bits that layers choose by themselves."""
+    group.add_argument(
+        "--no-protect",
+        dest="protect",
+        action="store_false",
+        default=None,
+        help="Keep to the bits where the keys of a layer demand more",
+    )
+    group.add_argument(
+        "--kl-budget",
+        type=float,
+        metavar="NATS",
+        help=f"KL divergence that auto aims at (default: {DEFAULT_KL_BUDGET})",
+    )
+
+
+def _bits(text: str) -> float | str:
+    return text if text == "auto" else float(text)
 
 
 def add_exact_token_options(group: argparse._ActionsContainer) -> None:
@@ -65,9 +90,7 @@ def cache_settings(args: argparse.Namespace) -> dict[str, Any]:
         ValueError: a setting that is not possible.
     """
     given = given_settings(args)
-    bits = {name: value for name, value in given.items() if name.endswith("bits")}
-    sizes = {name: value for name, value in given.items() if name not in bits}
-    TurboQuantKVCache(*split_bits(**bits), **sizes)  # refuses them before a model is loaded
+    check_settings(**given)  # before a model is loaded
     return given
 
 
