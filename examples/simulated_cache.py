@@ -1,0 +1,71 @@
+"""A dense cache whose values are rounded as by a codec: any one, at the speed of the exact cache.
+
+For comparing codecs only; it saves no memory.
+"""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache
+
+from mlx_turboquant.cache import leaving_tokens
+from mlx_turboquant.quantizer import TurboQuantizer
+from mlx_turboquant.storage import removable_mean
+
+Rounding = Callable[[mx.array], mx.array]
+
+
+class SimulatedCache(KVCache):
+    """Keys and values are rounded in blocks of 32 when they have left the window.
+
+    ``key_rounding`` and ``value_rounding`` take the tokens (B, H, n, dim) of consecutive blocks.
+    """
+
+    def __init__(self, key_rounding: Rounding, value_rounding: Rounding, window: int, sinks: int):
+        super().__init__()
+        self.roundings = key_rounding, value_rounding
+        self.window = window
+        self.sinks = sinks
+        self.rounded = 0
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append tokens; those of the call before that have left the window are seen rounded."""
+        counts = self.rounded, self.offset - self.rounded
+        leaving = leaving_tokens(*counts, self.sinks, self.window)
+        if leaving:
+            start = self.sinks + self.rounded
+            for x, rounding in zip((self.keys, self.values), self.roundings):
+                x[:, :, start : start + leaving] = rounding(x[:, :, start : start + leaving])
+            self.rounded += leaving
+        return super().update_and_fetch(keys, values)
+
+
+def turboquant(dim: int, bits: int) -> Rounding:
+    """Our codec: unbiased scale in bfloat16, gain search, and the mean that the first block had."""
+    quantizer = TurboQuantizer(dim, bits)
+    means: list[mx.array] = []
+
+    def rounding(x: mx.array) -> mx.array:
+        if not means:
+            means.append(removable_mean(x))
+        packed = quantizer.quantize(x.astype(mx.float32) - means[0])
+        packed = packed._replace(scales=packed.scales.astype(mx.bfloat16).astype(mx.float32))
+        return (quantizer.dequantize(packed) + means[0]).astype(x.dtype)
+
+    return rounding
+
+
+def turboquant_mse(dim: int, bits: int) -> Rounding:
+    """TurboQuant_mse as in the paper (arXiv 2504.19874, Algorithm 1)."""
+    quantizer = TurboQuantizer(dim, bits, scale="none", gain_search=False)
+    return lambda x: quantizer.dequantize(quantizer.quantize(x), x.dtype)
+
+
+def affine(bits: int, group_size: int = 64) -> Rounding:
+    """mlx's affine codec."""
+
+    def rounding(x: mx.array) -> mx.array:
+        packed = mx.quantize(x, group_size=group_size, bits=bits)
+        return mx.dequantize(*packed, group_size=group_size, bits=bits)
+
+    return rounding
