@@ -1,13 +1,26 @@
 """Models that break careless quantizers of the KV cache, made of a trained one.
 
+    python examples/broken_models.py --model examples/tiny-lm
+
+prints the KL divergence of each at 4 bits: of the plain codec, with mean removal, with protection.
+
 Each function changes a ``llama`` of mlx-lm in place, or returns a new model. What the first three
 do to keys, the queries undo, so that the model with an exact cache is what it was.
 """
 
+import argparse
+from collections.abc import Callable
+
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama, qwen3
+from simulated_cache import SimulatedCache, turboquant
+
+from mlx_turboquant import cache_report, texts
+from mlx_turboquant.cli.loading import prepare_for_device
+from mlx_turboquant.evaluate import Codec, Comparison, preset, read_prompt
 
 
 def add_key_offsets(model: nn.Module, size: float) -> nn.Module:
@@ -111,3 +124,81 @@ def _scale_rows(linear: nn.Linear, factors: mx.array) -> None:
     linear.weight = linear.weight * factors[:, None].astype(linear.weight.dtype)
     if "bias" in linear:
         linear.bias = linear.bias * factors.astype(linear.bias.dtype)
+
+
+class Plain(Codec):
+    """4 bits for keys and values of all layers, without mean removal."""
+
+    def make_cache(self, model: nn.Module) -> list[SimulatedCache]:
+        """An empty prompt cache."""
+        rounding = (turboquant(4, remove_mean=False) for _ in range(2 * len(model.layers)))
+        return [SimulatedCache(*pair, window=64, sinks=4) for pair in zip(rounding, rounding)]
+
+
+def variants(head_dim: int) -> dict[str, Callable[[nn.Module], nn.Module]]:
+    """What is done to a model whose heads have this dimension."""
+    return {
+        "unmodified": lambda model: model,
+        **{
+            f"offsets of {size} in 8 dimensions": lambda model, size=size: add_key_offsets(
+                model, size
+            )
+            for size in (5, 20, 80)
+        },
+        "30 times the variance in 4 channels": add_outlier_channels,
+        "300 times": lambda model: add_outlier_channels(model, 300),
+        f"head_dim {head_dim // 2}": lambda model: with_head_dim(model, head_dim // 2),
+        f"head_dim {2 * head_dim}": lambda model: with_head_dim(model, 2 * head_dim),
+        **{
+            f"query and key norms, gains spread by {spread}": lambda model, spread=spread: (
+                with_query_and_key_norms(model, spread)
+            )
+            for spread in (0, 1)
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--context", type=int, default=2048, help="tokens per text")
+    parser.add_argument("--scored", type=int, default=256, help="last tokens to compare")
+    parser.add_argument("--samples", type=int, default=4, help="texts")
+    args = parser.parse_args()
+
+    def load():
+        model, tokenizer = mlx_lm.load(args.model)
+        return prepare_for_device(model), tokenizer
+
+    model, tokenizer = load()
+    encoded = texts.encode(tokenizer, texts.bundled_texts())
+    contexts = texts.pieces(encoded, args.context + 1, args.samples)
+    codecs = [
+        Plain("plain", settings={}),
+        preset("K4V4", window=64, protect=False),
+        preset("4", window=64),
+    ]
+    print(
+        "| model | perplexity | plain K4 V4 | mean removal | --kv-bits 4 | bits | raised layers |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for name, change in variants(model.args.head_dim).items():
+        changed = change(load()[0])
+        comparison = Comparison(changed, codecs)
+        for context in contexts:
+            comparison.text(context, args.scored)
+        exact, *others = (scores.summary() for scores in comparison.scores)
+        cells = " | ".join(f"{each['kl_mean']:.5f}" for each in others)
+        raised = cache_report(
+            read_prompt(changed, codecs[-1], mx.array(contexts[0]), lambda tokens: None)
+        ).raised
+        layers = ", ".join(line.split(" have")[0].removeprefix("layer ") for line in raised)
+        print(
+            f"| {name} | {exact['perplexity']:.2f} | {cells} | {others[-1]['bits_per_value']:.2f} "
+            f"| {layers or 'none'} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -24,14 +24,13 @@ class Arm(NamedTuple):
 
     name: str
     bits: str
-    rounding: Callable[[int], Rounding]
+    rounding: Callable[[], Rounding]
 
     def filled_cache(self, prompt: list[list[mx.array]]) -> list[SimulatedCache]:
         """A cache that holds the keys and values of a prompt."""
         caches = []
         for arrays in prompt:
-            roundings = (self.rounding(x.shape[-1]) for x in arrays)
-            caches.append(SimulatedCache(*roundings, window=64, sinks=4))
+            caches.append(SimulatedCache(self.rounding(), self.rounding(), window=64, sinks=4))
             caches[-1].update_and_fetch(*arrays)
         return caches
 
@@ -39,9 +38,9 @@ class Arm(NamedTuple):
 def arms(bits: int) -> list[Arm]:
     """The codecs at so many bits."""
     return [
-        Arm("affine, group 64", f"{bits}.5", lambda dim: affine(bits)),
-        Arm("TurboQuant_mse", f"{bits} + 16 / dim", lambda dim: turboquant_mse(dim, bits)),
-        Arm("mlx_turboquant", f"{bits} + 16 / dim", lambda dim: turboquant(dim, bits)),
+        Arm("affine, group 64", f"{bits}.5", lambda: affine(bits)),
+        Arm("TurboQuant_mse", f"{bits} + 16 / dim", lambda: turboquant_mse(bits)),
+        Arm("mlx_turboquant", f"{bits} + 16 / dim", lambda: turboquant(bits)),
     ]
 
 

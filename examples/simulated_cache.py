@@ -10,7 +10,7 @@ from mlx_lm.models.cache import KVCache
 
 from mlx_turboquant.cache import leaving_tokens
 from mlx_turboquant.quantizer import TurboQuantizer
-from mlx_turboquant.storage import removable_mean
+from mlx_turboquant.storage import removable_mean, shared_quantizer
 
 Rounding = Callable[[mx.array], mx.array]
 
@@ -40,14 +40,14 @@ class SimulatedCache(KVCache):
         return super().update_and_fetch(keys, values)
 
 
-def turboquant(dim: int, bits: int) -> Rounding:
+def turboquant(bits: int, remove_mean: bool = True) -> Rounding:
     """Our codec: unbiased scale in bfloat16, gain search, and the mean that the first block had."""
-    quantizer = TurboQuantizer(dim, bits)
     means: list[mx.array] = []
 
     def rounding(x: mx.array) -> mx.array:
+        quantizer = shared_quantizer(x.shape[-1], bits, 0)
         if not means:
-            means.append(removable_mean(x))
+            means.append(removable_mean(x) if remove_mean else mx.zeros_like(x[:, :, :1]))
         packed = quantizer.quantize(x.astype(mx.float32) - means[0])
         packed = packed._replace(scales=packed.scales.astype(mx.bfloat16).astype(mx.float32))
         return (quantizer.dequantize(packed) + means[0]).astype(x.dtype)
@@ -55,10 +55,14 @@ def turboquant(dim: int, bits: int) -> Rounding:
     return rounding
 
 
-def turboquant_mse(dim: int, bits: int) -> Rounding:
+def turboquant_mse(bits: int) -> Rounding:
     """TurboQuant_mse as in the paper (arXiv 2504.19874, Algorithm 1)."""
-    quantizer = TurboQuantizer(dim, bits, scale="none", gain_search=False)
-    return lambda x: quantizer.dequantize(quantizer.quantize(x), x.dtype)
+
+    def rounding(x: mx.array) -> mx.array:
+        quantizer = TurboQuantizer(x.shape[-1], bits, scale="none", gain_search=False)
+        return quantizer.dequantize(quantizer.quantize(x), x.dtype)
+
+    return rounding
 
 
 def affine(bits: int, group_size: int = 64) -> Rounding:

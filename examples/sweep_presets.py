@@ -59,8 +59,7 @@ class Setting(NamedTuple):
         """A cache that holds the keys and values of a prompt."""
         caches = []
         for i, arrays in enumerate(prompt):
-            bits = self.bits(is_last(i, len(prompt)))
-            roundings = (turboquant(x.shape[-1], b) for x, b in zip(arrays, bits))
+            roundings = map(turboquant, self.bits(is_last(i, len(prompt))))
             caches.append(SimulatedCache(*roundings, self.window, self.sinks))
             caches[-1].update_and_fetch(*arrays)
         return caches

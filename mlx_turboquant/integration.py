@@ -16,12 +16,13 @@ from .kernels import BLOCK
 from .latent_cache import TurboQuantLatentCache
 from .protection import Limits, relative_error
 
-# Keys need more bits than values, see docs/quality.md.
+# Bits of keys and values, of which keys need more; the last eighth of the layers has one more of
+# each. Measured with examples/sweep_presets.py, see docs/quality.md.
 PRESETS = {2: (3, 1), 2.5: (3, 2), 3: (4, 2), 3.5: (4, 3), 4: (4, 4), 4.5: (5, 4)}
 
 # The largest demands that a layer may have at the bits of its preset. Those of trained models
 # without large biases, gains or outliers are below, see docs/quality.md.
-_DEMANDS = (4.0, 2.0)
+_DEMANDS = (3.0, 2.0)
 # KL divergence of the output for that of the weights of a layer, and for the squared error of its
 # outputs: the largest of the trained models in docs/quality.md. The last layers have no other
 # after them that would smooth an error out.
@@ -105,15 +106,20 @@ def make_prompt_cache(
     if backend is not None:
         kernels.force_backend(backend)
     settings = {"window": window, "sink_tokens": sink_tokens, "max_size": max_size, "seed": seed}
+    is_preset = bits != _AUTO and key_bits is None and value_bits is None
     split = check_settings(bits, key_bits, value_bits, protect, kl_budget, **settings)
     caches = plain_caches(model)
-    compress = _Compression(model, split, settings)
+    splits = [split] * len(caches)
+    if is_preset:
+        splits = [_with_more(split, is_last(i, len(caches))) for i in range(len(caches))]
+    limits: list[Limits | None] = [None] * len(caches)
     if bits == _AUTO:
-        compress.limits = _budget_limits(kl_budget or DEFAULT_KL_BUDGET, len(caches))
+        limits = _budget_limits(kl_budget or DEFAULT_KL_BUDGET, len(caches))
     elif protect:
-        compress.limits = [_preset_limits(split)] * len(caches)
-    layers = _layers(model, caches)
-    compressed = [compress(cache, layers[i], i) for i, cache in enumerate(caches)]
+        limits = [_preset_limits(pair) for pair in splits]
+    compress = _Compression(model, settings)
+    arguments = zip(caches, _layers(model, caches), splits, limits)
+    compressed = [compress(*each) for each in arguments]
     if not any(map(_is_compressed, compressed)):
         kinds = ", ".join(sorted({type(cache).__name__ for cache in caches})) or "none"
         raise ValueError(
@@ -152,6 +158,12 @@ def check_settings(
 def _preset_limits(split: tuple[int, int]) -> Limits:
     """What the demands of most models are at these bits is allowed for those of all."""
     return Limits(*(x * relative_error(_DIM, b) for x, b in zip(_DEMANDS, split)), *split)
+
+
+def _with_more(split: tuple[int, int], more: bool) -> tuple[int, int]:
+    """The bits of a layer of a preset, one more of both if it is to have ``more``."""
+    key_bits, value_bits = (min(bits + more, MAX_BITS) for bits in split)
+    return key_bits, value_bits
 
 
 def _budget_limits(budget: float, layers: int) -> list[Limits]:
@@ -223,28 +235,30 @@ def _use_kernels_once(model: nn.Module, bits: float | str, settings: dict[str, A
 class _Compression:
     """Puts a compressed cache in the place of a plain one, as the layer needs it."""
 
-    def __init__(self, model, bits, settings):
-        self.bits = bits
+    def __init__(self, model, settings):
         self.settings = settings
-        self.limits: list[Limits] | None = None
         calls = (getattr(type(module).__call__, "__code__", None) for module in model.modules())
         self.shared = any("keys_and_values" in code.co_names for code in calls if code)
 
-    def __call__(self, cache: Any, layer: nn.Module, index: int) -> Any:
+    def __call__(
+        self, cache: Any, layer: nn.Module, bits: tuple[int, int], limits: Limits | None
+    ) -> Any:
         modules = [module for _, module in layer.named_modules()]
         if any("indexer" in module for module in modules):
             return cache
         if type(cache) is mlx_lm_cache.CacheList:
-            return mlx_lm_cache.CacheList(*(self(part, layer, index) for part in cache.caches))
+            return mlx_lm_cache.CacheList(
+                *(self(part, layer, bits, limits) for part in cache.caches)
+            )
         if type(cache) is not mlx_lm_cache.KVCache:
             return cache
         settings = self.settings
-        if self.limits is not None and any(map(_calls_attention, modules)):
-            settings = {**settings, "limits": self.limits[index]}
+        if any(map(_calls_attention, modules)):
+            settings = {**settings, "limits": limits}
         # Multi-head latent attention, with the projections of keys and values absorbed.
         if any("embed_q" in module for module in modules):
-            return TurboQuantLatentCache(max(self.bits), **settings)
-        compressed = TurboQuantKVCache(*self.bits, **settings)
+            return TurboQuantLatentCache(max(bits), **settings)
+        compressed = TurboQuantKVCache(*bits, **settings)
         compressed.shared = self.shared
         return compressed
 
