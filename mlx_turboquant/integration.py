@@ -14,7 +14,7 @@ from .cache import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW, CompressedArray, TurboQu
 from .codebook import MAX_BITS, check_bits
 from .kernels import BLOCK
 from .latent_cache import TurboQuantLatentCache
-from .protection import Limits, relative_error
+from .protection import Limits, relative_error, single_precision
 
 # Bits of keys and values, of which keys need more; the last eighth of the layers has one more of
 # each. Measured with examples/sweep_presets.py, see docs/quality.md.
@@ -157,7 +157,8 @@ def check_settings(
 
 def _preset_limits(split: tuple[int, int]) -> Limits:
     """What the demands of most models are at these bits is allowed for those of all."""
-    return Limits(*(x * relative_error(_DIM, b) for x, b in zip(_DEMANDS, split)), *split)
+    errors = (x * relative_error(_DIM, b) for x, b in zip(_DEMANDS, split))
+    return Limits(*map(single_precision, errors), *split)
 
 
 def _with_more(split: tuple[int, int], more: bool) -> tuple[int, int]:
@@ -175,7 +176,8 @@ def _budget_limits(budget: float, layers: int) -> list[Limits]:
     sensitivities = [
         _LAST_SENSITIVITY if is_last(i, layers) else _SENSITIVITY for i in range(layers)
     ]
-    return [Limits(*(part / x for x in pair), *_AUTO_LEAST) for pair in sensitivities]
+    errors = [[single_precision(part / x) for x in pair] for pair in sensitivities]
+    return [Limits(*pair, *_AUTO_LEAST) for pair in errors]
 
 
 def is_last(index: int, layers: int) -> bool:
@@ -252,13 +254,12 @@ class _Compression:
             )
         if type(cache) is not mlx_lm_cache.KVCache:
             return cache
-        settings = self.settings
-        if any(map(_calls_attention, modules)):
-            settings = {**settings, "limits": limits}
-        # Multi-head latent attention, with the projections of keys and values absorbed.
+        # Multi-head latent attention, with the projections of keys and values absorbed. Prompts
+        # are read with keys and values of their own, so that nothing is known of its queries.
         if any("embed_q" in module for module in modules):
-            return TurboQuantLatentCache(max(bits), **settings)
-        compressed = TurboQuantKVCache(*bits, **settings)
+            return TurboQuantLatentCache(max(bits), **self.settings)
+        limits = limits if any(map(_calls_attention, modules)) else None
+        compressed = TurboQuantKVCache(*bits, **self.settings, limits=limits)
         compressed.shared = self.shared
         return compressed
 

@@ -14,6 +14,7 @@ from functools import cache
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from .codebook import MAX_BITS, codebook, distortion
 
@@ -53,6 +54,11 @@ class Limits(NamedTuple):
 def relative_error(dim: int, bits: int) -> float:
     """D(b): the mean squared error of a unit vector of ``dim`` values at ``bits`` bits."""
     return distortion(dim, codebook(dim, bits).levels)
+
+
+def single_precision(x: float) -> float:
+    """The nearest float32, which a saved cache can hold."""
+    return float(np.float32(x))
 
 
 def _fewest(dim: int, demand: float, limit: float, least: int) -> int:

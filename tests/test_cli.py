@@ -200,7 +200,7 @@ def test_evaluate_prints_a_table_and_writes_json_and_pictures(tmp_path):
     lines = [re.split(r"  +", line.strip()) for line in result.stdout.splitlines()]
     table = {line[0]: line[1:] for line in lines if len(line) == 9}
     assert list(table) == ["cache", "exact", "mlx-lm 8 bits", "mlx-lm 4 bits", "4 bits", "K3V2"]
-    assert [row[0] for row in table.values()][1:] == ["16.00", "8.50", "4.50", "4.12", "2.62"]
+    assert [row[0] for row in table.values()][1:] == ["16.00", "8.50", "4.50", "4.38", "2.62"]
     assert all(row[-1] == "4 of 4" for row in list(table.values())[1:])
     assert "100%" in result.stderr  # the progress bar
     written = json.loads((out / "evaluation.json").read_text())

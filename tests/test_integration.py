@@ -61,9 +61,9 @@ def test_eight_bits_change_the_logits_by_less_than_a_percent(random_model):
 
 
 def test_the_fast_path_and_the_dense_one_agree(random_model):
-    cache = make_prompt_cache(random_model, 3, window=16)
+    cache = make_prompt_cache(random_model, 3, window=16, protect=False)
     fast = logits(random_model, cache)
-    dense_cache = make_prompt_cache(random_model, 3, window=16)
+    dense_cache = make_prompt_cache(random_model, 3, window=16, protect=False)
     disable(random_model)
     dense = logits(random_model, dense_cache)
     assert not mx.array_equal(fast, dense)

@@ -17,12 +17,18 @@ from mlx_turboquant import (
 )
 from mlx_turboquant.evaluate import Comparison, preset
 from mlx_turboquant.integration import is_last
-from mlx_turboquant.protection import Demands, Limits, error_demands, relative_error
+from mlx_turboquant.protection import (
+    Demands,
+    Limits,
+    error_demands,
+    relative_error,
+    single_precision,
+)
 from mlx_turboquant.quantizer import TurboQuantizer
 from mlx_turboquant.texts import bundled_texts
 
 DIM = 64
-LIMITS = Limits(keys=0.05, values=0.05, key_bits=3, value_bits=2)
+LIMITS = Limits(single_precision(0.05), single_precision(0.05), key_bits=3, value_bits=2)
 
 
 def random(*shape: int, seed: int = 0) -> mx.array:
