@@ -109,7 +109,7 @@ def print_best(candidates: list[Setting], results: dict[str, list[float]], more:
         cells = " | ".join(f"{kl[i]:.5f}" for kl in results.values())
         print(f"| {label} | K{s.key_bits} V{s.value_bits} | {last} | {s.average:.3f} | {cells} |")
 
-    plain = [i for i, s in enumerate(candidates) if (s.window, s.sinks) == (64, 4)]
+    plain = {s: i for i, s in enumerate(candidates) if (s.window, s.sinks) == (64, 4)}.values()
     for budget in BUDGETS:
         within = [i for i in plain if candidates[i].average <= budget + more]
         for i in sorted(within, key=means.__getitem__)[:3]:
