@@ -12,7 +12,14 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import mlx_lm
-from simulated_cache import Rounding, SimulatedCache, affine, turboquant, turboquant_mse
+from simulated_cache import (
+    Rounding,
+    SimulatedCache,
+    affine,
+    filled_caches,
+    turboquant,
+    turboquant_mse,
+)
 from sweep_presets import measure
 
 from mlx_turboquant import texts
@@ -28,11 +35,8 @@ class Arm(NamedTuple):
 
     def filled_cache(self, prompt: list[list[mx.array]]) -> list[SimulatedCache]:
         """A cache that holds the keys and values of a prompt."""
-        caches = []
-        for arrays in prompt:
-            caches.append(SimulatedCache(self.rounding(), self.rounding(), window=64, sinks=4))
-            caches[-1].update_and_fetch(*arrays)
-        return caches
+        roundings = ((self.rounding(), self.rounding()) for _ in prompt)
+        return filled_caches(prompt, roundings, window=64, sinks=4)
 
 
 def arms(bits: int) -> list[Arm]:

@@ -3,7 +3,7 @@
 For comparing codecs only; it saves no memory.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
@@ -38,6 +38,19 @@ class SimulatedCache(KVCache):
                 x[:, :, start : start + leaving] = rounding(x[:, :, start : start + leaving])
             self.rounded += leaving
         return super().update_and_fetch(keys, values)
+
+
+def filled_caches(
+    prompt: list[list[mx.array]],
+    roundings: Iterable[tuple[Rounding, Rounding]],
+    window: int,
+    sinks: int,
+) -> list[SimulatedCache]:
+    """One cache a layer that holds its keys and values of a prompt."""
+    caches = [SimulatedCache(*pair, window, sinks) for pair in roundings]
+    for cache, keys_and_values in zip(caches, prompt):
+        cache.update_and_fetch(*keys_and_values)
+    return caches
 
 
 def turboquant(bits: int, remove_mean: bool = True) -> Rounding:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx_lm
 import numpy as np
-from simulated_cache import SimulatedCache, turboquant
+from simulated_cache import SimulatedCache, filled_caches, turboquant
 from tqdm import tqdm
 
 from mlx_turboquant import texts
@@ -57,12 +57,9 @@ class Setting(NamedTuple):
 
     def filled_cache(self, prompt: list[list[mx.array]]) -> list[SimulatedCache]:
         """A cache that holds the keys and values of a prompt."""
-        caches = []
-        for i, arrays in enumerate(prompt):
-            roundings = map(turboquant, self.bits(is_last(i, len(prompt))))
-            caches.append(SimulatedCache(*roundings, self.window, self.sinks))
-            caches[-1].update_and_fetch(*arrays)
-        return caches
+        bits = (self.bits(is_last(i, len(prompt))) for i in range(len(prompt)))
+        roundings = (map(turboquant, pair) for pair in bits)
+        return filled_caches(prompt, roundings, self.window, self.sinks)
 
 
 def settings(most: float, reach: float) -> Iterator[Setting]:

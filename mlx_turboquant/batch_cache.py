@@ -256,11 +256,11 @@ class BatchTurboQuantKVCache:
         """Quantize what leaves the windows; sequence b ends at ``ends[b]`` of the exact tokens."""
         parts = list(zip(self._packed[0].counts, self._sinks, self._recent, ends))
         for part, group in groupby(range(len(parts)), parts.__getitem__):
-            packed, sinks, recent, end = part
-            leaving = leaving_tokens(packed, sinks + recent, self.sink_tokens, self.window)
+            _, sinks, recent, end = part
+            group = list(group)
+            leaving = self._leaving(group[0])
             if not leaving:
                 continue
-            group = list(group)
             rows = slice(group[0], group[-1] + 1)
             new_sinks = self.sink_tokens - sinks
             start = end - recent + new_sinks

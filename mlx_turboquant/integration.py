@@ -239,8 +239,7 @@ class _Compression:
 
     def __init__(self, model, settings):
         self.settings = settings
-        calls = (getattr(type(module).__call__, "__code__", None) for module in model.modules())
-        self.shared = any("keys_and_values" in code.co_names for code in calls if code)
+        self.shared = any(_calls(module, "keys_and_values") for module in model.modules())
 
     def __call__(
         self, cache: Any, layer: nn.Module, bits: tuple[int, int], limits: Limits | None
@@ -258,16 +257,17 @@ class _Compression:
         # are read with keys and values of their own, so that nothing is known of its queries.
         if any("embed_q" in module for module in modules):
             return TurboQuantLatentCache(max(bits), **self.settings)
-        limits = limits if any(map(_calls_attention, modules)) else None
+        # Attention that is not hooked never shows its queries.
+        limits = limits if any(_calls(module, _HOOKED_NAME) for module in modules) else None
         compressed = TurboQuantKVCache(*bits, **self.settings, limits=limits)
         compressed.shared = self.shared
         return compressed
 
 
-def _calls_attention(module: nn.Module) -> bool:
-    """Whether the module calls the function that is hooked, rather than one of its own."""
+def _calls(module: nn.Module, name: str) -> bool:
+    """Whether the module's own ``__call__`` uses a function or method of this name."""
     code = getattr(type(module).__call__, "__code__", None)
-    return code is not None and _HOOKED_NAME in code.co_names
+    return code is not None and name in code.co_names
 
 
 def _layers(model: nn.Module, caches: list[Any]) -> list[nn.Module]:

@@ -27,7 +27,7 @@ class Demands(NamedTuple):
     """What quantizing would do to the attention of a layer, for each unit of D.
 
     ``keys`` is the KL divergence of the weights in nats, ``values`` the squared error of the
-    outputs relative to their squared length; means over queries, sums over heads.
+    outputs relative to their squared length, over all heads and queries that were looked at.
     """
 
     keys: float
@@ -35,7 +35,7 @@ class Demands(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """The error that a layer may have, in the units of :class:`Demands`, and the fewest bits."""
+    """The errors that a layer may have, those of :class:`Demands` times D, and the fewest bits."""
 
     keys: float
     values: float
