@@ -10,7 +10,7 @@ import tempfile
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -128,6 +128,15 @@ def test_chat_completions_and_streams_answer(running):
     stream = running.api.chat.completions.create(messages=messages, stream=True, **settings)
     pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
     assert "".join(pieces) == chat.choices[0].message.content
+
+
+def test_64_clients_may_connect_at_once(running):
+    with ExitStack() as waiting:
+        host, port = running.api.base_url.host, running.api.base_url.port
+        os.kill(running.process.pid, signal.SIGSTOP)  # so that nothing is accepted
+        waiting.callback(os.kill, running.process.pid, signal.SIGCONT)
+        for _ in range(64):
+            waiting.enter_context(socket.create_connection((host, port), timeout=0.5))
 
 
 def test_200_requests_of_16_clients_get_the_answers_of_one_at_a_time(running):

@@ -7,11 +7,16 @@ from typing import Any
 
 
 @contextmanager
-def replaced(module: ModuleType, **replacements: Any) -> Iterator[None]:
-    """Give names of ``module`` other values for the time of a ``with`` block."""
-    originals = {name: getattr(module, name) for name in replacements}
-    vars(module).update(replacements)
+def replaced(owner: ModuleType | type, **replacements: Any) -> Iterator[None]:
+    """Give names of a module or class other values for the time of a ``with`` block."""
+    originals = {name: getattr(owner, name) for name in replacements}
+    _set(owner, replacements)
     try:
         yield
     finally:
-        vars(module).update(originals)
+        _set(owner, originals)
+
+
+def _set(owner: ModuleType | type, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(owner, name, value)

@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import Callable
 from functools import partial
+from http.server import ThreadingHTTPServer
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,7 @@ from .options import add_cache_options, cache_settings, warn_without_effect
 from .replaced import replaced
 
 _mlx_lm_server = importlib.import_module("mlx_lm.server")
+_WAITING_CONNECTIONS = 128
 
 
 def main(arguments: list[str]) -> None:
@@ -30,12 +32,16 @@ def main(arguments: list[str]) -> None:
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     run = _Run(arguments)
-    with replaced(
-        _mlx_lm_server,
-        argparse=SimpleNamespace(ArgumentParser=run.parser),
-        load=run.loader(load),
-        sharded_load=run.loader(sharded_load),
-        LRUPromptCache=run.prompt_caches,
+    with (
+        # Python's five would turn away clients that connect at once.
+        replaced(ThreadingHTTPServer, request_queue_size=_WAITING_CONNECTIONS),
+        replaced(
+            _mlx_lm_server,
+            argparse=SimpleNamespace(ArgumentParser=run.parser),
+            load=run.loader(load),
+            sharded_load=run.loader(sharded_load),
+            LRUPromptCache=run.prompt_caches,
+        ),
     ):
         _mlx_lm_server.main()
     # MLX's threads of the streams of a thread that has ended abort the end of the interpreter.
