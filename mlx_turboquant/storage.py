@@ -138,8 +138,15 @@ class PackedTokens:
 
     def rotated_values(self) -> mx.array:
         """The tokens without the mean, before the inverse rotation: float32 (B, H, count, dim)."""
-        packed = kernels.token_major(self.codes, self.scales, self.count, self.interleaved)
-        return self.quantizer.rotated_values(packed)
+        return self.quantizer.rotated_values(self._token_major())
+
+    def rotated_levels(self) -> tuple[mx.array, mx.array]:
+        """:meth:`rotated_values` as float32 levels (B, H, count, dim) and scales (B, H, count)."""
+        packed = self._token_major()
+        return self.quantizer.rotated_levels(packed), packed.scales
+
+    def _token_major(self) -> QuantizedVectors:
+        return kernels.token_major(self.codes, self.scales, self.count, self.interleaved)
 
     def dense(self, dtype: mx.Dtype) -> mx.array:
         """The reconstructed tokens (B, H, count, dim)."""
