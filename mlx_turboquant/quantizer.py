@@ -87,6 +87,9 @@ class TurboQuantizer:
         self.rotation = Rotation(dim, rotation, seed)
         self.levels, self.thresholds = _codebook_arrays(dim, bits)
 
+    def __deepcopy__(self, memo: dict) -> "TurboQuantizer":
+        return self  # it never changes, and what was found out about it is kept by its identity
+
     def quantize(self, x: mx.array) -> QuantizedVectors:
         """Pack vectors (..., dim) of float16, bfloat16 or float32.
 
