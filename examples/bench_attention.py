@@ -80,7 +80,7 @@ def compressed_arm(keys, values, scale, key_bits, value_bits) -> Arm:
         mx.eval([(store.codes, store.scales) for store in packed])
     exact = [mx.concatenate([x[:, :, :4], x[:, :, last:]], axis=2) for x in (keys, values)]
     mx.eval(exact)
-    tokens = CachedTokens(*packed, *exact, exact_count=132, sink_count=4)
+    tokens = CachedTokens(*packed, *exact, exact_count=132, sink_count=4, recent_start=4)
     nbytes = sum(x.nbytes for x in exact) + sum(x.nbytes for store in packed for x in store.used())
     return Arm(lambda queries: decode_attention(queries, tokens, scale), nbytes)
 

@@ -1,7 +1,8 @@
 """Attention over the tokens of a compressed cache: the kernels, and plain MLX to check them."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -25,7 +26,7 @@ class Extent(NamedTuple):
     recent_start: int
 
 
-@dataclass
+@dataclass(slots=True)
 class CachedTokens:
     """The tokens that one attention call sees, in order: sinks, packed tokens, recent tokens.
 
@@ -33,8 +34,8 @@ class CachedTokens:
     the ``sink_count`` sinks, and from ``recent_start`` to ``exact_count`` the recent tokens.
 
     Sequences of different length share these buffers and end at the same ``exact_count``.
-    ``extents`` has one entry for all or one for each; a column that a sequence has no token in
-    belongs to none.
+    ``extents`` has then one entry for each; a column that a sequence has no token in belongs to
+    none.
     """
 
     keys: PackedTokens
@@ -43,14 +44,8 @@ class CachedTokens:
     exact_values: mx.array
     exact_count: int
     sink_count: int
-    recent_start: int | None = None
+    recent_start: int
     extents: tuple[Extent, ...] = ()
-
-    def __post_init__(self):
-        if self.recent_start is None:
-            self.recent_start = self.sink_count
-        if not self.extents:
-            self.extents = (Extent(self.keys.count, self.sink_count, self.recent_start),)
 
     @property
     def count(self) -> int:
@@ -137,17 +132,24 @@ def decode_attention(
         ValueError: shapes that do not fit each other, or counts beyond the buffers.
     """
     _check_shapes(queries, tokens)
-    dim = max(queries.shape[-1], tokens.exact_values.shape[-1])
-    if kernels.supports("decode_attention", dim, _MAX_KERNEL_DIM):
-        configuration = (
-            *(tokens.keys.quantizer, tokens.values.quantizer, queries.dtype),
-            *(tokens.exact_keys.dtype, queries.shape[1] // tokens.exact_keys.shape[1]),
-            *(queries.shape[2], kernels.mask_kind(mask), sinks is not None),
-            tokens.values is tokens.keys,
-        )
-        if kernels.agrees(check_decode_attention, *configuration):
-            return kernels.launch_decode_attention(queries, tokens, scale, mask, sinks)
-    return reference_decode_attention(queries, tokens, scale, mask, sinks)
+    configuration = kernels.attention_configuration(queries, tokens, mask, sinks)
+    plan = _checked_plan(kernels.backend(), scale, configuration)
+    if plan is None:
+        return reference_decode_attention(queries, tokens, scale, mask, sinks)
+    return kernels.launch_decode_attention(plan, queries, tokens, mask, sinks)
+
+
+@cache
+def _checked_plan(
+    target: str, scale: float, configuration: kernels.AttentionConfiguration
+) -> kernels.AttentionPlan | None:
+    """The kernels of a configuration, unless there are none or they are wrong."""
+    dim = max(configuration.keys.dim, configuration.values.dim)
+    if target == "reference" or not kernels.supports("decode_attention", dim, _MAX_KERNEL_DIM):
+        return None
+    if not kernels.agrees(check_decode_attention, *configuration):
+        return None
+    return kernels.attention_plan(target, scale, configuration)
 
 
 def reference_decode_attention(queries, tokens, scale, mask=None, sinks=None) -> mx.array:
@@ -187,41 +189,30 @@ def reference_decode_attention(queries, tokens, scale, mask=None, sinks=None) ->
     return output.reshape(batch, query_heads, rows, -1).astype(queries.dtype)
 
 
-def check_decode_attention(
-    key_quantizer: TurboQuantizer,
-    value_quantizer: TurboQuantizer,
-    dtype: mx.Dtype,
-    exact_dtype: mx.Dtype,
-    group: int,
-    rows: int,
-    mask_kind: str,
-    with_sinks: bool,
-    shared: bool,
-) -> kernels.Agreement:
+def check_decode_attention(*configuration: Any) -> kernels.Agreement:
     """Compare the kernels of one configuration with plain MLX on 90 tokens.
 
-    With ``shared``, the keys are the values as well.
+    Takes the fields of an :class:`.kernels.AttentionConfiguration`.
     """
-    quantizers = [key_quantizer] if shared else [key_quantizer, value_quantizer]
-    tokens = _random_tokens([exact_dtype] * 2, quantizers)
-    query_heads = group * tokens.exact_keys.shape[1]
-    shape = (1, query_heads, rows, tokens.count)
+    wanted = kernels.AttentionConfiguration(*configuration)
+    kinds = 1 if wanted.shared else 2
+    dtypes = (wanted.key_dtype, wanted.value_dtype)[:kinds]
+    tokens = _random_tokens(dtypes, (wanted.keys, wanted.values)[:kinds])
+    query_heads = wanted.group * tokens.exact_keys.shape[1]
+    shape = (1, query_heads, wanted.rows, tokens.count)
     masks = {
         "none": None,
         "causal": "causal",
         "boolean": _random(shape, 4) > -1,
         "additive": _random(shape, 4),
     }
-    arguments = (
-        _random((1, query_heads, rows, key_quantizer.dim), 5, dtype),
-        tokens,
-        key_quantizer.dim**-0.5,
-        masks[mask_kind],
-        _random((query_heads,), 6) if with_sinks else None,
-    )
-    output = kernels.launch_decode_attention(*arguments)
-    expected = reference_decode_attention(*arguments)
-    return kernels.compare(output, expected, dtype, HALF_ARITHMETIC)
+    queries = _random((*shape[:3], wanted.keys.dim), 5, wanted.query_dtype)
+    scale, mask = wanted.keys.dim**-0.5, masks[wanted.mask_kind]
+    sinks = _random((query_heads,), 6) if wanted.sinks else None
+    plan = kernels.attention_plan(kernels.backend(), scale, wanted)
+    output = kernels.launch_decode_attention(plan, queries, tokens, mask, sinks)
+    expected = reference_decode_attention(queries, tokens, scale, mask, sinks)
+    return kernels.compare(output, expected, wanted.query_dtype, HALF_ARITHMETIC)
 
 
 def check_dequantize(*configuration: mx.Dtype | TurboQuantizer) -> kernels.Agreement:
@@ -246,7 +237,7 @@ def _random_tokens(dtypes, quantizers, mean: float = 0.0) -> CachedTokens:
         store.append(_random((1, 2, 70, quantizer.dim), i) + mean)
         packed.append(store)
         exact.append(_random((1, 2, 24, quantizer.dim), 2 + i, dtype))
-    return CachedTokens(packed[0], packed[-1], exact[0], exact[-1], 20, sink_count=4)
+    return CachedTokens(packed[0], packed[-1], exact[0], exact[-1], 20, 4, 4)
 
 
 def _random(shape: tuple[int, ...], seed: int, dtype: mx.Dtype = mx.float32) -> mx.array:

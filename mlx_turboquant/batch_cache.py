@@ -249,10 +249,10 @@ class BatchTurboQuantKVCache:
         )
 
     def _extents(self, end: int, recent: list[int]) -> tuple[Extent, ...]:
-        """One for each sequence, or one for all."""
+        """One for each sequence, or none where they are all the same."""
         parts = zip(self._packed[0].counts, self._sinks, recent)
         extents = tuple(Extent(packed, sinks, end - count) for packed, sinks, count in parts)
-        return extents if len(set(extents)) > 1 else extents[:1]
+        return extents if len(set(extents)) > 1 else ()
 
     def _pack(self, exact: list[mx.array], ends: list[int]) -> None:
         """Quantize what leaves the windows; sequence b ends at ``ends[b]`` of the exact tokens."""
@@ -286,12 +286,14 @@ class BatchTurboQuantKVCache:
         """The mask for n new tokens: boolean (B, 1, n, columns) unless all lengths are the same."""
         end, recent = self._end + n, [count + n for count in self._recent]
         extents = self._extents(end, recent)
-        if len(extents) == 1 and window_size is None and (n == 1 or not return_array):
+        if not extents and window_size is None and (n == 1 or not return_array):
             return None if n == 1 else "causal"
         queries = mx.array(self.lengths)[:, None] + mx.arange(n)
         distance = queries[:, None, :, None] - self._columns(n)[:, None, None]
-        columns = (max(self._sinks), self._packed[0].count, end - max(recent), end)
-        mask = visible_columns(extents, *columns) & (distance >= 0)
+        mask = distance >= 0
+        if extents:
+            columns = (max(self._sinks), self._packed[0].count, end - max(recent), end)
+            mask = mask & visible_columns(extents, *columns)
         return CausalMask(mask) if window_size is None else mask & (distance < window_size)
 
     def _columns(self, n: int) -> mx.array:

@@ -127,6 +127,8 @@ class TurboQuantKVCache:
         self.model_id: int | None = None
         self._fetched: Fetched | None = None
         self._views: list[PackedTokens] | None = None
+        # New tokens that need neither a larger buffer nor the next block to be packed.
+        self._room = 0
         if max_size is not None:
             most = min(max_size, _LARGEST) - sink_tokens - window - BLOCK - MAX_DECODE_ROWS
             if most < CAPACITY_UNIT:
@@ -190,7 +192,7 @@ class TurboQuantKVCache:
     @property
     def exact_tokens(self) -> int:
         """Tokens that are held in the model's dtype: sinks and recent ones."""
-        return self.size() - self.packed_tokens
+        return self.offset - self.forgotten - self._packed[0].count
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Fetched:
         """Append keys (B, H, n, dim) and values (B, H, n, value_dim) and return all tokens.
@@ -214,7 +216,8 @@ class TurboQuantKVCache:
             self.limits, self._waiting = None, False
         few = new[0].shape[2] <= MAX_DECODE_ROWS
         tokens = self._append_few(new) if few else self._append_many(new)
-        self._waiting = self.undecided and self._leaving() > 0
+        if self.limits is not None:
+            self._waiting = self.undecided and self._leaving() > 0
         return tokens
 
     @property
@@ -239,13 +242,16 @@ class TurboQuantKVCache:
 
     def _append_few(self, new: list[mx.array]) -> CachedTokens:
         """Write into the exact buffers in place, after making room there."""
-        if not self._exact:
-            self._exact = [self._buffer(x[:, :, :0]) for x in new]
-        self._make_room(new[0].shape[2])
-        start, stop = self.exact_tokens, self.exact_tokens + new[0].shape[2]
+        count = new[0].shape[2]
+        if count > self._room:
+            if not self._exact:
+                self._keep([x[:, :, :0] for x in new])
+            self._make_room(count)
+        start = self.exact_tokens
         for buffer, x in zip(self._exact, new):
-            buffer[:, :, start:stop] = x
-        self.offset += new[0].shape[2]
+            buffer[:, :, start : start + count] = x
+        self._room -= count
+        self.offset += count
         return self._tokens(self._exact)
 
     def _make_room(self, count: int) -> None:
@@ -253,6 +259,11 @@ class TurboQuantKVCache:
         leaving, held = 0 if self.undecided else self._leaving(), self.exact_tokens
         if leaving or held + count > self._exact[0].shape[2]:
             self._keep(self._quantize_oldest([x[:, :, :held] for x in self._exact], leaving))
+        self._room = self._exact[0].shape[2] - self.exact_tokens
+        if not self.undecided:
+            past = self.size() - self.sink_tokens - self.window
+            until_block = (self.packed_tokens // BLOCK + 1) * BLOCK - past
+            self._room = min(self._room, max(until_block, count))
 
     def _append_many(self, new: list[mx.array]) -> CachedTokens:
         """Quantize what leaves the window at once: a long chunk never enters the exact buffers."""
@@ -274,7 +285,7 @@ class TurboQuantKVCache:
             self._views = [store.view() for store in self._packed]
         keys, values = self._views[0], self._views[-1]
         sinks = min(count, self.sink_tokens)
-        return CachedTokens(keys, values, exact[0], exact[-1], count, sinks)
+        return CachedTokens(keys, values, exact[0], exact[-1], count, sinks, sinks)
 
     def _leaving(self) -> int:
         counts = self.packed_tokens, self.exact_tokens
@@ -293,6 +304,7 @@ class TurboQuantKVCache:
 
     def _keep(self, exact: list[mx.array]) -> None:
         self._exact = [self._buffer(x) for x in exact]
+        self._room = 0
 
     def _buffer(self, tokens: mx.array) -> mx.array:
         """The exact tokens with free space behind them, up to what the window can ever need."""
@@ -309,7 +321,7 @@ class TurboQuantKVCache:
         packed = min(max(n - recent, 0), self.packed_tokens)
         for store in self._packed:
             store.count -= packed
-        self._views = None
+        self._views, self._room = None, 0
         self.offset -= n
         return n
 
@@ -442,7 +454,8 @@ def fetch(tokens: CachedTokens, new: int = 0, model_id: int | None = None) -> Fe
     They are arrays, for any other attention, unless ``new`` is one token of a fused model.
     """
     if new == 1 and model_id in fused_models and tokens.keys.count:
-        return tuple(CompressedTokens(tokens, kind) for kind in range(len(tokens.kinds)))
+        keys = CompressedTokens(tokens, 0)
+        return (keys,) if tokens.values is tokens.keys else (keys, CompressedTokens(tokens, 1))
     arrays = tuple(map(CompressedArray, tokens.dense()))
     for array in arrays:
         array.tokens = tokens

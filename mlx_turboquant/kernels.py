@@ -254,91 +254,131 @@ def _launch_inner_product(queries, packed, quantizer) -> mx.array:
     )[0]
 
 
-class _AttentionPlan(NamedTuple):
+class AttentionPlan(NamedTuple):
     """What the launches of one configuration have in common: the host makes it once."""
 
     attend: Callable[..., list[mx.array]]
     combine: Callable[..., list[mx.array]]
     constants: mx.array
     rotation: mx.array
+    value_dim: int
+    group_rows: int
     tile: int
     combine_simds: int
 
 
-@cache
-def _attention_plan(
-    target: str,
-    keys: TurboQuantizer,
-    values: TurboQuantizer,
-    group_rows: int,
-    scale: float,
-    dtypes: tuple[mx.Dtype, mx.Dtype, mx.Dtype],
-    mask_kind: str,
-    sinks: bool,
-    shared: bool,
-) -> _AttentionPlan:
-    dim, value_dim = keys.dim, values.dim
-    order, power = _rotation_order(keys)
-    value_order, value_power = _rotation_order(values)
-    tile = _rows_per_threadgroup(group_rows, max(dim, value_dim))
-    simds = min(8, _THREADGROUP_BYTES // (16 * value_dim))
-    attend: dict[str, Constant] = {"DIM": dim, "VALUE_DIM": value_dim, "ORDER": order}
-    attend |= {"POWER": power, "KEY_BITS": keys.bits, "VALUE_BITS": values.bits}
-    attend |= {"VALUE_STRIDE": BLOCK if shared else 1, "ROWS": tile, "SIMDS": _SIMDS}
-    attend |= {"MASK": MASK_KINDS.index(mask_kind)}
-    attend |= dict(zip(("QUERY_T", "KEY_T", "VALUE_T"), dtypes))
-    combine: dict[str, Constant] = {"T": dtypes[0], "SINKS": sinks, "DIM": value_dim}
-    combine |= {"ORDER": value_order, "POWER": value_power, "SIMDS": simds}
-    return _AttentionPlan(
-        _kernel("decode_attention", _ATTENTION_INPUTS, ("partial",), attend),
-        _kernel("combine", _COMBINE_INPUTS, ("out",), combine),
-        *(_attention_constants(keys, values, scale), _rotation_constants(values), tile, simds),
+class AttentionConfiguration(NamedTuple):
+    """All that decides which kernels an attention needs, besides the machine and the scale."""
+
+    keys: TurboQuantizer
+    values: TurboQuantizer
+    query_dtype: mx.Dtype
+    key_dtype: mx.Dtype
+    value_dtype: mx.Dtype
+    group: int
+    rows: int
+    mask_kind: str
+    sinks: bool
+    shared: bool
+
+
+def attention_configuration(queries, tokens, mask, sinks) -> AttentionConfiguration:
+    """That of :func:`.attention.decode_attention` with these arguments."""
+    _, query_heads, rows, _ = queries.shape
+    keys, values, exact_keys = tokens.keys, tokens.values, tokens.exact_keys
+    return AttentionConfiguration(
+        *(keys.quantizer, values.quantizer, queries.dtype, exact_keys.dtype),
+        *(tokens.exact_values.dtype, query_heads // exact_keys.shape[1], rows),
+        *(mask_kind(mask), sinks is not None, values is keys),
     )
 
 
-def launch_decode_attention(queries, tokens, scale, mask, sinks) -> mx.array:
+@cache
+def attention_plan(target: str, scale: float, wanted: AttentionConfiguration) -> AttentionPlan:
+    """The kernels for a configuration on the backend ``target``."""
+    dim, value_dim = wanted.keys.dim, wanted.values.dim
+    order, power = _rotation_order(wanted.keys)
+    value_order, value_power = _rotation_order(wanted.values)
+    group_rows = wanted.group * wanted.rows
+    tile = _rows_per_threadgroup(group_rows, max(dim, value_dim))
+    simds = min(8, _THREADGROUP_BYTES // (16 * value_dim))
+    types = {"QUERY_T": wanted.query_dtype, "KEY_T": wanted.key_dtype}
+    attend: dict[str, Constant] = {**types, "VALUE_T": wanted.value_dtype}
+    attend |= {"DIM": dim, "VALUE_DIM": value_dim, "ORDER": order, "POWER": power}
+    attend |= {"KEY_BITS": wanted.keys.bits, "VALUE_BITS": wanted.values.bits}
+    attend |= {"VALUE_STRIDE": BLOCK if wanted.shared else 1, "ROWS": tile, "SIMDS": _SIMDS}
+    attend |= {"MASK": MASK_KINDS.index(wanted.mask_kind)}
+    combine: dict[str, Constant] = {"T": wanted.query_dtype, "SINKS": wanted.sinks}
+    combine |= {"DIM": value_dim, "ORDER": value_order, "POWER": value_power, "SIMDS": simds}
+    return AttentionPlan(
+        _kernel("decode_attention", _ATTENTION_INPUTS, ("partial",), attend),
+        _kernel("combine", _COMBINE_INPUTS, ("out",), combine),
+        _attention_constants(wanted.keys, wanted.values, scale),
+        _rotation_constants(wanted.values),
+        *(value_dim, group_rows, tile, simds),
+    )
+
+
+def launch_decode_attention(plan: AttentionPlan, queries, tokens, mask, sinks) -> mx.array:
     """Two launches for :func:`.attention.decode_attention`, with its arguments."""
     batch, query_heads, rows, _ = queries.shape
     keys, values = tokens.keys, tokens.values
-    heads, value_dim = tokens.exact_keys.shape[1], values.quantizer.dim
-    group_rows = query_heads // heads * rows
-    dtypes = queries.dtype, tokens.exact_keys.dtype, tokens.exact_values.dtype
-    plan = _attention_plan(
-        *(backend(), keys.quantizer, values.quantizer, group_rows, scale, dtypes),
-        *(mask_kind(mask), sinks is not None, values is keys),
+    heads = query_heads * rows // plan.group_rows
+    strides = ()
+    if mask is None or isinstance(mask, str):
+        mask = plan.constants  # which is not read
+    else:
+        mask, strides = _mask_arguments(mask, (batch, query_heads, rows, tokens.count))
+    tiles = -(-plan.group_rows // plan.tile)
+    splits, sizes, combine_sizes = _attention_sizes(
+        *(keys.count, tokens.exact_count, tokens.sink_count, tokens.recent_start, tokens.extents),
+        *(strides, batch * heads * tiles, plan.group_rows, rows, query_heads),
     )
-    mask, mask_strides = _mask_arguments(mask, (batch, query_heads, rows, tokens.count))
-    tiles = -(-group_rows // plan.tile)
-    packed_splits, exact_splits = _splits(keys.count, tokens.exact_count, batch * heads * tiles)
-    splits = packed_splits + exact_splits
     count = batch * query_heads * rows
-    sizes = (
-        *(tokens.exact_count, splits, packed_splits, tokens.sink_count),
-        *(tokens.sink_count + keys.count - tokens.recent_start, *mask_strides),
-        *itertools.chain(*tokens.extents),
-    )
     (partial,) = plan.attend(
         inputs=[
             *(queries, keys.codes, keys.scales, keys.mean, values.codes, values.scales),
-            *(tokens.exact_keys, tokens.exact_values, plan.constants),
-            *(plan.constants if mask is None else mask, _sizes(*sizes)),
+            *(tokens.exact_keys, tokens.exact_values, plan.constants, mask, sizes),
         ],
         grid=(batch * heads * 32 * _SIMDS, splits, tiles),
         threadgroup=(32 * _SIMDS, 1, 1),
-        output_shapes=[(count, splits, value_dim + 2)],
+        output_shapes=[(count, splits, plan.value_dim + 2)],
         output_dtypes=[mx.float32],
     )
+    threads = 32 * plan.combine_simds
+    logits = values.mean if sinks is None else sinks.astype(mx.float32)
     return plan.combine(
-        inputs=[
-            *(partial, values.mean, plan.rotation),
-            values.mean if sinks is None else sinks.astype(mx.float32),
-            _sizes(packed_splits, group_rows, rows, query_heads),
-        ],
-        grid=(count * 32 * plan.combine_simds, 1, 1),
-        threadgroup=(32 * plan.combine_simds, 1, 1),
-        output_shapes=[(batch, query_heads, rows, value_dim)],
+        inputs=[partial, values.mean, plan.rotation, logits, combine_sizes],
+        grid=(count * threads, 1, 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[(batch, query_heads, rows, plan.value_dim)],
         output_dtypes=[queries.dtype],
     )[0]
+
+
+@lru_cache(maxsize=64)
+def _attention_sizes(
+    packed_count: int,
+    exact_count: int,
+    sink_count: int,
+    recent_start: int,
+    extents: tuple[tuple[int, int, int], ...],
+    mask_strides: tuple[int, ...],
+    tiles: int,
+    *combine_sizes: int,
+) -> tuple[int, mx.array, mx.array]:
+    """The number of splits, and the sizes of decode_attention.metal and of combine.metal.
+
+    The same for all layers of a step; ``tiles`` are the threadgroups of a split.
+    """
+    packed_splits, exact_splits = _splits(packed_count, exact_count, tiles)
+    splits = packed_splits + exact_splits
+    sizes = _sizes(
+        *(exact_count, splits, packed_splits, sink_count),
+        *(sink_count + packed_count - recent_start, *(mask_strides or (0, 0, 0))),
+        *itertools.chain(*(extents or [(packed_count, sink_count, recent_start)])),
+    )
+    return splits, sizes, _sizes(packed_splits, *combine_sizes)
 
 
 def _splits(packed_count: int, exact_count: int, heads: int) -> tuple[int, int]:
@@ -368,10 +408,8 @@ def mask_kind(mask: None | str | mx.array) -> str:
     return "boolean" if mask.dtype == mx.bool_ else "additive"
 
 
-def _mask_arguments(mask, shape) -> tuple[mx.array | None, tuple[int, int, int]]:
+def _mask_arguments(mask: mx.array, shape) -> tuple[mx.array, tuple[int, ...]]:
     """The mask of decode_attention.metal, and its strides of sequence, query head and row."""
-    if mask is None or isinstance(mask, str):
-        return None, (0, 0, 0)
     mask = mask.reshape(*(1,) * (4 - mask.ndim), *mask.shape)
     if any(size not in (1, full) for size, full in zip(mask.shape, shape)):
         raise ValueError(f"A mask of shape {mask.shape} does not fit scores of shape {shape}.")

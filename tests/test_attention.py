@@ -20,7 +20,7 @@ def cached_tokens(heads=2, dim=64, value_dim=64, dtype=mx.float32, mean=0.0) -> 
     values.append(random((BATCH, heads, PACKED, value_dim), 2) + mean)
     # Free space behind the exact tokens holds values that must not be read.
     exact = [random((BATCH, heads, 40, d), d, dtype) for d in (dim, value_dim)]
-    return CachedTokens(keys, values, *exact, exact_count=SINKS + RECENT, sink_count=SINKS)
+    return CachedTokens(keys, values, *exact, SINKS + RECENT, SINKS, recent_start=SINKS)
 
 
 def dense_attention(queries, tokens, scale, mask=None, sinks=None) -> mx.array:

@@ -65,9 +65,10 @@ def kernels_run(monkeypatch):
 
 def forget_kernels() -> None:
     kernels.force_backend(None)
-    for remembered in (kernels._built_kernel, kernels._attention_plan, kernels._agrees):
+    for remembered in (kernels._built_kernel, kernels.attention_plan, kernels._agrees):
         remembered.cache_clear()
     kernels._machine_backend.cache_clear()
+    attention._checked_plan.cache_clear()
 
 
 def names_of(launches) -> list[str]:
@@ -239,7 +240,7 @@ def cached_tokens(
     values.append(normal((2, 2, packed, value_dim), 2) + mean)
     kernels.force_backend(None)
     exact = [normal((2, 2, 24, width), width, dtype) for width in (dim, value_dim)]
-    return CachedTokens(keys, values, *exact, exact_count=15, sink_count=4)
+    return CachedTokens(keys, values, *exact, exact_count=15, sink_count=4, recent_start=4)
 
 
 def attention_arguments(tokens, group, rows, dtype, mask="none", sinks=False):
@@ -259,8 +260,14 @@ def attention_arguments(tokens, group, rows, dtype, mask="none", sinks=False):
     return queries, tokens, queries.shape[-1] ** -0.5, masks[mask], logits
 
 
+def launched_attention(queries, tokens, scale, mask, sinks) -> mx.array:
+    configuration = kernels.attention_configuration(queries, tokens, mask, sinks)
+    plan = kernels.attention_plan(kernels.backend(), scale, configuration)
+    return kernels.launch_decode_attention(plan, queries, tokens, mask, sinks)
+
+
 def assert_attention_agrees(*arguments) -> None:
-    output = kernels.launch_decode_attention(*arguments)
+    output = launched_attention(*arguments)
     expected = attention.reference_decode_attention(*arguments)
     agreement = kernels.compare(output, expected, arguments[0].dtype, attention.HALF_ARITHMETIC)
     assert agreement.holds, agreement
@@ -313,14 +320,14 @@ def test_attention_reads_queries_and_exact_tokens_of_different_types():
 
 def test_attention_is_two_launches_with_whole_buffers(kernels_run):
     tokens = cached_tokens()
-    kernels.launch_decode_attention(*attention_arguments(tokens, 2, 1, mx.float32))
+    launched_attention(*attention_arguments(tokens, 2, 1, mx.float32))
     if ON_EXECUTOR:
         assert names_of(kernels_run) == ["decode_attention", "combine"]
         inputs = kernels_run[0][1]["inputs"]
         assert any(array is tokens.keys.codes for array in inputs)
         assert any(array is tokens.values.codes for array in inputs)
         tokens.exact_count += 1  # the number of tokens is data: the kernels are the same
-        kernels.launch_decode_attention(*attention_arguments(tokens, 2, 1, mx.float32))
+        launched_attention(*attention_arguments(tokens, 2, 1, mx.float32))
         assert [kernel for kernel, _ in kernels_run[2:]] == [
             kernel for kernel, _ in kernels_run[:2]
         ]
@@ -339,7 +346,7 @@ def test_the_text_is_what_metal_accepts(kernels_run, dim, bits, dtype):
     tokens = cached_tokens(dim, dim, bits, bits, dtype)
     for mask in ("none", "boolean", "additive"):
         arguments = attention_arguments(tokens, 2, 1, dtype, mask, mask == "none")
-        kernels.launch_decode_attention(*arguments)
+        launched_attention(*arguments)
     for kernel, call in kernels_run:
         assert metal_on_linux.check(kernel, **call) == []
 
@@ -349,10 +356,10 @@ def test_the_text_is_what_metal_accepts(kernels_run, dim, bits, dtype):
 def test_results_do_not_depend_on_the_order_of_threads(kernels_run, order):
     tokens = cached_tokens(128, 128, packed=300)
     arguments = attention_arguments(tokens, 4, 2, mx.float32)
-    expected = kernels.launch_decode_attention(*arguments)
+    expected = launched_attention(*arguments)
     for kernel, _ in list(kernels_run):
         kernel.order = order
-    assert mx.array_equal(kernels.launch_decode_attention(*arguments), expected)
+    assert mx.array_equal(launched_attention(*arguments), expected)
 
 
 def test_a_cache_uses_the_kernels_it_has_checked(kernels_run):
@@ -466,7 +473,7 @@ def test_a_mask_that_does_not_fit_is_refused():
     tokens = cached_tokens()
     queries, _, scale, _, _ = attention_arguments(tokens, 2, 1, mx.float32)
     with pytest.raises(ValueError, match="does not fit scores"):
-        kernels.launch_decode_attention(queries, tokens, scale, mx.zeros((1, 1, 1, 7)), None)
+        launched_attention(queries, tokens, scale, mx.zeros((1, 1, 1, 7)), None)
 
 
 @pytest.mark.skipif(not ON_EXECUTOR, reason="for a machine without a GPU")
