@@ -34,18 +34,18 @@ if (row < long(key_scales_shape[0]) * key_scales_shape[1]) {
   const bool packed = token >= sizes[0] && token < sizes[0] + sizes[1];
   const int from = token < sizes[0] ? token : token - sizes[0] - (packed ? 0 : sizes[1] - sizes[2]);
   const long exact_at = row * exact_keys_shape[2] + from;
-  threadgroup float* own = scratch + group * LONGER;
   if (threadgroup_position_in_grid.y == 0) {
     const long capacity = key_scales_shape[2];
     restore_vector<DIM, KEY_BITS, ORDER, POWER, 32>(
         key_codes + row * capacity * vector_words<DIM, KEY_BITS>(), key_scales + row * capacity,
         key_mean + row * DIM, key_constants, exact_keys + exact_at * DIM, packed, from,
-        keys + vector * DIM, own, lane);
+        keys + vector * DIM, scratch + group * LONGER, lane);
   } else {
     const long capacity = value_scales_shape[2];
     restore_vector<VALUE_DIM, VALUE_BITS, VALUE_ORDER, VALUE_POWER, 1>(
         value_codes + row * capacity * vector_words<VALUE_DIM, VALUE_BITS>(),
         value_scales + row * capacity, value_mean + row * VALUE_DIM, value_constants,
-        exact_values + exact_at * VALUE_DIM, packed, from, values + vector * VALUE_DIM, own, lane);
+        exact_values + exact_at * VALUE_DIM, packed, from, values + vector * VALUE_DIM,
+        scratch + group * LONGER, lane);
   }
 }

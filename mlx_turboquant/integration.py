@@ -380,8 +380,8 @@ _needs_arrays: dict[int, bool] = {}
 def _raises_without_arrays(model: nn.Module) -> bool:
     """Whether anything but hooked attention uses the keys and values of one new token.
 
-    Tried on a token after a packed block, lazily: nothing of the model is evaluated. What is not
-    an array raises when it is used as one.
+    Tried on a token after a packed block, read in steps that are not evaluated: nothing of the
+    model is. What is not an array raises when it is used as one.
     """
     caches = plain_caches(model)
     settings = {"window": 0, "sink_tokens": 0}
@@ -389,7 +389,8 @@ def _raises_without_arrays(model: nn.Module) -> bool:
     cache = _compressed(model, caches, [(4, 4)] * count, [None] * count, settings)
     for layer in _compressed_layers(cache):
         layer.model_id = id(model)
-    model(mx.zeros((1, BLOCK), mx.int32), cache=cache)
+    for _ in range(BLOCK // MAX_DECODE_ROWS):
+        model(mx.zeros((1, MAX_DECODE_ROWS), mx.int32), cache=cache)
     fused_models.add(id(model))
     try:
         model(mx.zeros((1, 1), mx.int32), cache=cache)
