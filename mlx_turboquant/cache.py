@@ -164,7 +164,7 @@ class TurboQuantKVCache:
         The new tokens and all that were exact before the call are seen exactly by its queries.
         """
         tokens = self._append([keys, values])
-        fetched = compressed_array(tokens), compressed_array(tokens, 1)
+        fetched = self._fetch(tokens)
         self._fetched = fetched if self.shared else None
         return fetched
 
@@ -172,7 +172,9 @@ class TurboQuantKVCache:
         """What the last :meth:`update_and_fetch` returned, for layers without keys of their own."""
         if self._fetched is not None:
             return self._fetched
-        tokens = self._tokens(self._exact)
+        return self._fetch(self._tokens(self._exact))
+
+    def _fetch(self, tokens: CachedTokens) -> tuple[CompressedArray, CompressedArray]:
         return compressed_array(tokens), compressed_array(tokens, 1)
 
     def _append(self, new: list[mx.array]) -> CachedTokens:
@@ -250,9 +252,12 @@ class TurboQuantKVCache:
             return exact
         start, stop = self.sink_tokens, self.sink_tokens + leaving
         before = self.packed_tokens
-        append_all(self._packed, [x[:, :, start:stop] for x in exact])
+        self._pack([x[:, :, start:stop] for x in exact])
         self.forgotten += before + leaving - self.packed_tokens
         return [mx.concatenate([x[:, :, :start], x[:, :, stop:]], axis=2) for x in exact]
+
+    def _pack(self, arrays: list[mx.array]) -> None:
+        append_all(self._packed, arrays)
 
     def _keep(self, exact: list[mx.array]) -> None:
         self._exact = [self._buffer(x) for x in exact]

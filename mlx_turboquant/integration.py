@@ -14,6 +14,7 @@ from .cache import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW, CompressedArray, TurboQu
 from .codebook import MAX_BITS, check_bits
 from .kernels import BLOCK
 from .latent_cache import TurboQuantLatentCache
+from .method_cache import MethodKVCache, check_codec
 from .protection import Limits, relative_error, single_precision
 
 # Bits of keys and values, of which keys need more; the last eighth of the layers has one more of
@@ -75,6 +76,7 @@ def make_prompt_cache(
     max_size: int | None = None,
     seed: int = 0,
     backend: str | None = None,
+    codec: str | None = None,
 ) -> list[Any]:
     """A compressed ``prompt_cache`` for mlx-lm: one cache per layer of ``model``.
 
@@ -99,6 +101,9 @@ def make_prompt_cache(
         seed: Of the random rotation.
         backend: "metal", "cuda" or "reference" (plain MLX operations), for the whole process; None
             leaves the choice to ``MLX_TURBOQUANT_BACKEND`` and the machine.
+        codec: One of :data:`.methods.METHODS` in place of ours, or two for keys and values, as
+            "qjl+affine". For study: all layers have the same bits, tokens are dequantized for
+            attention, and protection, limits, batches and files are not to be had.
 
     Raises:
         ValueError: a setting out of range, or no layer that could be compressed.
@@ -107,15 +112,20 @@ def make_prompt_cache(
         kernels.force_backend(backend)
     settings = {"window": window, "sink_tokens": sink_tokens, "max_size": max_size, "seed": seed}
     is_preset = bits != _AUTO and key_bits is None and value_bits is None
+    if codec is not None:
+        settings["codec"] = codec
+        is_preset = False
     split = check_settings(bits, key_bits, value_bits, protect, kl_budget, **settings)
     caches = plain_caches(model)
+    if codec is not None:
+        _check_dims(model, codec, split)
     splits = [split] * len(caches)
     if is_preset:
         splits = [_with_more(split, is_last(i, len(caches))) for i in range(len(caches))]
     limits: list[Limits | None] = [None] * len(caches)
     if bits == _AUTO:
         limits = _budget_limits(kl_budget or DEFAULT_KL_BUDGET, len(caches))
-    elif protect:
+    elif protect and codec is None:
         limits = [_preset_limits(pair) for pair in splits]
     compress = _Compression(model, settings)
     arguments = zip(caches, _layers(model, caches), splits, limits)
@@ -144,7 +154,9 @@ def check_settings(
         ValueError: arguments that are out of range or do not fit together.
     """
     split = split_bits(bits, key_bits, value_bits)
-    TurboQuantKVCache(*split, **settings)
+    if bits == _AUTO and "codec" in settings:
+        raise ValueError(f"Codec {settings['codec']} cannot choose its bits: use a number of bits.")
+    _cache_class(settings)(*split, **settings)
     if bits == _AUTO and not protect:
         raise ValueError("auto is protection: leave out the option that switches it off.")
     if kl_budget is not None and (bits != _AUTO or not kl_budget > 0):
@@ -153,6 +165,23 @@ def check_settings(
             "use a positive number of nats with auto."
         )
     return split
+
+
+def _cache_class(settings: dict[str, Any]) -> type[TurboQuantKVCache]:
+    return MethodKVCache if "codec" in settings else TurboQuantKVCache
+
+
+def _check_dims(model: nn.Module, codec: str, split: tuple[int, int]) -> None:
+    """Raise ValueError unless ``codec`` can have the keys and values of every layer.
+
+    A token is read only so far that the shapes are known: nothing is computed.
+    """
+    caches = plain_caches(model)
+    model(mx.zeros((1, 1), mx.int32), cache=caches)
+    for layer in caches:
+        for cache in getattr(layer, "caches", (layer,)):
+            if type(cache) is mlx_lm_cache.KVCache and cache.keys is not None:
+                check_codec(codec, *split, (cache.keys.shape[-1], cache.values.shape[-1]))
 
 
 def _preset_limits(split: tuple[int, int]) -> Limits:
@@ -256,10 +285,12 @@ class _Compression:
         # Multi-head latent attention, with the projections of keys and values absorbed. Prompts
         # are read with keys and values of their own, so that nothing is known of its queries.
         if any("embed_q" in module for module in modules):
+            if "codec" in self.settings:
+                raise ValueError("Latent attention has no choice of codecs: leave the codec out.")
             return TurboQuantLatentCache(max(bits), **self.settings)
         # Attention that is not hooked never shows its queries.
         limits = limits if any(_calls(module, _HOOKED_NAME) for module in modules) else None
-        compressed = TurboQuantKVCache(*bits, **self.settings, limits=limits)
+        compressed = _cache_class(self.settings)(*bits, **self.settings, limits=limits)
         compressed.shared = self.shared
         return compressed
 

@@ -12,6 +12,7 @@ import mlx_lm
 
 from .. import __version__, texts
 from ..evaluate import MLX_LM, REPLY_TOKENS, Comparison, Scores, passkey_prompt, preset
+from ..methods import METHODS
 from .loading import check_memory, model_errors, prepare_for_device
 from .options import add_exact_token_options, add_protection_options, given_settings
 
@@ -35,6 +36,8 @@ def main(arguments: list[str]) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     with model_errors(args.model):
         model, tokenizer = mlx_lm.load(args.model, lazy=True)
+    for codec in codecs:
+        codec.make_cache(model)  # refuses a model that it cannot have before weights are read
     if args.chat and not tokenizer.has_chat_template:
         raise ValueError(f"The tokenizer of {args.model} has no chat template: leave out --chat.")
     encoded = texts.encode(tokenizer, contents)
@@ -68,7 +71,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=_PRESETS,
         metavar="BITS",
-        help=f"Presets to compare, as 4, 3.5, K5V3 or auto (default: {' '.join(_PRESETS)})",
+        help=f"Presets to compare, as 4, 3.5, K5V3 or auto (default: {' '.join(_PRESETS)}); "
+        f"other codecs, as prod:4 or qjl+affine:K3V2, of {', '.join(METHODS)}",
     )
     add_protection_options(parser)
     add_exact_token_options(parser)
