@@ -38,11 +38,14 @@ _HOOKED_NAME = "scaled_dot_product_attention"
 
 
 def split_bits(
-    bits: float | str = 4, key_bits: int | None = None, value_bits: int | None = None
+    bits: float | str = 4,
+    key_bits: int | None = None,
+    value_bits: int | None = None,
+    evenly: bool = False,
 ) -> tuple[int, int]:
     """Key and value bits of a setting; ``key_bits`` and ``value_bits`` override the preset.
 
-    With "auto" they are 8, for layers that cannot choose by themselves.
+    With ``evenly``, there are no presets: keys have half a bit more at most. With "auto" they are 8, for layers that cannot choose by themselves.
 
     Raises:
         ValueError: ``bits`` is neither "auto" nor 1 to 8 in half steps, or a side is not 1 to 8.
@@ -55,7 +58,9 @@ def split_bits(
         raise ValueError(f"{bits!r} bits are not supported: use a number or {_AUTO!r}.")
     if bits not in [half / 2 for half in range(2, 17)]:
         raise ValueError(f"{bits:g} bits are not supported: use 1 to 8 in steps of a half.")
-    split = PRESETS.get(bits, (int(bits + 0.5), int(bits)))
+    split = (int(bits + 0.5), int(bits))
+    if not evenly:
+        split = PRESETS.get(bits, split)
     key_bits = split[0] if key_bits is None else key_bits
     value_bits = split[1] if value_bits is None else value_bits
     check_bits(key_bits)
@@ -102,8 +107,9 @@ def make_prompt_cache(
         backend: "metal", "cuda" or "reference" (plain MLX operations), for the whole process; None
             leaves the choice to ``MLX_TURBOQUANT_BACKEND`` and the machine.
         codec: One of :data:`.methods.METHODS` in place of ours, or two for keys and values, as
-            "qjl+affine". For study: all layers have the same bits, tokens are dequantized for
-            attention, and protection, limits, batches and files are not to be had.
+            "qjl+affine". For study: keys and values of all layers have the same bits (keys one more
+            at a half), attention gets dequantized tokens, and there is neither protection nor a
+            ``max_size`` nor batches nor files.
 
     Raises:
         ValueError: a setting out of range, or no layer that could be compressed.
@@ -153,7 +159,7 @@ def check_settings(
     Raises:
         ValueError: arguments that are out of range or do not fit together.
     """
-    split = split_bits(bits, key_bits, value_bits)
+    split = split_bits(bits, key_bits, value_bits, evenly="codec" in settings)
     if bits == _AUTO and "codec" in settings:
         raise ValueError(f"Codec {settings['codec']} cannot choose its bits: use a number of bits.")
     _cache_class(settings)(*split, **settings)
