@@ -45,7 +45,8 @@ def split_bits(
 ) -> tuple[int, int]:
     """Key and value bits of a setting; ``key_bits`` and ``value_bits`` override the preset.
 
-    With ``evenly``, there are no presets: keys have half a bit more at most. With "auto" they are 8, for layers that cannot choose by themselves.
+    With ``evenly`` there is no preset: keys have one bit more at a half and as many otherwise. With
+    "auto" they are 8, for layers that cannot choose by themselves.
 
     Raises:
         ValueError: ``bits`` is neither "auto" nor 1 to 8 in half steps, or a side is not 1 to 8.

@@ -11,7 +11,7 @@ from ..quantizer import TurboQuantizer
 from .affine import Affine
 from .common import Method
 from .polar import PolarQuant
-from .presets import drive, drive_biased, eden, eden_biased, turboquant_mse
+from .presets import drive, drive_biased, eden, eden_biased, norm_corrected, turboquant_mse
 from .prod import TurboQuantProd
 from .qjl import QJL
 from .split import ChannelSplit, largest_channels, qjl_with_outliers, turboquant_split
@@ -30,6 +30,7 @@ __all__ = [
     "eden_biased",
     "largest_channels",
     "make_method",
+    "norm_corrected",
     "qjl_with_outliers",
     "turboquant_mse",
     "turboquant_split",
@@ -56,6 +57,7 @@ METHODS: dict[str, Callable[[mx.array, int, int], Method]] = {
     "eden": _by_dim(eden),
     "eden-biased": _by_dim(eden_biased),
     "mse": _by_dim(turboquant_mse),
+    "norm": _by_dim(norm_corrected),
     "polar": _polar,
     "prod": _by_dim(TurboQuantProd),
     "prod-orthogonal": _by_dim(TurboQuantProd, projection="orthogonal"),

@@ -5,6 +5,7 @@ With c the cosine of a vector and its code, their relative squared errors are
     turboquant_mse   about D, the error of the codebook; inner products shrink by the factor 1 - D
     eden             1 / c^2 - 1, no bias
     eden_biased      1 - c^2, the least; inner products shrink by the factor c^2
+    norm_corrected   2 - 2 c; inner products shrink by the factor c
 """
 
 from ..quantizer import TurboQuantizer
@@ -23,6 +24,11 @@ def eden(dim: int, bits: int, *, seed: int = 0) -> TurboQuantizer:
 def eden_biased(dim: int, bits: int, *, seed: int = 0) -> TurboQuantizer:
     """EDEN with the least squared error (arXiv 2108.08842): the scale <Rx, q> / |q|^2."""
     return TurboQuantizer(dim, bits, scale="least_squares", gain_search=False, seed=seed)
+
+
+def norm_corrected(dim: int, bits: int, *, seed: int = 0) -> TurboQuantizer:
+    """The scale |x| / |q|, which keeps the length: the geometric mean of both scales of EDEN."""
+    return TurboQuantizer(dim, bits, scale="norm", gain_search=False, seed=seed)
 
 
 def drive(dim: int, *, seed: int = 0) -> TurboQuantizer:
