@@ -11,6 +11,7 @@ keys of the bundled model.
 """
 
 import argparse
+import itertools
 from math import pi, prod, sqrt
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_turboquant import texts
 from mlx_turboquant.cli.loading import prepare_for_device
 from mlx_turboquant.codebook import codebook, distortion, lloyd_max_levels
-from mlx_turboquant.methods import METHODS, Method, make_method
+from mlx_turboquant.methods import METHODS, make_method
 from mlx_turboquant.methods.polar import LEVELS, angle_levels
 from mlx_turboquant.rotation import Rotation
 
@@ -34,7 +35,7 @@ DIM = 128
 BITS = (1, 2, 3, 4, 5)
 # Data come from another seed than rotations, or they would not be independent of each other.
 DATA_SEED, ROTATION_SEED = 1234, 7
-CHUNK = 10_000
+ROTATIONS = 10
 QUERIES = 500
 # What the paper prints for 1 to 4 bits: squared error (Theorem 1), and variance times dim (2).
 PAPER_ERRORS = (0.36, 0.117, 0.03, 0.009)
@@ -93,35 +94,34 @@ class Measured(NamedTuple):
     variance: float
 
 
-def methods(x: mx.array) -> dict[tuple[str, int], Method]:
-    """All methods for vectors like x (n, dim) that exist, by name and bits."""
-    made = {}
-    for name in METHODS:
-        for bits in BITS:
-            try:
-                made[name, bits] = make_method(name, x, bits, ROTATION_SEED)
-            except ValueError:
-                continue  # the method does not have these bits
-    return made
+def measure_all(x: mx.array) -> dict[tuple[str, int], Measured]:
+    """All methods that exist on unit vectors x (n, dim), by name and bits."""
+    measured = {}
+    for name, bits in itertools.product(METHODS, BITS):
+        try:
+            make_method(name, x[:1], bits)
+        except ValueError:
+            continue  # the method does not have these bits
+        measured[name, bits] = measure(name, bits, x)
+    return measured
 
 
-def measure(name: str, bits: int, method: Method, x: mx.array) -> Measured:
-    """The errors on unit vectors x (n, dim).
+def measure(name: str, bits: int, x: mx.array) -> Measured:
+    """The errors on unit vectors x (n, dim), with another rotation for every tenth of them.
 
     The variance is the mean over all orthogonal directions, which needs no drawing of them.
     """
-    sums = np.zeros(3)
-    for start in range(0, len(x), CHUNK):
-        part = x[start : start + CHUNK]
+    sums, dim = np.zeros(3), x.shape[1]
+    cuts = [i * len(x) // ROTATIONS for i in range(1, ROTATIONS)]
+    for seed, part in enumerate(mx.split(x, cuts), ROTATION_SEED):
+        method = make_method(name, part, bits, seed)
         restored = method.dequantize(method.quantize(part))
         along = (restored * part).sum(axis=-1, keepdims=True)
         across = mx.square(restored - along * part).sum(axis=-1)
         squared = mx.square(restored - part).sum(axis=-1)
         sums += [y.sum().item() for y in (squared, along - 1, across)]
     error, bias, across = sums / len(x)
-    return Measured(
-        name, bits, method.bits_per_value, error, bias, across * x.shape[1] / (x.shape[1] - 1)
-    )
+    return Measured(name, bits, method.bits_per_value, error, bias, across * dim / (dim - 1))
 
 
 def sphere(count: int, dim: int) -> mx.array:
@@ -358,14 +358,15 @@ def main() -> None:
     add("--sentences", type=int, default=4000, help="to embed; 0 for none (default: %(default)s)")
     add("--out", type=Path, default=Path("reproduction"), help="folder of the pictures")
     args = parser.parse_args()
+    if args.vectors < 2 * QUERIES or 0 < args.sentences < 2 * QUERIES:
+        parser.error(f"use {2 * QUERIES} or more vectors and sentences, or no sentences.")
     matplotlib.use("agg")
     try:
         sentences = args.sentences and embeddings.embed(embeddings.sentences(args.sentences))
     except ValueError as error:
         raise SystemExit(f"{error} --sentences 0 does without.") from error
 
-    x = sphere(args.vectors, DIM)
-    results = {key: measure(*key, method, x) for key, method in methods(x).items()}
+    results = measure_all(sphere(args.vectors, DIM))
     print_theorem_1(results)
     print_theorem_2(results)
     print_all(results)
@@ -373,13 +374,9 @@ def main() -> None:
     if args.sentences:
         # Their mean is not zero; nothing is done about it, because the methods do nothing either.
         vectors = mx.array(sentences)
-        other = sphere(len(vectors), embeddings.DIM)
-        made = methods(vectors)
-        panels["sentence embeddings, 384 dimensions"] = {
-            key: measure(*key, method, vectors) for key, method in made.items()
-        }
-        on_sphere = {key: measure(*key, method, other) for key, method in methods(other).items()}
-        print_embeddings(panels["sentence embeddings, 384 dimensions"], on_sphere)
+        on_sentences = measure_all(vectors)
+        panels[f"sentence embeddings, {embeddings.DIM} dimensions"] = on_sentences
+        print_embeddings(on_sentences, measure_all(sphere(len(vectors), embeddings.DIM)))
         curves = inner_products(vectors, bits, ["mse", "prod", "eden"])
         print_inner_products(curves, bits)
 

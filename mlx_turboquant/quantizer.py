@@ -114,7 +114,9 @@ class TurboQuantizer:
 
     def dequantize(self, packed: QuantizedVectors, dtype: mx.Dtype = mx.float32) -> mx.array:
         """The reconstructed vectors (..., dim) in ``dtype``."""
-        return self.rotation.invert(self.rotated_values(packed)).astype(dtype)
+        # Scaled last: the sums of the rotation would overflow before the values do.
+        values = self.rotation.invert(self.rotated_levels(packed)) * packed.scales[..., None]
+        return values.astype(dtype)
 
     def inner_product(self, queries: mx.array, packed: QuantizedVectors) -> mx.array:
         """Products of queries (..., q, dim) with packed vectors (..., n): float32 (..., q, n).

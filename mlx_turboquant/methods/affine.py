@@ -22,7 +22,8 @@ class AffineVectors(NamedTuple):
 class Affine:
     """scale * code + offset, with a scale and an offset in every group of values (mx.quantize).
 
-    The vectors are not rotated. This is what mlx-lm's own quantized cache does.
+    The vectors are not rotated. This is what mlx-lm's own quantized cache does. Groups that span
+    less than about 1e-7 times the number of levels become zeros, because MLX's scales end there.
 
     Args:
         dim: Values per vector, a multiple of ``group_size`` up to 8 192.
@@ -59,7 +60,8 @@ class Affine:
         finite = mx.isfinite(x).all(axis=-1, keepdims=True)
         rows = mx.where(finite, x, 0).astype(mx.float32).reshape(-1, self.dim)
         parts = mx.quantize(rows, group_size=self.group_size, bits=self.bits)
-        codes, scales, offsets = (part.reshape(*x.shape[:-1], -1) for part in parts)
+        parts = (part.reshape(*x.shape[:-1], part.shape[-1]) for part in parts)
+        codes, scales, offsets = parts
         scales = mx.where(finite, scales, mx.nan)
         return AffineVectors(codes, scales.astype(mx.bfloat16), offsets.astype(mx.bfloat16))
 

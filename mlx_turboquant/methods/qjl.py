@@ -1,6 +1,6 @@
 """QJL: the signs of a random projection, and the norm."""
 
-from functools import cache
+from functools import lru_cache
 from math import exp, lgamma, pi, sqrt
 from typing import NamedTuple
 
@@ -83,7 +83,7 @@ class QJL:
         return signs * (self.factor * packed.norms[..., None])
 
 
-@cache
+@lru_cache(maxsize=8)
 def _projection(dim: int, bits: int, kind: str, seed: int) -> tuple[mx.array, float]:
     """The matrix S (bits * dim, dim) and the factor a."""
     seed += _STREAM

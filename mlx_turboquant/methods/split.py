@@ -132,4 +132,6 @@ def _count(dim: int, count: int) -> int:
 
 
 def _take(x: mx.array, channels: mx.array) -> mx.array:
-    return mx.take_along_axis(x, channels, axis=-1)
+    """Channels of x (..., dim), whose leading axes those of ``channels`` are broadcast to."""
+    shape = ((1,) * x.ndim + channels.shape)[-x.ndim :]
+    return mx.take_along_axis(x, channels.reshape(shape), axis=-1)
