@@ -267,6 +267,40 @@ def keys_of_tiny_lm() -> mx.array:
     return keys / mx.linalg.norm(keys, axis=-1, keepdims=True)
 
 
+def rotations(x: mx.array) -> dict[str, tuple[mx.array, float]]:
+    """What a codec may round in place of unit vectors x (n, dim): unit vectors, and their energy.
+
+    Without the mean there is less to round, and so less of an error.
+    """
+    rotation = Rotation(x.shape[1], seed=ROTATION_SEED)
+    rest = x - x.mean(axis=0)
+    energy = mx.square(rest).sum(axis=-1, keepdims=True)
+    return {
+        "keys as they are": (x, 1.0),
+        "rotated": (rotation.apply(x), 1.0),
+        "their mean removed, rotated": (rotation.apply(rest / mx.sqrt(energy)), energy),
+    }
+
+
+def print_rotations(x: mx.array) -> None:
+    rows = []
+    for title, (y, energy) in rotations(x).items():
+        values = y * sqrt(x.shape[1])
+        rms = mx.sqrt(mx.square(values).mean(axis=0))
+        cells = [f"{rms.max().item():.2f}", f"{rms.min().item():.2f}"]
+        for bits in (2, 3, 4):
+            levels, thresholds = map(mx.array, codebook(x.shape[1], bits))
+            rounded = levels.astype(mx.float32)[mx.searchsorted(thresholds, values)]
+            error = (mx.square(rounded - values).mean(axis=-1, keepdims=True) * energy).mean()
+            cells.append(f"{error.item():.4f}")
+        rows.append([title, *cells])
+    print_table(
+        "Keys of a layer of tiny-lm: root mean squares of coordinates, error of the levels",
+        "rounded | largest | smallest | 2 bits | 3 bits | 4 bits",
+        rows,
+    )
+
+
 def draw_rotation(x: mx.array) -> Figure:
     """Coordinates of unit vectors x (n, dim) before and after the rotation.
 
@@ -274,20 +308,12 @@ def draw_rotation(x: mx.array) -> Figure:
     """
     dim = x.shape[1]
     figure = Figure(figsize=(11, 3.6), layout="constrained")
-    rotation = Rotation(dim, seed=ROTATION_SEED)
-    centred = x - x.mean(axis=0)
-    centred = centred / mx.linalg.norm(centred, axis=-1, keepdims=True)
-    panels = {
-        "keys as they are": x,
-        "rotated": rotation.apply(x),
-        "their mean removed, rotated": rotation.apply(centred),
-    }
     axes = figure.subplots(1, 3, sharey=True)
     bins, u = np.linspace(-5, 5, 71), np.linspace(-4.5, 4.5, 400)
     density = np.exp((dim - 3) / 2 * np.log1p(-u * u / dim))
     density /= density.sum() * (u[1] - u[0])
     levels = codebook(dim, 3).levels
-    for axis, (title, y) in zip(axes, panels.items()):
+    for axis, (title, (y, _)) in zip(axes, rotations(x).items()):
         values = np.array(y) * sqrt(dim)
         rms = np.sqrt((values * values).mean(axis=0))
         for i, which in zip(np.argsort(rms)[[-1, dim // 2, 0]], ("largest", "median", "smallest")):
@@ -380,9 +406,12 @@ def main() -> None:
         curves = inner_products(vectors, bits, ["mse", "prod", "eden"])
         print_inner_products(curves, bits)
 
+    keys = keys_of_tiny_lm()
+    print_rotations(keys)
+
     args.out.mkdir(parents=True, exist_ok=True)
     figures = {
-        "rotation.png": draw_rotation(keys_of_tiny_lm()),
+        "rotation.png": draw_rotation(keys),
         "distortion.png": draw_distortion(panels),
         "inner-products.png": draw_inner_products(results, curves, bits),
     }
