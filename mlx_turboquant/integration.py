@@ -293,7 +293,8 @@ class _Compression:
         # are read with keys and values of their own, so that nothing is known of its queries.
         if any("embed_q" in module for module in modules):
             if "codec" in self.settings:
-                raise ValueError("Latent attention has no choice of codecs: leave the codec out.")
+                codec = self.settings["codec"]
+                raise ValueError(f"Codec {codec} is not for latent attention: leave it out.")
             return TurboQuantLatentCache(max(bits), **self.settings)
         # Attention that is not hooked never shows its queries.
         limits = limits if any(_calls(module, _HOOKED_NAME) for module in modules) else None

@@ -22,7 +22,7 @@ def split_codec(codec: str) -> tuple[str, str]:
     return keys, values if plus else keys
 
 
-def check_codec(codec: str, key_bits: int, value_bits: int, dims: tuple[int, int] = ()) -> None:
+def check_codec(codec: str, key_bits: int, value_bits: int, dims: tuple[int, ...] = ()) -> None:
     """Raise ValueError unless keys and values of these ``dims`` (or some) can be coded so."""
     arguments = zip(split_codec(codec), (key_bits, value_bits), dims or (_USUAL_DIM,) * 2)
     for name, bits, dim in arguments:

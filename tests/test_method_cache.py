@@ -5,8 +5,10 @@ import pytest
 from conftest import logits, variant
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_families import tiny_model
 
 from mlx_turboquant import cache_size, disable, enable, make_prompt_cache, save_prompt_cache
+from mlx_turboquant.integration import plain_caches
 from mlx_turboquant.method_cache import MethodKVCache, MethodTokens
 from mlx_turboquant.methods import METHODS, make_method
 from mlx_turboquant.report import bits_per_value, cache_report
@@ -180,6 +182,28 @@ def test_a_head_dim_that_a_codec_cannot_have_is_refused_before_anything_runs(ran
     model = variant(random_model, head_dim=40)
     with pytest.raises(ValueError, match="40 values"):
         make_prompt_cache(model, codec=codec)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "gemma3n", "falcon_h1"])
+def test_keys_of_another_width_shared_layers_and_lists_of_caches_can_have_a_codec(family):
+    model = tiny_model(family)
+    prompt = mx.random.randint(0, 500, (1, 100), key=mx.random.key(1))
+    cache = make_prompt_cache(model, 8, codec="turboquant", window=0, sink_tokens=0)
+    parts = [part for layer in cache for part in getattr(layer, "caches", (layer,))]
+    compressed = [part for part in parts if isinstance(part, MethodKVCache)]
+    assert compressed
+    outputs = []
+    for used in (cache, plain_caches(model)):
+        model(prompt[:, :90], cache=used)
+        outputs.append(model(prompt[:, 90:], cache=used))
+    assert all(part.packed_tokens == 96 for part in compressed)
+    # 8 bits: .6 % of every key and value.
+    assert mx.linalg.norm(outputs[0] - outputs[1]) < 0.05 * mx.linalg.norm(outputs[1])
+
+
+def test_latent_attention_has_no_choice_of_codecs():
+    with pytest.raises(ValueError, match="Codec qjl is not for latent attention: leave it out"):
+        make_prompt_cache(tiny_model("deepseek_v3"), codec="qjl")
 
 
 def test_such_a_cache_is_neither_batched_nor_saved(random_model, tmp_path):
