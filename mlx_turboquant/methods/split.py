@@ -45,9 +45,6 @@ class ChannelSplit:
         self.channels = channels
         self.outliers = outliers
         self.others = others
-        is_outlier = (channels[..., None] == mx.arange(self.dim)).any(axis=-2)
-        self._order = mx.argsort(~is_outlier, axis=-1)
-        self._places = mx.argsort(self._order, axis=-1)
 
     @property
     def bits_per_value(self) -> float:
@@ -66,7 +63,8 @@ class ChannelSplit:
     def dequantize(self, packed: SplitVectors, dtype: mx.Dtype = mx.float32) -> mx.array:
         """The reconstructed vectors (..., dim) in ``dtype``."""
         parts = [self.outliers.dequantize(packed.outliers), self.others.dequantize(packed.others)]
-        return _take(mx.concatenate(parts, axis=-1), self._places).astype(dtype)
+        places = mx.argsort(self._order(), axis=-1)
+        return _take(mx.concatenate(parts, axis=-1), places).astype(dtype)
 
     def inner_product(self, queries: mx.array, packed: SplitVectors) -> mx.array:
         """Products of queries (..., q, dim) with packed vectors (..., n): float32 (..., q, n)."""
@@ -76,7 +74,12 @@ class ChannelSplit:
         return products + self.others.inner_product(others, packed.others)
 
     def _split(self, x: mx.array) -> list[mx.array]:
-        return mx.split(_take(x, self._order), [self.outliers.dim], axis=-1)
+        return mx.split(_take(x, self._order()), [self.outliers.dim], axis=-1)
+
+    def _order(self) -> mx.array:
+        """All channels, outliers first."""
+        is_outlier = (self.channels[..., None] == mx.arange(self.dim)).any(axis=-2)
+        return mx.argsort(~is_outlier, axis=-1)
 
 
 def largest_channels(x: mx.array, count: int) -> mx.array:
