@@ -253,6 +253,33 @@ METAL_FUNC float matrix_row(Matrix matrix, const threadgroup float* x, int i) {
   }
 }
 
+// One token of dequantize.metal by one SIMD group: where it is `packed`, mean + R^T (scale * levels) of
+// vector `from` of its row, whose words are STRIDE apart; else the exact vector.
+template <int DIM, int BITS, int ORDER, int POWER, int STRIDE, typename Scales, typename Mean,
+          typename Constants, typename Exact, typename T>
+METAL_FUNC void restore_vector(const device uint* codes, Scales scales, Mean mean, Constants constants,
+    Exact exact, bool packed, int from, device T* out, threadgroup float* values, int lane) {
+  if (!packed) {
+    for (int i = lane; i < DIM; i += 32) {
+      out[i] = exact[i];
+    }
+    return;
+  }
+  constexpr int SIGNS = level_count<BITS>();
+  const device uint* words = codes + token_start<vector_words<DIM, BITS>(), STRIDE>(from);
+  const float scale = float(scales[from]);
+  for (int i = lane; i < DIM; i += 32) {
+    values[i] = scale * level_of<BITS>(constants, code_at<DIM, BITS>(words, STRIDE, i));
+  }
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  butterflies<DIM, POWER>(values, uint(lane));
+  const float normalisation = rsqrt(float(POWER));
+  for (int i = lane; i < DIM; i += 32) {
+    const float value = matrix_row<ORDER, POWER, true>(constants + SIGNS + DIM, values, i);
+    out[i] = T(value * normalisation * constants[SIGNS + i] + mean[i]);
+  }
+}
+
 // Word w of the packed form of DIM codes, which lie in threadgroup memory as floats.
 template <int DIM, int BITS>
 METAL_FUNC uint packed_word(const threadgroup float* codes, int w) {

@@ -1,43 +1,51 @@
-// Packed vectors to dense ones: out = mean + R^T (scale * levels).
+// All tokens of a compressed cache as dense keys and values: the exact ones as they are, the packed ones
+// restored, out = mean + R^T (scale * levels).
 //
-//   codes   uint32, (rows, capacity / 32, WORDS, 32) if INTERLEAVED, else (rows, capacity, WORDS)
-//   scales  bfloat16 (rows, capacity)
-//   mean    float32 (rows, DIM), in the original coordinates
-//   levels  float32, see level_of in codec.h
-//   signs   float32 (DIM), of the randomized Hadamard matrix; ones for a dense rotation
-//   matrix  float32 (ORDER, ORDER), see matrix_row in codec.h
-//   sizes   int32 (8): vectors of each row to dequantize, and capacity
-//   out     T (rows, count, DIM)
+//   key_codes      uint32 (rows, key capacity / 32, WORDS, 32), interleaved
+//   key_scales     bfloat16 (batch, heads, key capacity)
+//   key_mean       float32 (rows, DIM), in the original coordinates
+//   key_constants  float32: levels, see level_of in codec.h; signs (DIM) of the randomized Hadamard matrix,
+//                  ones for a dense rotation; matrix (ORDER, ORDER), see matrix_row in codec.h
+//   exact_keys     T (batch, heads, exact capacity, DIM)
+//   value_codes    uint32 (rows, value capacity, VALUE_WORDS); value_scales to exact_values likewise
+//   sizes          int32 (8): sinks, packed tokens, first recent token in the exact buffers, all tokens
+//   keys           T (rows, all tokens, DIM): sinks, packed tokens, recent tokens
+//   values         T (rows, all tokens, VALUE_DIM)
 //
-// A row is one head of one sequence; WORDS is vector_words<DIM, BITS>(). One SIMD group restores one
-// vector, its coordinates spread over the lanes: the inverse rotation mixes all of them, and within a
-// SIMD group that takes no barrier of the threadgroup. GROUPS SIMD groups share a threadgroup to
-// fill the GPU; each has a part of the threadgroup memory to itself.
+// Where the keys are the values, KINDS is 1: one number is written to `values`. A row is one head of one sequence; WORDS is vector_words<DIM, KEY_BITS>(). Threadgroups with y = 0 take
+// keys, those with y = 1 values. One SIMD group restores one vector, its coordinates spread over the
+// lanes: the inverse rotation mixes all of them, and within a SIMD group that takes no barrier of the
+// threadgroup. GROUPS SIMD groups share a threadgroup to fill the GPU; each has a part of the
+// threadgroup memory to itself.
 
-threadgroup float values[GROUPS * DIM];
+constexpr int LONGER = DIM > VALUE_DIM ? DIM : VALUE_DIM;
+threadgroup float scratch[GROUPS * LONGER];
 
-const int count = sizes[0];
-const int capacity = sizes[1];
 const int lane = int(thread_index_in_simdgroup);
 const int group = int(simdgroup_index_in_threadgroup);
-const int vector = int(threadgroup_position_in_grid.x) * GROUPS + group;
-constexpr int words = vector_words<DIM, BITS>();
-
-if (vector < int(scales_shape[0]) * count) {
-  const int row = vector / count;
-  const int token = vector % count;
-  const int slot = INTERLEAVED ? token / 32 * words * 32 + token % 32 : token * words;
-  const float scale = float(scales[long(row) * capacity + token]);
-  for (int i = lane; i < DIM; i += 32) {
-    uint code =
-        code_at<DIM, BITS>(codes + long(row) * capacity * words + slot, INTERLEAVED ? 32 : 1, i);
-    values[group * DIM + i] = scale * level_of<BITS>(levels, code);
-  }
-  simdgroup_barrier(mem_flags::mem_threadgroup);
-  butterflies<DIM, POWER>(values + group * DIM, uint(lane));
-  const float normalisation = rsqrt(float(POWER));
-  for (int i = lane; i < DIM; i += 32) {
-    float value = matrix_row<ORDER, POWER, true>(matrix, values + group * DIM, i) * normalisation;
-    out[long(vector) * DIM + i] = T(value * signs[i] + mean[long(row) * DIM + i]);
+const long vector = long(threadgroup_position_in_grid.x) * GROUPS + group;
+const int count = sizes[3];
+if (KINDS == 1 && vector == 0 && lane == 0) {
+  values[0] = exact_values[0];
+}
+const long row = vector / count;
+const int token = int(vector % count);
+if (row < long(key_scales_shape[0]) * key_scales_shape[1]) {
+  const bool packed = token >= sizes[0] && token < sizes[0] + sizes[1];
+  const int from = token < sizes[0] ? token : token - sizes[0] - (packed ? 0 : sizes[1] - sizes[2]);
+  const long exact_at = row * exact_keys_shape[2] + from;
+  threadgroup float* own = scratch + group * LONGER;
+  if (threadgroup_position_in_grid.y == 0) {
+    const long capacity = key_scales_shape[2];
+    restore_vector<DIM, KEY_BITS, ORDER, POWER, 32>(
+        key_codes + row * capacity * vector_words<DIM, KEY_BITS>(), key_scales + row * capacity,
+        key_mean + row * DIM, key_constants, exact_keys + exact_at * DIM, packed, from,
+        keys + vector * DIM, own, lane);
+  } else {
+    const long capacity = value_scales_shape[2];
+    restore_vector<VALUE_DIM, VALUE_BITS, VALUE_ORDER, VALUE_POWER, 1>(
+        value_codes + row * capacity * vector_words<VALUE_DIM, VALUE_BITS>(),
+        value_scales + row * capacity, value_mean + row * VALUE_DIM, value_constants,
+        exact_values + exact_at * VALUE_DIM, packed, from, values + vector * VALUE_DIM, own, lane);
   }
 }

@@ -57,14 +57,38 @@ class CachedTokens:
         """All columns: sinks, packed and recent tokens of the longest sequence of each."""
         return self.sink_count + self.keys.count + self.exact_count - self.recent_start
 
-    def dense(self, kind: int) -> mx.array:
-        """All keys (``kind`` 0) or all values (1), (B, H, count, dim), in the model's dtype."""
-        packed = (self.keys, self.values)[kind]
-        exact = (self.exact_keys, self.exact_values)[kind]
-        sinks, recent = self.split(exact)
-        if packed.count == 0:
-            return recent if self.sink_count == 0 else mx.concatenate([sinks, recent], axis=2)
-        return mx.concatenate([sinks, packed.dense(exact.dtype), recent], axis=2)
+    @property
+    def kinds(self) -> list[tuple[PackedTokens, mx.array]]:
+        """Packed and exact tokens: of keys and of values, or of keys that are the values."""
+        keys, values = (self.keys, self.exact_keys), (self.values, self.exact_values)
+        return [keys] if self.values is self.keys else [keys, values]
+
+    def dense(self) -> list[mx.array]:
+        """All keys and all values, (B, H, count, dim), in the model's dtype, for each of ``kinds``.
+
+        They are lazy, and what is evaluated is one launch.
+        """
+        if self.keys.count == 0:
+            return [self._exact_tokens(exact) for _, exact in self.kinds]
+        dtypes = (exact.dtype for _, exact in self.kinds)
+        quantizers = (packed.quantizer for packed, _ in self.kinds)
+        if kernels.agrees(check_dequantize, *dtypes, *quantizers):
+            return kernels.launch_dequantize(self)
+        return self.reference_dense()
+
+    def _exact_tokens(self, exact: mx.array) -> mx.array:
+        if self.recent_start == self.sink_count:
+            return exact[:, :, : self.exact_count]
+        return mx.concatenate(self.split(exact), axis=2)
+
+    def reference_dense(self) -> list[mx.array]:
+        """:meth:`dense` in plain MLX."""
+        arrays = []
+        for packed, exact in self.kinds:
+            sinks, recent = self.split(exact)
+            parts = [sinks, packed.dense(exact.dtype), recent]
+            arrays.append(mx.concatenate(parts, axis=2))
+        return arrays
 
     def visible(self) -> mx.array:
         """Which columns hold a token of a sequence: boolean (B or 1, 1, 1, count)."""
@@ -178,37 +202,55 @@ def check_decode_attention(
 
     With ``shared``, the keys are the values as well.
     """
-    heads, packed_count, exact_count = 2, 70, 20
-
-    def random(shape: tuple[int, ...], seed: int, dtype: mx.Dtype = mx.float32) -> mx.array:
-        return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
-
-    packed, exact = [], []
-    for i, quantizer in enumerate((key_quantizer, value_quantizer)):
-        store = PackedTokens(quantizer.bits, quantizer.seed, interleaved=i == 0)
-        store.append(random((1, heads, packed_count, quantizer.dim), i))
-        packed.append(store)
-        exact.append(random((1, heads, exact_count + 4, quantizer.dim), 2 + i, exact_dtype))
-    if shared:
-        packed, exact = packed[:1] * 2, exact[:1] * 2
-    tokens = CachedTokens(*packed, *exact, exact_count, sink_count=4)
-    shape = (1, heads * group, rows, tokens.count)
+    quantizers = [key_quantizer] if shared else [key_quantizer, value_quantizer]
+    tokens = _random_tokens([exact_dtype] * 2, quantizers)
+    query_heads = group * tokens.exact_keys.shape[1]
+    shape = (1, query_heads, rows, tokens.count)
     masks = {
         "none": None,
         "causal": "causal",
-        "boolean": random(shape, 4) > -1,
-        "additive": random(shape, 4),
+        "boolean": _random(shape, 4) > -1,
+        "additive": _random(shape, 4),
     }
     arguments = (
-        random((1, heads * group, rows, key_quantizer.dim), 5, dtype),
+        _random((1, query_heads, rows, key_quantizer.dim), 5, dtype),
         tokens,
         key_quantizer.dim**-0.5,
         masks[mask_kind],
-        random((heads * group,), 6) if with_sinks else None,
+        _random((query_heads,), 6) if with_sinks else None,
     )
     output = kernels.launch_decode_attention(*arguments)
     expected = reference_decode_attention(*arguments)
     return kernels.compare(output, expected, dtype, HALF_ARITHMETIC)
+
+
+def check_dequantize(*configuration: mx.Dtype | TurboQuantizer) -> kernels.Agreement:
+    """Compare dense keys and values of 90 tokens, or of keys that are the values, with plain MLX.
+
+    ``configuration`` are the dtypes of the exact tokens, then the quantizers.
+    """
+    kinds = len(configuration) // 2
+    dtypes, quantizers = configuration[:kinds], configuration[kinds:]
+    tokens = _random_tokens(dtypes, quantizers, mean=2.0)
+    pairs = zip(kernels.launch_dequantize(tokens), tokens.reference_dense())
+    agreements = [kernels.compare(*pair, dtype) for pair, dtype in zip(pairs, dtypes)]
+    # Not max() of the errors: one that is not a number must stay one.
+    return next((each for each in agreements if not each.holds), max(agreements))
+
+
+def _random_tokens(dtypes, quantizers, mean: float = 0.0) -> CachedTokens:
+    """70 packed and 20 exact tokens of two heads, 4 of them sinks, with free space behind them."""
+    packed, exact = [], []
+    for i, (dtype, quantizer) in enumerate(zip(dtypes, quantizers)):
+        store = PackedTokens(quantizer.bits, quantizer.seed, interleaved=i == 0)
+        store.append(_random((1, 2, 70, quantizer.dim), i) + mean)
+        packed.append(store)
+        exact.append(_random((1, 2, 24, quantizer.dim), 2 + i, dtype))
+    return CachedTokens(packed[0], packed[-1], exact[0], exact[-1], 20, sink_count=4)
+
+
+def _random(shape: tuple[int, ...], seed: int, dtype: mx.Dtype = mx.float32) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
 
 
 def _check_shapes(queries: mx.array, tokens: CachedTokens) -> None:

@@ -7,11 +7,12 @@ import mlx.core as mx
 
 from .attention import MAX_DECODE_ROWS, CachedTokens, Extent, visible_columns
 from .cache import (
-    CompressedArray,
+    Fetched,
     TurboQuantKVCache,
     choose_bits,
-    compressed_array,
+    fetch,
     leaving_tokens,
+    take_turn,
 )
 from .constants import constant
 from .protection import Demands, Limits
@@ -54,7 +55,8 @@ class BatchTurboQuantKVCache:
         self.demands: Demands | None = None
         self._waiting = False
         self.shared = False
-        self._fetched: tuple[CompressedArray, CompressedArray] | None = None
+        self.model_id: int | None = None
+        self._fetched: Fetched | None = None
 
     @classmethod
     def merge(cls, caches: list[TurboQuantKVCache]) -> "BatchTurboQuantKVCache":
@@ -73,6 +75,7 @@ class BatchTurboQuantKVCache:
         packed = [BatchPackedTokens.join([store]) for store in cache._packed]
         row = cls(packed, cache.window, cache.sink_tokens)
         row.shared, row.limits, row.demands = cache.shared, cache.limits, cache.demands
+        row.model_id = cache.model_id
         if not cache.empty():
             row._sinks = [cache.sink_tokens if cache.packed_tokens else 0]
             row._recent = [cache.exact_tokens - row._sinks[0]]
@@ -144,19 +147,17 @@ class BatchTurboQuantKVCache:
         """The padded prompt has been read; nothing was kept of the padding."""
         self._expected = None
 
-    def update_and_fetch(
-        self, keys: mx.array, values: mx.array
-    ) -> tuple[CompressedArray, CompressedArray]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Fetched:
         """Append keys (B, H, n, dim) and values (B, H, n, value_dim) and return all tokens.
 
         The new tokens and all that were exact before the call are seen exactly by its queries.
         """
         tokens = self._append([keys, values])
-        fetched = compressed_array(tokens), compressed_array(tokens, 1)
+        fetched = fetch(tokens, keys.shape[2], self.model_id)
         self._fetched = fetched if self.shared else None
         return fetched
 
-    def keys_and_values(self) -> tuple[CompressedArray, CompressedArray]:
+    def keys_and_values(self) -> Fetched:
         """What the last :meth:`update_and_fetch` returned, for layers without keys of their own."""
         return self._fetched
 
@@ -173,6 +174,7 @@ class BatchTurboQuantKVCache:
                 buffer[:, :, start : self._end] = x
             exact, end = self._exact, self._end
         else:
+            take_turn(new)
             exact, end = self._joined(new), self._end + count
         tokens = self._tokens(exact, end, [recent + count for recent in self._recent])
         self._recent = [recent + new for recent, new in zip(self._recent, added)]
@@ -361,6 +363,7 @@ class BatchTurboQuantKVCache:
         packed = [store.row(row) for store in self._packed]
         cache = kind.holding(packed, exact, self.window, self.sink_tokens)
         cache.shared, cache.limits, cache.demands = self.shared, self.limits, self.demands
+        cache.model_id = self.model_id
         return cache
 
     def trim(self, n: int) -> int:

@@ -1,6 +1,7 @@
 """The compressed KV cache of one attention layer, for a single sequence or equal-length rows."""
 
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,38 @@ class CompressedArray(mx.array):
     """
 
     tokens: CachedTokens
+
+
+class CompressedTokens:
+    """Keys (``kind`` 0) or values (1) for attention that reads ``tokens``: there is no array.
+
+    A lazy array costs the host as much as the attention itself. Any other use than asking for
+    ``shape`` or ``dtype`` raises a TypeError or an AttributeError.
+    """
+
+    __slots__ = ("tokens", "kind")
+
+    def __init__(self, tokens: CachedTokens, kind: int):
+        self.tokens = tokens
+        self.kind = kind
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the dense array, (B, H, count, dim)."""
+        batch, heads, _, dim = self._exact.shape
+        return batch, heads, self.tokens.count, dim
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """That of the dense array."""
+        return self._exact.dtype
+
+    @property
+    def _exact(self) -> mx.array:
+        return self.tokens.kinds[self.kind][1]
+
+
+Fetched = tuple[CompressedArray | CompressedTokens, ...]
 
 
 class TurboQuantKVCache:
@@ -90,7 +123,10 @@ class TurboQuantKVCache:
         self._exact: list[mx.array] = []
         # Whether other layers ask for the keys and values of this one; then the last are held.
         self.shared = False
-        self._fetched: tuple[CompressedArray, CompressedArray] | None = None
+        # The id of the model, if its attention may do without arrays of keys and values.
+        self.model_id: int | None = None
+        self._fetched: Fetched | None = None
+        self._views: list[PackedTokens] | None = None
         if max_size is not None:
             most = min(max_size, _LARGEST) - sink_tokens - window - BLOCK - MAX_DECODE_ROWS
             if most < CAPACITY_UNIT:
@@ -156,26 +192,24 @@ class TurboQuantKVCache:
         """Tokens that are held in the model's dtype: sinks and recent ones."""
         return self.size() - self.packed_tokens
 
-    def update_and_fetch(
-        self, keys: mx.array, values: mx.array
-    ) -> tuple[CompressedArray, CompressedArray]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Fetched:
         """Append keys (B, H, n, dim) and values (B, H, n, value_dim) and return all tokens.
 
         The new tokens and all that were exact before the call are seen exactly by its queries.
         """
         tokens = self._append([keys, values])
-        fetched = self._fetch(tokens)
+        fetched = self._fetch(tokens, keys.shape[2])
         self._fetched = fetched if self.shared else None
         return fetched
 
-    def keys_and_values(self) -> tuple[CompressedArray, CompressedArray]:
+    def keys_and_values(self) -> Fetched:
         """What the last :meth:`update_and_fetch` returned, for layers without keys of their own."""
         if self._fetched is not None:
             return self._fetched
         return self._fetch(self._tokens(self._exact))
 
-    def _fetch(self, tokens: CachedTokens) -> tuple[CompressedArray, CompressedArray]:
-        return compressed_array(tokens), compressed_array(tokens, 1)
+    def _fetch(self, tokens: CachedTokens, new: int = 0) -> Fetched:
+        return fetch(tokens, new, self.model_id)
 
     def _append(self, new: list[mx.array]) -> CachedTokens:
         """Append arrays (B, H, n, dim) of the kinds that the cache holds."""
@@ -225,6 +259,7 @@ class TurboQuantKVCache:
 
     def _append_many(self, new: list[mx.array]) -> CachedTokens:
         """Quantize what leaves the window at once: a long chunk never enters the exact buffers."""
+        take_turn(new)
         self.offset += new[0].shape[2]
         if self._exact:
             held = self.exact_tokens - new[0].shape[2]
@@ -238,9 +273,11 @@ class TurboQuantKVCache:
     def _tokens(self, exact: list[mx.array]) -> CachedTokens:
         count = self.exact_tokens
         # Snapshots: a chunk that is packed in the same call must not be seen packed by it.
-        packed = [store.view() for store in self._packed]
+        if self._views is None:
+            self._views = [store.view() for store in self._packed]
+        keys, values = self._views[0], self._views[-1]
         sinks = min(count, self.sink_tokens)
-        return CachedTokens(packed[0], packed[-1], exact[0], exact[-1], count, sinks)
+        return CachedTokens(keys, values, exact[0], exact[-1], count, sinks)
 
     def _leaving(self) -> int:
         counts = self.packed_tokens, self.exact_tokens
@@ -252,6 +289,7 @@ class TurboQuantKVCache:
             return exact
         start, stop = self.sink_tokens, self.sink_tokens + leaving
         before = self.packed_tokens
+        self._views = None
         self._pack([x[:, :, start:stop] for x in exact])
         self.forgotten += before + leaving - self.packed_tokens
         return [mx.concatenate([x[:, :, :start], x[:, :, stop:]], axis=2) for x in exact]
@@ -265,7 +303,7 @@ class TurboQuantKVCache:
     def _buffer(self, tokens: mx.array) -> mx.array:
         """The exact tokens with free space behind them, up to what the window can ever need."""
         count = tokens.shape[2] + MAX_DECODE_ROWS
-        most = max(count, self.sink_tokens + self.window + BLOCK + MAX_DECODE_ROWS)
+        most = max(count, self._most_exact)
         padding = min(-(-count // _STEP) * _STEP, most) - tokens.shape[2]
         return mx.pad(tokens, [(0, 0), (0, 0), (0, padding), (0, 0)])
 
@@ -277,6 +315,7 @@ class TurboQuantKVCache:
         packed = min(max(n - recent, 0), self.packed_tokens)
         for store in self._packed:
             store.count -= packed
+        self._views = None
         self.offset -= n
         return n
 
@@ -312,6 +351,15 @@ class TurboQuantKVCache:
         """Bytes that one more packed token takes."""
         pairs = zip(self._exact, self._packed)
         return sum(math.prod(x.shape[:2]) * store.vector_nbytes(x.shape[3]) for x, store in pairs)
+
+    @property
+    def exact_nbytes(self) -> int:
+        """Bytes that the exact tokens of a long text take."""
+        return self._most_exact * sum(x.nbytes // x.shape[2] for x in self._exact)
+
+    @property
+    def _most_exact(self) -> int:
+        return self.sink_tokens + self.window + BLOCK + MAX_DECODE_ROWS
 
     def make_mask(
         self, n: int, return_array: bool = False, window_size: int | None = None
@@ -390,11 +438,40 @@ class TurboQuantKVCache:
         return cache
 
 
-def compressed_array(tokens: CachedTokens, kind: int = 0) -> CompressedArray:
-    """All keys (or values, ``kind`` 1), for attention that knows ``tokens`` and for any other."""
-    array = CompressedArray(tokens.dense(kind))
-    array.tokens = tokens
-    return array
+# Models, by their ids, that decode one token without arrays of keys and values.
+fused_models: set[int] = set()
+
+
+def fetch(tokens: CachedTokens, new: int = 0, model_id: int | None = None) -> Fetched:
+    """All keys and all values, or keys that are the values, for attention that knows ``tokens``.
+
+    They are arrays, for any other attention, unless ``new`` is one token of a fused model.
+    """
+    if new == 1 and model_id in fused_models and tokens.keys.count:
+        return tuple(CompressedTokens(tokens, kind) for kind in range(len(tokens.kinds)))
+    arrays = tuple(map(CompressedArray, tokens.dense()))
+    for array in arrays:
+        array.tokens = tokens
+    return arrays
+
+
+class _Turns(threading.local):
+    last: list[mx.array] | None = None
+
+
+_turns = _Turns()
+
+
+def take_turn(new: list[mx.array]) -> None:
+    """Have the layers of a chunk computed one after the other, so that one at a time is dense.
+
+    Evaluates the ``new`` keys and values of a layer, once those of the layer before are there.
+    Otherwise MLX would compute the dense tokens of many layers in advance, and hold them.
+    """
+    if _turns.last is not None:
+        mx.eval(_turns.last)
+    mx.async_eval(new)
+    _turns.last = new
 
 
 def choose_bits(

@@ -25,9 +25,9 @@ from .report import bits_per_value, cache_size
 
 _mlx_lm_generate = importlib.import_module("mlx_lm.generate")
 
-# mlx-lm reads prompts in chunks of this size.
+# mlx-lm reads prompts in chunks of this size, and quantizes its own cache in these groups.
 CHUNK = 2048
-_GROUP_SIZE = 64
+GROUP_SIZE = 64
 _AUTO = "auto"
 # A reply may begin with some words before the code.
 REPLY_TOKENS = 32
@@ -48,12 +48,12 @@ class Codec(NamedTuple):
 
     def after_chunk(self, cache: list[Any]) -> None:
         """What mlx-lm does after every chunk of a prompt: its own cache is quantized then."""
-        _mlx_lm_generate.maybe_quantize_kv_cache(cache, 0, _GROUP_SIZE, self.mlx_lm_bits)
+        _mlx_lm_generate.maybe_quantize_kv_cache(cache, 0, GROUP_SIZE, self.mlx_lm_bits)
 
     def bits_per_value(self, cache: list[Any]) -> float:
         """Bits that one more value takes, scales included; 16 where nothing is quantized."""
         if any(isinstance(layer, QuantizedKVCache) for layer in cache):
-            return self.mlx_lm_bits + 32 / _GROUP_SIZE
+            return self.mlx_lm_bits + 32 / GROUP_SIZE
         return 16.0 if self.settings is None else bits_per_value(cache)
 
 

@@ -1,5 +1,6 @@
 """Switching compression on and off for a model of mlx-lm."""
 
+import logging
 import weakref
 from typing import Any
 
@@ -10,12 +11,13 @@ from mlx_lm.models import cache as mlx_lm_cache
 from . import kernels
 from .attention import MAX_DECODE_ROWS, decode_attention
 from .batch_cache import CausalMask
-from .cache import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW, CompressedArray, TurboQuantKVCache
+from .cache import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW, TurboQuantKVCache, fused_models
 from .codebook import MAX_BITS, check_bits
 from .kernels import BLOCK
 from .latent_cache import TurboQuantLatentCache
 from .method_cache import MethodKVCache, check_codec
 from .protection import Limits, relative_error, single_precision
+from .report import flat_caches
 
 # Bits of keys and values, of which keys need more; the last eighth of the layers has one more of
 # each. Measured with examples/sweep_presets.py, see docs/quality.md.
@@ -35,6 +37,8 @@ _AUTO_LEAST = (2, 1)
 DEFAULT_KL_BUDGET = 0.005
 
 _HOOKED_NAME = "scaled_dot_product_attention"
+
+_log = logging.getLogger("mlx_turboquant")
 
 
 def split_bits(
@@ -134,16 +138,14 @@ def make_prompt_cache(
         limits = _budget_limits(kl_budget or DEFAULT_KL_BUDGET, len(caches))
     elif protect and codec is None:
         limits = [_preset_limits(pair) for pair in splits]
-    compress = _Compression(model, settings)
-    arguments = zip(caches, _layers(model, caches), splits, limits)
-    compressed = [compress(*each) for each in arguments]
-    if not any(map(_is_compressed, compressed)):
+    compressed = _compressed(model, caches, splits, limits, settings)
+    if not _compressed_layers(compressed):
         kinds = ", ".join(sorted({type(cache).__name__ for cache in caches})) or "none"
         raise ValueError(
             f"No layer of this model can be compressed (its caches: {kinds}): "
             "use a model with plain KVCache layers."
         )
-    hook_attention(model)
+    connect(model, compressed)
     return compressed
 
 
@@ -185,10 +187,9 @@ def _check_dims(model: nn.Module, codec: str, split: tuple[int, int]) -> None:
     """
     caches = plain_caches(model)
     model(mx.zeros((1, 1), mx.int32), cache=caches)
-    for layer in caches:
-        for cache in getattr(layer, "caches", (layer,)):
-            if type(cache) is mlx_lm_cache.KVCache and cache.keys is not None:
-                check_codec(codec, *split, (cache.keys.shape[-1], cache.values.shape[-1]))
+    for cache in flat_caches(caches):
+        if type(cache) is mlx_lm_cache.KVCache and cache.keys is not None:
+            check_codec(codec, *split, (cache.keys.shape[-1], cache.values.shape[-1]))
 
 
 def _preset_limits(split: tuple[int, int]) -> Limits:
@@ -248,6 +249,7 @@ def disable(model: nn.Module) -> nn.Module:
         del model.make_cache
         if maker.replaced is not None:
             model.make_cache = maker.replaced
+    fused_models.discard(id(model))
     for scope in _attention_scopes(model):
         hook = scope[_HOOKED_NAME]
         if isinstance(hook, _AttentionHook):
@@ -268,6 +270,17 @@ def _use_kernels_once(model: nn.Module, bits: float | str, settings: dict[str, A
     cache = make_prompt_cache(model, bits, **{**settings, "window": 0, "sink_tokens": 0})
     for tokens in (BLOCK, MAX_DECODE_ROWS + 1, 1):
         mx.eval(model(mx.ones((1, tokens), mx.int32), cache=cache))
+
+
+def _compressed(
+    model: nn.Module,
+    caches: list[Any],
+    splits: list[tuple[int, int]],
+    limits: list[Limits | None],
+    settings: dict[str, Any],
+) -> list[Any]:
+    compress = _Compression(model, settings)
+    return [compress(*each) for each in zip(caches, _layers(model, caches), splits, limits)]
 
 
 class _Compression:
@@ -315,10 +328,8 @@ def _layers(model: nn.Module, caches: list[Any]) -> list[nn.Module]:
     return layers if len(layers) == len(caches) else [model] * len(caches)
 
 
-def _is_compressed(cache: Any) -> bool:
-    return isinstance(cache, TurboQuantKVCache) or any(
-        map(_is_compressed, getattr(cache, "caches", ()))
-    )
+def _compressed_layers(cache: list[Any]) -> list[TurboQuantKVCache]:
+    return [layer for layer in flat_caches(cache) if isinstance(layer, TurboQuantKVCache)]
 
 
 class _MakeCompressedCache:
@@ -358,18 +369,13 @@ class _AttentionHook:
         self.models: set[int] = set()
 
     def __call__(self, queries, keys, values, *arguments, **keywords):
-        if (
-            type(keys) is CompressedArray
-            and type(values) is CompressedArray
-            and keys.tokens is values.tokens
-            and keys.tokens.keys.count
-            and queries.shape[2] <= MAX_DECODE_ROWS
-        ):
-            output = self._decode(queries, keys.tokens, *arguments, **keywords)
-        else:
-            output = self.original(queries, keys, values, *arguments, **keywords)
-        if type(keys) is CompressedArray:
-            self._protect(queries, *arguments, **keywords)
+        tokens = getattr(keys, "tokens", None)
+        if tokens is None or tokens is not getattr(values, "tokens", None):
+            return self.original(queries, keys, values, *arguments, **keywords)
+        if tokens.keys.count and queries.shape[2] <= MAX_DECODE_ROWS:
+            return self._decode(queries, tokens, *arguments, **keywords)
+        output = self.original(queries, keys, values, *arguments, **keywords)
+        self._protect(queries, *arguments, **keywords)
         return output
 
     @staticmethod
@@ -392,8 +398,48 @@ def _attention_scopes(model: nn.Module) -> list[dict[str, Any]]:
     return [scope for scope in scopes if _HOOKED_NAME in scope]
 
 
-def hook_attention(model: nn.Module) -> None:
-    """Let the attention of ``model`` read compressed tokens as they are."""
+def connect(model: nn.Module, cache: list[Any]) -> None:
+    """Let the attention of ``model`` read compressed tokens as they are, those of ``cache``."""
+    _hook_attention(model)
+    if id(model) not in _needs_arrays:
+        _needs_arrays[id(model)] = _raises_without_arrays(model)
+        weakref.finalize(model, _needs_arrays.pop, id(model), None)
+        weakref.finalize(model, fused_models.discard, id(model))
+    if not _needs_arrays[id(model)]:
+        fused_models.add(id(model))
+    for layer in _compressed_layers(cache):
+        layer.model_id = id(model)
+
+
+# Of models, by their ids.
+_needs_arrays: dict[int, bool] = {}
+
+
+def _raises_without_arrays(model: nn.Module) -> bool:
+    """Whether anything but hooked attention uses the keys and values of one new token.
+
+    Tried on a token after a packed block, lazily: nothing of the model is evaluated. What is not
+    an array raises when it is used as one.
+    """
+    caches = plain_caches(model)
+    settings = {"window": 0, "sink_tokens": 0}
+    count = len(caches)
+    cache = _compressed(model, caches, [(4, 4)] * count, [None] * count, settings)
+    for layer in _compressed_layers(cache):
+        layer.model_id = id(model)
+    model(mx.zeros((1, BLOCK), mx.int32), cache=cache)
+    fused_models.add(id(model))
+    try:
+        model(mx.zeros((1, 1), mx.int32), cache=cache)
+        return False
+    except (TypeError, AttributeError) as error:
+        _log.info("Decoding makes dense keys and values as well, because of: %s", error)
+        return True
+    finally:
+        fused_models.discard(id(model))
+
+
+def _hook_attention(model: nn.Module) -> None:
     for scope in _attention_scopes(model):
         if not isinstance(scope[_HOOKED_NAME], _AttentionHook):
             scope[_HOOKED_NAME] = _AttentionHook(scope[_HOOKED_NAME])

@@ -47,11 +47,21 @@ _QUANTIZE_INPUTS = (
     *("values", *(f"value_{name}" for name in _QUANTIZE_PARAMETERS)),
     "sizes",
 )
+_DEQUANTIZE_PARAMETERS = ("codes", "scales", "mean", "constants")
+_DEQUANTIZE_INPUTS = (
+    *(*(f"key_{name}" for name in _DEQUANTIZE_PARAMETERS), "exact_keys"),
+    *(*(f"value_{name}" for name in _DEQUANTIZE_PARAMETERS), "exact_values", "sizes"),
+)
+_DEQUANTIZE_OUTPUTS = ("keys", "values")
 _QUANTIZE_OUTPUTS = ("key_codes", "key_scales", "value_codes", "value_scales")
 
 # Threadgroups of 256 threads that fit the registers of a CUDA multiprocessor: 2 leave a thread 128
 # registers, 3 leave it 80, which is enough where nothing spills.
 _CUDA_BLOCKS = {"quantize": 3}
+
+# What a kernel's text calls the types that it is compiled for.
+_TYPES = {mx.float16: "float16_t", mx.bfloat16: "bfloat16_t", mx.float32: "float"}
+Constant = int | mx.Dtype
 
 _log = logging.getLogger("mlx_turboquant")
 _forced: list[str] = []
@@ -73,13 +83,16 @@ def backend() -> str:
     """Where kernels run: "metal", "cuda", or "reference" for plain MLX operations.
 
     What :func:`force_backend` was given comes first, then the environment variable
-    ``MLX_TURBOQUANT_BACKEND``, then what the machine has.
+    ``MLX_TURBOQUANT_BACKEND``, which is read once, then what the machine has.
 
     Raises:
         ValueError: the variable names a backend that this machine does not have.
     """
-    if _forced:
-        return _forced[0]
+    return _forced[0] if _forced else _machine_backend()
+
+
+@cache
+def _machine_backend() -> str:
     return _checked_backend(os.environ.get(BACKEND_VARIABLE), BACKEND_VARIABLE)
 
 
@@ -126,28 +139,6 @@ def quantize(*blocks: Block) -> list[QuantizedVectors]:
     return [_reference_quantize(*block) for block in blocks]
 
 
-def dequantize(
-    codes: mx.array,
-    scales: mx.array,
-    mean: mx.array,
-    count: int,
-    quantizer: TurboQuantizer,
-    interleaved: bool,
-    dtype: mx.Dtype,
-) -> mx.array:
-    """The first ``count`` tokens (B, H, count, dim) of whole buffers as in :mod:`.storage`.
-
-    Raises:
-        ValueError: more tokens than the buffers hold.
-    """
-    if count > scales.shape[-1]:
-        raise ValueError(f"{count} tokens are not in a buffer of {scales.shape[-1]}: use fewer.")
-    arguments = (codes, scales, mean, count, quantizer, interleaved, dtype)
-    if agrees(check_dequantize, quantizer, interleaved, dtype):
-        return _launch_dequantize(*arguments)
-    return _reference_dequantize(*arguments)
-
-
 def inner_product(
     queries: mx.array, packed: QuantizedVectors, quantizer: TurboQuantizer
 ) -> mx.array:
@@ -183,14 +174,10 @@ def _reference_quantize(x, mean, quantizer) -> QuantizedVectors:
     return QuantizedVectors(packed.codes, packed.scales.astype(mx.bfloat16))
 
 
-def _reference_dequantize(codes, scales, mean, count, quantizer, interleaved, dtype) -> mx.array:
-    packed = token_major(codes, scales, count, interleaved)
-    return (quantizer.dequantize(packed) + mean).astype(dtype)
-
-
 def _launch_quantize(*blocks: Block) -> list[QuantizedVectors]:
     *heads, count, dim = blocks[0].x.shape
-    inputs, template, shapes, dtypes, threadgroups = [], [], [], [], []
+    inputs, shapes, dtypes, threadgroups = [], [], [], []
+    constants: dict[str, Constant] = {"GROUPS": _SIMDS}
     # A single block is quantized as keys and again as values: the decode path has both.
     for name, block in zip(("", "VALUE_"), (*blocks, blocks[0])):
         quantizer, dim = block.quantizer, block.x.shape[-1]
@@ -199,15 +186,15 @@ def _launch_quantize(*blocks: Block) -> list[QuantizedVectors]:
         lanes = 32 if dim > 256 else 16 if dim > 128 else 8
         inputs += [block.x, block.mean, levels, quantizer.thresholds, gains, signs]
         inputs += [quantizer.rotation.matrix]
-        template += [(f"{name}DIM", dim), (f"{name}ORDER", order), (f"{name}POWER", power)]
-        template += [(f"{name or 'KEY_'}BITS", quantizer.bits)]
-        template += [(f"{name or 'KEY_'}GAINS", gains.size), (f"{name}LANES", lanes)]
+        constants |= {f"{name}T": block.x.dtype, f"{name}DIM": dim, f"{name}ORDER": order}
+        constants |= {f"{name}POWER": power, f"{name}LANES": lanes}
+        constants |= {f"{name or 'KEY_'}BITS": quantizer.bits}
+        constants |= {f"{name or 'KEY_'}GAINS": gains.size}
         shapes += [(*heads, count, words_per_vector(dim, quantizer.bits)), (*heads, count)]
         dtypes += [mx.uint32, mx.bfloat16]
         threadgroups.append(-(-block.x.size // dim * lanes // (32 * _SIMDS)))
-    outputs = _kernel("quantize", _QUANTIZE_INPUTS, _QUANTIZE_OUTPUTS)(
+    outputs = _kernel("quantize", _QUANTIZE_INPUTS, _QUANTIZE_OUTPUTS, constants)(
         inputs=[*inputs, _sizes(math.prod(heads), count)],
-        template=[*template, ("GROUPS", _SIMDS)],
         grid=(max(threadgroups) * 32 * _SIMDS, 2, 1),
         threadgroup=(32 * _SIMDS, 1, 1),
         output_shapes=shapes,
@@ -217,31 +204,34 @@ def _launch_quantize(*blocks: Block) -> list[QuantizedVectors]:
     return packed[: len(blocks)]
 
 
-def _launch_dequantize(codes, scales, mean, count, quantizer, interleaved, dtype) -> mx.array:
-    *heads, capacity = scales.shape
-    groups = _groups(quantizer.dim)
-    rows = scales.size // capacity
+def launch_dequantize(tokens) -> list[mx.array]:
+    """All tokens of a :class:`.attention.CachedTokens`, (B, H, count, dim): keys and values.
+
+    Where the keys are the values, keys alone.
+    """
+    stores, exact = [tokens.keys, tokens.values], [tokens.exact_keys, tokens.exact_values]
+    kinds = 1 if tokens.values is tokens.keys else 2
+    constants: dict[str, Constant] = {"KINDS": kinds}
+    inputs, shapes = [], []
+    for name, store, x in zip(("", "VALUE_"), stores, exact):
+        quantizer, (batch, heads, _, dim) = store.quantizer, x.shape
+        order, power = _rotation_order(quantizer)
+        constants |= {f"{name}T": x.dtype, f"{name}DIM": dim, f"{name}ORDER": order}
+        constants |= {f"{name}POWER": power, f"{name or 'KEY_'}BITS": quantizer.bits}
+        inputs += [store.codes, store.scales, store.mean, _restoring_constants(quantizer), x]
+        shapes.append((batch, heads, tokens.count, dim))
+    groups = min(4, _THREADGROUP_BYTES // (4 * max(shape[3] for shape in shapes)))
+    sizes = (tokens.sink_count, tokens.keys.count, tokens.recent_start, tokens.count)
     kernel = _kernel(
-        "dequantize",
-        ("codes", "scales", "mean", "levels", "signs", "matrix", "sizes"),
-        ("out",),
+        *("dequantize", _DEQUANTIZE_INPUTS, _DEQUANTIZE_OUTPUTS), {**constants, "GROUPS": groups}
     )
-    levels, signs, _ = _constants(quantizer)
     return kernel(
-        inputs=[
-            codes,
-            scales.reshape(rows, capacity),
-            mean,
-            levels,
-            signs,
-            quantizer.rotation.matrix,
-            _sizes(count, capacity),
-        ],
-        template=[("T", dtype), ("INTERLEAVED", interleaved), *_template(quantizer, groups)],
-        output_shapes=[(*heads, count, quantizer.dim)],
-        output_dtypes=[dtype],
-        **_grid(rows * count, groups),
-    )[0]
+        inputs=[*inputs, _sizes(*sizes)],
+        grid=(-(-math.prod(shapes[0][:3]) // groups) * 32 * groups, kinds, 1),
+        threadgroup=(32 * groups, 1, 1),
+        output_shapes=shapes if kinds == 2 else [shapes[0], (1,)],
+        output_dtypes=[x.dtype for x in exact],
+    )[:kinds]
 
 
 def _launch_inner_product(queries, packed, quantizer) -> mx.array:
@@ -250,13 +240,13 @@ def _launch_inner_product(queries, packed, quantizer) -> mx.array:
     rows = packed.scales.size // count
     tile = max(1, min(8, _THREADGROUP_BYTES // (4 * dim)))
     levels, _, _ = _constants(quantizer)
-    kernel = _kernel("inner_product", ("queries", "codes", "scales", "levels", "sizes"), ("out",))
-    return kernel(
+    names = ("queries", "codes", "scales", "levels", "sizes")
+    constants = {"DIM": dim, "BITS": quantizer.bits, "QUERIES": tile, "SIMDS": _SIMDS}
+    return _kernel("inner_product", names, ("out",), constants)(
         inputs=[
             *(quantizer.rotation.apply(queries), packed.codes, packed.scales, levels),
             _sizes(query_count, count),
         ],
-        template=[("DIM", dim), ("BITS", quantizer.bits), ("QUERIES", tile), ("SIMDS", _SIMDS)],
         grid=(-(-count // (32 * _SIMDS)) * 32 * _SIMDS, rows, -(-query_count // tile)),
         threadgroup=(32 * _SIMDS, 1, 1),
         output_shapes=[(*leading, query_count, count)],
@@ -264,59 +254,88 @@ def _launch_inner_product(queries, packed, quantizer) -> mx.array:
     )[0]
 
 
+class _AttentionPlan(NamedTuple):
+    """What the launches of one configuration have in common: the host makes it once."""
+
+    attend: Callable[..., list[mx.array]]
+    combine: Callable[..., list[mx.array]]
+    constants: mx.array
+    rotation: mx.array
+    tile: int
+    combine_simds: int
+
+
+@cache
+def _attention_plan(
+    target: str,
+    keys: TurboQuantizer,
+    values: TurboQuantizer,
+    group_rows: int,
+    scale: float,
+    dtypes: tuple[mx.Dtype, mx.Dtype, mx.Dtype],
+    mask_kind: str,
+    sinks: bool,
+    shared: bool,
+) -> _AttentionPlan:
+    dim, value_dim = keys.dim, values.dim
+    order, power = _rotation_order(keys)
+    value_order, value_power = _rotation_order(values)
+    tile = _rows_per_threadgroup(group_rows, max(dim, value_dim))
+    simds = min(8, _THREADGROUP_BYTES // (16 * value_dim))
+    attend: dict[str, Constant] = {"DIM": dim, "VALUE_DIM": value_dim, "ORDER": order}
+    attend |= {"POWER": power, "KEY_BITS": keys.bits, "VALUE_BITS": values.bits}
+    attend |= {"VALUE_STRIDE": BLOCK if shared else 1, "ROWS": tile, "SIMDS": _SIMDS}
+    attend |= {"MASK": MASK_KINDS.index(mask_kind)}
+    attend |= dict(zip(("QUERY_T", "KEY_T", "VALUE_T"), dtypes))
+    combine: dict[str, Constant] = {"T": dtypes[0], "SINKS": sinks, "DIM": value_dim}
+    combine |= {"ORDER": value_order, "POWER": value_power, "SIMDS": simds}
+    return _AttentionPlan(
+        _kernel("decode_attention", _ATTENTION_INPUTS, ("partial",), attend),
+        _kernel("combine", _COMBINE_INPUTS, ("out",), combine),
+        *(_attention_constants(keys, values, scale), _rotation_constants(values), tile, simds),
+    )
+
+
 def launch_decode_attention(queries, tokens, scale, mask, sinks) -> mx.array:
     """Two launches for :func:`.attention.decode_attention`, with its arguments."""
-    batch, query_heads, rows, dim = queries.shape
+    batch, query_heads, rows, _ = queries.shape
     keys, values = tokens.keys, tokens.values
-    heads, value_dim = tokens.exact_keys.shape[1], tokens.exact_values.shape[-1]
+    heads, value_dim = tokens.exact_keys.shape[1], values.quantizer.dim
     group_rows = query_heads // heads * rows
-    kind = MASK_KINDS.index(mask_kind(mask))
+    dtypes = queries.dtype, tokens.exact_keys.dtype, tokens.exact_values.dtype
+    plan = _attention_plan(
+        *(backend(), keys.quantizer, values.quantizer, group_rows, scale, dtypes),
+        *(mask_kind(mask), sinks is not None, values is keys),
+    )
     mask, mask_strides = _mask_arguments(mask, (batch, query_heads, rows, tokens.count))
-    constants = _attention_constants(keys.quantizer, values.quantizer, scale)
-    order, power = _rotation_order(keys.quantizer)
-    tile = _rows_per_threadgroup(group_rows, max(dim, value_dim))
-    tiles = -(-group_rows // tile)
+    tiles = -(-group_rows // plan.tile)
     packed_splits, exact_splits = _splits(keys.count, tokens.exact_count, batch * heads * tiles)
     splits = packed_splits + exact_splits
-    threads = 32 * _SIMDS
     count = batch * query_heads * rows
-    sinks_and_packed = tokens.sink_count + keys.count
     sizes = (
         *(tokens.exact_count, splits, packed_splits, tokens.sink_count),
-        *(sinks_and_packed - tokens.recent_start, *mask_strides),
+        *(tokens.sink_count + keys.count - tokens.recent_start, *mask_strides),
         *itertools.chain(*tokens.extents),
     )
-    (partial,) = _kernel("decode_attention", _ATTENTION_INPUTS, ("partial",))(
+    (partial,) = plan.attend(
         inputs=[
             *(queries, keys.codes, keys.scales, keys.mean, values.codes, values.scales),
-            *(tokens.exact_keys, tokens.exact_values, constants),
-            *(constants if mask is None else mask, _sizes(*sizes)),
+            *(tokens.exact_keys, tokens.exact_values, plan.constants),
+            *(plan.constants if mask is None else mask, _sizes(*sizes)),
         ],
-        template=[
-            *(("DIM", dim), ("VALUE_DIM", value_dim), ("ORDER", order), ("POWER", power)),
-            *(("KEY_BITS", keys.bits), ("VALUE_BITS", values.bits)),
-            ("VALUE_STRIDE", BLOCK if values.interleaved else 1),
-            *(("ROWS", tile), ("SIMDS", _SIMDS), ("MASK", kind)),
-        ],
-        grid=(batch * heads * threads, splits, tiles),
-        threadgroup=(threads, 1, 1),
+        grid=(batch * heads * 32 * _SIMDS, splits, tiles),
+        threadgroup=(32 * _SIMDS, 1, 1),
         output_shapes=[(count, splits, value_dim + 2)],
         output_dtypes=[mx.float32],
     )
-    order, power = _rotation_order(values.quantizer)
-    simds = min(8, _THREADGROUP_BYTES // (16 * value_dim))
-    return _kernel("combine", _COMBINE_INPUTS, ("out",))(
+    return plan.combine(
         inputs=[
-            *(partial, values.mean, _rotation_constants(values.quantizer)),
+            *(partial, values.mean, plan.rotation),
             values.mean if sinks is None else sinks.astype(mx.float32),
             _sizes(packed_splits, group_rows, rows, query_heads),
         ],
-        template=[
-            *(("T", queries.dtype), ("SINKS", sinks is not None), ("DIM", value_dim)),
-            *(("ORDER", order), ("POWER", power), ("SIMDS", simds)),
-        ],
-        grid=(count * 32 * simds, 1, 1),
-        threadgroup=(32 * simds, 1, 1),
+        grid=(count * 32 * plan.combine_simds, 1, 1),
+        threadgroup=(32 * plan.combine_simds, 1, 1),
         output_shapes=[(batch, query_heads, rows, value_dim)],
         output_dtypes=[queries.dtype],
     )[0]
@@ -370,22 +389,6 @@ def _rotation_order(quantizer: TurboQuantizer) -> tuple[int, int]:
     return quantizer.rotation.factors or (quantizer.dim, 1)
 
 
-def _template(quantizer: TurboQuantizer, groups: int) -> list[tuple[str, int]]:
-    order, power = _rotation_order(quantizer)
-    constants = {"DIM": quantizer.dim, "BITS": quantizer.bits, "ORDER": order, "POWER": power}
-    return [*constants.items(), ("GROUPS", groups)]
-
-
-def _groups(dim: int) -> int:
-    """SIMD groups, of one vector each, in a threadgroup: as many as its memory holds, at most 4."""
-    return min(4, _THREADGROUP_BYTES // (4 * dim))
-
-
-def _grid(vectors: int, groups: int) -> dict[str, tuple[int, int, int]]:
-    threads = 32 * groups
-    return {"grid": (-(-vectors // groups) * threads, 1, 1), "threadgroup": (threads, 1, 1)}
-
-
 @cache
 def _constants(quantizer: TurboQuantizer) -> tuple[mx.array, mx.array, mx.array]:
     """Levels or their coefficients, signs and gains, as the kernels take them."""
@@ -428,6 +431,11 @@ def _rotation_constants(quantizer: TurboQuantizer) -> mx.array:
 
 
 @cache
+def _restoring_constants(quantizer: TurboQuantizer) -> mx.array:
+    return constant(mx.concatenate([_constants(quantizer)[0], _rotation_constants(quantizer)]))
+
+
+@cache
 def _attention_constants(keys: TurboQuantizer, values: TurboQuantizer, scale: float) -> mx.array:
     """All that a layer's attention needs and no token changes, in one array."""
     levels = [_constants(quantizer)[0] for quantizer in (keys, values)]
@@ -439,26 +447,53 @@ def _file(name: str) -> Path:
     return Path(str(files(f"{__package__}.metal").joinpath(name)))
 
 
-def _kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...]):
-    """The kernel of metal/NAME.metal, callable as ``mx.fast.metal_kernel`` describes."""
-    return _built_kernel(backend(), name, inputs, outputs)
+def _kernel(
+    name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], constants: dict[str, Constant]
+) -> Callable[..., list[mx.array]]:
+    """The kernel of metal/NAME.metal with these constants, called as ``mx.fast`` describes."""
+    return _built_kernel(backend(), name, inputs, outputs, tuple(constants.items()))
 
 
 @cache
-def _built_kernel(target: str, name: str, inputs: tuple[str, ...], outputs: tuple[str, ...]):
+def _built_kernel(
+    target: str,
+    name: str,
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    constants: tuple[tuple[str, Constant], ...],
+) -> Callable[..., list[mx.array]]:
+    # Constants are part of the text: as template arguments they would cost the host time at each
+    # launch. So would a long text, which MLX handles again at each launch. All types are among the
+    # constants, because MLX tells compiled kernels apart by their names alone.
+    definitions = " ".join(_definition(*pair) for pair in constants)
+    label = "_".join(_TYPES.get(value, str(value)) for _, value in constants)
     names = {"input_names": list(inputs), "output_names": list(outputs)}
+    names |= {"name": f"turboquant_{name}_{label}"}
     file = _file(f"{name}.metal")
     source = file.read_text(encoding="ascii")
     if target == "cuda":
-        # MLX handles the text at each launch, .2 microseconds a kilobyte: the compiler gets the
-        # files' names, and a comment has the shapes that MLX looks for in the text.
+        # The compiler gets the files' names, and a comment has the shapes that MLX looks for.
         shapes = " ".join(sorted(set(re.findall(r"\w+_shape\b", source))))
-        source = f'TURBOQUANT_USING_DECLARATIONS  // {shapes}\n#include "{file}"\n'
+        source = f"TURBOQUANT_USING_DECLARATIONS  // {shapes}\n{definitions}\n"
+        source += f'#include "{file}"\n'
         blocks = _CUDA_BLOCKS.get(name, 2)
         header = f'#define TURBOQUANT_BLOCKS {blocks}\n#include "{_file("metal_on_cuda.h")}"\n'
-        return mx.fast.cuda_kernel(f"turboquant_{name}", **names, header=header, source=source)
-    header = _file("codec.h").read_text(encoding="ascii")
-    return mx.fast.metal_kernel(f"turboquant_{name}", **names, header=header, source=source)
+        return mx.fast.cuda_kernel(**names, header=header, source=source)
+    header = _without_comments(_file("codec.h").read_text(encoding="ascii"))
+    source = f"{definitions}\n{_without_comments(source)}"
+    return mx.fast.metal_kernel(**names, header=header, source=source)
+
+
+def _definition(name: str, value: Constant) -> str:
+    if isinstance(value, mx.Dtype):
+        return f"using {name} = {_TYPES[value]};"
+    if isinstance(value, bool):
+        return f"constexpr bool {name} = {str(value).lower()};"
+    return f"constexpr int {name} = {value};"
+
+
+def _without_comments(text: str) -> str:
+    return re.sub(r"\n\s*", "\n", re.sub(r"//.*", "", text))
 
 
 @cache
@@ -509,19 +544,6 @@ def check_quantize(dtype: mx.Dtype, *quantizers: TurboQuantizer) -> Agreement:
         # Not max(): an error that is not a number must stay one.
         worst = mx.maximum(worst, abs(error / expected - 1)).item()
     return Agreement(worst, 0.02)
-
-
-def check_dequantize(quantizer: TurboQuantizer, interleaved: bool, dtype: mx.Dtype) -> Agreement:
-    """Compares the restored vectors."""
-    x, mean = _check_data(quantizer, dtype)
-    codes, scales = _reference_quantize(x, mean, quantizer)
-    count = x.shape[2]
-    padding = [(0, 0), (0, 0), (0, -count % BLOCK)]
-    codes, scales = mx.pad(codes, [*padding, (0, 0)]), mx.pad(scales, padding)
-    if interleaved:
-        codes = mx.unflatten(codes, 2, (-1, BLOCK)).swapaxes(-1, -2)
-    arguments = (codes, scales, mean, count, quantizer, interleaved, dtype)
-    return compare(_launch_dequantize(*arguments), _reference_dequantize(*arguments), dtype)
 
 
 def check_inner_product(quantizer: TurboQuantizer) -> Agreement:

@@ -5,7 +5,7 @@ from typing import Any
 import mlx.core as mx
 
 from .batch_cache import BatchTurboQuantKVCache
-from .cache import CompressedArray, TurboQuantKVCache, compressed_array
+from .cache import CompressedArray, CompressedTokens, TurboQuantKVCache, fetch
 from .storage import BatchPackedTokens, check_state, check_vectors
 
 # The buffer of rotary parts grows by this many tokens.
@@ -40,13 +40,14 @@ class TurboQuantLatentCache(TurboQuantKVCache):
 
     def update_and_fetch(
         self, latents: mx.array, rotary: mx.array
-    ) -> tuple[CompressedArray, mx.array]:
+    ) -> tuple[CompressedArray | CompressedTokens, mx.array]:
         """Append latents (B, 1, n, rank) and rotary parts (B, 1, n, dim) and return all of both."""
         start = self.offset
         tokens = self._append([latents])
         self._rotary = _with_room(self._rotary, rotary, self.offset)
         self._rotary[:, :, start : self.offset] = rotary
-        return compressed_array(tokens), self._rotary[:, :, : self.offset]
+        [fetched] = fetch(tokens, latents.shape[2], self.model_id)
+        return fetched, self._rotary[:, :, : self.offset]
 
     @property
     def nbytes(self) -> int:
@@ -101,7 +102,7 @@ class BatchTurboQuantLatentCache(BatchTurboQuantKVCache):
 
     def update_and_fetch(
         self, latents: mx.array, rotary: mx.array
-    ) -> tuple[CompressedArray, mx.array]:
+    ) -> tuple[CompressedArray | CompressedTokens, mx.array]:
         """Append latents (B, 1, n, rank) and rotary parts (B, 1, n, dim) and return all of both."""
         count, lengths = rotary.shape[2], self.lengths
         columns = mx.maximum(self._columns(count), 0)
@@ -109,7 +110,8 @@ class BatchTurboQuantLatentCache(BatchTurboQuantKVCache):
         self._rotary = _with_room(self._rotary, rotary, max(lengths) + count)
         places = mx.array(lengths)[:, None] + mx.arange(count)
         self._rotary = mx.put_along_axis(self._rotary, _index(places), rotary, axis=2)
-        return compressed_array(tokens), mx.take_along_axis(self._rotary, _index(columns), axis=2)
+        [fetched] = fetch(tokens, count, self.model_id)
+        return fetched, mx.take_along_axis(self._rotary, _index(columns), axis=2)
 
     def filter(self, rows: list[int]) -> None:
         """Keep only the sequences ``rows``."""

@@ -146,8 +146,8 @@ class MethodKVCache(TurboQuantKVCache):
         """All arrays, for ``mx.eval``."""
         return (*self._exact, *(array for store in self._packed for array in store.arrays))
 
-    def _fetch(self, tokens: CachedTokens) -> tuple[mx.array, mx.array]:
-        return tokens.dense(0), tokens.dense(1)
+    def _fetch(self, tokens: CachedTokens, new: int = 0) -> tuple[mx.array, ...]:
+        return tuple(tokens.reference_dense() if tokens.keys.count else tokens.dense())
 
     def _pack(self, arrays: list[mx.array]) -> None:
         for store, x in zip(self._packed, arrays):

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import cache as mlx_lm_cache
 
 from .cache import TurboQuantKVCache
-from .integration import enabled_settings, hook_attention, plain_caches
+from .integration import connect, enabled_settings, plain_caches
 from .latent_cache import TurboQuantLatentCache
 from .storage import check_state, check_vectors
 
@@ -119,7 +119,7 @@ def load_prompt_cache(
         raise _damaged(file, f"its caches have the seeds {seeds!r}, not {saved.get('seed')!r}")
     if model is not None:
         _check_model(file, cache, seeds, model)
-        hook_attention(model)
+        connect(model, cache)
     return (cache, metadata) if return_metadata else cache
 
 

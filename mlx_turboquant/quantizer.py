@@ -95,6 +95,9 @@ class TurboQuantizer:
         """
         return 32 * (words_per_vector(self.dim, self.bits) + 1) / self.dim
 
+    def __deepcopy__(self, memo: dict) -> "TurboQuantizer":
+        return self  # it never changes, and what was found out about it is kept by its identity
+
     def quantize(self, x: mx.array) -> QuantizedVectors:
         """Pack vectors (..., dim) of float16, bfloat16 or float32.
 

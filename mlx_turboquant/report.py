@@ -81,7 +81,7 @@ class CacheReport(NamedTuple):
 
 def cache_size(cache: list[Any]) -> CacheSize:
     """Tokens and bytes of a prompt cache; layers that are not compressed count as they are."""
-    layers = _flat(cache)
+    layers = flat_caches(cache)
     return CacheSize(
         max((layer.size() for layer in layers), default=0),
         sum(layer.nbytes for layer in layers),
@@ -91,7 +91,7 @@ def cache_size(cache: list[Any]) -> CacheSize:
 
 def bits_per_value(cache: list[Any]) -> float:
     """Bits that a value of one more packed token takes, scales included: of compressed layers."""
-    layers = [layer for layer in _flat(cache) if hasattr(layer, "token_nbytes")]
+    layers = [layer for layer in flat_caches(cache) if hasattr(layer, "token_nbytes")]
     values = sum(layer.token_values for layer in layers)
     return 8 * sum(layer.token_nbytes for layer in layers) / max(values, 1)
 
@@ -99,11 +99,11 @@ def bits_per_value(cache: list[Any]) -> float:
 def cache_report(cache: list[Any]) -> CacheReport:
     """What a prompt cache, a list of one cache per layer, holds; warns if nothing is compressed."""
     groups: dict[tuple, list[Any]] = {}
-    for layer in _flat(cache):
+    for layer in flat_caches(cache):
         bits = getattr(layer, "key_bits", None), getattr(layer, "value_bits", None)
         groups.setdefault((type(layer).__name__, *bits), []).append(layer)
     kinds = [_kind(*key, layers) for key, layers in groups.items()]
-    raised = [line for i, layer in enumerate(_flat(cache)) for line in _raised(i, layer)]
+    raised = [line for i, layer in enumerate(flat_caches(cache)) for line in _raised(i, layer)]
     report = CacheReport(cache_size(cache), kinds, raised)
     if not report.compressed_layers:
         names = ", ".join(kind.cache for kind in kinds) or "none"
@@ -142,6 +142,6 @@ def _raised(index: int, layer: Any) -> list[str]:
     return lines
 
 
-def _flat(cache: list[Any]) -> list[Any]:
+def flat_caches(cache: list[Any]) -> list[Any]:
     """The caches of all layers, those within a ``CacheList`` one by one."""
     return [part for layer in cache for part in getattr(layer, "caches", (layer,))]

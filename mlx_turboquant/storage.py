@@ -74,6 +74,7 @@ class PackedTokens:
         self.codes: mx.array | None = None
         self.scales: mx.array | None = None
         self.mean: mx.array | None = None
+        self._quantizer: TurboQuantizer | None = None
 
     @property
     def counts(self) -> list[int]:
@@ -83,7 +84,9 @@ class PackedTokens:
     @property
     def quantizer(self) -> TurboQuantizer:
         """The quantizer of these tokens; there is one once the first were stored."""
-        return shared_quantizer(self.mean.shape[-1], self.bits, self.seed)
+        if self._quantizer is None or self._quantizer.bits != self.bits:
+            self._quantizer = shared_quantizer(self.mean.shape[-1], self.bits, self.seed)
+        return self._quantizer
 
     @property
     def nbytes(self) -> int:
@@ -149,9 +152,9 @@ class PackedTokens:
         return kernels.token_major(self.codes, self.scales, self.count, self.interleaved)
 
     def dense(self, dtype: mx.Dtype) -> mx.array:
-        """The reconstructed tokens (B, H, count, dim)."""
-        arrays = (self.codes, self.scales, self.mean, self.count)
-        return kernels.dequantize(*arrays, self.quantizer, self.interleaved, dtype)
+        """The reconstructed tokens (B, H, count, dim), in plain MLX."""
+        restored = self.quantizer.rotation.invert(self.rotated_values()) + self.mean
+        return restored.astype(dtype)
 
     def at_bits(self, bits: int) -> "PackedTokens":
         """These tokens at ``bits`` bits per value, quantized again if that is another number."""

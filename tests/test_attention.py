@@ -24,7 +24,7 @@ def cached_tokens(heads=2, dim=64, value_dim=64, dtype=mx.float32, mean=0.0) -> 
 
 
 def dense_attention(queries, tokens, scale, mask=None, sinks=None) -> mx.array:
-    keys, values = (tokens.dense(kind).astype(mx.float32) for kind in (0, 1))
+    keys, values = (x.astype(mx.float32) for x in tokens.dense())
     return mx.fast.scaled_dot_product_attention(
         queries.astype(mx.float32), keys, values, scale=scale, mask=mask, sinks=sinks
     )

@@ -33,7 +33,7 @@ def random_tokens(rows: int, count: int, seed: int) -> tuple[mx.array, mx.array]
 def dense(cache: TurboQuantKVCache) -> list[mx.array]:
     """All keys and values of a cache."""
     tokens = cache._tokens(cache._exact)
-    return [tokens.dense(kind) for kind in (0, 1)]
+    return tokens.dense()
 
 
 class Batches(RuleBasedStateMachine):

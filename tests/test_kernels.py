@@ -26,6 +26,7 @@ if ON_EXECUTOR:
     if not metal_on_linux.IS_SUPPORTED:
         pytest.skip("the CPU executor needs x86-64 with AVX2", allow_module_level=True)
 
+KERNELS = ("quantize", "dequantize", "decode_attention", "combine", "inner_product")
 DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
 BITS = (1, 2, 3, 4, 5, 6, 8)
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
@@ -64,8 +65,17 @@ def kernels_run(monkeypatch):
 
 def forget_kernels() -> None:
     kernels.force_backend(None)
-    kernels._built_kernel.cache_clear()
-    kernels._agrees.cache_clear()
+    for remembered in (kernels._built_kernel, kernels._attention_plan, kernels._agrees):
+        remembered.cache_clear()
+    kernels._machine_backend.cache_clear()
+
+
+def names_of(launches) -> list[str]:
+    found = [
+        [name for name in KERNELS if kernel.name.startswith(f"turboquant_{name}_")]
+        for kernel, _ in launches
+    ]
+    return [name for [name] in found]
 
 
 def pairwise(*factors):
@@ -159,11 +169,30 @@ def test_quantize_keeps_zeros_and_large_values_and_isolates_nan():
 
 
 @pytest.mark.parametrize(
-    "dim, bits, dtype, interleaved", pairwise((*DIMS, 72), BITS, DTYPES, (False, True))
+    "dim, value_dim, key_bits, value_bits, dtype",
+    pairwise((*DIMS, 72), (*DIMS, 72), BITS, BITS, DTYPES),
 )
-def test_dequantize_restores_the_vectors_of_the_reference(dim, bits, dtype, interleaved):
-    quantizer = shared_quantizer(dim, bits, 0)
-    assert kernels.check_dequantize(quantizer, interleaved, dtype).holds
+def test_dequantize_restores_the_tokens_of_the_reference(
+    dim, value_dim, key_bits, value_bits, dtype
+):
+    quantizers = shared_quantizer(dim, key_bits, 0), shared_quantizer(value_dim, value_bits, 0)
+    assert attention.check_dequantize(dtype, dtype, *quantizers).holds
+
+
+def test_dequantize_restores_keys_that_are_the_values(kernels_run):
+    assert attention.check_dequantize(mx.float16, shared_quantizer(512, 4, 0)).holds
+
+
+def test_dense_tokens_are_one_launch_and_skip_what_lies_between(kernels_run):
+    tokens = cached_tokens(mean=5.0)
+    tokens.recent_start = 7
+    tokens.exact_keys[:, :, 4:7] = mx.nan
+    dense = tokens.dense()
+    launched = names_of(kernels_run)
+    for restored, expected in zip(dense, tokens.reference_dense()):
+        assert kernels.compare(restored, expected, mx.float32).holds
+    if ON_EXECUTOR:
+        assert launched.count("dequantize") == 2  # one of them is the check
 
 
 @pytest.mark.parametrize("dim, bits, query_count", pairwise((*DIMS, 72, 1536), BITS, (1, 5, 8, 9)))
@@ -286,15 +315,15 @@ def test_attention_is_two_launches_with_whole_buffers(kernels_run):
     tokens = cached_tokens()
     kernels.launch_decode_attention(*attention_arguments(tokens, 2, 1, mx.float32))
     if ON_EXECUTOR:
-        assert [kernel.name for kernel, _ in kernels_run] == [
-            "turboquant_decode_attention",
-            "turboquant_combine",
-        ]
+        assert names_of(kernels_run) == ["decode_attention", "combine"]
         inputs = kernels_run[0][1]["inputs"]
         assert any(array is tokens.keys.codes for array in inputs)
         assert any(array is tokens.values.codes for array in inputs)
-        constants = [value for _, value in kernels_run[0][1]["template"]]
-        assert tokens.count not in constants and tokens.keys.count not in constants
+        tokens.exact_count += 1  # the number of tokens is data: the kernels are the same
+        kernels.launch_decode_attention(*attention_arguments(tokens, 2, 1, mx.float32))
+        assert [kernel for kernel, _ in kernels_run[2:]] == [
+            kernel for kernel, _ in kernels_run[:2]
+        ]
 
 
 @pytest.mark.skipif(not ON_EXECUTOR, reason="the type checker is part of the executor")
@@ -305,7 +334,7 @@ def test_attention_is_two_launches_with_whole_buffers(kernels_run):
 def test_the_text_is_what_metal_accepts(kernels_run, dim, bits, dtype):
     quantizer = shared_quantizer(dim, bits, 0)
     kernels.check_quantize(dtype, quantizer)
-    kernels.check_dequantize(quantizer, True, dtype)
+    attention.check_dequantize(dtype, dtype, quantizer, quantizer)
     kernels.check_inner_product(quantizer)
     tokens = cached_tokens(dim, dim, bits, bits, dtype)
     for mask in ("none", "boolean", "additive"):
@@ -339,8 +368,12 @@ def test_enabling_a_model_runs_the_kernels_that_it_needs(kernels_run, random_mod
     enable(random_model, 3)
     assert [record for record in caplog.records if record.levelname == "WARNING"] == []
     if ON_EXECUTOR:
-        names = {kernel.name.removeprefix("turboquant_") for kernel, _ in kernels_run}
-        assert names == {"quantize", "dequantize", "decode_attention", "combine"}
+        assert set(names_of(kernels_run)) == {
+            "quantize",
+            "dequantize",
+            "decode_attention",
+            "combine",
+        }
     checked = kernels._agrees.cache_info().misses
     cache = random_model.make_cache()
     for count in (200, 1, 9):
@@ -394,7 +427,7 @@ def plant(monkeypatch, folder, **replacements):
 def test_a_wrong_kernel_is_replaced_with_a_warning(monkeypatch, caplog, tmp_path):
     plant(
         *(monkeypatch, tmp_path),
-        dequantize=("mean[long", "-mean[long"),
+        dequantize=("key_mean + row * DIM", "key_mean"),
         quantize=("const int count", "const int count +"),
     )
     quantizer = shared_quantizer(64, 4, 0)
@@ -402,9 +435,9 @@ def test_a_wrong_kernel_is_replaced_with_a_warning(monkeypatch, caplog, tmp_path
     (packed,) = kernels.quantize(kernels.Block(x, mean, quantizer))  # does not compile
     expected = kernels._reference_quantize(x, mean, quantizer)
     assert mx.array_equal(packed.codes, expected.codes)
-    arguments = (packed.codes, packed.scales, mean, 40, quantizer, False, mx.float32)
-    restored = kernels.dequantize(*arguments)  # compiles, and is wrong
-    assert mx.array_equal(restored, kernels._reference_dequantize(*arguments))
+    tokens = cached_tokens()
+    for restored, expected in zip(tokens.dense(), tokens.reference_dense()):  # runs, and is wrong
+        assert mx.array_equal(restored, expected)
     messages = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert len(messages) == 2
     assert "Kernel quantize is replaced by plain MLX on" in messages[0]
@@ -423,9 +456,6 @@ def test_shapes_and_counts_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="25 exact and 70 packed tokens"):
         attention.decode_attention(queries, *rest)
     store = tokens.keys
-    arguments = (store.codes, store.scales, store.mean, 257, store.quantizer, True, mx.float32)
-    with pytest.raises(ValueError, match="257 tokens are not in a buffer of 256"):
-        kernels.dequantize(*arguments)
     tokens.exact_count = 15
     store.codes, store.scales = store.codes[:, :, :3], store.scales[..., :96]
     with pytest.raises(ValueError, match="96 packed tokens .* use a multiple of 64"):
@@ -445,8 +475,10 @@ def test_a_backend_that_is_not_there_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="backend is 'metal': use reference on this machine"):
         kernels.force_backend("metal")
     monkeypatch.setenv(kernels.BACKEND_VARIABLE, "cuda")
+    kernels._machine_backend.cache_clear()
     with pytest.raises(ValueError, match="MLX_TURBOQUANT_BACKEND is 'cuda'"):
         kernels.backend()
+    kernels._machine_backend.cache_clear()
     monkeypatch.setenv(kernels.BACKEND_VARIABLE, "reference")
     assert kernels.backend() == "reference"
 
@@ -457,7 +489,7 @@ def few_checks(monkeypatch):
     quantizer = shared_quantizer(64, 4, 0)
     checks = [
         (kernels.check_quantize, (mx.float16, quantizer), "64 values"),
-        (kernels.check_dequantize, (quantizer, True, mx.float16), "64 values"),
+        (attention.check_dequantize, (mx.float16, quantizer), "64 values"),
     ]
     monkeypatch.setattr(doctor, "_configurations", lambda: iter(checks))
 
@@ -479,7 +511,7 @@ def test_doctor_prints_a_verdict_for_every_check(few_checks, capsys):
 
 
 def test_doctor_fails_if_a_kernel_does(few_checks, monkeypatch, capsys, tmp_path):
-    plant(monkeypatch, tmp_path, dequantize=("+ mean[", "- mean["))
+    plant(monkeypatch, tmp_path, dequantize=("key_mean + row * DIM", "key_mean"))
     with pytest.raises(SystemExit) as leaving:
         doctor.main([])
     assert leaving.value.code == 1

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__, kernels
-from ..attention import check_decode_attention
+from ..attention import check_decode_attention, check_dequantize
 from ..storage import shared_quantizer
 
 _DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
@@ -59,8 +59,7 @@ def _configurations() -> Iterator[tuple[Callable[..., kernels.Agreement], tuple[
             label = f"{dim} values, {bits} bits"
             yield kernels.check_quantize, (mx.float16, quantizer, quantizer), label
             yield kernels.check_inner_product, (quantizer,), label
-            for interleaved in (False, True):
-                yield kernels.check_dequantize, (quantizer, interleaved, mx.bfloat16), label
+            yield check_dequantize, (mx.bfloat16, mx.bfloat16, quantizer, quantizer), label
         for key_bits, value_bits in _SPLITS:
             quantizers = [shared_quantizer(dim, bits, 0) for bits in (key_bits, value_bits)]
             options = (mx.float16, mx.float16, 4, 1, "none", False, False)

@@ -1,0 +1,112 @@
+"""Speed and memory of a model with different caches, as mlx-lm generates with them."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .evaluate import CHUNK, Codec
+
+# Tokens that are decoded before the clock starts.
+_WARM_UP_TOKENS = 4
+
+
+class Measurement(NamedTuple):
+    """One generation after a prompt. Times are in seconds, memory in bytes of MLX's allocator.
+
+    ``prefill`` is the time for all tokens of the prompt but the last, ``first_token`` that from
+    the beginning until the first new token is known. ``decode`` is the time of one step of all
+    sequences, and ``graph`` the part of it in which Python builds the step's graph (a median).
+    Active memory is what is held between the steps, peak memory the most within them, both less
+    what was held before: weights are not in them. ``cache_nbytes`` is after the last token.
+    """
+
+    prefill: float
+    first_token: float
+    decode: float
+    graph: float
+    cache_nbytes: int
+    prefill_active: int
+    prefill_peak: int
+    decode_active: int
+    decode_peak: int
+
+
+def measure(
+    model: nn.Module,
+    codec: Codec,
+    prompts: mx.array,
+    new_tokens: int,
+    progress: Callable[[int], Any] = lambda tokens: None,
+) -> Measurement:
+    """Read ``prompts`` (B, n) in chunks as mlx-lm does and decode ``new_tokens`` greedily.
+
+    ``progress`` is called with the number of tokens, of one sequence, after each chunk and at the
+    end.
+    """
+    mx.synchronize()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    begin = time.perf_counter()
+    cache = codec.make_cache(model)
+    length = prompts.shape[1]
+    for start in range(0, length - 1, CHUNK):
+        chunk = prompts[:, start : min(start + CHUNK, length - 1)]
+        model(chunk, cache=cache)
+        codec.after_chunk(cache)
+        mx.eval([layer.state for layer in cache])
+        mx.clear_cache()
+        progress(chunk.shape[1])
+    prefill = time.perf_counter() - begin
+    decoder = _Decoder(model, codec, cache, prompts[:, -1:])
+    decoder.step()
+    first_token = time.perf_counter() - begin
+    prefill_memory = mx.get_active_memory() - before, mx.get_peak_memory() - before
+    mx.reset_peak_memory()
+    for _ in range(_WARM_UP_TOKENS):
+        decoder.step()
+    begin = time.perf_counter()
+    graphs = [decoder.step() for _ in range(new_tokens - _WARM_UP_TOKENS)]
+    decode = (time.perf_counter() - begin) / len(graphs)
+    mx.synchronize()
+    progress(new_tokens + 1)
+    return Measurement(
+        *(prefill, first_token, decode, float(np.median(graphs))),
+        sum(layer.nbytes for layer in cache),
+        *prefill_memory,
+        mx.get_active_memory() - before,
+        mx.get_peak_memory() - before,
+    )
+
+
+class _Decoder:
+    """Greedy decoding one step ahead of what is known, as in mlx-lm's ``generate_step``."""
+
+    def __init__(self, model: nn.Module, codec: Codec, cache: list[Any], tokens: mx.array):
+        self.model, self.codec, self.cache = model, codec, cache
+        self.next = self._submit(tokens)[0]
+
+    def step(self) -> float:
+        """Wait for one token of each sequence; returns the seconds of building the next graph."""
+        tokens = self.next
+        self.next, seconds = self._submit(tokens)
+        mx.eval(tokens)
+        return seconds
+
+    def _submit(self, tokens: mx.array) -> tuple[mx.array, float]:
+        begin = time.perf_counter()
+        logits = self.model(tokens, cache=self.cache)[:, -1]
+        self.codec.after_chunk(self.cache)
+        following = logits.argmax(axis=-1, keepdims=True)
+        seconds = time.perf_counter() - begin
+        mx.async_eval(following)
+        return following, seconds
+
+
+def median(measurements: list[Measurement]) -> Measurement:
+    """The median of each number."""
+    return Measurement(*(type(x[0])(np.median(x)) for x in zip(*measurements)))

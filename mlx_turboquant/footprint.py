@@ -1,0 +1,100 @@
+"""How many bytes a cache takes, before it is filled: for a plan, and for what fits."""
+
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import KVCache
+
+from .cache import TurboQuantKVCache
+from .evaluate import CHUNK, GROUP_SIZE, Codec
+from .report import flat_caches
+
+# The packed buffers grow by 1/32 of their size.
+_GROWTH = 1 + 1 / 32
+# For heads of other widths, MLX's attention over many queries has all scores in memory at once.
+_FUSED_DIMS = (64, 80, 128)
+
+
+class Footprint(NamedTuple):
+    """Bytes of a cache of one sequence, as a function of its tokens.
+
+    ``per_token`` are those of a token in layers without a limit, ``constant`` what layers hold
+    of any text (exact tokens, states); ``bounded`` has bytes per token and the most tokens of
+    each sliding window. ``workspace_per_token`` is what the layer that is computed takes beside
+    them for every token before it, while a prompt is read.
+    """
+
+    per_token: float
+    constant: float
+    bounded: tuple[tuple[float, int], ...]
+    workspace_per_token: float
+
+    def nbytes(self, tokens: int) -> float:
+        """Bytes of the cache of so many tokens."""
+        windows = sum(each * min(tokens, most) for each, most in self.bounded)
+        return self.per_token * tokens + self.constant + windows
+
+    def prompt_nbytes(self, tokens: int) -> float:
+        """Bytes of the cache and of the workspace at the end of a prompt of so many tokens."""
+        return self.nbytes(tokens) + self.workspace_per_token * tokens
+
+    def longest(self, nbytes: float) -> int:
+        """The most tokens of a prompt that fit in so many bytes."""
+        few, many = 0, 1 << 40
+        if self.prompt_nbytes(many) <= nbytes:
+            return many
+        while many - few > 1:
+            middle = (few + many) // 2
+            fits = self.prompt_nbytes(middle) <= nbytes
+            few, many = (middle, many) if fits else (few, middle)
+        return few
+
+
+def footprint(model: nn.Module, codec: Codec) -> Footprint:
+    """That of the caches that ``codec`` makes for a model, none of which is evaluated.
+
+    One token goes through the model lazily, which tells heads and dimensions.
+    """
+    cache = codec.make_cache(model)
+    model(mx.zeros((1, 1), mx.int32), cache=cache)
+    per_token, constant, bounded, workspaces = 0.0, 0.0, [], [0.0]
+    for layer in flat_caches(cache):
+        if isinstance(layer, TurboQuantKVCache):
+            per_token += layer.token_nbytes * _GROWTH
+            constant += layer.exact_nbytes
+            # Dequantized, and once more put together with the exact tokens.
+            workspaces.append(2 * layer.fp16_nbytes + _scores(model, codec))
+        elif type(layer) is KVCache:
+            dense = _token_nbytes(layer)
+            if codec.mlx_lm_bits is not None:
+                dense *= (codec.mlx_lm_bits + 32 / GROUP_SIZE) / (8 * layer.keys.itemsize)
+            per_token += dense
+            # A cache is copied when it grows.
+            workspaces.append(dense + _scores(model, codec))
+        elif getattr(layer, "max_size", None):
+            bounded.append((_token_nbytes(layer), layer.max_size))
+        else:
+            constant += layer.nbytes
+    return Footprint(per_token, constant, tuple(bounded), max(workspaces))
+
+
+def chunk_nbytes(model: nn.Module) -> int:
+    """Bytes that the activations of one chunk of a prompt take, about."""
+    width = max(getattr(model.args, "intermediate_size", 0), 2 * model.args.hidden_size)
+    experts = getattr(model.args, "num_experts_per_tok", 0)
+    width = max(width, experts * getattr(model.args, "moe_intermediate_size", 0))
+    return 8 * CHUNK * width
+
+
+def _scores(model: nn.Module, codec: Codec) -> int:
+    """Bytes of the scores of a chunk for one token, where MLX does not fuse them: in 16 bits."""
+    arguments = model.args
+    heads = getattr(arguments, "num_attention_heads", 0)
+    head_dim = getattr(arguments, "head_dim", None) or arguments.hidden_size // max(heads, 1)
+    fused = codec.mlx_lm_bits is None and head_dim in _FUSED_DIMS
+    return 0 if fused else 2 * 2 * heads * CHUNK
+
+
+def _token_nbytes(layer: Any) -> float:
+    return (layer.keys.nbytes + layer.values.nbytes) / layer.keys.shape[2]

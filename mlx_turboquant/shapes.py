@@ -1,0 +1,168 @@
+"""Models of known architectures with random weights: speed and memory without a download."""
+
+import contextlib
+import io
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.utils import _get_classes, quantize_model
+
+_GROUP_SIZE = 64
+_BITS = 4
+
+
+def _llama(**arguments: Any) -> dict[str, Any]:
+    common = {"model_type": "llama", "num_key_value_heads": 8, "rms_norm_eps": 1e-5}
+    rope = {"rope_theta": 500000.0, "max_position_embeddings": 131072}
+    return {**common, **rope, "tie_word_embeddings": False, **arguments}
+
+
+def _llama_3(factor: float = 8.0, **arguments: Any) -> dict[str, Any]:
+    scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0}
+    scaling |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    return _llama(vocab_size=128256, rope_scaling=scaling, **arguments)
+
+
+def _qwen3(**arguments: Any) -> dict[str, Any]:
+    common = {"model_type": "qwen3", "num_key_value_heads": 8, "head_dim": 128}
+    common |= {"vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0}
+    return {**common, "max_position_embeddings": 40960, "tie_word_embeddings": False, **arguments}
+
+
+def _widths(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, int]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+
+
+# The configurations that these models are published with, as far as they bear on shapes.
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3.2-1b": _llama_3(32.0, **_widths(2048, 8192, 16, 32), tie_word_embeddings=True),
+    "llama-3.2-3b": _llama_3(
+        32.0, **_widths(3072, 8192, 28, 24), head_dim=128, tie_word_embeddings=True
+    ),
+    "llama-3.1-8b": _llama_3(**_widths(4096, 14336, 32, 32)),
+    "llama-3.3-70b": _llama_3(**_widths(8192, 28672, 80, 64)),
+    "mistral-7b": _llama(
+        **_widths(4096, 14336, 32, 32),
+        vocab_size=32768,
+        rope_theta=1000000.0,
+        max_position_embeddings=32768,
+    ),
+    "mistral-small-24b": _llama(
+        **_widths(5120, 32768, 40, 32),
+        head_dim=128,
+        vocab_size=131072,
+        rope_theta=100000000.0,
+        max_position_embeddings=32768,
+    ),
+    "qwen3-4b": _qwen3(**_widths(2560, 9728, 36, 32), tie_word_embeddings=True),
+    "qwen3-8b": _qwen3(**_widths(4096, 12288, 36, 32)),
+    "qwen3-32b": _qwen3(**_widths(5120, 25600, 64, 64)),
+    "qwen3-30b-a3b": _qwen3(
+        **_widths(2048, 6144, 48, 32),
+        model_type="qwen3_moe",
+        num_key_value_heads=4,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        norm_topk_prob=True,
+    ),
+    "gemma-3-12b": {
+        **_widths(3840, 15360, 48, 16),
+        "model_type": "gemma3_text",
+        "num_key_value_heads": 8,
+        "head_dim": 256,
+        "vocab_size": 262208,
+        "sliding_window": 1024,
+        "sliding_window_pattern": 6,
+        "max_position_embeddings": 131072,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "gpt-oss-20b": {
+        **_widths(2880, 2880, 24, 64),
+        "model_type": "gpt_oss",
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 201088,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "sliding_window": 128,
+        "max_position_embeddings": 131072,
+        "rope_theta": 150000,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "original_max_position_embeddings": 4096,
+        },
+    },
+}
+
+
+def unloaded_model(config: dict[str, Any]) -> nn.Module:
+    """The model of an mlx-lm ``config.json`` as shapes only: no array of it is evaluated.
+
+    Its weights have as many bits as the configuration says, bfloat16 where it says nothing.
+
+    Raises:
+        ValueError: a configuration that mlx-lm has no model for.
+    """
+    try:
+        model_class, arguments = _get_classes(config)
+        model = model_class(arguments.from_dict(config))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"The configuration is not one of a model of mlx-lm ({type(error).__name__}: {error}): "
+            "use the config.json of such a model."
+        ) from error
+    model.set_dtype(mx.bfloat16)
+    quantization = config.get("quantization")
+    if quantization is not None:
+        _quantize(model, config, quantization)
+    return model.eval()
+
+
+def random_model(config: dict[str, Any]) -> nn.Module:
+    """The model of a configuration with random weights of 4 bits, in groups of 64.
+
+    Outputs keep the size of inputs, as in a trained model, and experts are chosen evenly. The
+    weights are not evaluated.
+    """
+    model = unloaded_model({**config, "quantization": {"group_size": _GROUP_SIZE, "bits": _BITS}})
+    for module in model.modules():
+        if "scales" in module:
+            _fill(module)
+    return model
+
+
+def _quantize(model: nn.Module, config: dict[str, Any], quantization: dict[str, Any]) -> None:
+    usual = getattr(model, "quant_predicate", None)
+
+    def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if path in quantization:  # what the configuration says of single layers
+            return quantization[path]
+        return True if usual is None else usual(path, module)
+
+    sizes = (quantization["group_size"], quantization["bits"], quantization.get("mode", "affine"))
+    with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints the bits of a weight
+        quantize_model(model, config, *sizes, quant_predicate=predicate)
+
+
+def _fill(module: nn.Module) -> None:
+    """Random codes, and scales with which a weight has the variance 1 / inputs."""
+    half_words = (*module.weight.shape[:-1], 2 * module.weight.shape[-1])
+    module.weight = mx.random.randint(0, 2**16, half_words).astype(mx.uint16).view(mx.uint32)
+    inputs = module.weight.shape[-1] * 32 // module.bits
+    scale = 12**0.5 / 2**module.bits / inputs**0.5
+    module.scales = mx.full(module.scales.shape, scale, mx.bfloat16)
+    if "biases" in module:
+        offset = -scale * (2**module.bits - 1) / 2
+        module.biases = mx.full(module.scales.shape, offset, mx.bfloat16)
