@@ -36,8 +36,6 @@ def main(arguments: list[str]) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     with model_errors(args.model):
         model, tokenizer = mlx_lm.load(args.model, lazy=True)
-    for codec in codecs:
-        codec.make_cache(model)  # refuses a model that it cannot have before weights are read
     if args.chat and not tokenizer.has_chat_template:
         raise ValueError(f"The tokenizer of {args.model} has no chat template: leave out --chat.")
     encoded = texts.encode(tokenizer, contents)
@@ -45,6 +43,8 @@ def main(arguments: list[str]) -> None:
     prompts = _passkey_prompts(tokenizer, [token for text in encoded for token in text], args)
     # The exact log-probabilities, those of a codec, and what is computed of both.
     check_memory(model, 12 * args.scored * tokenizer.vocab_size)
+    for codec in codecs:
+        codec.make_cache(model)  # refuses a model that it cannot have, before weights are read
     prepare_for_device(model)
     mx.eval(model.parameters())
     comparison = Comparison(model, [*MLX_LM, *codecs])
