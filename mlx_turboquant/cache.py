@@ -200,7 +200,7 @@ class TurboQuantKVCache:
         The new tokens and all that were exact before the call are seen exactly by its queries.
         """
         tokens = self._append([keys, values])
-        fetched = fetch(tokens, keys.shape[2], self.model_id)
+        fetched = self._fetch(tokens, keys.shape[2])
         self._fetched = fetched if self.shared else None
         return fetched
 
@@ -208,7 +208,10 @@ class TurboQuantKVCache:
         """What the last :meth:`update_and_fetch` returned, for layers without keys of their own."""
         if self._fetched is not None:
             return self._fetched
-        return fetch(self._tokens(self._exact))
+        return self._fetch(self._tokens(self._exact))
+
+    def _fetch(self, tokens: CachedTokens, new: int = 0) -> Fetched:
+        return fetch(tokens, new, self.model_id)
 
     def _append(self, new: list[mx.array]) -> CachedTokens:
         """Append arrays (B, H, n, dim) of the kinds that the cache holds."""
@@ -298,9 +301,12 @@ class TurboQuantKVCache:
         start, stop = self.sink_tokens, self.sink_tokens + leaving
         before = self.packed_tokens
         self._views = None
-        append_all(self._packed, [x[:, :, start:stop] for x in exact])
+        self._pack([x[:, :, start:stop] for x in exact])
         self.forgotten += before + leaving - self.packed_tokens
         return [mx.concatenate([x[:, :, :start], x[:, :, stop:]], axis=2) for x in exact]
+
+    def _pack(self, arrays: list[mx.array]) -> None:
+        append_all(self._packed, arrays)
 
     def _keep(self, exact: list[mx.array]) -> None:
         self._exact = [self._buffer(x) for x in exact]

@@ -28,6 +28,7 @@ _mlx_lm_generate = importlib.import_module("mlx_lm.generate")
 # mlx-lm reads prompts in chunks of this size, and quantizes its own cache in these groups.
 CHUNK = 2048
 GROUP_SIZE = 64
+_AUTO = "auto"
 # A reply may begin with some words before the code.
 REPLY_TOKENS = 32
 
@@ -63,28 +64,34 @@ MLX_LM = (Codec("mlx-lm 8 bits", 8), Codec("mlx-lm 4 bits", 4))
 def preset(name: str, **settings: Any) -> Codec:
     """Our codec of a setting as ``4``, ``3.5`` (bits), ``K5V3`` (of keys and values) or ``auto``.
 
-    ``settings`` are further arguments of :func:`.integration.make_prompt_cache`.
+    With the name of a method before it, as ``prod:4`` or ``qjl+affine:K3V2``, a cache of that
+    ``codec``. ``settings`` are further arguments of :func:`.integration.make_prompt_cache`.
 
     Raises:
         ValueError: a name of another form.
     """
-    split = re.fullmatch(r"[Kk](\d)[Vv](\d)", name)
+    codec, colon, bits_name = name.rpartition(":")
+    split = re.fullmatch(r"[Kk](\d)[Vv](\d)", bits_name)
     if split:
         key_bits, value_bits = map(int, split.groups())
         bits = {"key_bits": key_bits, "value_bits": value_bits}
-    elif name == "auto":
-        bits = {"bits": name}
-    elif re.fullmatch(r"\d(\.\d*)?", name):
-        bits = {"bits": float(name)}
+    elif bits_name == _AUTO:
+        bits = {"bits": bits_name}
+    elif re.fullmatch(r"\d(\.\d*)?", bits_name):
+        bits = {"bits": float(bits_name)}
     else:
         raise ValueError(
-            f"{name!r} is not a preset: use bits as 4 or 3.5, a split as K5V3, or auto."
+            f"{name!r} is not a preset: use bits as 4 or 3.5, a split as K5V3, or auto, "
+            "or another codec and its bits as prod:4."
         )
-    if name != "auto":
-        settings = {key: value for key, value in settings.items() if key != "kl_budget"}
+    without = () if bits_name == _AUTO else ("kl_budget",)
+    if colon:
+        bits["codec"] = codec
+        without += ("protect",)
+    settings = {key: value for key, value in settings.items() if key not in without}
     check_settings(**bits, **settings)
-    label = name if name == "auto" else name.upper() if split else f"{name} bits"
-    return Codec(label, settings={**bits, **settings})
+    label = bits_name if bits_name == _AUTO else bits_name.upper() if split else f"{bits_name} bits"
+    return Codec(f"{codec} {label}".strip(), settings={**bits, **settings})
 
 
 @dataclass

@@ -15,6 +15,7 @@ from .cache import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW, TurboQuantKVCache, fused
 from .codebook import MAX_BITS, check_bits
 from .kernels import BLOCK
 from .latent_cache import TurboQuantLatentCache
+from .method_cache import MethodKVCache, check_codec
 from .protection import Limits, relative_error, single_precision
 from .report import flat_caches
 
@@ -41,11 +42,15 @@ _log = logging.getLogger("mlx_turboquant")
 
 
 def split_bits(
-    bits: float | str = 4, key_bits: int | None = None, value_bits: int | None = None
+    bits: float | str = 4,
+    key_bits: int | None = None,
+    value_bits: int | None = None,
+    evenly: bool = False,
 ) -> tuple[int, int]:
     """Key and value bits of a setting; ``key_bits`` and ``value_bits`` override the preset.
 
-    With "auto" they are 8, for layers that cannot choose by themselves.
+    With ``evenly`` there is no preset: keys have one bit more at a half and as many otherwise. With
+    "auto" they are 8, for layers that cannot choose by themselves.
 
     Raises:
         ValueError: ``bits`` is neither "auto" nor 1 to 8 in half steps, or a side is not 1 to 8.
@@ -58,7 +63,9 @@ def split_bits(
         raise ValueError(f"{bits!r} bits are not supported: use a number or {_AUTO!r}.")
     if bits not in [half / 2 for half in range(2, 17)]:
         raise ValueError(f"{bits:g} bits are not supported: use 1 to 8 in steps of a half.")
-    split = PRESETS.get(bits, (int(bits + 0.5), int(bits)))
+    split = (int(bits + 0.5), int(bits))
+    if not evenly:
+        split = PRESETS.get(bits, split)
     key_bits = split[0] if key_bits is None else key_bits
     value_bits = split[1] if value_bits is None else value_bits
     check_bits(key_bits)
@@ -79,6 +86,7 @@ def make_prompt_cache(
     max_size: int | None = None,
     seed: int = 0,
     backend: str | None = None,
+    codec: str | None = None,
 ) -> list[Any]:
     """A compressed ``prompt_cache`` for mlx-lm: one cache per layer of ``model``.
 
@@ -103,6 +111,10 @@ def make_prompt_cache(
         seed: Of the random rotation.
         backend: "metal", "cuda" or "reference" (plain MLX operations), for the whole process; None
             leaves the choice to ``MLX_TURBOQUANT_BACKEND`` and the machine.
+        codec: One of :data:`.methods.METHODS` in place of ours, or two for keys and values, as
+            "qjl+affine". For study: keys and values of all layers have the same bits (keys one more
+            at a half), attention gets dequantized tokens, and there is neither protection nor a
+            ``max_size`` nor batches nor files.
 
     Raises:
         ValueError: a setting out of range, or no layer that could be compressed.
@@ -111,15 +123,20 @@ def make_prompt_cache(
         kernels.force_backend(backend)
     settings = {"window": window, "sink_tokens": sink_tokens, "max_size": max_size, "seed": seed}
     is_preset = bits != _AUTO and key_bits is None and value_bits is None
+    if codec is not None:
+        settings["codec"] = codec
+        is_preset = False
     split = check_settings(bits, key_bits, value_bits, protect, kl_budget, **settings)
     caches = plain_caches(model)
+    if codec is not None:
+        _check_dims(model, codec, split)
     splits = [split] * len(caches)
     if is_preset:
         splits = [_with_more(split, is_last(i, len(caches))) for i in range(len(caches))]
     limits: list[Limits | None] = [None] * len(caches)
     if bits == _AUTO:
         limits = _budget_limits(kl_budget or DEFAULT_KL_BUDGET, len(caches))
-    elif protect:
+    elif protect and codec is None:
         limits = [_preset_limits(pair) for pair in splits]
     compressed = _compressed(model, caches, splits, limits, settings)
     if not _compressed_layers(compressed):
@@ -145,8 +162,10 @@ def check_settings(
     Raises:
         ValueError: arguments that are out of range or do not fit together.
     """
-    split = split_bits(bits, key_bits, value_bits)
-    TurboQuantKVCache(*split, **settings)
+    split = split_bits(bits, key_bits, value_bits, evenly="codec" in settings)
+    if bits == _AUTO and "codec" in settings:
+        raise ValueError(f"Codec {settings['codec']} cannot choose its bits: use a number of bits.")
+    _cache_class(settings)(*split, **settings)
     if bits == _AUTO and not protect:
         raise ValueError("auto is protection: leave out the option that switches it off.")
     if kl_budget is not None and (bits != _AUTO or not kl_budget > 0):
@@ -155,6 +174,22 @@ def check_settings(
             "use a positive number of nats with auto."
         )
     return split
+
+
+def _cache_class(settings: dict[str, Any]) -> type[TurboQuantKVCache]:
+    return MethodKVCache if "codec" in settings else TurboQuantKVCache
+
+
+def _check_dims(model: nn.Module, codec: str, split: tuple[int, int]) -> None:
+    """Raise ValueError unless ``codec`` can have the keys and values of every layer.
+
+    A token is read only so far that the shapes are known: nothing is computed.
+    """
+    caches = plain_caches(model)
+    model(mx.zeros((1, 1), mx.int32), cache=caches)
+    for cache in flat_caches(caches):
+        if type(cache) is mlx_lm_cache.KVCache and cache.keys is not None:
+            check_codec(codec, *split, (cache.keys.shape[-1], cache.values.shape[-1]))
 
 
 def _preset_limits(split: tuple[int, int]) -> Limits:
@@ -270,10 +305,13 @@ class _Compression:
         # Multi-head latent attention, with the projections of keys and values absorbed. Prompts
         # are read with keys and values of their own, so that nothing is known of its queries.
         if any("embed_q" in module for module in modules):
+            if "codec" in self.settings:
+                codec = self.settings["codec"]
+                raise ValueError(f"Codec {codec} is not for latent attention: leave it out.")
             return TurboQuantLatentCache(max(bits), **self.settings)
         # Attention that is not hooked never shows its queries.
         limits = limits if any(_calls(module, _HOOKED_NAME) for module in modules) else None
-        compressed = TurboQuantKVCache(*bits, **self.settings, limits=limits)
+        compressed = _cache_class(self.settings)(*bits, **self.settings, limits=limits)
         compressed.shared = self.shared
         return compressed
 

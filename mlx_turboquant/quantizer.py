@@ -22,7 +22,7 @@ SCALES = ("unbiased", "least_squares", "norm", "none")
 # Covers the 5th to the 95th percentile of the best gain of 2 to 4 bits and 64 to 256 dimensions.
 _GAINS = tuple(round(0.75 + 0.05 * i, 2) for i in range(12))
 # The largest bfloat16, so that scales can be stored in it.
-_LARGEST_SCALE = 3.3895e38
+LARGEST_SCALE = 3.3895e38
 _FLOAT_DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 
 
@@ -87,6 +87,14 @@ class TurboQuantizer:
         self.rotation = Rotation(dim, rotation, seed)
         self.levels, self.thresholds = _codebook_arrays(dim, bits)
 
+    @property
+    def bits_per_value(self) -> float:
+        """Bits that a value takes: the packed words and its share of the float32 scale.
+
+        A cache keeps the scales in bfloat16, which is 16 / dim bits less.
+        """
+        return 32 * (words_per_vector(self.dim, self.bits) + 1) / self.dim
+
     def __deepcopy__(self, memo: dict) -> "TurboQuantizer":
         return self  # it never changes, and what was found out about it is kept by its identity
 
@@ -96,27 +104,29 @@ class TurboQuantizer:
         A vector of zeros gets scale 0. One with an infinity or NaN gets scale NaN, so that it
         comes back as NaN in every value. No finite vector overflows the scale.
         """
-        self._check(x)
+        check_vectors(x, self.dim)
         x = x.astype(mx.float32)
         # Scaled to a largest value of 1, so that no square overflows or vanishes.
         largest = mx.abs(x).max(axis=-1, keepdims=True)
         rotated = self.rotation.apply(x / mx.where(largest == 0, 1, largest))
         rms = mx.linalg.norm(rotated, axis=-1, keepdims=True) / self.dim**0.5
         codes, gain = self._encode(rotated / mx.where(rms == 0, 1, rms))
-        scales = mx.minimum(self._scales(rotated, codes, gain) * largest, _LARGEST_SCALE)
+        scales = mx.minimum(self._scales(rotated, codes, gain) * largest, LARGEST_SCALE)
         scales = mx.where(mx.isfinite(largest), scales, mx.nan)
         return QuantizedVectors(pack(codes, self.bits), scales.squeeze(-1))
 
     def dequantize(self, packed: QuantizedVectors, dtype: mx.Dtype = mx.float32) -> mx.array:
         """The reconstructed vectors (..., dim) in ``dtype``."""
-        return self.rotation.invert(self.rotated_values(packed)).astype(dtype)
+        # Scaled last: the sums of the rotation would overflow before the values do.
+        values = self.rotation.invert(self.rotated_levels(packed)) * packed.scales[..., None]
+        return values.astype(dtype)
 
     def inner_product(self, queries: mx.array, packed: QuantizedVectors) -> mx.array:
         """Products of queries (..., q, dim) with packed vectors (..., n): float32 (..., q, n).
 
         The rotation is applied to the queries instead of being undone on every packed vector.
         """
-        self._check(queries)
+        check_vectors(queries, self.dim)
         return self.rotation.apply(queries) @ self.rotated_values(packed).swapaxes(-1, -2)
 
     def rotated_values(self, packed: QuantizedVectors) -> mx.array:
@@ -174,17 +184,19 @@ class TurboQuantizer:
             return product / squared_length
         return squared_norm / mx.where(product == 0, 1, product)
 
-    def _check(self, x: mx.array) -> None:
-        if x.ndim == 0 or x.shape[-1] != self.dim:
-            raise ValueError(
-                f"An array of shape {x.shape} does not hold vectors of {self.dim} values: "
-                f"its last axis must be {self.dim}."
-            )
-        if x.dtype not in _FLOAT_DTYPES:
-            raise ValueError(
-                f"Vectors of dtype {x.dtype} cannot be quantized: "
-                "convert them to float16, bfloat16 or float32."
-            )
+
+def check_vectors(x: mx.array, dim: int) -> None:
+    """Raise ValueError unless x is (..., dim) of float16, bfloat16 or float32."""
+    if x.ndim == 0 or x.shape[-1] != dim:
+        raise ValueError(
+            f"An array of shape {x.shape} does not hold vectors of {dim} values: "
+            f"its last axis must be {dim}."
+        )
+    if x.dtype not in _FLOAT_DTYPES:
+        raise ValueError(
+            f"Vectors of dtype {x.dtype} cannot be quantized: "
+            "convert them to float16, bfloat16 or float32."
+        )
 
 
 @cache

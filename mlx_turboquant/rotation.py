@@ -94,10 +94,16 @@ def _random_signs(dim: int, seed: int) -> mx.array:
 @lru_cache(maxsize=8)
 def _haar_matrix(dim: int, seed: int) -> mx.array:
     """Q of the QR decomposition of a Gaussian matrix, with signs that make it Haar-distributed."""
-    uniform = ((_random_bits(2 * dim * dim, seed) >> np.uint64(11)) + 0.5) / 2**53
-    radius, angle = np.sqrt(-2 * np.log(uniform[: dim * dim])), 2 * np.pi * uniform[dim * dim :]
-    q, r = np.linalg.qr((radius * np.cos(angle)).reshape(dim, dim))
+    q, r = np.linalg.qr(gaussian_matrix(dim, dim, seed))
     return constant((q * np.sign(np.diag(r))).astype(np.float32))
+
+
+def gaussian_matrix(rows: int, columns: int, seed: int) -> np.ndarray:
+    """Independent normal numbers by the method of Box and Muller: float64 (rows, columns)."""
+    count = rows * columns
+    uniform = ((_random_bits(2 * count, seed) >> np.uint64(11)) + 0.5) / 2**53
+    radius, angle = np.sqrt(-2 * np.log(uniform[:count])), 2 * np.pi * uniform[count:]
+    return (radius * np.cos(angle)).reshape(rows, columns)
 
 
 @cache

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from conftest import variant
 
+from mlx_turboquant import texts
 from mlx_turboquant.cli.loading import check_memory, device_nbytes
 from mlx_turboquant.evaluate import (
     MLX_LM,
@@ -133,7 +134,13 @@ def test_progress_counts_every_token_of_a_text(random_model):
     assert sum(counted) == 2 * (len(TOKENS) - 1 + 7)
 
 
-@pytest.mark.parametrize("name", ["", "four", "K4", "K9V4", "K0V4", "9", "4.3", "K44V4", "nan"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", "four", "K4", "K9V4", "K0V4", "9", "4.3", "K44V4", "nan"),
+        *(":4", "prod:", "quip:4", "prod:1", "polar:3", "affine:K7V4", "prod:auto", "prod+:4"),
+    ],
+)
 def test_unknown_presets_are_refused(name):
     with pytest.raises(ValueError, match="use "):
         preset(name)
@@ -142,6 +149,26 @@ def test_unknown_presets_are_refused(name):
 @pytest.mark.parametrize("name, bits", [("4", 4), ("3.5", 3.5), ("k5v3", None)])
 def test_presets_are_bits_or_a_split(name, bits):
     assert preset(name).settings == ({"bits": bits} if bits else {"key_bits": 5, "value_bits": 3})
+
+
+def test_presets_of_other_codecs_have_no_protection():
+    codec = preset("qjl+affine:k3v2", protect=False, kl_budget=0.1, window=16)
+    assert codec.name == "qjl+affine K3V2"
+    bits = {"key_bits": 3, "value_bits": 2}
+    assert codec.settings == {"codec": "qjl+affine", **bits, "window": 16}
+
+
+def test_qjl_hurts_attention(tiny_lm):
+    """Keys alone, with values of our codec, at the same bits."""
+    model, tokenizer = tiny_lm
+    [tokens] = texts.pieces(texts.encode(tokenizer, texts.bundled_texts()[1:2]), 600, 1)
+    names = ("K3V3", "prod+turboquant:3", "qjl+turboquant:3")
+    comparison = Comparison(model, [preset(name, protect=False, **SHORT) for name in names])
+    comparison.text(tokens, 128)
+    ours, prod, qjl = (scores.summary()["kl_mean"] for scores in comparison.scores[1:])
+    # The variances of a product are as 1 : 5.6 : 16, and so are the divergences to second order.
+    assert 2 * ours < prod < qjl / 1.5
+    assert [scores.bits for scores in comparison.scores[1:]] == [3.125, 3.1875, 3.125]
 
 
 def test_the_weights_are_counted_as_the_device_holds_them():

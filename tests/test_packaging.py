@@ -38,6 +38,13 @@ def test_a_wheel_contains_the_kernel_files_and_the_command(wheel):
     assert not any(name.startswith(("tests/", "examples/")) for name in names)
 
 
+def test_a_wheel_contains_every_module(wheel):
+    modules = (
+        path.relative_to(REPOSITORY) for path in (REPOSITORY / "mlx_turboquant").rglob("*.py")
+    )
+    assert set(map(str, modules)) <= set(zipfile.ZipFile(wheel).namelist())
+
+
 def test_a_package_from_the_wheel_finds_its_kernel_files(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (

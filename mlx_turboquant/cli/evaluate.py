@@ -12,6 +12,7 @@ import mlx_lm
 
 from .. import __version__, texts
 from ..evaluate import MLX_LM, REPLY_TOKENS, Comparison, Scores, passkey_prompt, preset
+from ..methods import METHODS
 from .loading import check_memory, model_errors, prepare_for_device
 from .options import add_exact_token_options, add_protection_options, given_settings
 
@@ -42,6 +43,8 @@ def main(arguments: list[str]) -> None:
     prompts = _passkey_prompts(tokenizer, [token for text in encoded for token in text], args)
     # The exact log-probabilities, those of a codec, and what is computed of both.
     check_memory(model, 12 * args.scored * tokenizer.vocab_size)
+    for codec in codecs:
+        codec.make_cache(model)  # refuses a model that it cannot have, before weights are read
     prepare_for_device(model)
     mx.eval(model.parameters())
     comparison = Comparison(model, [*MLX_LM, *codecs])
@@ -68,7 +71,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=_PRESETS,
         metavar="BITS",
-        help=f"Presets to compare, as 4, 3.5, K5V3 or auto (default: {' '.join(_PRESETS)})",
+        help=f"Presets to compare, as 4, 3.5, K5V3 or auto (default: {' '.join(_PRESETS)}); "
+        f"other codecs, as prod:4 or qjl+affine:K3V2, of {', '.join(METHODS)}",
     )
     add_protection_options(parser)
     add_exact_token_options(parser)

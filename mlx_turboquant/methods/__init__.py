@@ -1,0 +1,80 @@
+"""The relatives of TurboQuant, with the interface of :class:`.TurboQuantizer`, for comparison.
+
+None is what a cache uses unless it is asked for. docs/methods.md has them side by side.
+"""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from ..quantizer import TurboQuantizer
+from .affine import Affine
+from .common import Method
+from .polar import PolarQuant
+from .presets import drive, drive_biased, eden, eden_biased, norm_corrected, turboquant_mse
+from .prod import TurboQuantProd
+from .qjl import QJL
+from .split import ChannelSplit, largest_channels, qjl_with_outliers, turboquant_split
+
+__all__ = [
+    "METHODS",
+    "Affine",
+    "ChannelSplit",
+    "Method",
+    "PolarQuant",
+    "QJL",
+    "TurboQuantProd",
+    "drive",
+    "drive_biased",
+    "eden",
+    "eden_biased",
+    "largest_channels",
+    "make_method",
+    "norm_corrected",
+    "qjl_with_outliers",
+    "turboquant_mse",
+    "turboquant_split",
+]
+
+
+def _by_dim(make: Callable[..., Method], **settings) -> Callable[[mx.array, int, int], Method]:
+    return lambda x, bits, seed: make(x.shape[-1], bits, seed=seed, **settings)
+
+
+def _affine(x: mx.array, bits: int, seed: int) -> Method:
+    return Affine(x.shape[-1], bits, group_size=32 if x.shape[-1] % 64 else 64)
+
+
+def _polar(x: mx.array, bits: int, seed: int) -> Method:
+    if bits != 4:
+        raise ValueError(f"PolarQuant with {bits} bits is not defined: use 4 (it takes 3.875).")
+    return PolarQuant(x.shape[-1], seed=seed)
+
+
+# What makes a method for vectors like x (..., n, dim) from x, the bits and the seed, by its name.
+METHODS: dict[str, Callable[[mx.array, int, int], Method]] = {
+    "affine": _affine,
+    "eden": _by_dim(eden),
+    "eden-biased": _by_dim(eden_biased),
+    "mse": _by_dim(turboquant_mse),
+    "norm": _by_dim(norm_corrected),
+    "polar": _polar,
+    "prod": _by_dim(TurboQuantProd),
+    "prod-orthogonal": _by_dim(TurboQuantProd, projection="orthogonal"),
+    "qjl": _by_dim(QJL),
+    "qjl-orthogonal": _by_dim(QJL, projection="orthogonal"),
+    "qjl-outliers": lambda x, bits, seed: qjl_with_outliers(x, bits, seed=seed),
+    "split": lambda x, bits, seed: turboquant_split(x, bits, seed=seed),
+    "turboquant": _by_dim(TurboQuantizer),
+}
+
+
+def make_method(name: str, x: mx.array, bits: int, seed: int = 0) -> Method:
+    """The method of a name in ``METHODS`` for vectors like x (..., n, dim).
+
+    Raises:
+        ValueError: another name, or bits or a dimension that the method cannot have.
+    """
+    if name not in METHODS:
+        raise ValueError(f"Codec {name!r} is not known: use one of {', '.join(METHODS)}.")
+    return METHODS[name](x, bits, seed)

@@ -1,0 +1,77 @@
+"""TurboQuant_prod: codes, and one bit of QJL for what they leave."""
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from ..codebook import MAX_BITS, check_bits
+from ..quantizer import QuantizedVectors
+from .presets import turboquant_mse
+from .qjl import QJL, SignVectors
+
+
+class ProdVectors(NamedTuple):
+    """What the first stage stores, uint32 ``codes`` (..., words) and float32 ``scales`` (...).
+
+    Then what the second stage does, as in :class:`.qjl.SignVectors`.
+    """
+
+    codes: mx.array
+    scales: mx.array
+    signs: mx.array
+    residual_norms: mx.array
+
+
+class TurboQuantProd:
+    """``bits`` - 1 bits of TurboQuant_mse and the QJL of the residual (arXiv 2504.19874, Alg. 2).
+
+    Inner products are unbiased. For a query orthogonal to a unit vector, their variance times dim
+    is (pi / 2) D with a Gaussian projection (Theorem 2) and about (pi / 2 - 1) D with an orthogonal
+    one, where D is the squared error of the first stage.
+
+    Args:
+        dim: Values per vector, 8 to 8 192.
+        bits: Bits per value, 2 to 8, without the two float32 numbers of a vector.
+        projection: "gaussian", as in the paper, or "orthogonal", see :class:`.qjl.QJL`.
+        seed: Of the rotation and of the projection, which are independent of each other.
+
+    Raises:
+        ValueError: an argument that is not one of these.
+    """
+
+    def __init__(self, dim: int, bits: int, *, projection: str = "gaussian", seed: int = 0):
+        check_bits(bits)
+        if bits == 1:
+            raise ValueError(
+                f"TurboQuant_prod with 1 bit has no first stage: use QJL, or 2 to {MAX_BITS} bits."
+            )
+        self.dim = dim
+        self.bits = bits
+        self.first = turboquant_mse(dim, bits - 1, seed=seed)
+        self.second = QJL(dim, projection=projection, seed=seed)
+
+    @property
+    def bits_per_value(self) -> float:
+        """Bits that a value takes: both stages and its share of their two float32 numbers."""
+        return self.first.bits_per_value + self.second.bits_per_value
+
+    def quantize(self, x: mx.array) -> ProdVectors:
+        """Pack vectors (..., dim) of float16, bfloat16 or float32."""
+        first = self.first.quantize(x)
+        residual = x.astype(mx.float32) - self.first.dequantize(first)
+        return ProdVectors(*first, *self.second.quantize(residual))
+
+    def dequantize(self, packed: ProdVectors, dtype: mx.Dtype = mx.float32) -> mx.array:
+        """The reconstructed vectors (..., dim) in ``dtype``."""
+        first, second = _stages(packed)
+        return (self.first.dequantize(first) + self.second.dequantize(second)).astype(dtype)
+
+    def inner_product(self, queries: mx.array, packed: ProdVectors) -> mx.array:
+        """Products of queries (..., q, dim) with packed vectors (..., n): float32 (..., q, n)."""
+        first, second = _stages(packed)
+        products = self.first.inner_product(queries, first)
+        return products + self.second.inner_product(queries, second)
+
+
+def _stages(packed: ProdVectors) -> tuple[QuantizedVectors, SignVectors]:
+    return QuantizedVectors(*packed[:2]), SignVectors(*packed[2:])

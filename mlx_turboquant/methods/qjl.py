@@ -1,0 +1,98 @@
+"""QJL: the signs of a random projection, and the norm."""
+
+from functools import lru_cache
+from math import exp, lgamma, pi, sqrt
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from ..codebook import check_bits, check_dim
+from ..constants import constant
+from ..packing import pack, unpack, words_per_vector
+from ..quantizer import check_vectors
+from ..rotation import Rotation, gaussian_matrix
+from .common import polar_form
+
+PROJECTIONS = ("gaussian", "orthogonal")
+# Rotations use seeds as they are; a projection with the same seed must be independent of them.
+_STREAM = 0x514A4C << 32
+
+
+class SignVectors(NamedTuple):
+    """``signs`` uint32 (..., words), a bit for each projection; ``norms`` float32 (...)."""
+
+    signs: mx.array
+    norms: mx.array
+
+
+class QJL:
+    """Signs of ``bits * dim`` random projections of a vector, and its norm (arXiv 2406.03482).
+
+    With S of m = bits * dim rows, <q, k> is estimated by a |k| <Sq, sign(Sk)>, without bias. The
+    query is not quantized. The reconstruction is a |k| S^T sign(Sk), so that its product with q is
+    the same number.
+
+    Args:
+        dim: Values per vector, 8 to 8 192.
+        bits: Projections per value, 1 to 8.
+        projection: "gaussian": S has independent normal entries and a = sqrt(pi / 2) / m
+            (Definition 3.1, Lemma 3.2). For q orthogonal to k the variance is
+            (pi / 2) |q|^2 |k|^2 / m. "orthogonal": S is made of ``bits`` independent rotations,
+            which lowers it to about (pi / 2 - 1) |q|^2 |k|^2 / m at one bit.
+        seed: Of the projection.
+
+    Raises:
+        ValueError: an argument that is not one of these.
+    """
+
+    def __init__(self, dim: int, bits: int = 1, *, projection: str = "gaussian", seed: int = 0):
+        check_dim(dim)
+        check_bits(bits)
+        if projection not in PROJECTIONS:
+            raise ValueError(
+                f"Projection {projection!r} is not known: use one of {', '.join(PROJECTIONS)}."
+            )
+        self.dim = dim
+        self.bits = bits
+        self.matrix, self.factor = _projection(dim, bits, projection, seed)
+
+    @property
+    def bits_per_value(self) -> float:
+        """Bits that a value takes: the signs and its share of the float32 norm."""
+        return 32 * (words_per_vector(self.bits * self.dim, 1) + 1) / self.dim
+
+    def quantize(self, x: mx.array) -> SignVectors:
+        """Pack vectors (..., dim) of float16, bfloat16 or float32."""
+        check_vectors(x, self.dim)
+        directions, norms = polar_form(x)
+        return SignVectors(pack(directions @ self.matrix.T >= 0, 1), norms.squeeze(-1))
+
+    def dequantize(self, packed: SignVectors, dtype: mx.Dtype = mx.float32) -> mx.array:
+        """The reconstructed vectors (..., dim) in ``dtype``."""
+        return (self._scaled_signs(packed) @ self.matrix).astype(dtype)
+
+    def inner_product(self, queries: mx.array, packed: SignVectors) -> mx.array:
+        """Products of queries (..., q, dim) with packed vectors (..., n): float32 (..., q, n)."""
+        check_vectors(queries, self.dim)
+        projected = queries.astype(mx.float32) @ self.matrix.T
+        return projected @ self._scaled_signs(packed).swapaxes(-1, -2)
+
+    def _scaled_signs(self, packed: SignVectors) -> mx.array:
+        signs = unpack(packed.signs, 1, self.bits * self.dim).astype(mx.float32) * 2 - 1
+        return signs * (self.factor * packed.norms[..., None])
+
+
+@lru_cache(maxsize=8)
+def _projection(dim: int, bits: int, kind: str, seed: int) -> tuple[mx.array, float]:
+    """The matrix S (bits * dim, dim) and the factor a."""
+    seed += _STREAM
+    rows = bits * dim
+    if kind == "gaussian":
+        matrix = gaussian_matrix(rows, dim, seed).astype(np.float32)
+        return constant(matrix), sqrt(pi / 2) / rows
+    rotations = [Rotation(dim, "haar", seed + (i << 24)).matrix for i in range(bits)]
+    # A coordinate of a random unit vector has the mean absolute value
+    # gamma(dim / 2) / (sqrt(pi) gamma((dim + 1) / 2)), which is sqrt(2 / (pi dim)) for large dim.
+    mean = exp(lgamma(dim / 2) - lgamma((dim + 1) / 2)) / sqrt(pi)
+    return constant(mx.concatenate(rotations)), 1 / (rows * mean)

@@ -1,0 +1,140 @@
+"""Outlier channels apart from the others, each with a method of its own."""
+
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from ..quantizer import check_vectors
+from .common import Method
+from .presets import turboquant_mse
+from .qjl import QJL
+
+# The paper has 32 outlier channels of 128.
+_SHARE = 4
+_QJL_OUTLIERS = 8
+
+
+class SplitVectors(NamedTuple):
+    """The arrays of the method of the outlier channels, then those of the others' method."""
+
+    outliers: Any
+    others: Any
+
+
+class ChannelSplit:
+    """Quantizes some channels with one method and the others with another one.
+
+    Args:
+        channels: Which are outliers, int32 (..., count) in ascending order, broadcast to the
+            leading axes of the vectors. They are known before, like a seed, and not stored with
+            the vectors.
+        outliers: A method for vectors of ``count`` values.
+        others: A method for those of the other channels.
+
+    Raises:
+        ValueError: another number of channels than the method of the outliers takes.
+    """
+
+    def __init__(self, channels: mx.array, outliers: Method, others: Method):
+        if channels.shape[-1] != outliers.dim:
+            raise ValueError(
+                f"{channels.shape[-1]} outlier channels do not fit a method for {outliers.dim} "
+                "values: use the same number."
+            )
+        self.dim = outliers.dim + others.dim
+        self.channels = channels
+        self.outliers = outliers
+        self.others = others
+
+    @property
+    def bits_per_value(self) -> float:
+        """Bits that a value takes, on average over all channels, with all that both store."""
+        parts = (self.outliers, self.others)
+        return sum(part.dim * part.bits_per_value for part in parts) / self.dim
+
+    def quantize(self, x: mx.array) -> SplitVectors:
+        """Pack vectors (..., dim) of float16, bfloat16 or float32."""
+        check_vectors(x, self.dim)
+        # What is not finite in one part is lost in both.
+        finite = mx.isfinite(x).all(axis=-1, keepdims=True)
+        outliers, others = self._split(mx.where(finite, x, mx.nan))
+        return SplitVectors(self.outliers.quantize(outliers), self.others.quantize(others))
+
+    def dequantize(self, packed: SplitVectors, dtype: mx.Dtype = mx.float32) -> mx.array:
+        """The reconstructed vectors (..., dim) in ``dtype``."""
+        parts = [self.outliers.dequantize(packed.outliers), self.others.dequantize(packed.others)]
+        places = mx.argsort(self._order(), axis=-1)
+        return _take(mx.concatenate(parts, axis=-1), places).astype(dtype)
+
+    def inner_product(self, queries: mx.array, packed: SplitVectors) -> mx.array:
+        """Products of queries (..., q, dim) with packed vectors (..., n): float32 (..., q, n)."""
+        check_vectors(queries, self.dim)
+        outliers, others = self._split(queries)
+        products = self.outliers.inner_product(outliers, packed.outliers)
+        return products + self.others.inner_product(others, packed.others)
+
+    def _split(self, x: mx.array) -> list[mx.array]:
+        return mx.split(_take(x, self._order()), [self.outliers.dim], axis=-1)
+
+    def _order(self) -> mx.array:
+        """All channels, outliers first."""
+        is_outlier = (self.channels[..., None] == mx.arange(self.dim)).any(axis=-2)
+        return mx.argsort(~is_outlier, axis=-1)
+
+
+def largest_channels(x: mx.array, count: int) -> mx.array:
+    """The ``count`` channels of x (..., n, dim) with the largest norm over the n vectors.
+
+    Returns int32 (..., 1, count) in ascending order.
+    """
+    # Norms of finite values only: a vector with another one is lost in all its channels anyway.
+    finite = mx.where(mx.isfinite(x), x, 0).astype(mx.float32)
+    norms = mx.linalg.norm(finite, axis=-2, keepdims=True)
+    return mx.sort(mx.argpartition(-norms, count - 1, axis=-1)[..., :count], axis=-1)
+
+
+def turboquant_split(x: mx.array, bits: int, *, seed: int = 0) -> ChannelSplit:
+    """The paper's split for vectors like x (..., n, dim) (arXiv 2504.19874, section 4.3).
+
+    The quarter of the channels with the largest norm has ``bits`` + 1 bits, the others ``bits``, in
+    two instances of TurboQuant_mse. For 128 dimensions the paper calls this 2.5 bits at ``bits`` 2,
+    "(32 * 3 + 96 * 2) / 128 = 2.5". That quotient is 2.25; with a norm of 16 bits for either
+    instance the sum is 2.5 (and 3.5 at ``bits`` 3), with the float32 of ``quantize`` it is 2.75.
+    """
+    dim = x.shape[-1]
+    count = _count(dim, dim // _SHARE)
+    outliers = turboquant_mse(count, bits + 1, seed=seed)
+    others = turboquant_mse(dim - count, bits, seed=seed + 1)
+    return ChannelSplit(largest_channels(x, count), outliers, others)
+
+
+def qjl_with_outliers(
+    x: mx.array, bits: int = 1, *, outlier_bits: int | None = None, seed: int = 0
+) -> ChannelSplit:
+    """QJL with more projections for the 8 channels of x (..., n, dim) with the largest norm.
+
+    Keys of deep layers have some channels ten times as large as the others, whose error all
+    projections would share (arXiv 2406.03482, section 4.1). ``outlier_bits`` are projections per
+    value of these: by default four times ``bits``, 8 at most; the paper leaves the number open.
+    """
+    dim = x.shape[-1]
+    count = _count(dim, _QJL_OUTLIERS)
+    outlier_bits = min(4 * bits, 8) if outlier_bits is None else outlier_bits
+    outliers = QJL(count, outlier_bits, seed=seed)
+    others = QJL(dim - count, bits, seed=seed + 1)
+    return ChannelSplit(largest_channels(x, count), outliers, others)
+
+
+def _count(dim: int, count: int) -> int:
+    if not 8 <= count <= dim - 8:
+        raise ValueError(
+            f"Vectors of {dim} values are too short to quantize outlier channels apart: "
+            f"use {8 * _SHARE} values or more."
+        )
+    return count
+
+
+def _take(x: mx.array, channels: mx.array) -> mx.array:
+    """Channels of x (..., dim), whose leading axes those of ``channels`` are broadcast to."""
+    shape = ((1,) * x.ndim + channels.shape)[-x.ndim :]
+    return mx.take_along_axis(x, channels.reshape(shape), axis=-1)
