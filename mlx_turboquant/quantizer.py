@@ -18,6 +18,8 @@ from .constants import constant
 from .packing import pack, unpack, words_per_vector
 from .rotation import Rotation
 
+# Changes whenever the same codes would mean something else.
+CODEC_VERSION = "1"
 SCALES = ("unbiased", "least_squares", "norm", "none")
 # Covers the 5th to the 95th percentile of the best gain of 2 to 4 bits and 64 to 256 dimensions.
 _GAINS = tuple(round(0.75 + 0.05 * i, 2) for i in range(12))
