@@ -95,7 +95,7 @@ class TurboQuantizer:
         A vector of zeros gets scale 0. One with an infinity or NaN gets scale NaN, so that it
         comes back as NaN in every value. No finite vector overflows the scale.
         """
-        self._check(x)
+        check_vectors(x, self.dim)
         x = x.astype(mx.float32)
         # Scaled to a largest value of 1, so that no square overflows or vanishes.
         largest = mx.abs(x).max(axis=-1, keepdims=True)
@@ -115,7 +115,7 @@ class TurboQuantizer:
 
         The rotation is applied to the queries instead of being undone on every packed vector.
         """
-        self._check(queries)
+        check_vectors(queries, self.dim)
         return self.rotation.apply(queries) @ self.rotated_values(packed).swapaxes(-1, -2)
 
     def rotated_values(self, packed: QuantizedVectors) -> mx.array:
@@ -179,17 +179,19 @@ class TurboQuantizer:
             return product / squared_length
         return squared_norm / mx.where(product == 0, 1, product)
 
-    def _check(self, x: mx.array) -> None:
-        if x.ndim == 0 or x.shape[-1] != self.dim:
-            raise ValueError(
-                f"An array of shape {x.shape} does not hold vectors of {self.dim} values: "
-                f"its last axis must be {self.dim}."
-            )
-        if x.dtype not in _FLOAT_DTYPES:
-            raise ValueError(
-                f"Vectors of dtype {x.dtype} cannot be quantized: "
-                "convert them to float16, bfloat16 or float32."
-            )
+
+def check_vectors(x: mx.array, dim: int) -> None:
+    """Raise ValueError unless x is (..., dim) of float16, bfloat16 or float32."""
+    if x.ndim == 0 or x.shape[-1] != dim:
+        raise ValueError(
+            f"An array of shape {x.shape} does not hold vectors of {dim} values: "
+            f"its last axis must be {dim}."
+        )
+    if x.dtype not in _FLOAT_DTYPES:
+        raise ValueError(
+            f"Vectors of dtype {x.dtype} cannot be quantized: "
+            "convert them to float16, bfloat16 or float32."
+        )
 
 
 @cache
