@@ -30,6 +30,7 @@ class Arm(NamedTuple):
     """An index: ``build`` makes a search from vectors; ``bytes`` a vector are without its id."""
 
     name: str
+    bits: int
     bytes: int
     build: Callable[[np.ndarray], Search]
 
@@ -44,7 +45,7 @@ class Result(NamedTuple):
     search_seconds: float
 
 
-def turboquant(dim: int, bits: int, reranked: bool = False) -> Arm:
+def turboquant(dim: int, bits: int, reranked: bool) -> Arm:
     def build(vectors: np.ndarray) -> Search:
         index = VectorIndex(dim, bits)
         index.add(vectors)
@@ -53,17 +54,17 @@ def turboquant(dim: int, bits: int, reranked: bool = False) -> Arm:
 
     # An id takes 8 more; the other indexes have positions in the place of ids.
     size = round(VectorIndex(dim, bits).bits_per_value * dim / 8) - 8
-    return Arm(f"VectorIndex, {bits} bits" + ", re-ranked" * reranked, size, build)
+    return Arm("VectorIndex" + ", re-ranked" * reranked, bits, size, build)
 
 
-def faiss_arm(name: str, make: Callable[[], object]) -> Arm:
+def faiss_arm(name: str, bits: int, make: Callable[[], object]) -> Arm:
     def build(vectors: np.ndarray) -> Search:
         index = make()
         index.train(vectors)
         index.add(vectors)
         return lambda queries, k: index.search(queries, k)[1]
 
-    return Arm(name, make().code_size, build)
+    return Arm(f"faiss {name}", bits, make().code_size, build)
 
 
 def exact(vectors: np.ndarray) -> Search:
@@ -80,18 +81,16 @@ def arms(dim: int, bits: int) -> list[Arm]:
     """Ours, and those of faiss that have as many bytes a vector or nearly so."""
     faiss = import_faiss()
     product = faiss.METRIC_INNER_PRODUCT
-    subspaces = dim * bits // 8
+    # Product quantization: 256 centroids for every 8 / bits values.
     found = [
-        turboquant(dim, bits),
+        turboquant(dim, bits, reranked=False),
         turboquant(dim, bits, reranked=True),
-        faiss_arm(f"faiss PQ{subspaces}x8", lambda: faiss.IndexPQ(dim, subspaces, 8, product)),
-        faiss_arm(f"faiss RaBitQ, {bits} bits", lambda: faiss.IndexRaBitQ(dim, product, bits)),
+        faiss_arm("PQ", bits, lambda: faiss.IndexPQ(dim, dim * bits // 8, 8, product)),
+        faiss_arm("RaBitQ", bits, lambda: faiss.IndexRaBitQ(dim, product, bits)),
     ]
     if bits == 4:
         kind = faiss.ScalarQuantizer.QT_4bit
-        found.append(
-            faiss_arm("faiss SQ, 4 bits", lambda: faiss.IndexScalarQuantizer(dim, kind, product))
-        )
+        found.append(faiss_arm("SQ", bits, lambda: faiss.IndexScalarQuantizer(dim, kind, product)))
     return found
 
 
@@ -121,7 +120,7 @@ def clustered(count: int, dim: int, seed: int = 1) -> np.ndarray:
 def measure(vectors: np.ndarray, queries: np.ndarray, bits: list[int]) -> list[Result]:
     """All arms on the same vectors."""
     nearest = exact(vectors)(queries, max(KS))
-    candidates = [Arm("exact, float32", 4 * vectors.shape[1], exact)]
+    candidates = [Arm("exact", 32, 4 * vectors.shape[1], exact)]
     candidates += [arm for b in bits for arm in arms(vectors.shape[1], b)]
     results = []
     for arm in candidates:
@@ -151,7 +150,9 @@ def print_table(title: str, queries: int, results: list[Result]) -> None:
     print("|---" * (5 + len(KS)) + "|")
     for arm, recalls, recall_at_10, build, search in results:
         recalls = " | ".join(f"{recall:.3f}" for recall in recalls)
-        print(f"| {arm.name} | {arm.bytes} | {recall_at_10:.4f} | {recalls} ", end="")
+        print(
+            f"| {arm.name}, {arm.bits} bits | {arm.bytes} | {recall_at_10:.4f} | {recalls} ", end=""
+        )
         print(f"| {build:.3f} | {1e3 * search / queries:.3f} |", flush=True)
 
 
@@ -161,14 +162,14 @@ def save_picture(file: Path, data: dict[str, list[Result]]) -> None:
 
     figure = Figure(figsize=(4 * len(data), 4), layout="constrained")
     panels = figure.subplots(1, len(data), sharey=True, squeeze=False)[0]
-    styles = {"VectorIndex": ("C0", "-"), "faiss PQ": ("C1", "--"), "faiss RaBitQ": ("C2", ":")}
-    styles["faiss SQ"] = ("C3", "-.")
+    names = ("VectorIndex", "faiss PQ", "faiss RaBitQ", "faiss SQ")
     for panel, (title, results) in zip(panels, data.items()):
+        widths = sorted({arm.bits for arm, *_ in results}, reverse=True)
         for arm, recalls, *_ in results:
-            found = [style for name, style in styles.items() if arm.name.startswith(name)]
-            if found and "re-ranked" not in arm.name:
-                (color, line), marker = found[0], "os"[arm.bytes < results[0].arm.bytes / 12]
-                panel.plot(KS, recalls, line, color=color, marker=marker, ms=4, label=arm.name)
+            if arm.name in names:
+                color, marker = f"C{names.index(arm.name)}", "xos^v"[widths.index(arm.bits) % 5]
+                label = f"{arm.name}, {arm.bits} bits"
+                panel.plot(KS, recalls, color=color, marker=marker, ms=5, label=label)
         panel.set(title=title, xlabel="k", xscale="log", xticks=KS, xticklabels=KS)
         panel.minorticks_off()
         panel.grid(alpha=0.3)
@@ -180,11 +181,11 @@ def save_picture(file: Path, data: dict[str, list[Result]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--sentences", type=int, default=19000, help="to embed, queries included")
+    add("--sentences", type=int, default=19500, help="to embed, queries included")
     add("--embeddings", type=Path, help="file of embeddings.py, instead of embedding now")
     add("--dims", type=int, nargs="*", default=[200, 1536, 3072], help="of clustered vectors")
-    add("--vectors", type=int, default=10000, help="clustered vectors, queries included")
-    add("--queries", type=int, default=500)
+    add("--vectors", type=int, default=11000, help="clustered vectors, queries included")
+    add("--queries", type=int, default=1000)
     add("--bits", type=int, nargs="+", default=[4, 2])
     add("--threads", type=int, help="of faiss (default: all)")
     add("--png", type=Path, help="write the picture to this file")

@@ -156,8 +156,13 @@ class TurboQuantizer:
         if len(self.gains) == 1:
             gain = mx.full((*y.shape[:-1], 1), self.gains[0])
         else:
-            cosines = mx.concatenate([self._cosine(y, gain) for gain in self.gains], axis=-1)
-            gain = mx.array(self.gains)[mx.argmax(cosines, axis=-1, keepdims=True)]
+            cosines = []
+            for gain in self.gains:
+                # One after the other; side by side they take four times the memory and the time.
+                y = mx.depends([y], cosines[-1:])[0]
+                cosines.append(self._cosine(y, gain))
+            best = mx.argmax(mx.concatenate(cosines, axis=-1), axis=-1, keepdims=True)
+            gain = mx.array(self.gains)[best]
         return self._codes_of(gain * y), gain
 
     def _cosine(self, y: mx.array, gain: float) -> mx.array:
