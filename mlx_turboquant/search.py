@@ -264,7 +264,7 @@ class VectorIndex:
     def _tile(self) -> int:
         """Vectors at a time: as many as fit in the cache of a CPU, or as keep a GPU busy."""
         gpu = mx.default_device().type == mx.DeviceType.gpu
-        return max(1, (1 << 24 if gpu else 1 << 18) // self.quantizer.dim)
+        return min(1 << 16, (1 << 24 if gpu else 1 << 18) // self.quantizer.dim)
 
     def _columns(self) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
         """What is stored for each vector: a name, the shape and the dtype."""
@@ -311,11 +311,14 @@ class VectorIndex:
             return
         if capacity:
             count = max(count, capacity + capacity // 2)
-        for name, buffer in self._buffers.items():
-            grown = mx.zeros((count, *buffer.shape[1:]), buffer.dtype)
-            grown[: self._count] = self._used(name)
-            mx.eval(grown)
-            self._buffers[name] = grown
+        grown = {
+            name: mx.zeros((count, *buffer.shape[1:]), buffer.dtype)
+            for name, buffer in self._buffers.items()
+        }
+        for name, buffer in grown.items():
+            buffer[: self._count] = self._used(name)
+        mx.eval(grown)
+        self._buffers = grown
 
     def _nearest(self, queries: mx.array, k: int) -> tuple[mx.array, mx.array]:
         """Closeness and ids (q, k) of the k vectors that are nearest to queries (q, dim)."""

@@ -1,8 +1,10 @@
 """The vector index: what it finds, what it holds, what it refuses."""
 
+import importlib
 import json
 import random
 import re
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -520,3 +522,18 @@ def test_the_description_of_a_file_is_plain_text(saved):
     length = int.from_bytes(header[:8], "little")
     metadata = json.loads(header[8 : 8 + length])["__metadata__"]
     assert {"vector_index", "codec", "dim", "bits", "metric", "seed", "next_id"} <= set(metadata)
+
+
+def test_the_example_measures_our_index_and_says_what_is_missing(monkeypatch):
+    example = importlib.import_module("search")
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ValueError, match="faiss is not installed: pip install"):
+        example.import_faiss()
+    monkeypatch.setattr(example, "arms", lambda dim, bits: [example.turboquant(dim, bits, True)])
+    x = example.clustered(300, DIM)
+    assert np.linalg.norm(x, axis=1) == pytest.approx(np.ones(300), rel=1e-5)
+    exact, ours = example.measure(x[100:], x[:100], [8])
+    assert ours.arm.bytes == DIM + 4
+    # Re-ranked, 8 bits lose nothing but the order of equal neighbours.
+    assert exact.recalls == ours.recalls == [1.0] * len(example.KS)
+    assert exact.recall_at_10 == ours.recall_at_10 == 1.0
