@@ -5,13 +5,16 @@ from .integration import disable, enable, make_prompt_cache
 from .prompt_cache import load_prompt_cache, save_prompt_cache
 from .quantizer import QuantizedVectors, TurboQuantizer
 from .report import CacheReport, CacheSize, cache_report, cache_size
+from .search import SearchResult, VectorIndex
 
 __all__ = [
     "CacheReport",
     "CacheSize",
     "QuantizedVectors",
+    "SearchResult",
     "TurboQuantKVCache",
     "TurboQuantizer",
+    "VectorIndex",
     "cache_report",
     "cache_size",
     "disable",

@@ -1,13 +1,8 @@
 """Prompt-cache files: mlx-lm's own format, checked before and after mlx-lm reads it."""
 
 import hashlib
-import json
-import os
-import tempfile
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +11,24 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models import cache as mlx_lm_cache
 
+from . import files
 from .cache import TurboQuantKVCache
+from .files import (
+    NO_CHECKSUM,
+    check_versions,
+    checksum,
+    damaged,
+    read_header,
+    safetensors_path,
+    write_whole,
+)
 from .integration import connect, enabled_settings, plain_caches
 from .latent_cache import TurboQuantLatentCache
+from .quantizer import CODEC_VERSION
 from .storage import check_state, check_vectors
 
 # Changes whenever the state of a cache is written in another way.
 FORMAT_VERSION = "2"
-# Changes whenever the same codes would mean something else.
-CODEC_VERSION = "1"
 
 _KNOWN_CACHES = {
     cache.__name__: cache
@@ -42,15 +46,9 @@ _KNOWN_CACHES = {
 mlx_lm_cache.TurboQuantKVCache = TurboQuantKVCache
 mlx_lm_cache.TurboQuantLatentCache = TurboQuantLatentCache
 
-# Bytes per element of the dtypes of safetensors that MLX reads.
-_ITEM_SIZES = {"BOOL": 1, "I8": 1, "U8": 1, "F16": 2, "BF16": 2, "I16": 2, "U16": 2} | {
-    "F32": 4, "I32": 4, "U32": 4, "F64": 8, "I64": 8, "U64": 8, "C64": 8
-}  # fmt: skip
-# A header has some hundred bytes an array; parsing one takes many times its size.
-_MAX_HEADER_BYTES = 1 << 24
 _MAX_DEPTH = 32
-_NO_CHECKSUM = "00000000"
-_CHUNK_BYTES = 1 << 20
+# Metadata of the caller begin with "0.", as mlx-lm writes them.
+_CHECKSUM_KEY = "0.checksum"
 
 
 def save_prompt_cache(
@@ -75,16 +73,13 @@ def save_prompt_cache(
         "codec": CODEC_VERSION,
         "seed": _seeds(cache),
         "fingerprint": fingerprint(model),
-        "checksum": _NO_CHECKSUM,
+        "checksum": NO_CHECKSUM,
     }
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}-") as folder:
-        complete = Path(folder) / file.name
-        try:
-            mlx_lm_cache.save_prompt_cache(str(complete), cache, metadata)
-            _write_checksum(complete)
-        except (RuntimeError, ValueError) as error:
-            raise OSError(f"{file} cannot be written whole: is there space for it?") from error
-        os.replace(complete, file)
+    write_whole(
+        file,
+        lambda path: mlx_lm_cache.save_prompt_cache(str(path), cache, metadata),
+        _CHECKSUM_KEY,
+    )
     return file
 
 
@@ -99,14 +94,14 @@ def load_prompt_cache(
         ValueError: not a prompt cache of this package, damaged, of another format or codec
             version, or of another model or seed than those of ``model``.
     """
-    file = _safetensors(file)
-    header = _header(file)
+    file = safetensors_path(file)
+    header = read_header(file)
     saved = _saved_metadata(file, header)
     if model is not None:
         check_fingerprint(file, saved.get("fingerprint"), model)
     _check_names(file, header)
-    if saved.get("checksum") != _checksum(file):
-        raise _damaged(file, "its checksum is another one")
+    if saved.get("checksum") != checksum(file, _CHECKSUM_KEY):
+        raise damaged(file, "its checksum is another one")
     try:
         cache, metadata = mlx_lm_cache.load_prompt_cache(str(file), return_metadata=True)
         seeds = _seeds(cache)
@@ -114,9 +109,9 @@ def load_prompt_cache(
             _check_plain(layer)
         mx.eval([layer.state for layer in cache])
     except Exception as error:
-        raise _damaged(file, str(error)) from error
+        raise damaged(file, str(error)) from error
     if seeds != saved.get("seed"):
-        raise _damaged(file, f"its caches have the seeds {seeds!r}, not {saved.get('seed')!r}")
+        raise damaged(file, f"its caches have the seeds {seeds!r}, not {saved.get('seed')!r}")
     if model is not None:
         _check_model(file, cache, seeds, model)
         connect(model, cache)
@@ -125,14 +120,7 @@ def load_prompt_cache(
 
 def check_target(file: str | Path) -> Path:
     """The path that a prompt cache is saved at; ValueError if it cannot be saved there."""
-    file = _safetensors(file)
-    if not file.parent.is_dir():
-        raise ValueError(f"{file.parent} is not a folder: save to a folder that exists.")
-    if file.exists() and "0.codec" not in _header(file)["__metadata__"]:
-        raise ValueError(
-            f"{file} exists and is not a prompt cache of mlx_turboquant: use another name."
-        )
-    return file
+    return files.check_target(file, "0.codec", "prompt cache")
 
 
 def check_fingerprint(file: str | Path, expected: str | None, model: nn.Module) -> None:
@@ -157,64 +145,6 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _safetensors(file: str | Path) -> Path:
-    """The path with the ending that mlx expects."""
-    file = Path(file)
-    return file if file.suffix == ".safetensors" else file.with_name(file.name + ".safetensors")
-
-
-def _damaged(file: Path, reason: str) -> ValueError:
-    reason = " ".join(reason.split()).rstrip(".")
-    return ValueError(f"{file} is damaged ({reason}): save it again.")
-
-
-def _header(file: Path) -> dict[str, Any]:
-    """The header of a safetensors file whose arrays lie in the file as the header says.
-
-    Keys of the caller's metadata begin with "0." in "__metadata__", as mlx-lm writes them.
-    """
-    if not file.is_file():
-        raise ValueError(f"{file} does not exist: use a file that was saved.")
-    size = file.stat().st_size
-    with file.open("rb") as content:
-        length = int.from_bytes(content.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise ValueError(f"{file} is not a complete safetensors file: use another one.")
-        try:
-            header = json.loads(content.read(length), object_pairs_hook=_unique)
-            header.setdefault("__metadata__", {})
-            _check_header(header, size - 8 - length)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ValueError(
-                f"{file} is not a complete safetensors file: use another one."
-            ) from error
-    return header
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of a JSON text, unless a reader could choose between two values of a key."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("A key occurs twice.")
-    return dict(pairs)
-
-
-def _check_header(header: dict[str, Any], data_bytes: int) -> None:
-    """Every array has the bytes of its shape, and together they are all bytes after the header."""
-    if not all(isinstance(text, str) for text in header["__metadata__"].values()):
-        raise ValueError("Metadata are strings.")
-    arrays = [value for name, value in header.items() if name != "__metadata__"]
-    end = 0
-    for array in sorted(arrays, key=lambda array: array["data_offsets"]):
-        sizes, (start, stop) = array["shape"], array["data_offsets"]
-        if not all(type(size) is int and 0 <= size < 2**31 for size in (*sizes, len(sizes))):
-            raise ValueError(f"A shape of {sizes} is not possible.")
-        if start != end or stop - start != prod(sizes) * _ITEM_SIZES[array["dtype"]]:
-            raise ValueError(f"An array from byte {start} to {stop} has the shape {sizes}.")
-        end = stop
-    if end != data_bytes:
-        raise ValueError(f"There are {data_bytes} bytes, not {end}.")
-
-
 def _saved_metadata(file: Path, header: dict[str, Any]) -> dict[str, str]:
     """The caller's metadata, of a file that this version can read."""
     texts = header["__metadata__"].items()
@@ -223,12 +153,8 @@ def _saved_metadata(file: Path, header: dict[str, Any]) -> dict[str, str]:
         raise ValueError(
             f"{file} is not a prompt cache of mlx_turboquant: use a file that it has saved."
         )
-    for name, version in (("format", FORMAT_VERSION), ("codec", CODEC_VERSION)):
-        if saved.get(name) != version:
-            raise ValueError(
-                f"{file} was written with {name} version {saved.get(name)}, this is version "
-                f"{version}: process the prompt again."
-            )
+    versions = {"format": FORMAT_VERSION, "codec": CODEC_VERSION}
+    check_versions(file, saved, versions, "process the prompt again")
     return saved
 
 
@@ -237,10 +163,10 @@ def _check_names(file: Path, header: dict[str, Any]) -> None:
     metadata = header["__metadata__"]
     classes = {text for key, text in metadata.items() if key.startswith("1.")}
     if unknown := classes - set(_KNOWN_CACHES):
-        raise _damaged(file, f"{sorted(unknown)[0]!r} is not a kind of cache")
+        raise damaged(file, f"{sorted(unknown)[0]!r} is not a kind of cache")
     layers = {name.split(".")[0] for name in header if name != "__metadata__"}
     if len(layers) != sum(key.startswith("1.") for key in metadata):
-        raise _damaged(file, f"{len(layers)} layers and another number of kinds")
+        raise damaged(file, f"{len(layers)} layers and another number of kinds")
     for names in (metadata, [name for name in header if name != "__metadata__"]):
         _check_lists(file, names)
 
@@ -250,7 +176,7 @@ def _check_lists(file: Path, names: Iterable[str]) -> None:
     for name in names:
         *parents, child = name.split(".")
         if len(parents) > _MAX_DEPTH:
-            raise _damaged(file, f"{len(parents)} nested lists")
+            raise damaged(file, f"{len(parents)} nested lists")
         while True:
             children[tuple(parents)].add(child)
             if not parents:
@@ -262,13 +188,13 @@ def _check_lists(file: Path, names: Iterable[str]) -> None:
         except ValueError:
             continue  # a dictionary
         if places != list(range(len(places))):
-            raise _damaged(file, f"a list, {'.'.join(parent)!r}, with gaps")
+            raise damaged(file, f"a list, {'.'.join(parent)!r}, with gaps")
 
 
 def _check_model(file: Path, cache: list[Any], seeds: str, model: nn.Module) -> None:
     expected = plain_caches(model)
     if len(cache) != len(expected):
-        raise _damaged(file, f"{len(cache)} caches for {len(expected)} layers")
+        raise damaged(file, f"{len(cache)} caches for {len(expected)} layers")
     settings = enabled_settings(model)
     if settings is not None and seeds not in ("", str(settings.get("seed", 0))):
         raise ValueError(
@@ -312,37 +238,3 @@ def _check_plain(cache: Any) -> None:
         else:
             most = tokens = cache.offset - getattr(cache, "start_position", 0)
         check_state(0 <= tokens <= held and most <= held, f"{tokens} tokens in {held} places")
-
-
-def _write_checksum(file: Path) -> None:
-    """Put the checksum in the place that the header of a new file has for it."""
-    _header(file)
-    checksum = _checksum(file)
-    with file.open("r+b") as content:
-        content.seek(_checksum_place(content.read(_header_end(file))))
-        content.write(checksum.encode())
-        content.flush()
-        os.fsync(content.fileno())
-
-
-def _checksum(file: Path) -> str:
-    """CRC-32 of the whole file, with zeros in the place of the checksum itself."""
-    with file.open("rb") as content:
-        header = bytearray(content.read(_header_end(file)))
-        place = _checksum_place(header)
-        header[place : place + len(_NO_CHECKSUM)] = _NO_CHECKSUM.encode()
-        checksum = zlib.crc32(header)
-        while chunk := content.read(_CHUNK_BYTES):
-            checksum = zlib.crc32(chunk, checksum)
-    return f"{checksum:08x}"
-
-
-def _header_end(file: Path) -> int:
-    with file.open("rb") as content:
-        return 8 + int.from_bytes(content.read(8), "little")
-
-
-def _checksum_place(header: bytes) -> int:
-    # Quotes inside a text are escaped, so that this is found in no other place.
-    name = b'"0.checksum":"'
-    return header.find(name) + len(name)

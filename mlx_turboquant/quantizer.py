@@ -18,6 +18,8 @@ from .constants import constant
 from .packing import pack, unpack, words_per_vector
 from .rotation import Rotation
 
+# Changes whenever the same codes would mean something else.
+CODEC_VERSION = "1"
 SCALES = ("unbiased", "least_squares", "norm", "none")
 # Covers the 5th to the 95th percentile of the best gain of 2 to 4 bits and 64 to 256 dimensions.
 _GAINS = tuple(round(0.75 + 0.05 * i, 2) for i in range(12))
@@ -152,24 +154,35 @@ class TurboQuantizer:
         x = codes.astype(mx.float32) * 2 + (1 - 2**self.bits)
         return evaluate_polynomial(level_polynomial(self.dim, self.bits), x)
 
+    def _codes_of(self, y: mx.array) -> mx.array:
+        """How many thresholds each value of y (..., dim) exceeds: uint8 or uint32."""
+        if self.bits > POLYNOMIAL_BITS:
+            return mx.searchsorted(self.thresholds, y)
+        # A search for each value takes 6 to 16 times as long as comparing all values, on a CPU.
+        codes = mx.zeros(y.shape, mx.uint8)
+        for threshold in self.thresholds:
+            codes = codes + (y > threshold)
+        return codes
+
     def _encode(self, y: mx.array) -> tuple[mx.array, mx.array]:
         """Codes of y (..., dim) and the gain (..., 1) that they were found with."""
-        codes, cosine = self._nearest(y, self.gains[0])
-        gain = mx.full(cosine.shape, self.gains[0])
-        for candidate in self.gains[1:]:
-            candidate_codes, candidate_cosine = self._nearest(y, candidate)
-            better = candidate_cosine > cosine
-            codes = mx.where(better, candidate_codes, codes)
-            cosine = mx.maximum(candidate_cosine, cosine)
-            gain = mx.where(better, candidate, gain)
-        return codes, gain
+        if len(self.gains) == 1:
+            gain = mx.full((*y.shape[:-1], 1), self.gains[0])
+        else:
+            cosines = []
+            for gain in self.gains:
+                # One after the other; side by side they take four times the memory and the time.
+                y = mx.depends([y], cosines[-1:])[0]
+                cosines.append(self._cosine(y, gain))
+            best = mx.argmax(mx.concatenate(cosines, axis=-1), axis=-1, keepdims=True)
+            gain = mx.array(self.gains)[best]
+        return self._codes_of(gain * y), gain
 
-    def _nearest(self, y: mx.array, gain: float) -> tuple[mx.array, mx.array]:
-        """Codes of gain * y and the cosine between their levels and y, times |y|."""
-        codes = mx.searchsorted(self.thresholds, gain * y)
-        levels = self._levels_of(codes)
+    def _cosine(self, y: mx.array, gain: float) -> mx.array:
+        """The cosine (..., 1) between y and the levels of gain * y, times |y|."""
+        levels = self._levels_of(self._codes_of(gain * y))
         length = mx.linalg.norm(levels, axis=-1, keepdims=True)
-        return codes, (levels * y).sum(axis=-1, keepdims=True) / length
+        return (levels * y).sum(axis=-1, keepdims=True) / length
 
     def _scales(self, rotated: mx.array, codes: mx.array, gain: mx.array) -> mx.array:
         levels = self._levels_of(codes)

@@ -12,7 +12,7 @@ import random
 import mlx.core as mx
 import pytest
 
-from mlx_turboquant import attention, enable, kernels
+from mlx_turboquant import VectorIndex, attention, enable, kernels
 from mlx_turboquant.attention import CachedTokens, Extent
 from mlx_turboquant.cli import doctor
 from mlx_turboquant.packing import unpack
@@ -217,6 +217,22 @@ def test_inner_products_need_the_same_leading_axes():
     )
     with pytest.raises(ValueError, match="different leading axes"):
         kernels.inner_product(queries[0], packed, quantizer)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+def test_an_index_is_searched_by_the_kernel(kernels_run, monkeypatch, metric):
+    monkeypatch.setattr(VectorIndex, "_tile", 64)
+    index = VectorIndex(96, 3, metric)
+    index.add(normal((150, 96), 1))
+    queries = normal((3, 96), 2)
+    found = index.search(queries, 20)
+    # Three tiles, after the comparison with plain MLX.
+    assert len(kernels_run) == 4
+    kernels.force_backend("reference")
+    expected = index.search(queries, 20)
+    assert len(kernels_run) == 4
+    assert kernels.compare(found.scores, expected.scores, mx.float32).holds
+    assert mx.array_equal(found.ids, expected.ids)
 
 
 CASES = pairwise(DIMS, BITS, BITS, DTYPES, MASKS, (1, 2, 5, 8), (1, 3, 4, 8), (False, True))

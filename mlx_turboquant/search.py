@@ -1,0 +1,402 @@
+"""Nearest-neighbour search over packed vectors: an index that needs no training."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from . import kernels
+from .files import (
+    NO_CHECKSUM,
+    check_target,
+    check_versions,
+    checksum,
+    damaged,
+    read_header,
+    safetensors_path,
+    write_whole,
+)
+from .packing import words_per_vector
+from .quantizer import CODEC_VERSION, QuantizedVectors, TurboQuantizer, check_vectors
+
+METRICS = ("cosine", "dot", "l2")
+# Changes whenever an index is written in another way.
+FORMAT_VERSION = "1"
+
+_KIND = "vector_index"
+_CHECKSUM_KEY = "checksum"
+# The products and squares of two lengths up to this one are finite in float32.
+_LONGEST = 1e18
+# Of a vector that has a direction: its square is not rounded to zero.
+_SHORTEST = 1e-18
+_QUERY_TILE = 256
+# Without a number from the caller, re-ranking takes so many candidates for each result.
+_CANDIDATES = 4
+
+
+class SearchResult(NamedTuple):
+    """The nearest vectors of each query, the best first: int64 ids and float32 scores (..., k)."""
+
+    ids: mx.array
+    scores: mx.array
+
+
+class VectorIndex:
+    """Vectors of ``dim`` values at ``bits`` bits each, searched by inner products with the codes.
+
+    TurboQuant (arXiv 2504.19874, section 4.4) needs no training: vectors can be added at any time,
+    and it makes no difference in which portions. Products of queries with the packed vectors are
+    unbiased over the rotation (:class:`.TurboQuantizer`, scale "unbiased").
+
+    The index holds the codes, a float32 scale and an int64 id of each vector, for "l2" also its
+    squared length in float32, and free space where it has grown. Nothing is ever unpacked as a
+    whole: a search unpacks tiles of a bounded size, or none where there is a kernel.
+
+    Args:
+        dim: Values per vector, 8 to 8 192.
+        bits: Bits per value, 1 to 8.
+        metric: What nearest means: "cosine", the largest cosine; "dot", the largest inner product;
+            "l2", the smallest distance.
+        seed: Of the rotation, see :class:`.TurboQuantizer`.
+
+    Raises:
+        ValueError: an argument that is not one of these.
+    """
+
+    def __init__(self, dim: int, bits: int, metric: str = "cosine", *, seed: int = 0):
+        if metric not in METRICS:
+            raise ValueError(f"Metric {metric!r} is not known: use one of {', '.join(METRICS)}.")
+        self.metric = metric
+        self.quantizer = _shared_quantizer(dim, bits, seed)
+        self._count = 0
+        self._next_id = 0
+        self._buffers = {
+            name: mx.zeros((0, *shape), dtype) for name, (shape, dtype) in self._columns().items()
+        }
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def ids(self) -> mx.array:
+        """The ids of all vectors, ascending: int64 (n,)."""
+        return self._used("ids")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is held, free space included."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+    @property
+    def bits_per_value(self) -> float:
+        """Bits that one value of one more vector takes, with its share of scale, id and length."""
+        sizes = (buffer.itemsize * np.prod(buffer.shape[1:]) for buffer in self._buffers.values())
+        return 8 * float(sum(sizes)) / self.quantizer.dim
+
+    def add(self, vectors: Any) -> mx.array:
+        """Pack vectors (n, dim), an array of numpy or mlx, and return their ids, int64 (n,).
+
+        Ids count up from 0, are never given again and stay valid when others are removed. The
+        vectors are read in tiles, so that they may be an array that is mapped from a file.
+
+        Raises:
+            ValueError: another shape or dtype, a value that is not finite, a length above 1e18,
+                or a length below 1e-18 where the metric is "cosine". Nothing is added then.
+        """
+        vectors = _array(vectors)
+        if len(vectors.shape) != 2 or vectors.shape[1] != self.quantizer.dim:
+            raise ValueError(
+                f"An array of shape {tuple(vectors.shape)} does not hold vectors of "
+                f"{self.quantizer.dim} values: add an array of shape (n, {self.quantizer.dim})."
+            )
+        tiles = [self._pack(x, start) for start, x in _tiles(vectors, self._tile)]
+        start, stop = self._count, self._count + vectors.shape[0]
+        ids = mx.arange(self._next_id, self._next_id + stop - start, dtype=mx.int64)
+        self._reserve(stop)
+        self._buffers["ids"][start:stop] = ids
+        for tile in tiles:
+            end = start + tile["scales"].size
+            for name, x in tile.items():
+                self._buffers[name][start:end] = x
+            start = end
+        mx.eval(ids, *self._buffers.values())
+        self._count, self._next_id = stop, self._next_id + ids.size
+        return ids
+
+    def search(
+        self,
+        queries: Any,
+        k: int,
+        *,
+        originals: Callable[[np.ndarray], Any] | None = None,
+        candidates: int | None = None,
+    ) -> SearchResult:
+        """The ``k`` nearest vectors of each of the queries (..., dim), the best first.
+
+        Scores are estimates of the cosine, the inner product or the squared distance. Which of
+        equal scores comes first is not defined.
+
+        Args:
+            queries: An array of numpy or mlx.
+            k: Results for each query, from 1 to the number of vectors.
+            originals: Re-ranks exactly: a function from ids, int64 (m,), to the vectors (m, dim)
+                that were added with these ids, as ``lambda ids: array[ids]`` is for an array that
+                holds them in order. The index does not hold them. It is called once for each query.
+            candidates: The best by their estimates, which are re-ranked; 4 k without a number.
+
+        Raises:
+            ValueError: an empty index, another k, queries that :meth:`add` would not take as
+                vectors, or originals that are not (m, dim).
+        """
+        queries = _array(queries)
+        dim = self.quantizer.dim
+        if not queries.shape or queries.shape[-1] != dim:
+            raise ValueError(
+                f"An array of shape {tuple(queries.shape)} does not hold queries of {dim} values: "
+                f"its last axis must be {dim}."
+            )
+        if self._count == 0:
+            raise ValueError("The index is empty: add vectors before you search.")
+        if k not in range(1, self._count + 1):
+            raise ValueError(
+                f"{k} results cannot be found among {self._count} vectors: "
+                f"use k from 1 to {self._count}."
+            )
+        if candidates is not None and candidates < k:
+            raise ValueError(
+                f"{candidates} candidates are not enough for k = {k}: use {k} or more."
+            )
+        candidates = min(candidates or _CANDIDATES * k, self._count)
+        shape = (*queries.shape[:-1], int(k))
+        if 0 in shape:
+            return SearchResult(mx.zeros(shape, mx.int64), mx.zeros(shape))
+        found = []
+        for start, x in _tiles(queries.reshape(-1, dim), _QUERY_TILE):
+            lengths = self._lengths(x, "Query", start)
+            x = x.astype(mx.float32) / (lengths[:, None] if self.metric == "cosine" else 1)
+            closeness, ids = self._nearest(x, k if originals is None else candidates)
+            if originals is not None:
+                closeness = self._exact_closeness(x, ids, originals)
+            order = mx.argsort(-closeness, axis=-1)[:, :k]
+            found.append([mx.take_along_axis(y, order, axis=-1) for y in (ids, closeness)])
+            mx.eval(found[-1])
+        ids, closeness = (mx.concatenate(parts) for parts in zip(*found))
+        scores = mx.maximum(-closeness, 0) if self.metric == "l2" else closeness
+        return SearchResult(ids.reshape(shape), scores.reshape(shape))
+
+    def remove(self, ids: int | Sequence[int] | np.ndarray | mx.array) -> None:
+        """Forget the vectors of these ids; those of all others stay.
+
+        What is left is copied once, packed, and free space is given back: remove many at once.
+
+        Raises:
+            ValueError: an id that is not in the index. Nothing is removed then.
+        """
+        removed = np.unique(np.array(ids))
+        held = np.array(self.ids)
+        if removed.size and removed.dtype.kind not in "iu":
+            raise ValueError(
+                f"Ids of dtype {removed.dtype} cannot be removed: use an array of whole numbers."
+            )
+        missing = removed[~np.isin(removed, held)]
+        if missing.size:
+            raise ValueError(
+                f"{missing.size} of {removed.size} ids are not in the index, the first is "
+                f"{missing[0]}: remove ids that add has returned and that were not removed before."
+            )
+        kept = mx.array(np.flatnonzero(~np.isin(held, removed)))
+        buffers = {name: buffer[kept] for name, buffer in self._buffers.items()}
+        mx.eval(buffers)
+        self._buffers, self._count = buffers, kept.size
+
+    def save(self, file: str | Path) -> Path:
+        """Save the index, packed as it is, for :meth:`load`.
+
+        The file is complete or not there: it is written to a temporary name and renamed. Returns
+        its path, which ends in ".safetensors".
+
+        Raises:
+            ValueError: the folder does not exist, or the file does and is no index of ours.
+            OSError: the file cannot be written whole, for want of space for instance.
+        """
+        file = check_target(file, _KIND, "vector index")
+        metadata = {
+            **{_KIND: FORMAT_VERSION, "codec": CODEC_VERSION, _CHECKSUM_KEY: NO_CHECKSUM},
+            **{"dim": str(self.quantizer.dim), "bits": str(self.quantizer.bits)},
+            **{"seed": str(self.quantizer.seed), "metric": self.metric},
+            "next_id": str(self._next_id),
+        }
+        arrays = {name: self._used(name) for name in self._buffers}
+        write_whole(
+            file, lambda path: mx.save_safetensors(str(path), arrays, metadata), _CHECKSUM_KEY
+        )
+        return file
+
+    @classmethod
+    def load(cls, file: str | Path) -> "VectorIndex":
+        """The index that :meth:`save` saved.
+
+        Raises:
+            ValueError: not an index of this package, damaged, or of another version.
+        """
+        file = safetensors_path(file)
+        saved = read_header(file)["__metadata__"]
+        if _KIND not in saved:
+            raise ValueError(
+                f"{file} is not a vector index of mlx_turboquant: use a file that it has saved."
+            )
+        versions = {_KIND: FORMAT_VERSION, "codec": CODEC_VERSION}
+        check_versions(file, saved, versions, "build the index again")
+        if saved.get(_CHECKSUM_KEY) != checksum(file, _CHECKSUM_KEY):
+            raise damaged(file, "its checksum is another one")
+        try:
+            dim, bits, seed, next_id = (int(saved[k]) for k in ("dim", "bits", "seed", "next_id"))
+            index = cls(dim, bits, saved["metric"], seed=seed)
+            index._restore(mx.load(str(file)), next_id)
+        except Exception as error:
+            raise damaged(file, str(error)) from error
+        return index
+
+    @property
+    def _tile(self) -> int:
+        """Vectors at a time: as many as fit in the cache of a CPU, or as keep a GPU busy."""
+        gpu = mx.default_device().type == mx.DeviceType.gpu
+        return min(1 << 16, (1 << 24 if gpu else 1 << 18) // self.quantizer.dim)
+
+    def _columns(self) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
+        """What is stored for each vector: a name, the shape and the dtype."""
+        words = words_per_vector(self.quantizer.dim, self.quantizer.bits)
+        columns = {"codes": ((words,), mx.uint32), "scales": ((), mx.float32)}
+        if self.metric == "l2":
+            columns["squared_lengths"] = ((), mx.float32)
+        return columns | {"ids": ((), mx.int64)}
+
+    def _used(self, name: str) -> mx.array:
+        return self._buffers[name][: self._count]
+
+    def _pack(self, x: mx.array, first: int) -> dict[str, mx.array]:
+        """The columns of a tile of vectors, but for their ids; ``first`` is for errors."""
+        lengths = self._lengths(x, "Vector", first)
+        codes, scales = self.quantizer.quantize(x)
+        tile = {"codes": codes, "scales": scales}
+        if self.metric == "cosine":
+            tile["scales"] = scales / lengths
+        if self.metric == "l2":
+            tile["squared_lengths"] = lengths * lengths
+        mx.eval(tile)
+        return tile
+
+    def _lengths(self, x: mx.array, what: str, first: int) -> mx.array:
+        """|x| of x (n, dim); ValueError where x or a length is not allowed."""
+        check_vectors(x, self.quantizer.dim)
+        lengths = mx.linalg.norm(x.astype(mx.float32), axis=-1)
+        least = _SHORTEST if self.metric == "cosine" else 0
+        # An infinity or NaN among the values is none of these lengths.
+        wrong = ~((lengths >= least) & (lengths <= _LONGEST))
+        if wrong.any():
+            index = mx.argmax(wrong).item()
+            raise ValueError(
+                f"{what} {first + index} has the length {lengths[index].item():.3g}: "
+                f"use finite values and a length from {least:g} to {_LONGEST:g}."
+            )
+        return lengths
+
+    def _reserve(self, count: int) -> None:
+        """Make room for ``count`` vectors; what is there grows by at least a half."""
+        capacity = self._buffers["scales"].size
+        if count <= capacity:
+            return
+        if capacity:
+            count = max(count, capacity + capacity // 2)
+        grown = {
+            name: mx.zeros((count, *buffer.shape[1:]), buffer.dtype)
+            for name, buffer in self._buffers.items()
+        }
+        for name, buffer in grown.items():
+            buffer[: self._count] = self._used(name)
+        mx.eval(grown)
+        self._buffers = grown
+
+    def _nearest(self, queries: mx.array, k: int) -> tuple[mx.array, mx.array]:
+        """Closeness and ids (q, k) of the k vectors that are nearest to queries (q, dim)."""
+        closeness = mx.zeros((len(queries), 0))
+        slots = mx.zeros((len(queries), 0), mx.uint32)
+        for start in range(0, self._count, self._tile):
+            stop = min(start + self._tile, self._count)
+            tile = mx.broadcast_to(
+                mx.arange(start, stop, dtype=mx.uint32), (len(queries), stop - start)
+            )
+            closeness = mx.concatenate([closeness, self._closeness(queries, start, stop)], axis=-1)
+            slots = mx.concatenate([slots, tile], axis=-1)
+            if slots.shape[-1] > k:
+                best = mx.argpartition(-closeness, k - 1, axis=-1)[:, :k]
+                closeness, slots = (
+                    mx.take_along_axis(x, best, axis=-1) for x in (closeness, slots)
+                )
+            mx.eval(closeness, slots)
+        return closeness, self._buffers["ids"][slots]
+
+    def _closeness(self, queries: mx.array, start: int, stop: int) -> mx.array:
+        """Estimates for some vectors: cosine, product or the negative squared distance."""
+        packed = QuantizedVectors(
+            self._buffers["codes"][start:stop], self._buffers["scales"][start:stop]
+        )
+        products = kernels.inner_product(queries, packed, self.quantizer)
+        if self.metric != "l2":
+            return products
+        squared = queries.square().sum(axis=-1, keepdims=True)
+        return 2 * products - self._buffers["squared_lengths"][start:stop] - squared
+
+    def _exact_closeness(self, queries: mx.array, ids: mx.array, originals) -> mx.array:
+        """:meth:`_closeness` of queries (q, dim) to the originals of their ids (q, m)."""
+        rows = []
+        for query, row in zip(queries, np.array(ids)):
+            x = mx.array(_array(originals(row))).astype(mx.float32)
+            if x.shape != (row.size, query.size):
+                raise ValueError(
+                    f"originals returned an array of shape {x.shape} for {row.size} ids: "
+                    f"return one of shape {(row.size, query.size)}."
+                )
+            lengths = self._lengths(x, "Original", 0)
+            if self.metric == "l2":
+                rows.append(-(x - query).square().sum(axis=-1))
+            else:
+                rows.append(x @ query / (lengths if self.metric == "cosine" else 1))
+        return mx.stack(rows)
+
+    def _restore(self, arrays: dict[str, mx.array], next_id: int) -> None:
+        """Hold the arrays of a file; ValueError if they are not those of an index."""
+        mx.eval(arrays)
+        count = arrays["scales"].size
+        columns = {
+            name: ((count, *shape), dtype) for name, (shape, dtype) in self._columns().items()
+        }
+        if {name: (x.shape, x.dtype) for name, x in arrays.items()} != columns:
+            raise ValueError(f"arrays of {count} vectors are not of their shape")
+        ids = np.array(arrays["ids"])
+        if (np.diff(ids, prepend=-1) <= 0).any() or (ids >= next_id).any():
+            raise ValueError("ids do not ascend")
+        for name in ("scales", "squared_lengths"):
+            if name in arrays and not mx.isfinite(arrays[name]).all():
+                raise ValueError(f"{name} are not finite")
+        self._buffers, self._count, self._next_id = arrays, count, next_id
+
+
+@cache
+def _shared_quantizer(dim: int, bits: int, seed: int) -> TurboQuantizer:
+    # A gain search changes no recall at the dimensions of embeddings and takes ten times as long.
+    return TurboQuantizer(dim, bits, seed=seed, gain_search=False)
+
+
+def _array(x: Any) -> Any:
+    """x itself, if it is an array of some library, or as an array."""
+    return x if hasattr(x, "shape") else mx.array(x)
+
+
+def _tiles(x: Any, rows: int) -> Iterator[tuple[int, mx.array]]:
+    """The first row of each tile of x (n, dim), and the tile."""
+    for start in range(0, x.shape[0], rows):
+        yield start, mx.array(x[start : start + rows])
