@@ -300,6 +300,20 @@ METAL_FUNC uint packed_word(const threadgroup float* codes, int w) {
   return word;
 }
 
+// Copies `capacity` vectors of DIM values, with another one in place of vector `at`: from `first` on every
+// `step`-th piece of 16 bytes. DIM is a multiple of eight.
+template <int DIM, typename T>
+METAL_FUNC void copy_with_token(const device T* from, const device T* other, device T* to, int at,
+    int capacity, int first, int step) {
+  constexpr int PIECES = DIM * int(sizeof(T)) / 16;
+  const device uint4* pieces = (const device uint4*)from;
+  const device uint4* other_pieces = (const device uint4*)other;
+  device uint4* out = (device uint4*)to;
+  for (int i = first; i < capacity * PIECES; i += step) {
+    out[i] = i / PIECES == at ? other_pieces[i % PIECES] : pieces[i];
+  }
+}
+
 // The sum over the LANES neighbours that share a vector or a token, in all of them.
 template <int LANES>
 METAL_FUNC float shared_sum(float x) {

@@ -11,6 +11,7 @@ from .cache import (
     TurboQuantKVCache,
     choose_bits,
     fetch,
+    fused_models,
     leaving_tokens,
     take_turn,
 )
@@ -153,9 +154,13 @@ class BatchTurboQuantKVCache:
         The new tokens and all that were exact before the call are seen exactly by its queries.
         """
         tokens = self._append([keys, values])
-        fetched = fetch(tokens, keys.shape[2], self.model_id)
+        fetched = fetch(tokens, self._needs_no_arrays(keys.shape[2]))
         self._fetched = fetched if self.shared else None
         return fetched
+
+    def _needs_no_arrays(self, new: int) -> bool:
+        """As that of :class:`.TurboQuantKVCache`."""
+        return new == 1 and self.model_id in fused_models and self._packed[0].count > 0
 
     def keys_and_values(self) -> Fetched:
         """What the last :meth:`update_and_fetch` returned, for layers without keys of their own."""

@@ -24,6 +24,8 @@ DEFAULT_WINDOW = 128
 DEFAULT_SINK_TOKENS = 4
 # The exact buffers of a short conversation grow by this many tokens.
 _STEP = 64
+# Exact tokens that a decode step copies rather than writing one in place.
+_MOST_COPIED = 256
 # An array has no more places than this along an axis.
 _LARGEST = 2**31 - 1
 
@@ -120,7 +122,9 @@ class TurboQuantKVCache:
             PackedTokens(key_bits, seed, interleaved=True),
             PackedTokens(value_bits, seed, interleaved=False),
         ]
-        self._exact: list[mx.array] = []
+        self._buffers: list[mx.array] = []
+        # Tokens whose last one the attention stores, which makes other buffers.
+        self._handed: CachedTokens | None = None
         # Whether other layers ask for the keys and values of this one; then the last are held.
         self.shared = False
         # The id of the model, if its attention may do without arrays of keys and values.
@@ -194,13 +198,25 @@ class TurboQuantKVCache:
         """Tokens that are held in the model's dtype: sinks and recent ones."""
         return self.offset - self.forgotten - self._packed[0].count
 
+    @property
+    def _exact(self) -> list[mx.array]:
+        """Exact keys and values with free space behind them, or nothing."""
+        if self._handed is not None:
+            self._handed.settle()
+            self._exact = [exact for _, exact in self._handed.kinds]
+        return self._buffers
+
+    @_exact.setter
+    def _exact(self, buffers: list[mx.array]) -> None:
+        self._buffers, self._handed = buffers, None
+
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Fetched:
         """Append keys (B, H, n, dim) and values (B, H, n, value_dim) and return all tokens.
 
         The new tokens and all that were exact before the call are seen exactly by its queries.
         """
         tokens = self._append([keys, values])
-        fetched = self._fetch(tokens, keys.shape[2])
+        fetched = self._fetch(tokens, self._needs_no_arrays(keys.shape[2]))
         self._fetched = fetched if self.shared else None
         return fetched
 
@@ -208,10 +224,14 @@ class TurboQuantKVCache:
         """What the last :meth:`update_and_fetch` returned, for layers without keys of their own."""
         if self._fetched is not None:
             return self._fetched
-        return self._fetch(self._tokens(self._exact))
+        return self._fetch(self._tokens(self._exact), False)
 
-    def _fetch(self, tokens: CachedTokens, new: int = 0) -> Fetched:
-        return fetch(tokens, new, self.model_id)
+    def _fetch(self, tokens: CachedTokens, fused: bool) -> Fetched:
+        return fetch(tokens, fused)
+
+    def _needs_no_arrays(self, new: int) -> bool:
+        """Whether the attention of so many new tokens only reads compressed ones."""
+        return new == 1 and self.model_id in fused_models and self._packed[0].count > 0
 
     def _append(self, new: list[mx.array]) -> CachedTokens:
         """Append arrays (B, H, n, dim) of the kinds that the cache holds."""
@@ -244,18 +264,23 @@ class TurboQuantKVCache:
         self._keep(self._quantize_oldest(exact, leaving))
 
     def _append_few(self, new: list[mx.array]) -> CachedTokens:
-        """Write into the exact buffers in place, after making room there."""
+        """Write into the exact buffers, or let the attention do it, after making room there."""
         count = new[0].shape[2]
         if count > self._room:
             if not self._exact:
                 self._keep([x[:, :, :0] for x in new])
             self._make_room(count)
-        start = self.exact_tokens
-        for buffer, x in zip(self._exact, new):
-            buffer[:, :, start : start + count] = x
+        exact, start = self._exact, self.exact_tokens
         self._room -= count
         self.offset += count
-        return self._tokens(self._exact)
+        tokens = self._tokens(exact)
+        if self._needs_no_arrays(count) and can_store(exact):
+            tokens.new = new
+            self._handed = tokens
+        else:
+            for buffer, x in zip(exact, new):
+                buffer[:, :, start : start + count] = x
+        return tokens
 
     def _make_room(self, count: int) -> None:
         """Pack what has left the window, and let the exact buffers have ``count`` free places."""
@@ -454,18 +479,27 @@ class TurboQuantKVCache:
 fused_models: set[int] = set()
 
 
-def fetch(tokens: CachedTokens, new: int = 0, model_id: int | None = None) -> Fetched:
+def fetch(tokens: CachedTokens, fused: bool) -> Fetched:
     """All keys and all values, or keys that are the values, for attention that knows ``tokens``.
 
-    They are arrays, for any other attention, unless ``new`` is one token of a fused model.
+    They are arrays, for any other attention, unless the attention is ``fused``.
     """
-    if new == 1 and model_id in fused_models and tokens.keys.count:
+    if fused:
         keys = CompressedTokens(tokens, 0)
         return (keys,) if tokens.values is tokens.keys else (keys, CompressedTokens(tokens, 1))
     arrays = tuple(map(CompressedArray, tokens.dense()))
     for array in arrays:
         array.tokens = tokens
     return arrays
+
+
+def can_store(exact: list[mx.array]) -> bool:
+    """Whether the attention kernel may store a token: it copies these buffers (B, H, n, dim).
+
+    With two launches fewer, that pays for a short window. Vectors are copied in pieces of 16 bytes.
+    """
+    short = exact[0].shape[2] <= _MOST_COPIED
+    return short and len(exact) == 2 and all(x.shape[3] % 8 == 0 for x in exact)
 
 
 class _Turns(threading.local):

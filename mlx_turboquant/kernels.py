@@ -40,6 +40,8 @@ _ATTENTION_INPUTS = (
     *("queries", "key_codes", "key_scales", "key_mean", "value_codes", "value_scales"),
     *("exact_keys", "exact_values", "constants", "mask", "sizes"),
 )
+_NEW_TOKEN_INPUTS = ("new_keys", "new_values")
+_NEW_TOKEN_OUTPUTS = ("next_keys", "next_values")
 _COMBINE_INPUTS = ("partial", "mean", "rotation", "sinks", "sizes")
 _QUANTIZE_PARAMETERS = ("mean", "levels", "thresholds", "gains", "signs", "matrix")
 _QUANTIZE_INPUTS = (
@@ -280,6 +282,7 @@ class AttentionConfiguration(NamedTuple):
     mask_kind: str
     sinks: bool
     shared: bool
+    new_token: bool
 
 
 def attention_configuration(queries, tokens, mask, sinks) -> AttentionConfiguration:
@@ -289,7 +292,7 @@ def attention_configuration(queries, tokens, mask, sinks) -> AttentionConfigurat
     return AttentionConfiguration(
         *(keys.quantizer, values.quantizer, queries.dtype, exact_keys.dtype),
         *(tokens.exact_values.dtype, query_heads // exact_keys.shape[1], rows),
-        *(mask_kind(mask), sinks is not None, values is keys),
+        *(mask_kind(mask), sinks is not None, values is keys, tokens.new is not None),
     )
 
 
@@ -307,11 +310,14 @@ def attention_plan(target: str, scale: float, wanted: AttentionConfiguration) ->
     attend |= {"DIM": dim, "VALUE_DIM": value_dim, "ORDER": order, "POWER": power}
     attend |= {"KEY_BITS": wanted.keys.bits, "VALUE_BITS": wanted.values.bits}
     attend |= {"VALUE_STRIDE": BLOCK if wanted.shared else 1, "ROWS": tile, "SIMDS": _SIMDS}
-    attend |= {"MASK": MASK_KINDS.index(wanted.mask_kind)}
+    attend |= {"MASK": MASK_KINDS.index(wanted.mask_kind), "NEW_TOKEN": wanted.new_token}
+    inputs, outputs = _ATTENTION_INPUTS, ("partial",)
+    if wanted.new_token:
+        inputs, outputs = inputs + _NEW_TOKEN_INPUTS, outputs + _NEW_TOKEN_OUTPUTS
     combine: dict[str, Constant] = {"T": wanted.query_dtype, "SINKS": wanted.sinks}
     combine |= {"DIM": value_dim, "ORDER": value_order, "POWER": value_power, "SIMDS": simds}
     return AttentionPlan(
-        _kernel("decode_attention", _ATTENTION_INPUTS, ("partial",), attend),
+        _kernel("decode_attention", inputs, outputs, attend),
         _kernel("combine", _COMBINE_INPUTS, ("out",), combine),
         _attention_constants(wanted.keys, wanted.values, scale),
         _rotation_constants(wanted.values),
@@ -320,7 +326,10 @@ def attention_plan(target: str, scale: float, wanted: AttentionConfiguration) ->
 
 
 def launch_decode_attention(plan: AttentionPlan, queries, tokens, mask, sinks) -> mx.array:
-    """Two launches for :func:`.attention.decode_attention`, with its arguments."""
+    """Two launches for :func:`.attention.decode_attention`, with its arguments.
+
+    A new token of ``tokens`` is stored in their exact buffers.
+    """
     batch, query_heads, rows, _ = queries.shape
     keys, values = tokens.keys, tokens.values
     heads = query_heads * rows // plan.group_rows
@@ -335,16 +344,21 @@ def launch_decode_attention(plan: AttentionPlan, queries, tokens, mask, sinks) -
         *(strides, batch * heads * tiles, plan.group_rows, rows, query_heads),
     )
     count = batch * query_heads * rows
-    (partial,) = plan.attend(
+    exact, new = [tokens.exact_keys, tokens.exact_values], tokens.new or ()
+    following = exact if new else []
+    partial, *following = plan.attend(
         inputs=[
             *(queries, keys.codes, keys.scales, keys.mean, values.codes, values.scales),
-            *(tokens.exact_keys, tokens.exact_values, plan.constants, mask, sizes),
+            *(*exact, plan.constants, mask, sizes, *new),
         ],
         grid=(batch * heads * 32 * _SIMDS, splits, tiles),
         threadgroup=(32 * _SIMDS, 1, 1),
-        output_shapes=[(count, splits, plan.value_dim + 2)],
-        output_dtypes=[mx.float32],
+        output_shapes=[(count, splits, plan.value_dim + 2), *(x.shape for x in following)],
+        output_dtypes=[mx.float32, *(x.dtype for x in following)],
     )
+    if new:
+        tokens.exact_keys, tokens.exact_values = following
+        tokens.new = None
     threads = 32 * plan.combine_simds
     logits = values.mean if sinks is None else sinks.astype(mx.float32)
     return plan.combine(
@@ -525,8 +539,8 @@ def _built_kernel(
 def _definition(name: str, value: Constant) -> str:
     if isinstance(value, mx.Dtype):
         return f"using {name} = {_TYPES[value]};"
-    if isinstance(value, bool):
-        return f"constexpr bool {name} = {str(value).lower()};"
+    if isinstance(value, bool):  # which decides whether arguments exist
+        return f"\n#define {name} {int(value)}\n"
     return f"constexpr int {name} = {value};"
 
 

@@ -46,7 +46,7 @@ class TurboQuantLatentCache(TurboQuantKVCache):
         tokens = self._append([latents])
         self._rotary = _with_room(self._rotary, rotary, self.offset)
         self._rotary[:, :, start : self.offset] = rotary
-        [fetched] = fetch(tokens, latents.shape[2], self.model_id)
+        [fetched] = self._fetch(tokens, self._needs_no_arrays(latents.shape[2]))
         return fetched, self._rotary[:, :, : self.offset]
 
     @property
@@ -110,7 +110,7 @@ class BatchTurboQuantLatentCache(BatchTurboQuantKVCache):
         self._rotary = _with_room(self._rotary, rotary, max(lengths) + count)
         places = mx.array(lengths)[:, None] + mx.arange(count)
         self._rotary = mx.put_along_axis(self._rotary, _index(places), rotary, axis=2)
-        [fetched] = fetch(tokens, count, self.model_id)
+        [fetched] = fetch(tokens, self._needs_no_arrays(count))
         return fetched, mx.take_along_axis(self._rotary, _index(columns), axis=2)
 
     def filter(self, rows: list[int]) -> None:

@@ -146,7 +146,10 @@ class MethodKVCache(TurboQuantKVCache):
         """All arrays, for ``mx.eval``."""
         return (*self._exact, *(array for store in self._packed for array in store.arrays))
 
-    def _fetch(self, tokens: CachedTokens, new: int = 0) -> tuple[mx.array, ...]:
+    def _needs_no_arrays(self, new: int) -> bool:
+        return False
+
+    def _fetch(self, tokens: CachedTokens, fused: bool) -> tuple[mx.array, ...]:
         return tuple(tokens.reference_dense() if tokens.keys.count else tokens.dense())
 
     def _pack(self, arrays: list[mx.array]) -> None:

@@ -55,6 +55,16 @@ def unpack(words: mx.array, bits: int, dim: int) -> mx.array:
     return codes
 
 
+def byte_order(dim: int) -> list[int]:
+    """The coordinate of each field of a vector of 4-bit codes, byte after byte.
+
+    ``dim`` is a multiple of eight. A byte holds two fields, the lower one first.
+    """
+    fields = (4 * (byte % 2) + 2 * high + byte // 2 for byte in range(4) for high in range(2))
+    in_word = list(fields)
+    return [start + field for start in range(0, dim, 8) for field in in_word]
+
+
 def _words(dim: int, width: int) -> int:
     return -(-dim * width // 32)
 

@@ -143,10 +143,10 @@ class PackedTokens:
         """The tokens without the mean, before the inverse rotation: float32 (B, H, count, dim)."""
         return self.quantizer.rotated_values(self._token_major())
 
-    def rotated_levels(self) -> tuple[mx.array, mx.array]:
-        """:meth:`rotated_values` as float32 levels (B, H, count, dim) and scales (B, H, count)."""
+    def stored_levels(self) -> tuple[mx.array, mx.array]:
+        """Float32 levels (B, H, count, dim) in the quantizer's stored order, and scales."""
         packed = self._token_major()
-        return self.quantizer.rotated_levels(packed), packed.scales
+        return self.quantizer.stored_levels(packed), packed.scales
 
     def _token_major(self) -> QuantizedVectors:
         return kernels.token_major(self.codes, self.scales, self.count, self.interleaved)

@@ -334,6 +334,26 @@ def test_attention_reads_queries_and_exact_tokens_of_different_types():
     assert_attention_agrees(*attention_arguments(tokens, 2, 1, mx.float32))
 
 
+@pytest.mark.parametrize(
+    "dim, value_dim, dtype, group, mask",
+    pairwise(DIMS, (64, 72, 128), DTYPES, (1, 4, 8), ("none", "additive")),
+)
+def test_attention_stores_a_new_token(dim, value_dim, dtype, group, mask):
+    """In copies of the exact buffers, which the check compares with those of plain MLX."""
+    quantizers = shared_quantizer(dim, 4, 0), shared_quantizer(value_dim, 3, 0)
+    configuration = (*quantizers, *[dtype] * 3, group, 1, mask, False, False, True)
+    assert attention.check_decode_attention(*configuration).holds
+
+
+@pytest.mark.skipif(not ON_EXECUTOR, reason="a GPU does not say what was not written")
+def test_attention_that_stores_nothing_is_wrong(monkeypatch, tmp_path):
+    plant(monkeypatch, tmp_path, decode_attention=("(exact && first_row == 0)", "(false)"))
+    quantizers = [shared_quantizer(64, 4, 0)] * 2
+    configuration = (*quantizers, *[mx.float32] * 3, 1, 1, "none", False, False, True)
+    with pytest.raises(metal_on_linux.KernelReport, match="never written"):
+        attention.check_decode_attention(*configuration)
+
+
 def test_attention_is_two_launches_with_whole_buffers(kernels_run):
     tokens = cached_tokens()
     launched_attention(*attention_arguments(tokens, 2, 1, mx.float32))

@@ -62,7 +62,7 @@ def _configurations() -> Iterator[tuple[Callable[..., kernels.Agreement], tuple[
             yield check_dequantize, (mx.bfloat16, mx.bfloat16, quantizer, quantizer), label
         for key_bits, value_bits in _SPLITS:
             quantizers = [shared_quantizer(dim, bits, 0) for bits in (key_bits, value_bits)]
-            options = (*[mx.float16] * 3, 4, 1, "none", False, False)
+            options = (*[mx.float16] * 3, 4, 1, "none", False, False, True)
             label = f"{dim} values, K{key_bits} V{value_bits}"
             yield check_decode_attention, (*quantizers, *options), label
     quantizers = [shared_quantizer(128, 4, 0)] * 2
@@ -76,9 +76,9 @@ def _configurations() -> Iterator[tuple[Callable[..., kernels.Agreement], tuple[
             label = f"{str(dtype)[9:]}, {group} query heads, {rows} rows, mask {mask}"
             yield (
                 check_decode_attention,
-                (*quantizers, *[dtype] * 3, group, rows, mask, sinks, False),
+                (*quantizers, *[dtype] * 3, group, rows, mask, sinks, False, False),
                 label,
             )
     latents = [shared_quantizer(512, 4, 0)] * 2
-    options = (*[mx.bfloat16] * 3, 16, 1, "additive", False, True)
+    options = (*[mx.bfloat16] * 3, 16, 1, "additive", False, True, False)
     yield check_decode_attention, (*latents, *options), "512 values, K4, latent vectors"
