@@ -18,8 +18,9 @@
 //   sizes          int32 (8 + 3, or 8 + 3 for each sequence), see below
 //   partial        float32 (batch * heads * GROUP_ROWS, splits, VALUE_DIM + 2): output, maximum and sum;
 //                  the maximum is a reference for the exponentials that no score exceeds by much
-//   next_keys      with NEW_TOKEN the exact keys and the new one, next_values likewise: the buffers of the
-//                  next step. Two launches fewer a layer are worth the copy of a short window.
+//   next_keys      with NEW_TOKEN the sinks, the recent keys behind them and the new one, next_values
+//                  likewise: the exact buffers of the next step. Two launches fewer a layer are worth
+//                  the copy of a short window.
 //
 // Tokens are ordered: sinks, packed tokens, recent tokens. Sequences may differ in length: each has its
 // numbers of packed tokens and sinks, and the place in the exact buffers where its recent tokens begin;
@@ -122,10 +123,10 @@ if (exact && first_row == 0) {
   const int first = ((split - packed_splits) * SIMDS + simd) * 32 + lane;
   const int step = (splits - packed_splits) * SIMDS * 32;
   const long start = long(head) * exact_capacity;
-  copy_with_token<DIM>(exact_keys + start * DIM, new_keys + long(head) * DIM,
-      next_keys + start * DIM, stored, exact_capacity, first, step);
+  copy_with_token<DIM>(exact_keys + start * DIM, new_keys + long(head) * DIM, next_keys + start * DIM,
+      sink_count, first_recent, stored, exact_capacity, first, step);
   copy_with_token<VALUE_DIM>(exact_values + start * VALUE_DIM, new_values + long(head) * VALUE_DIM,
-      next_values + start * VALUE_DIM, stored, exact_capacity, first, step);
+      next_values + start * VALUE_DIM, sink_count, first_recent, stored, exact_capacity, first, step);
 }
 #endif
 

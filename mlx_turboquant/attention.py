@@ -39,7 +39,8 @@ class CachedTokens:
     none.
 
     ``new`` are key and value (B, H, 1, dim) of the last token, if they are still to be stored in
-    the exact buffers: by the attention kernel, or by :meth:`settle`.
+    the exact buffers, where recent tokens then follow the sinks: by the attention kernel, or by
+    :meth:`settle`.
     """
 
     keys: PackedTokens
@@ -54,11 +55,23 @@ class CachedTokens:
 
     def settle(self) -> None:
         """Store the new token, unless that has been done."""
-        if self.new is not None:
-            last = slice(self.exact_count - 1, self.exact_count)
-            for buffer, x in zip((self.exact_keys, self.exact_values), self.new):
-                buffer[:, :, last] = x
-            self.new = None
+        if self.new is None:
+            return
+        exact = [self.exact_keys, self.exact_values]
+        sinks, recent = self.sink_count, self.recent_start
+        if recent > sinks:
+            parts = [(0, sinks), (recent, exact[0].shape[2]), (sinks, recent)]
+            exact = [mx.concatenate([x[:, :, a:b] for a, b in parts], axis=2) for x in exact]
+        last = self.exact_count - 1 - (recent - sinks)
+        for buffer, x in zip(exact, self.new):
+            buffer[:, :, last : last + 1] = x
+        self.store(exact)
+
+    def store(self, exact: list[mx.array]) -> None:
+        """Go on with exact buffers in which the new token follows the others without a gap."""
+        self.exact_keys, self.exact_values = exact
+        self.exact_count -= self.recent_start - self.sink_count
+        self.recent_start, self.new = self.sink_count, None
 
     @property
     def count(self) -> int:
@@ -216,11 +229,15 @@ def check_decode_attention(*configuration: Any) -> kernels.Agreement:
     kinds = 1 if wanted.shared else 2
     dtypes = (wanted.key_dtype, wanted.value_dtype)[:kinds]
     tokens = _random_tokens(dtypes, (wanted.keys, wanted.values)[:kinds])
-    stored = [exact * 1 for exact in (tokens.exact_keys, tokens.exact_values)]
+    settled = copy(tokens)
     if wanted.new_token:
-        tokens.new = [exact[:, :, -1:] for exact in stored]
+        tokens.recent_start = settled.recent_start = tokens.sink_count + 3
+        tokens.new = [x[:, :, -1:] for _, x in tokens.kinds]
+        settled.exact_keys, settled.exact_values = (x * 1 for _, x in tokens.kinds)
+        settled.new = tokens.new
+        settled.settle()
     query_heads = wanted.group * tokens.exact_keys.shape[1]
-    shape = (1, query_heads, wanted.rows, tokens.count)
+    shape = (1, query_heads, wanted.rows, settled.count)
     masks = {
         "none": None,
         "causal": "causal",
@@ -231,16 +248,20 @@ def check_decode_attention(*configuration: Any) -> kernels.Agreement:
     scale, mask = wanted.keys.dim**-0.5, masks[wanted.mask_kind]
     sinks = _random((query_heads,), 6) if wanted.sinks else None
     plan = kernels.attention_plan(kernels.backend(), scale, wanted)
-    settled = copy(tokens)
-    settled.exact_keys, settled.exact_values = stored
-    settled.settle()
     output = kernels.launch_decode_attention(plan, queries, tokens, mask, sinks)
     expected = reference_decode_attention(queries, settled, scale, mask, sinks)
     agreement = kernels.compare(output, expected, wanted.query_dtype, HALF_ARITHMETIC)
-    pairs = zip((tokens.exact_keys, tokens.exact_values), stored)
+    count = settled.exact_count
+    pairs = (
+        (x[:, :, :count], y[:, :, :count]) for (_, x), (_, y) in zip(tokens.kinds, settled.kinds)
+    )
     if not all(mx.array_equal(*pair) for pair in pairs):
         return kernels.Agreement(mx.inf, agreement.allowed)
     return agreement
+
+
+def _same_tokens(x: mx.array, y: mx.array, count: int) -> bool:
+    return mx.array_equal(x[:, :, :count], y[:, :, :count]).item()
 
 
 def check_dequantize(*configuration: mx.Dtype | TurboQuantizer) -> kernels.Agreement:

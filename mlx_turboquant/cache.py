@@ -265,21 +265,22 @@ class TurboQuantKVCache:
 
     def _append_few(self, new: list[mx.array]) -> CachedTokens:
         """Write into the exact buffers, or let the attention do it, after making room there."""
-        count = new[0].shape[2]
+        if not self._exact:
+            self._keep([x[:, :, :0] for x in new])
+        count, gap = new[0].shape[2], 0
+        attention_stores = self._needs_no_arrays(count) and can_store(self._exact)
         if count > self._room:
-            if not self._exact:
-                self._keep([x[:, :, :0] for x in new])
+            gap = self._pack_leaving() if attention_stores else 0
             self._make_room(count)
-        exact, start = self._exact, self.exact_tokens
         self._room -= count
         self.offset += count
-        tokens = self._tokens(exact)
-        if self._needs_no_arrays(count) and can_store(exact):
+        tokens = self._tokens(self._exact, gap)
+        if attention_stores:
             tokens.new = new
-            self._handed = tokens
-        else:
-            for buffer, x in zip(exact, new):
-                buffer[:, :, start : start + count] = x
+            self._buffers, self._handed = [], tokens
+            return tokens
+        for buffer, x in zip(self._exact, new):
+            buffer[:, :, tokens.exact_count - count : tokens.exact_count] = x
         return tokens
 
     def _make_room(self, count: int) -> None:
@@ -306,14 +307,15 @@ class TurboQuantKVCache:
         self._keep(self._quantize_oldest(new, leaving))
         return tokens
 
-    def _tokens(self, exact: list[mx.array]) -> CachedTokens:
+    def _tokens(self, exact: list[mx.array], gap: int = 0) -> CachedTokens:
+        """All tokens. In the exact buffers a ``gap`` of packed ones may follow the sinks."""
         count = self.exact_tokens
         # Snapshots: a chunk that is packed in the same call must not be seen packed by it.
         if self._views is None:
             self._views = [store.view() for store in self._packed]
         keys, values = self._views[0], self._views[-1]
         sinks = min(count, self.sink_tokens)
-        return CachedTokens(keys, values, exact[0], exact[-1], count, sinks, sinks)
+        return CachedTokens(keys, values, exact[0], exact[-1], count + gap, sinks, sinks + gap)
 
     def _leaving(self) -> int:
         counts = self.packed_tokens, self.exact_tokens
@@ -323,15 +325,25 @@ class TurboQuantKVCache:
         """Quantize the first ``leaving`` tokens after the sinks; return the others."""
         if leaving == 0:
             return exact
+        self._pack(exact, leaving)
         start, stop = self.sink_tokens, self.sink_tokens + leaving
-        before = self.packed_tokens
-        self._views = None
-        self._pack([x[:, :, start:stop] for x in exact])
-        self.forgotten += before + leaving - self.packed_tokens
         return [mx.concatenate([x[:, :, :start], x[:, :, stop:]], axis=2) for x in exact]
 
-    def _pack(self, arrays: list[mx.array]) -> None:
-        append_all(self._packed, arrays)
+    def _pack_leaving(self) -> int:
+        """Quantize what has left the window, and leave it where it is; returns how many tokens."""
+        leaving = self._leaving()
+        if leaving:
+            self._pack(self._exact, leaving)
+        return leaving
+
+    def _pack(self, exact: list[mx.array], leaving: int) -> None:
+        before = self.packed_tokens
+        self._views = None
+        self._store_packed(exact, self.sink_tokens, leaving)
+        self.forgotten += before + leaving - self.packed_tokens
+
+    def _store_packed(self, arrays: list[mx.array], start: int, count: int) -> None:
+        append_all(self._packed, arrays, start, count)
 
     def _keep(self, exact: list[mx.array]) -> None:
         self._exact = [self._buffer(x) for x in exact]

@@ -119,14 +119,16 @@ def _checked_backend(name: str | None, origin: str) -> str:
 
 
 class Block(NamedTuple):
-    """Vectors to quantize: x (B, H, n, dim), float32 mean (B, H, 1, dim) to subtract, and how.
+    """Vectors to quantize: ``count`` tokens of x (B, H, capacity, dim) from ``start`` on.
 
-    The quantizer's scale must be "unbiased".
+    The float32 ``mean`` (B, H, 1, dim) is subtracted. The quantizer's scale must be "unbiased".
     """
 
     x: mx.array
     mean: mx.array
     quantizer: TurboQuantizer
+    start: int
+    count: int
 
 
 def quantize(*blocks: Block) -> list[QuantizedVectors]:
@@ -171,39 +173,53 @@ def token_major(
     return QuantizedVectors(codes[:, :, :count], scales[..., :count])
 
 
-def _reference_quantize(x, mean, quantizer) -> QuantizedVectors:
-    packed = quantizer.quantize(x.astype(mx.float32) - mean)
+def _reference_quantize(x, mean, quantizer, start, count) -> QuantizedVectors:
+    packed = quantizer.quantize(x[:, :, start : start + count].astype(mx.float32) - mean)
     return QuantizedVectors(packed.codes, packed.scales.astype(mx.bfloat16))
 
 
 def _launch_quantize(*blocks: Block) -> list[QuantizedVectors]:
-    *heads, count, dim = blocks[0].x.shape
-    inputs, shapes, dtypes, threadgroups = [], [], [], []
-    constants: dict[str, Constant] = {"GROUPS": _SIMDS}
     # A single block is quantized as keys and again as values: the decode path has both.
-    for name, block in zip(("", "VALUE_"), (*blocks, blocks[0])):
-        quantizer, dim = block.quantizer, block.x.shape[-1]
-        levels, signs, gains = _constants(quantizer)
-        order, power = _rotation_order(quantizer)
-        lanes = 32 if dim > 256 else 16 if dim > 128 else 8
-        inputs += [block.x, block.mean, levels, quantizer.thresholds, gains, signs]
-        inputs += [quantizer.rotation.matrix]
-        constants |= {f"{name}T": block.x.dtype, f"{name}DIM": dim, f"{name}ORDER": order}
-        constants |= {f"{name}POWER": power, f"{name}LANES": lanes}
-        constants |= {f"{name or 'KEY_'}BITS": quantizer.bits}
-        constants |= {f"{name or 'KEY_'}GAINS": gains.size}
-        shapes += [(*heads, count, words_per_vector(dim, quantizer.bits)), (*heads, count)]
-        dtypes += [mx.uint32, mx.bfloat16]
-        threadgroups.append(-(-block.x.size // dim * lanes // (32 * _SIMDS)))
-    outputs = _kernel("quantize", _QUANTIZE_INPUTS, _QUANTIZE_OUTPUTS, constants)(
-        inputs=[*inputs, _sizes(math.prod(heads), count)],
-        grid=(max(threadgroups) * 32 * _SIMDS, 2, 1),
+    both = (*blocks, blocks[0])[:2]
+    batch, heads, _, _ = blocks[0].x.shape
+    kinds = tuple((block.x.dtype, block.quantizer) for block in both)
+    kernel, constants, lanes = _quantize_plan(backend(), *kinds)
+    rows, count, start = batch * heads, blocks[0].count, blocks[0].start
+    inputs, shapes = [], []
+    for block, own in zip(both, constants):
+        inputs += [block.x, block.mean, *own]
+        words = words_per_vector(block.quantizer.dim, block.quantizer.bits)
+        shapes += [(batch, heads, count, words), (batch, heads, count)]
+    threadgroups = -(-rows * count * lanes // (32 * _SIMDS))
+    outputs = kernel(
+        inputs=[*inputs, _sizes(rows, count, start)],
+        grid=(threadgroups * 32 * _SIMDS, 2, 1),
         threadgroup=(32 * _SIMDS, 1, 1),
         output_shapes=shapes,
-        output_dtypes=dtypes,
+        output_dtypes=[mx.uint32, mx.bfloat16] * 2,
     )
     packed = [QuantizedVectors(*outputs[:2]), QuantizedVectors(*outputs[2:])]
     return packed[: len(blocks)]
+
+
+@cache
+def _quantize_plan(target: str, *kinds: tuple[mx.Dtype, TurboQuantizer]) -> tuple[Any, ...]:
+    """The kernel, the constant inputs of keys and of values, and the most lanes of a vector."""
+    definitions: dict[str, Constant] = {"GROUPS": _SIMDS}
+    constants, most_lanes = [], 0
+    for name, (dtype, quantizer) in zip(("", "VALUE_"), kinds):
+        levels, signs, gains = _constants(quantizer)
+        order, power = _rotation_order(quantizer)
+        dim = quantizer.dim
+        lanes = 32 if dim > 256 else 16 if dim > 128 else 8
+        definitions |= {f"{name}T": dtype, f"{name}DIM": dim, f"{name}ORDER": order}
+        definitions |= {f"{name}POWER": power, f"{name}LANES": lanes}
+        definitions |= {f"{name or 'KEY_'}BITS": quantizer.bits}
+        definitions |= {f"{name or 'KEY_'}GAINS": gains.size}
+        constants.append((levels, quantizer.thresholds, gains, signs, quantizer.rotation.matrix))
+        most_lanes = max(most_lanes, lanes)
+    kernel = _kernel("quantize", _QUANTIZE_INPUTS, _QUANTIZE_OUTPUTS, definitions)
+    return kernel, constants, most_lanes
 
 
 def launch_dequantize(tokens) -> list[mx.array]:
@@ -357,8 +373,7 @@ def launch_decode_attention(plan: AttentionPlan, queries, tokens, mask, sinks) -
         output_dtypes=[mx.float32, *(x.dtype for x in following)],
     )
     if new:
-        tokens.exact_keys, tokens.exact_values = following
-        tokens.new = None
+        tokens.store(following)
     threads = 32 * plan.combine_simds
     logits = values.mean if sinks is None else sinks.astype(mx.float32)
     return plan.combine(
@@ -585,10 +600,11 @@ def _agrees(target: str, check: Callable[..., Agreement], *configuration: Any) -
 
 def check_quantize(dtype: mx.Dtype, *quantizers: TurboQuantizer) -> Agreement:
     """Compares squared errors: codes may differ where values or gains tie within rounding."""
-    blocks = [Block(*_check_data(quantizer, dtype), quantizer) for quantizer in quantizers]
+    start, count = 3, 3 * BLOCK
+    blocks = [Block(*_check_data(q, dtype), q, start, count) for q in quantizers]
     worst = 0.0
     for packed, block in zip(_launch_quantize(*blocks), blocks):
-        x = block.x.astype(mx.float32) - block.mean
+        x = block.x[:, :, start : start + count].astype(mx.float32) - block.mean
         error, expected = (
             ((block.quantizer.dequantize(p) - x) ** 2).mean().item()
             for p in (packed, _reference_quantize(*block))

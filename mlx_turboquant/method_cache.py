@@ -152,9 +152,9 @@ class MethodKVCache(TurboQuantKVCache):
     def _fetch(self, tokens: CachedTokens, fused: bool) -> tuple[mx.array, ...]:
         return tuple(tokens.reference_dense() if tokens.keys.count else tokens.dense())
 
-    def _pack(self, arrays: list[mx.array]) -> None:
+    def _store_packed(self, arrays: list[mx.array], start: int, count: int) -> None:
         for store, x in zip(self._packed, arrays):
-            store.append(x)
+            store.append(x[:, :, start : start + count])
 
 
 def _as_stored(x: mx.array) -> mx.array:

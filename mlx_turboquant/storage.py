@@ -108,20 +108,24 @@ class PackedTokens:
         """Quantize x (B, H, n, dim) and store it after the tokens that are there."""
         append_all([self], [x])
 
-    def _block(self, x: mx.array) -> kernels.Block:
+    def _block(self, x: mx.array, start: int, count: int) -> kernels.Block:
         if self.count == 0:
-            self.mean = removable_mean(x)
-        return kernels.Block(x, self.mean, self.quantizer)
+            self.mean = removable_mean(x[:, :, start : start + count])
+        return kernels.Block(x, self.mean, self.quantizer, start, count)
 
     def _store(self, packed: QuantizedVectors) -> None:
         """Write after the last token, and over the oldest ones once there are ``most``."""
         added = packed.scales.shape[2]
         stop = self.count + added if self.most is None else min(self.count + added, self.most)
         self._reserve(stop, packed.codes.shape[:2], packed.codes.shape[-1])
+        if self.most is None:
+            self._write(packed, self.count)
+            self.count = stop
+            return
         while added:
             full = self.count == self.most
             start = self.oldest if full else self.count
-            fitting = added if self.most is None else min(added, self.most - start)
+            fitting = min(added, self.most - start)
             self._write(
                 QuantizedVectors(*(x[:, :, -added:][:, :, :fitting] for x in packed)), start
             )
@@ -165,9 +169,8 @@ class PackedTokens:
             changed.codes = changed.scales = None
             changed.count = 0
             changed._reserve(self.count, x.shape[:2], words_per_vector(x.shape[-1], bits))
-            [packed] = kernels.quantize(
-                kernels.Block(x, mx.zeros_like(self.mean), changed.quantizer)
-            )
+            mean = mx.zeros_like(self.mean)
+            [packed] = kernels.quantize(kernels.Block(x, mean, changed.quantizer, 0, x.shape[2]))
             changed._write(packed, 0)
             changed.count = self.count
         return changed
@@ -253,7 +256,8 @@ class PackedTokens:
             start += head.shape[2]
         if codes.shape[2]:
             padding = -codes.shape[2] % BLOCK
-            codes = mx.pad(codes, [(0, 0), (0, 0), (0, padding), (0, 0)])
+            if padding:
+                codes = mx.pad(codes, [(0, 0), (0, 0), (0, padding), (0, 0)])
             blocks = mx.unflatten(codes, 2, (-1, BLOCK)).swapaxes(-1, -2)
             first = start // BLOCK
             self.codes[rows, :, first : first + blocks.shape[2]] = blocks
@@ -311,7 +315,7 @@ class BatchPackedTokens(PackedTokens):
             self.mean = mx.zeros((len(self.counts), x.shape[1], 1, x.shape[-1]))
         if self.counts[rows.start] == 0:
             self.mean[rows] = removable_mean(x)
-        return kernels.Block(x, self.mean[rows], self.quantizer)
+        return kernels.Block(x, self.mean[rows], self.quantizer, 0, x.shape[2])
 
     def _store_rows(self, rows: slice, packed: QuantizedVectors) -> None:
         _, heads, added, words = packed.codes.shape
@@ -323,14 +327,18 @@ class BatchPackedTokens(PackedTokens):
         self._set_counts(counts)
 
 
-def append_all(stores: list[PackedTokens], arrays: list[mx.array]) -> None:
-    """Quantize what new tokens add to each of one or two stores, in one launch.
+def append_all(
+    stores: list[PackedTokens], arrays: list[mx.array], start: int = 0, count: int | None = None
+) -> None:
+    """Quantize ``count`` tokens, or all, from ``start`` on for one or two stores, in one launch.
 
     ``arrays`` are (B, H, n, dim). Of more than a store takes at most, the first are left out.
     """
-    if stores[0].most is not None:
-        arrays = [x[:, :, -stores[0].most :] for x in arrays]
-    blocks = (store._block(x) for store, x in zip(stores, arrays))
+    count = arrays[0].shape[2] - start if count is None else count
+    most = stores[0].most
+    if most is not None and count > most:
+        start, count = start + count - most, most
+    blocks = (store._block(x, start, count) for store, x in zip(stores, arrays))
     for store, packed in zip(stores, kernels.quantize(*blocks)):
         store._store(packed)
 

@@ -65,10 +65,9 @@ def kernels_run(monkeypatch):
 
 def forget_kernels() -> None:
     kernels.force_backend(None)
-    for remembered in (kernels._built_kernel, kernels.attention_plan, kernels._agrees):
+    plans = (kernels._quantize_plan, kernels.attention_plan, attention._checked_plan)
+    for remembered in (*plans, kernels._built_kernel, kernels._agrees, kernels._machine_backend):
         remembered.cache_clear()
-    kernels._machine_backend.cache_clear()
-    attention._checked_plan.cache_clear()
 
 
 def names_of(launches) -> list[str]:
@@ -107,6 +106,10 @@ def normal(shape, seed, dtype=mx.float32) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
 
 
+def block_of(x, mean, quantizer) -> kernels.Block:
+    return kernels.Block(x, mean, quantizer, 0, x.shape[2])
+
+
 def squared_errors(quantizer, packed, x) -> mx.array:
     return ((quantizer.dequantize(packed) - x) ** 2).sum(axis=-1)
 
@@ -115,8 +118,8 @@ def squared_errors(quantizer, packed, x) -> mx.array:
 def test_quantize_finds_the_codes_of_the_reference(dim, bits, dtype):
     quantizer = TurboQuantizer(dim, bits)
     x, mean = normal((2, 1, 37, dim), 1, dtype), normal((2, 1, 1, dim), 2)
-    (packed,) = kernels._launch_quantize(kernels.Block(x, mean, quantizer))
-    expected = kernels._reference_quantize(x, mean, quantizer)
+    (packed,) = kernels._launch_quantize(block_of(x, mean, quantizer))
+    expected = kernels._reference_quantize(*block_of(x, mean, quantizer))
     different = (packed.codes != expected.codes).any(axis=-1)
     # Of 74 vectors; test_few_codes_differ says why, and how many.
     assert different.sum() <= {6: 2, 7: 8, 8: 25}.get(bits, 1)
@@ -137,8 +140,8 @@ def test_few_codes_differ(kernels_run, bits, fraction):
     """
     quantizer = shared_quantizer(128, bits, 0)
     x, mean = normal((1, 2, 1000, 128), 1), mx.zeros((1, 2, 1, 128))
-    (packed,) = kernels._launch_quantize(kernels.Block(x, mean, quantizer))
-    expected = kernels._reference_quantize(x, mean, quantizer)
+    (packed,) = kernels._launch_quantize(block_of(x, mean, quantizer))
+    expected = kernels._reference_quantize(*block_of(x, mean, quantizer))
     assert (packed.codes != expected.codes).any(axis=-1).mean() <= fraction
     errors = [squared_errors(quantizer, p, x).mean().item() for p in (packed, expected)]
     assert errors[0] == pytest.approx(errors[1], rel=0.01)
@@ -149,7 +152,7 @@ def test_quantize_packs_every_code_where_the_layout_says():
     for bits in BITS:
         quantizer = TurboQuantizer(72, bits, rotation="haar", gain_search=False)
         x = normal((1, 1, 9, 72), bits)
-        (packed,) = kernels._launch_quantize(kernels.Block(x, mx.zeros((1, 1, 1, 72)), quantizer))
+        (packed,) = kernels._launch_quantize(block_of(x, mx.zeros((1, 1, 1, 72)), quantizer))
         expected = quantizer.quantize(x)
         codes = unpack(packed.codes, bits, 72), unpack(expected.codes, bits, 72)
         assert (codes[0] != codes[1]).mean() < 0.01  # ties with a threshold, within rounding
@@ -161,7 +164,7 @@ def test_quantize_keeps_zeros_and_large_values_and_isolates_nan():
     x = mx.concatenate([x, mx.zeros((1, 1, 1, 128)), x[:, :, :1] * 1e30], axis=2)
     x[0, 0, 1, 5] = mx.nan
     x[0, 0, 2, 5] = mx.inf
-    (packed,) = kernels._launch_quantize(kernels.Block(x, mx.zeros((1, 1, 1, 128)), quantizer))
+    (packed,) = kernels._launch_quantize(block_of(x, mx.zeros((1, 1, 1, 128)), quantizer))
     restored = quantizer.dequantize(packed)[0, 0]
     assert not mx.isfinite(restored[1:3]).any()
     assert mx.array_equal(restored[4], mx.zeros(128))
@@ -429,7 +432,7 @@ def test_dimensions_that_no_kernel_takes_are_logged_once(kernels_run, caplog):
     quantizer = TurboQuantizer(1100, 2, rotation="haar")
     x = normal((1, 1, 3, 1100), 1)
     for _ in range(2):
-        (packed,) = kernels.quantize(kernels.Block(x, mx.zeros((1, 1, 1, 1100)), quantizer))
+        (packed,) = kernels.quantize(block_of(x, mx.zeros((1, 1, 1, 1100)), quantizer))
     assert not kernels_run
     assert mx.array_equal(packed.codes, quantizer.quantize(x).codes)
     messages = [record.message for record in caplog.records]
@@ -441,7 +444,7 @@ def test_dimensions_that_no_kernel_takes_are_logged_once(kernels_run, caplog):
 def test_keys_and_values_are_quantized_in_one_launch(kernels_run):
     quantizers = TurboQuantizer(128, 4), TurboQuantizer(320, 3)
     blocks = [
-        kernels.Block(normal((1, 2, 33, q.dim), q.dim), normal((1, 2, 1, q.dim), 1), q)
+        block_of(normal((1, 2, 33, q.dim), q.dim), normal((1, 2, 1, q.dim), 1), q)
         for q in quantizers
     ]
     both = kernels._launch_quantize(*blocks)
@@ -475,8 +478,8 @@ def test_a_wrong_kernel_is_replaced_with_a_warning(monkeypatch, caplog, tmp_path
     )
     quantizer = shared_quantizer(64, 4, 0)
     x, mean = normal((1, 1, 40, 64), 1), mx.ones((1, 1, 1, 64))
-    (packed,) = kernels.quantize(kernels.Block(x, mean, quantizer))  # does not compile
-    expected = kernels._reference_quantize(x, mean, quantizer)
+    (packed,) = kernels.quantize(block_of(x, mean, quantizer))  # does not compile
+    expected = kernels._reference_quantize(*block_of(x, mean, quantizer))
     assert mx.array_equal(packed.codes, expected.codes)
     tokens = cached_tokens()
     for restored, expected in zip(tokens.dense(), tokens.reference_dense()):  # runs, and is wrong
