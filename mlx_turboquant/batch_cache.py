@@ -10,14 +10,15 @@ from .cache import (
     Fetched,
     TurboQuantKVCache,
     choose_bits,
+    demands_of,
     fetch,
     fused_models,
     leaving_tokens,
-    take_turn,
 )
 from .constants import constant
 from .protection import Demands, Limits
 from .storage import BatchPackedTokens, append_rows
+from .turns import take_turn
 
 # Room for this many new tokens in the exact buffers, which are copied when it is used up.
 _ROOM = 64
@@ -57,6 +58,7 @@ class BatchTurboQuantKVCache:
         self._waiting = False
         self.shared = False
         self.model_id: int | None = None
+        self.layer: int | None = None
         self._fetched: Fetched | None = None
 
     @classmethod
@@ -73,10 +75,11 @@ class BatchTurboQuantKVCache:
 
     @classmethod
     def _of_one(cls, cache: TurboQuantKVCache) -> "BatchTurboQuantKVCache":
+        cache.settle()
         packed = [BatchPackedTokens.join([store]) for store in cache._packed]
         row = cls(packed, cache.window, cache.sink_tokens)
         row.shared, row.limits, row.demands = cache.shared, cache.limits, cache.demands
-        row.model_id = cache.model_id
+        row.model_id, row.layer = cache.model_id, cache.layer
         if not cache.empty():
             row._sinks = [cache.sink_tokens if cache.packed_tokens else 0]
             row._recent = [cache.exact_tokens - row._sinks[0]]
@@ -179,7 +182,7 @@ class BatchTurboQuantKVCache:
                 buffer[:, :, start : self._end] = x
             exact, end = self._exact, self._end
         else:
-            take_turn(new)
+            take_turn(new, self.layer == 0)
             exact, end = self._joined(new), self._end + count
         tokens = self._tokens(exact, end, [recent + count for recent in self._recent])
         self._recent = [recent + new for recent, new in zip(self._recent, added)]
@@ -209,9 +212,9 @@ class BatchTurboQuantKVCache:
         elif mask is not None:
             mask = "causal"
         span = (self.sink_tokens, self._leaving(row))
-        self.demands = choose_bits(
-            self._packed, self.limits, exact, span, queries[rows], scale, mask
-        )
+        demanded = demands_of(exact, span, queries[rows], scale, mask)
+        self.demands = Demands(*demanded.tolist())
+        choose_bits(self._packed, self.limits, self.demands, exact)
         ends = [self._end] * len(self._recent)
         self._pack(self._exact, ends)
         self._keep(self._exact, ends)
@@ -370,7 +373,7 @@ class BatchTurboQuantKVCache:
         packed = [store.row(row) for store in self._packed]
         cache = kind.holding(packed, exact, self.window, self.sink_tokens)
         cache.shared, cache.limits, cache.demands = self.shared, self.limits, self.demands
-        cache.model_id = self.model_id
+        cache.model_id, cache.layer = self.model_id, self.layer
         return cache
 
     def trim(self, n: int) -> int:

@@ -1,7 +1,6 @@
 """The compressed KV cache of one attention layer, for a single sequence or equal-length rows."""
 
 import math
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from .storage import (
     check_vectors,
     deviations,
 )
+from .turns import end_turns, take_turn
 
 DEFAULT_WINDOW = 128
 DEFAULT_SINK_TOKENS = 4
@@ -113,9 +113,10 @@ class TurboQuantKVCache:
         self.sink_tokens = sink_tokens
         self.max_size = max_size
         self.limits = limits
-        self.demands: Demands | None = None
-        # Whether the first tokens wait for the attention to show its queries.
+        self._demands: Demands | None = None
+        # Whether the first tokens wait for the attention to show its queries, and what these say.
         self._waiting = False
+        self._demanded: mx.array | None = None
         self.offset = 0
         self.forgotten = 0
         self._packed = [
@@ -127,8 +128,9 @@ class TurboQuantKVCache:
         self._handed: CachedTokens | None = None
         # Whether other layers ask for the keys and values of this one; then the last are held.
         self.shared = False
-        # The id of the model, if its attention may do without arrays of keys and values.
+        # The id of the model, and the number of this layer among the compressed ones.
         self.model_id: int | None = None
+        self.layer: int | None = None
         self._fetched: Fetched | None = None
         self._views: list[PackedTokens] | None = None
         # New tokens that need neither a larger buffer nor the next block to be packed.
@@ -181,21 +183,39 @@ class TurboQuantKVCache:
     @property
     def key_bits(self) -> int:
         """Bits per value of the packed keys."""
+        self.settle()
         return self._packed[0].bits
 
     @property
     def value_bits(self) -> int:
         """Bits per value of the packed values."""
+        self.settle()
         return self._packed[-1].bits
+
+    @property
+    def demands(self) -> Demands | None:
+        """What the first tokens demanded, where the bits were chosen by that."""
+        self.settle()
+        return self._demands
+
+    @demands.setter
+    def demands(self, demands: Demands | None) -> None:
+        self._demands = demands
 
     @property
     def packed_tokens(self) -> int:
         """Tokens that are quantized."""
+        self.settle()
         return self._packed[0].count
 
     @property
     def exact_tokens(self) -> int:
         """Tokens that are held in the model's dtype: sinks and recent ones."""
+        self.settle()
+        return self._held
+
+    @property
+    def _held(self) -> int:
         return self.offset - self.forgotten - self._packed[0].count
 
     @property
@@ -235,6 +255,7 @@ class TurboQuantKVCache:
 
     def _append(self, new: list[mx.array]) -> CachedTokens:
         """Append arrays (B, H, n, dim) of the kinds that the cache holds."""
+        self.settle()
         if self._waiting:  # in vain: this attention does not call protect
             self.limits, self._waiting = None, False
         few = new[0].shape[2] <= MAX_DECODE_ROWS
@@ -249,22 +270,33 @@ class TurboQuantKVCache:
         return self.limits is not None and self._packed[0].codes is None
 
     def protect(self, queries: mx.array, scale: float, mask: None | str | mx.array) -> None:
-        """Choose the bits of the first tokens, if these are to be quantized now, and do it.
+        """Look at what the first tokens demand, if these are to be quantized now.
 
         Attention calls this after each step with its queries (B, query_heads, L, dim) and the
-        scale and mask of its scores.
+        scale and mask of its scores. The bits are chosen when the cache is used next: by then the
+        demands have been computed beside other layers.
         """
         if not self._waiting:
             return
         self._waiting = False
-        leaving = self._leaving()
-        exact = [x[:, :, : self.exact_tokens] for x in self._exact]
-        span = (self.sink_tokens, leaving)
-        self.demands = choose_bits(self._packed, self.limits, exact, span, queries, scale, mask)
-        self._keep(self._quantize_oldest(exact, leaving))
+        exact = [x[:, :, : self._held] for x in self._exact]
+        span = (self.sink_tokens, self._leaving())
+        self._demanded = demands_of(exact, span, queries, scale, mask)
+        mx.async_eval(self._demanded)
+
+    def settle(self) -> None:
+        """Choose the bits and quantize the first tokens, if their demands have been looked at."""
+        if self._demanded is None:
+            return
+        self._demands, self._demanded = Demands(*self._demanded.tolist()), None
+        choose_bits(self._packed, self.limits, self._demands, self._exact)
+        exact = [x[:, :, : self._held] for x in self._exact]
+        self._keep(self._quantize_oldest(exact, self._leaving()))
 
     def _append_few(self, new: list[mx.array]) -> CachedTokens:
         """Write into the exact buffers, or let the attention do it, after making room there."""
+        if self.layer == 0:
+            end_turns()
         if not self._exact:
             self._keep([x[:, :, :0] for x in new])
         count, gap = new[0].shape[2], 0
@@ -285,10 +317,10 @@ class TurboQuantKVCache:
 
     def _make_room(self, count: int) -> None:
         """Pack what has left the window, and let the exact buffers have ``count`` free places."""
-        leaving, held = 0 if self.undecided else self._leaving(), self.exact_tokens
+        leaving, held = 0 if self.undecided else self._leaving(), self._held
         if leaving or held + count > self._exact[0].shape[2]:
             self._keep(self._quantize_oldest([x[:, :, :held] for x in self._exact], leaving))
-        self._room = self._exact[0].shape[2] - self.exact_tokens
+        self._room = self._exact[0].shape[2] - self._held
         if not self.undecided:
             past = self.size() - self.sink_tokens - self.window
             until_block = (self.packed_tokens // BLOCK + 1) * BLOCK - past
@@ -296,10 +328,10 @@ class TurboQuantKVCache:
 
     def _append_many(self, new: list[mx.array]) -> CachedTokens:
         """Quantize what leaves the window at once: a long chunk never enters the exact buffers."""
-        take_turn(new)
+        take_turn(new, self.layer == 0)
         self.offset += new[0].shape[2]
         if self._exact:
-            held = self.exact_tokens - new[0].shape[2]
+            held = self._held - new[0].shape[2]
             pairs = zip(self._exact, new)
             new = [mx.concatenate([buffer[:, :, :held], x], axis=2) for buffer, x in pairs]
         tokens = self._tokens(new)
@@ -309,7 +341,7 @@ class TurboQuantKVCache:
 
     def _tokens(self, exact: list[mx.array], gap: int = 0) -> CachedTokens:
         """All tokens. In the exact buffers a ``gap`` of packed ones may follow the sinks."""
-        count = self.exact_tokens
+        count = self._held
         # Snapshots: a chunk that is packed in the same call must not be seen packed by it.
         if self._views is None:
             self._views = [store.view() for store in self._packed]
@@ -318,7 +350,7 @@ class TurboQuantKVCache:
         return CachedTokens(keys, values, exact[0], exact[-1], count + gap, sinks, sinks + gap)
 
     def _leaving(self) -> int:
-        counts = self.packed_tokens, self.exact_tokens
+        counts = self.packed_tokens, self._held
         return leaving_tokens(*counts, self.sink_tokens, self.window)
 
     def _quantize_oldest(self, exact: list[mx.array], leaving: int) -> list[mx.array]:
@@ -358,9 +390,10 @@ class TurboQuantKVCache:
 
     def trim(self, n: int) -> int:
         """Forget the last n tokens (at most all); packed tokens stay packed. Returns how many."""
+        self.settle()
         n = min(n, self.offset) if self.is_trimmable() else 0
-        sinks = min(self.exact_tokens, self.sink_tokens)
-        recent = self.exact_tokens - sinks
+        sinks = min(self._held, self.sink_tokens)
+        recent = self._held - sinks
         packed = min(max(n - recent, 0), self.packed_tokens)
         for store in self._packed:
             store.count -= packed
@@ -383,6 +416,7 @@ class TurboQuantKVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of everything that is held, free space in the buffers included."""
+        self.settle()
         return sum(x.nbytes for x in (*self._exact, *self._packed))
 
     @property
@@ -398,6 +432,7 @@ class TurboQuantKVCache:
     @property
     def token_nbytes(self) -> int:
         """Bytes that one more packed token takes."""
+        self.settle()
         pairs = zip(self._exact, self._packed)
         return sum(math.prod(x.shape[:2]) * store.vector_nbytes(x.shape[3]) for x, store in pairs)
 
@@ -418,7 +453,7 @@ class TurboQuantKVCache:
             return None if n == 1 else "causal"
         if self._exact and n <= MAX_DECODE_ROWS:
             self._make_room(n)  # now, because it changes the order of a limited cache
-        sinks = min(self.exact_tokens, self.sink_tokens)
+        sinks = min(self._held, self.sink_tokens)
         positions = [
             mx.arange(sinks),
             self._packed[0].order() + sinks + self.forgotten,
@@ -431,7 +466,8 @@ class TurboQuantKVCache:
     @property
     def state(self) -> tuple[Any, ...]:
         """All settings, counts and arrays, without free space; what ``from_state`` takes."""
-        count, first = self.exact_tokens, self._packed[0]
+        self.settle()
+        count, first = self._held, self._packed[0]
         exact = [x[:, :, :count] for x in self._exact] or [None] * len(self._packed)
         return (
             *(self.key_bits, self.value_bits, self.window, self.sink_tokens, self.seed),
@@ -514,46 +550,23 @@ def can_store(exact: list[mx.array]) -> bool:
     return short and len(exact) == 2 and all(x.shape[3] % 8 == 0 for x in exact)
 
 
-class _Turns(threading.local):
-    last: list[mx.array] | None = None
+def demands_of(
+    exact: list[mx.array], span: tuple[int, int], queries: mx.array, scale: float, mask: Any
+) -> mx.array:
+    """:func:`.protection.error_demands` of keys and values (B, H, n, dim), lazily.
 
-
-_turns = _Turns()
-
-
-def take_turn(new: list[mx.array]) -> None:
-    """Have the layers of a chunk computed one after the other, so that one at a time is dense.
-
-    Evaluates the ``new`` keys and values of a layer, once those of the layer before are there.
-    Otherwise MLX would compute the dense tokens of many layers in advance, and hold them.
-    """
-    if _turns.last is not None:
-        mx.eval(_turns.last)
-    mx.async_eval(new)
-    _turns.last = new
-
-
-def choose_bits(
-    stores: list[PackedTokens],
-    limits: Limits,
-    exact: list[mx.array],
-    span: tuple[int, int],
-    queries: mx.array,
-    scale: float,
-    mask: None | str | mx.array,
-) -> Demands:
-    """Give the stores, which are empty, the bits that their first tokens demand; returns that.
-
-    ``exact`` are all keys and values so far, (B, H, n, dim); those from ``span[0]`` on, ``span[1]``
-    in number, are to be quantized.
+    Those from ``span[0]`` on, ``span[1]`` in number, are to be quantized.
     """
     squared = [deviations(x, *span) for x in exact]
     arrays = (exact[0], exact[-1], (squared[0], squared[-1]))
-    demands = error_demands(queries, *arrays, scale, mask)
+    return error_demands(queries, *arrays, scale, mask)
+
+
+def choose_bits(stores: list[PackedTokens], limits: Limits, demands: Demands, exact: list) -> None:
+    """Give the stores, which are empty, the bits that their first tokens demand."""
     bits = limits.bits(demands, exact[0].shape[-1], exact[-1].shape[-1])
     for store, chosen in zip(stores, bits if len(stores) == 2 else [max(bits)]):
         store.bits = chosen
-    return demands
 
 
 def leaving_tokens(packed: int, exact: int, sink_tokens: int, window: int) -> int:

@@ -18,6 +18,7 @@ from .latent_cache import TurboQuantLatentCache
 from .method_cache import MethodKVCache, check_codec
 from .protection import Limits, relative_error, single_precision
 from .report import flat_caches
+from .turns import announce
 
 # Bits of keys and values, of which keys need more; the last eighth of the layers has one more of
 # each. Measured with examples/sweep_presets.py, see docs/quality.md.
@@ -375,6 +376,8 @@ class _AttentionHook:
         if tokens.keys.count and queries.shape[2] <= MAX_DECODE_ROWS:
             return self._decode(queries, tokens, *arguments, **keywords)
         output = self.original(queries, keys, values, *arguments, **keywords)
+        if queries.shape[2] > MAX_DECODE_ROWS:
+            announce(output)
         self._protect(queries, *arguments, **keywords)
         return output
 
@@ -407,8 +410,8 @@ def connect(model: nn.Module, cache: list[Any]) -> None:
         weakref.finalize(model, fused_models.discard, id(model))
     if not _needs_arrays[id(model)]:
         fused_models.add(id(model))
-    for layer in _compressed_layers(cache):
-        layer.model_id = id(model)
+    for number, layer in enumerate(_compressed_layers(cache)):
+        layer.model_id, layer.layer = id(model), number
 
 
 # Of models, by their ids.

@@ -74,8 +74,8 @@ def error_demands(
     deviations: tuple[mx.array, mx.array],
     scale: float,
     mask: None | str | mx.array,
-) -> Demands:
-    """The demands of a layer whose attention has just been computed.
+) -> mx.array:
+    """The two :class:`Demands` of a layer whose attention has just been computed, float32 (2,).
 
     Args:
         queries: (B, query_heads, L, dim), the last of which sees all tokens.
@@ -98,7 +98,7 @@ def error_demands(
     divergence = (weights * (1 - weights) * noise).sum(axis=-1).mean() / 2
     errors = (weights * weights * value_deviations).sum()
     outputs = weights @ values.astype(mx.float32)[:, :, None]
-    return Demands(*mx.stack([divergence, errors / (outputs * outputs).sum()]).tolist())
+    return mx.stack([divergence, errors / (outputs * outputs).sum()])
 
 
 def _additive(mask, rows, count, length, shape) -> mx.array | float:

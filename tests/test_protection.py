@@ -50,7 +50,7 @@ def test_the_demands_are_what_quantizing_does(bits):
         random(1, 2, 200, DIM, seed=2),
     )
     squared = tuple((x * x).sum(axis=-1) for x in (keys, values))
-    demands = error_demands(queries, keys, values, squared, DIM**-0.5, None)
+    demands = Demands(*error_demands(queries, keys, values, squared, DIM**-0.5, None).tolist())
 
     def attend(keys, values):
         grouped = mx.unflatten(queries, 1, (2, 2)) * DIM**-0.5
@@ -76,17 +76,17 @@ def test_a_causal_mask_is_the_same_in_every_form(rows, before):
     squared = (random(1, 2, count) ** 2,) * 2
     visible = mx.arange(count) <= mx.arange(before, count)[:, None]
     masks = ["causal", visible, mx.where(visible, 0, -mx.inf), visible[None, None]]
-    first, *others = (error_demands(*arrays, squared, 0.1, mask) for mask in masks)
+    first, *others = (error_demands(*arrays, squared, 0.1, mask).tolist() for mask in masks)
     assert all(other == pytest.approx(first) for other in others)
 
 
 def test_what_is_masked_or_exact_demands_nothing():
     queries, keys, values = (random(1, 2, 10, DIM, seed=i) for i in range(3))
     none = mx.zeros((1, 2, 10))
-    assert error_demands(queries, keys, values, (none, none), 0.1, None) == (0, 0)
+    assert error_demands(queries, keys, values, (none, none), 0.1, None).tolist() == [0, 0]
     hidden = mx.where(mx.arange(10) < 5, 1e6, 0) * mx.ones((1, 2, 10))
     mask = mx.broadcast_to(mx.arange(10) >= 5, (10, 10))
-    assert error_demands(queries, keys, values, (hidden, hidden), 0.1, mask) == (0, 0)
+    assert error_demands(queries, keys, values, (hidden, hidden), 0.1, mask).tolist() == [0, 0]
 
 
 @given(st.floats(0, 1e6), st.floats(0, 1e6), st.integers(1, 8), st.integers(1, 8))
