@@ -11,7 +11,8 @@ import numpy as np
 from .evaluate import CHUNK, Codec
 
 # Tokens that are decoded before the clock starts.
-_WARM_UP_TOKENS = 4
+_WARM_UP_TOKENS = 8
+LEAST_NEW_TOKENS = _WARM_UP_TOKENS + 1
 
 
 class Measurement(NamedTuple):
@@ -44,8 +45,8 @@ def measure(
 ) -> Measurement:
     """Read ``prompts`` (B, n) in chunks as mlx-lm does and decode ``new_tokens`` greedily.
 
-    ``progress`` is called with the number of tokens, of one sequence, after each chunk and at the
-    end.
+    ``new_tokens`` are at least ``LEAST_NEW_TOKENS``. ``progress`` is called with the number of
+    tokens of one sequence, after each chunk and at the end.
     """
     mx.synchronize()
     mx.clear_cache()

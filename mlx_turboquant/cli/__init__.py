@@ -9,6 +9,8 @@ COMMANDS = {
     "server": "answer requests over HTTP, as mlx_lm.server does",
     "cache_prompt": "process a prompt once and save it, as mlx_lm.cache_prompt does",
     "evaluate": "measure what the compressed cache does to the output of a model",
+    "benchmark": "measure speed and memory of a model with different caches",
+    "plan": "say what context fits into memory, before anything is downloaded",
     "doctor": "check the kernels on this machine",
 }
 _USAGE = "usage: mlx_turboquant COMMAND [options]\n\ncommands:\n" + "".join(

@@ -1,23 +1,20 @@
 """``mlx_turboquant evaluate``: what a compressed cache does to the output of a model."""
 
 import argparse
-import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx_lm
 
-from .. import __version__, texts
+from .. import texts
 from ..evaluate import MLX_LM, REPLY_TOKENS, Comparison, Scores, passkey_prompt, preset
 from ..methods import METHODS
 from .loading import check_memory, model_errors, prepare_for_device
 from .options import add_exact_token_options, add_protection_options, given_settings
+from .results import drawing_tools, machine, write_results
 
 _PRESETS = ("4", "3.5", "3", "2.5", "2")
-_NO_TOOLS = "evaluate draws tables and pictures: pip install 'mlx-turboquant-cache[evaluate]'."
 
 
 def main(arguments: list[str]) -> None:
@@ -27,12 +24,10 @@ def main(arguments: list[str]) -> None:
     settings = given_settings(args, ("kv_window", "kv_sinks", "protect", "kl_budget"))
     codecs = [preset(name, **settings) for name in args.kv_bits]
     contents = texts.read_texts(args.text) if args.text else texts.bundled_texts()
-    try:
+    with drawing_tools("evaluate"):
         from tqdm import tqdm
 
         from . import pictures
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is not installed; {_NO_TOOLS}") from error
     args.out.mkdir(parents=True, exist_ok=True)
     with model_errors(args.model):
         model, tokenizer = mlx_lm.load(args.model, lazy=True)
@@ -58,8 +53,7 @@ def main(arguments: list[str]) -> None:
             comparison.needle(tokenizer, *prompt)
     result = _result(args, contexts, comparison.scores)
     pictures.print_table(result)
-    for file in _write(args.out, result, pictures.draw):
-        print(f"Wrote {file}")
+    write_results(args.out, "evaluation", result, pictures.draw)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -144,9 +138,7 @@ def _result(
     args: argparse.Namespace, contexts: list[list[int]], scores: list[Scores]
 ) -> dict[str, Any]:
     return {
-        "version": __version__,
-        "mlx": mx.__version__,
-        "device": mx.device_info().get("device_name", "CPU"),
+        **machine(),
         "model": args.model,
         "context": args.context,
         "texts": len(contexts),
@@ -154,14 +146,3 @@ def _result(
         "greedy": args.greedy,
         "codecs": [{**each.summary(), "by_position": each.by_position()} for each in scores],
     }
-
-
-def _write(folder: Path, result: dict[str, Any], draw) -> list[Path]:
-    """Write everything to a temporary folder, then put it in its place."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".evaluation-") as temporary:
-        (Path(temporary) / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
-        draw(result, Path(temporary))
-        written = sorted(Path(temporary).iterdir())
-        for file in written:
-            os.replace(file, folder / file.name)
-    return [folder / file.name for file in written]

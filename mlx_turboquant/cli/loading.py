@@ -25,7 +25,7 @@ def model_errors(name: str) -> Iterator[None]:
 
 def check_memory(model: nn.Module, more: int = 0) -> None:
     """Raise ValueError if the weights of a lazily loaded model and ``more`` bytes do not fit."""
-    needed, memory = device_nbytes(model) + more, _memory()
+    needed, memory = device_nbytes(model) + more, memory_nbytes()
     if needed > memory:
         raise ValueError(
             f"The model does not fit: it needs {needed / 1e9:,.1f} GB and this machine has "
@@ -33,12 +33,16 @@ def check_memory(model: nn.Module, more: int = 0) -> None:
         )
 
 
+def weight_nbytes(model: nn.Module) -> int:
+    """Bytes of the weights as they are."""
+    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+
+
 def device_nbytes(model: nn.Module) -> int:
     """Bytes of the weights as :func:`prepare_for_device` leaves them."""
-    parameters = [array for _, array in tree_flatten(model.parameters())]
     if mx.default_device().type != mx.DeviceType.cpu:
-        return sum(array.nbytes for array in parameters)
-    values = sum(array.size for array in parameters)
+        return weight_nbytes(model)
+    values = sum(array.size for _, array in tree_flatten(model.parameters()))
     for module in model.modules():
         if "scales" in module and hasattr(module, "bits"):
             stored = (
@@ -48,7 +52,7 @@ def device_nbytes(model: nn.Module) -> int:
     return 4 * values
 
 
-def _memory() -> int:
+def memory_nbytes() -> int:
     """Bytes that MLX can use on its default device."""
     info = mx.device_info()
     for name in ("max_recommended_working_set_size", "total_memory"):

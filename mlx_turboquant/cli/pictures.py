@@ -35,9 +35,14 @@ def print_table(result: dict[str, Any]) -> None:
             table.add_row(codec["codec"], f"not possible: {codec['failure']}")
         else:
             table.add_row(*_cells(codec, result["greedy"]))
+    print_rich(table)
+
+
+def print_rich(table: Table, width: int = 110) -> None:
+    """Print a table, in lines of ``width`` where that is a file or a pipe."""
     console = Console()
     if not console.is_terminal:
-        console.width = 110  # whole lines in a file or a pipe
+        console.width = width
     console.print(table)
 
 

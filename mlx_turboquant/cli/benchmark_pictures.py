@@ -1,0 +1,109 @@
+"""The table and the picture of a benchmark."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.box import SIMPLE
+from rich.table import Table
+
+from .pictures import print_rich
+
+_COLUMNS = (
+    *("context", "cache", "prefill tok/s", "first token s", "decode tok/s", "cache MB"),
+    *("peak MB, prefill", "peak MB, decode", "graph ms"),
+)
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """One line for each context and cache, with the ratio to the exact cache behind a number."""
+    sequences = f", {result['batch']} sequences" if result["batch"] > 1 else ""
+    table = Table(
+        title=f"{result['model']} on {result['device']}{sequences}, weights "
+        f"{result['weights'] / 1e6:,.0f} MB",
+        caption="In brackets: to the exact cache. Peak memory is without the weights; graph is the "
+        "time that Python takes to build one step.",
+        box=SIMPLE,
+    )
+    for column in _COLUMNS:
+        table.add_column(column, justify="left" if column == "cache" else "right")
+    exact: dict[str, Any] = {}
+    for run in result["runs"]:
+        if run["cache"] == "exact":
+            exact = run
+        if run["repeats"]:
+            table.add_row(*_cells(run, exact, result["batch"]))
+        if run["cache"] == result["caches"][-1]:
+            table.add_section()
+    print_rich(table, width=150)
+    for cache, reason in result["failures"].items():
+        print(f"{cache} is not possible: {reason}")
+    for run in result["too_large"]:
+        print(f"{run['cache']} with {run['context']:,} tokens would not fit into memory.")
+
+
+def _cells(run: dict[str, Any], exact: dict[str, Any], batch: int) -> list[str]:
+    same = exact if exact.get("context") == run["context"] and exact["repeats"] else None
+
+    def with_ratio(text: str, name: str, faster: bool = False) -> str:
+        if same is None or run is same:
+            return text
+        ratio = same[name] / run[name] if faster else run[name] / same[name]
+        return f"{text} ({ratio:.2f})"
+
+    prefill, decode = (_per_second(run, name, batch) for name in ("prefill", "decode"))
+    return [
+        f"{run['context']:,}",
+        run["cache"],
+        with_ratio(f"{prefill:,.0f}", "prefill", faster=True),
+        f"{run['first_token']:.2f}",
+        with_ratio(f"{decode:,.1f}", "decode", faster=True),
+        *(
+            with_ratio(f"{run[name] / 1e6:,.0f}", name)
+            for name in ("cache_nbytes", "prefill_peak", "decode_peak")
+        ),
+        with_ratio(f"{run['graph'] * 1e3:.2f}", "graph"),
+    ]
+
+
+def _per_second(run: dict[str, Any], name: str, batch: int) -> float:
+    """Tokens of all sequences in a second, of the prompt or of decoding."""
+    return batch * (run["context"] - 1 if name == "prefill" else 1) / run[name]
+
+
+def draw(result: dict[str, Any], folder: Path) -> None:
+    """Write benchmark.png: speed and memory against context, a line for each cache."""
+    matplotlib.use("agg")
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    speeds, sizes = figure.subplots(2, 2)
+    batch = result["batch"]
+    for axis, name in zip(speeds, ("prefill", "decode")):
+        _lines(axis, result, lambda run, name=name: _per_second(run, name, batch))
+        axis.set(title=f"{name}, tokens per second")
+    largest = max(run["prefill_peak"] for run in result["runs"] if run["repeats"])
+    unit, factor = ("GB", 1e9) if largest > 1e9 else ("MB", 1e6)
+    titles = {"prefill_peak": "peak memory in prefill", "cache_nbytes": "cache"}
+    for axis, (name, title) in zip(sizes, titles.items()):
+        _lines(axis, result, lambda run, name=name: run[name] / factor)
+        axis.set(title=f"{title}, {unit}")
+    figure.suptitle(f"{result['model']} on {result['device']}, batch {batch}", fontsize=11)
+    figure.savefig(folder / "benchmark.png", dpi=100)
+
+
+def _lines(axis: Axes, result: dict[str, Any], number) -> None:
+    for cache in result["caches"]:
+        runs = [run for run in result["runs"] if run["cache"] == cache and run["repeats"]]
+        contexts = [run["context"] for run in runs]
+        axis.plot(contexts, [number(run) for run in runs], "o-", markersize=4, label=cache)
+    contexts = sorted({run["context"] for run in result["runs"]})
+    axis.set(xscale="log", xlabel="tokens of context", ylim=(0, None))
+    axis.set_xticks(contexts, [_short(n) for n in contexts], minor=False)
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+def _short(tokens: int) -> str:
+    return f"{tokens // 1024}k" if tokens % 1024 == 0 else f"{tokens:,}"

@@ -1,0 +1,113 @@
+"""``mlx_turboquant plan``: what context fits into memory, before anything is downloaded."""
+
+import argparse
+import re
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.utils import _download, load_config
+
+from ..evaluate import EXACT, MLX_LM, preset
+from ..footprint import chunk_nbytes, footprint
+from ..shapes import random_model, unloaded_model
+from .benchmark import add_model_options, shape_config
+from .loading import device_nbytes, memory_nbytes, model_errors, weight_nbytes
+from .options import add_exact_token_options, given_settings
+
+_PRESETS = ("8", "6", "5", "4.5", "4", "3.5", "3", "2.5", "2")
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+# Of so much memory macOS lets the GPU have two thirds, of more three quarters.
+_SMALL_MAC = 36 * 2**30
+
+
+def main(arguments: list[str]) -> None:
+    """Print the longest context and the bytes of a token for every cache."""
+    args = _parser().parse_args(arguments)
+    if args.batch < 1:
+        raise ValueError(f"--batch is {args.batch}: use 1 or more.")
+    settings = given_settings(args, ("kv_window", "kv_sinks"))
+    codecs = [EXACT, *MLX_LM, *(preset(n, protect=False, **settings) for n in args.kv_bits)]
+    available, explanation = _available(args.memory)
+    model, config = _model(args)
+    # A Mac keeps the weights as they are; this machine may be a CPU.
+    weights = weight_nbytes(model) if args.memory else device_nbytes(model)
+    left = available - weights - args.batch * chunk_nbytes(model)
+    print(f"{explanation}; weights {_size(weights)}.")
+    if left <= 0:
+        raise ValueError(
+            f"The weights of {_size(weights)} do not fit into {_size(available)} with room for a "
+            "prompt: use a smaller model or one with fewer bits."
+        )
+    trained = config.get("max_position_embeddings")
+    sequences = f", each of {args.batch} sequences" if args.batch > 1 else ""
+    print(f"{'cache':15} {'bytes a token':>14} {'longest context':>16}{sequences}")
+    for codec in codecs:
+        cache = footprint(model, codec)
+        longest = cache.longest(left / args.batch)
+        beyond = "  more than it was trained for" if trained and longest > trained else ""
+        print(f"{codec.name:15} {cache.per_token:14,.0f} {_tokens(longest):>16}{beyond}")
+    if trained:
+        print(f"The model was trained for {trained:,} tokens.")
+    print(
+        "Counted: weights, the cache with its free space, one layer of dense tokens, and the "
+        "activations of a chunk of 2,048. Layers that protection raises take more."
+    )
+
+
+def _model(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
+    """The model as shapes only, and its configuration."""
+    if args.shape is not None:
+        config = shape_config(args.shape)
+        return random_model(config), config
+    with model_errors(args.model):
+        config = load_config(_download(args.model, allow_patterns=["*.json"]))
+        return unloaded_model(config), config
+
+
+def _available(memory: str | None) -> tuple[float, str]:
+    """Bytes that MLX may use, and where the number comes from."""
+    if memory is None:
+        return memory_nbytes(), f"This machine lets MLX use {_size(memory_nbytes())}"
+    total = parse_size(memory)
+    part = 2 / 3 if total < _SMALL_MAC else 3 / 4
+    return part * total, f"Of {_size(total)} macOS lets the GPU use {_size(part * total)}"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size as 16GB, 24GiB or 512MB.
+
+    Raises:
+        ValueError: a text of another form.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?|)B?\s*", text.upper())
+    if match is None or float(match[1]) == 0:
+        raise ValueError(f"{text!r} is not a size of memory: use one as 16GB or 24GiB.")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _size(nbytes: float) -> str:
+    return f"{nbytes / 1e9:,.1f} GB"
+
+
+def _tokens(count: int) -> str:
+    return f"{count:,}" if count < 10**7 else "any"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mlx_turboquant plan", description=__doc__)
+    add_model_options(parser)
+    parser.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="Memory of a Mac, as 16GB, in place of what this machine lets MLX use",
+    )
+    parser.add_argument(
+        "--kv-bits",
+        nargs="+",
+        default=_PRESETS,
+        metavar="BITS",
+        help=f"Presets, as 4, 3.5 or K5V3 (default: {' '.join(_PRESETS)})",
+    )
+    parser.add_argument("--batch", type=int, default=1, help="Sequences at once (default: 1)")
+    add_exact_token_options(parser)
+    return parser

@@ -1,0 +1,53 @@
+"""What the measuring commands have in common: libraries of an extra, and files of results."""
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm import __version__ as mlx_lm_version
+
+from .. import __version__
+
+
+@contextmanager
+def drawing_tools(command: str) -> Iterator[None]:
+    """Turn the absence of tqdm, rich or matplotlib into one ValueError."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{error.name} is not installed; {command} draws tables and pictures: "
+            "pip install 'mlx-turboquant-cache[evaluate]'."
+        ) from error
+
+
+def machine() -> dict[str, Any]:
+    """Where something was measured, and with which versions."""
+    return {
+        "device": mx.device_info().get("device_name", "CPU"),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "mlx": mx.__version__,
+        "mlx_lm": mlx_lm_version,
+        "version": __version__,
+    }
+
+
+def write_results(
+    folder: Path, name: str, result: dict[str, Any], draw: Callable[[dict[str, Any], Path], None]
+) -> None:
+    """Write NAME.json and the pictures of ``draw(result, folder)`` whole, and say so."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-") as temporary:
+        (Path(temporary) / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        draw(result, Path(temporary))
+        written = sorted(Path(temporary).iterdir())
+        for file in written:
+            os.replace(file, folder / file.name)
+    for file in written:
+        print(f"Wrote {folder / file.name}")
