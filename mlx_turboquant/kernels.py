@@ -530,25 +530,55 @@ def _built_kernel(
     constants: tuple[tuple[str, Constant], ...],
 ) -> Callable[..., list[mx.array]]:
     # Constants are part of the text: as template arguments they would cost the host time at each
-    # launch. So would a long text, which MLX handles again at each launch. All types are among the
-    # constants, because MLX tells compiled kernels apart by their names alone.
+    # launch. All types are among them: MLX tells compiled kernels apart by their names alone.
     definitions = " ".join(_definition(*pair) for pair in constants)
     label = "_".join(_TYPES.get(value, str(value)) for _, value in constants)
     names = {"input_names": list(inputs), "output_names": list(outputs)}
     names |= {"name": f"turboquant_{name}_{label}"}
     file = _file(f"{name}.metal")
-    source = file.read_text(encoding="ascii")
-    if target == "cuda":
-        # The compiler gets the files' names, and a comment has the shapes that MLX looks for.
-        shapes = " ".join(sorted(set(re.findall(r"\w+_shape\b", source))))
-        source = f"TURBOQUANT_USING_DECLARATIONS  // {shapes}\n{definitions}\n"
-        source += f'#include "{file}"\n'
-        blocks = _CUDA_BLOCKS.get(name, 2)
-        header = f'#define TURBOQUANT_BLOCKS {blocks}\n#include "{_file("metal_on_cuda.h")}"\n'
-        return mx.fast.cuda_kernel(**names, header=header, source=source)
-    header = _without_comments(_file("codec.h").read_text(encoding="ascii"))
-    source = f"{definitions}\n{_without_comments(source)}"
-    return mx.fast.metal_kernel(**names, header=header, source=source)
+    body = file.read_text(encoding="ascii")
+    if target == "metal" and not _metal_reads_files():
+        source = f"{definitions}\n{_without_comments(body)}"
+        header = _without_comments(_file("codec.h").read_text(encoding="ascii"))
+        return mx.fast.metal_kernel(**names, header=header, source=source)
+    # MLX copies the text at each launch, a microsecond a kilobyte: the compiler gets the files'
+    # names, and a comment has what MLX looks for in the text.
+    used = " ".join(sorted(set(re.findall(r"\w+_shape\b|thread\w*_in_\w+|simd\w+_in_\w+", body))))
+    source = f'{definitions}  // {used}\n#include "{file}"\n'
+    if target == "metal":
+        return mx.fast.metal_kernel(**names, header=_including("codec.h"), source=source)
+    blocks = _CUDA_BLOCKS.get(name, 2)
+    header = f"#define TURBOQUANT_BLOCKS {blocks}\n{_including('metal_on_cuda.h')}"
+    return mx.fast.cuda_kernel(
+        **names, header=header, source=f"TURBOQUANT_USING_DECLARATIONS\n{source}"
+    )
+
+
+def _including(name: str) -> str:
+    return f'#include "{_file(name)}"\n'
+
+
+@cache
+def _metal_reads_files() -> bool:
+    """Whether Metal's compiler takes the name of a file in place of its text: tried once."""
+    kernel = mx.fast.metal_kernel(
+        name="turboquant_include",
+        input_names=["x"],
+        output_names=["out"],
+        header=_including("codec.h"),
+        source="out[0] = x[0] + float(vector_words<128, 4>());",
+    )
+    try:
+        (out,) = kernel(
+            inputs=[mx.ones(1)],
+            grid=(1, 1, 1),
+            threadgroup=(1, 1, 1),
+            output_shapes=[(1,)],
+            output_dtypes=[mx.float32],
+        )
+        return out.item() == 17
+    except RuntimeError:
+        return False
 
 
 def _definition(name: str, value: Constant) -> str:

@@ -75,7 +75,7 @@ def names_of(launches) -> list[str]:
         [name for name in KERNELS if kernel.name.startswith(f"turboquant_{name}_")]
         for kernel, _ in launches
     ]
-    return [name for [name] in found]
+    return [name for names in found for name in names]
 
 
 def pairwise(*factors):
@@ -408,6 +408,17 @@ def test_a_cache_uses_the_kernels_it_has_checked(kernels_run):
     assert kernels_run
     expected = attention.reference_decode_attention(*arguments)
     assert kernels.compare(output, expected, mx.float32, attention.HALF_ARITHMETIC).holds
+
+
+@pytest.mark.skipif(not ON_EXECUTOR, reason="a GPU has one kind of compiler")
+def test_a_compiler_that_reads_no_files_gets_the_text(kernels_run, monkeypatch):
+    arguments = attention_arguments(cached_tokens(), 2, 1, mx.float32)
+    expected = launched_attention(*arguments)
+    monkeypatch.setattr(kernels, "_metal_reads_files", lambda: False)
+    forget_kernels()
+    assert mx.array_equal(launched_attention(*arguments), expected)
+    named, whole = (kernel for kernel, _ in kernels_run if "decode" in kernel.name)
+    assert len(named.source) < 1000 < len(whole.source)
 
 
 def test_enabling_a_model_runs_the_kernels_that_it_needs(kernels_run, random_model, caplog):
