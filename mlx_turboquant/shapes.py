@@ -83,6 +83,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "sliding_window": 1024,
         "sliding_window_pattern": 6,
         "max_position_embeddings": 131072,
+        "tie_word_embeddings": True,
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
     },
     "gpt-oss-20b": {
@@ -123,6 +124,10 @@ def unloaded_model(config: dict[str, Any]) -> nn.Module:
             f"The configuration is not one of a model of mlx-lm ({type(error).__name__}: {error}): "
             "use the config.json of such a model."
         ) from error
+    if config.get("tie_word_embeddings") and "lm_head" in model:
+        # Models that learn of this from the weights that are loaded.
+        model.tie_word_embeddings = True
+        model.pop("lm_head")
     model.set_dtype(mx.bfloat16)
     quantization = config.get("quantization")
     if quantization is not None:

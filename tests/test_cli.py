@@ -260,3 +260,78 @@ def test_evaluate_refuses_a_model_that_does_not_fit(tmp_path):
         file.truncate(8 + len(encoded) + end)
     result = run("evaluate", "--model", str(tmp_path / "model"), cwd=tmp_path)
     assert_refused(result, "The model does not fit: it needs 2")
+
+
+def test_benchmark_prints_a_table_and_writes_json_and_a_picture(tmp_path):
+    options = ("--contexts", "300", "64", "--kv-bits", "4", "--repeats", "2", "--new-tokens", "12")
+    result = run("benchmark", "--model", TINY_LM, *options, "--out", str(tmp_path / "out"))
+    assert result.returncode == 0, result.stderr
+    assert "100%" in result.stderr  # the progress bar
+    written = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    caches = ["exact", "mlx-lm 8 bits", "mlx-lm 4 bits", "4 bits"]
+    assert [(r["context"], r["cache"]) for r in written["runs"]] == [
+        (context, cache) for context in (64, 300) for cache in caches
+    ]
+    assert all(len(each["repeats"]) == 2 for each in written["runs"])
+    assert {"device", "mlx", "mlx_lm", "version", "settings", "weights"} <= set(written)
+    exact, compressed = written["runs"][4], written["runs"][7]
+    line = next(x for x in result.stdout.splitlines() if "300" in x and " 4 bits" in x[12:24])
+    ratio = compressed["cache_nbytes"] / exact["cache_nbytes"]
+    assert f"({ratio:.2f})" in line and f"({exact['decode'] / compressed['decode']:.2f})" in line
+    assert (tmp_path / "out" / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_shape_of_ones_own_is_benchmarked_without_weights(tmp_path):
+    shutil.copy(Path(TINY_LM) / "config.json", tmp_path)
+    options = ("--contexts", "64", "--repeats", "1", "--new-tokens", "9", "--batch", "2")
+    shape = str(tmp_path / "config.json")
+    result = run("benchmark", "--shape", shape, *options, "--out", str(tmp_path / "out"))
+    assert result.returncode == 0, result.stderr
+    assert "2 sequences" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--shape", "llama-9"), "'llama-9' is not a shape"),
+        (("--model", TINY_LM, "--contexts", "1"), "--contexts is 1: use 2 or more."),
+        (("--model", TINY_LM, "--new-tokens", "3"), "--new-tokens is 3: use 9 or more."),
+        (("--model", TINY_LM, "--batch", "0"), "--batch is 0: use 1 or more."),
+        (("--model", TINY_LM, "--kv-bits", "nine"), "'nine' is not a preset"),
+        (("--model", "no/such/model"), "Model 'no/such/model' cannot be loaded"),
+        (("--shape", "llama-3.3-70b"), "The model does not fit: it needs"),
+        (("--model", TINY_LM, "--contexts", "2000000000"), "do not fit beside the model"),
+    ],
+)
+def test_benchmark_refuses_bad_input_before_it_begins(options, message, tmp_path):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    result = run("benchmark", *options, cwd=tmp_path, env=environment)
+    assert_refused(result, message)
+    assert "tokens/s" not in result.stderr
+
+
+def test_plan_says_what_fits_without_loading_anything():
+    result = run("plan", "--shape", "llama-3.1-8b", "--memory", "16GB", "--kv-bits", "4", "3")
+    assert result.returncode == 0, result.stderr
+    first, _, *rows = result.stdout.splitlines()
+    assert first == "Of 16.0 GB macOS lets the GPU use 10.7 GB; weights 4.5 GB."
+    table = {row[:15].strip(): row[15:].split()[:2] for row in rows[:5]}
+    assert table["exact"][0] == "131,072"
+    longest = {cache: int(row[1].replace(",", "")) for cache, row in table.items()}
+    assert 40_000 < longest["exact"] < 47_000  # 6.2 GB without the activations of a chunk
+    assert longest["4 bits"] > 2.8 * longest["exact"] and longest["3 bits"] > longest["4 bits"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--memory", "lots"), "'lots' is not a size of memory: use one as 16GB or 24GiB."),
+        (("--memory", "2GB"), "The weights of 4.5 GB do not fit into 1.3 GB"),
+        (("--memory", "16GB", "--kv-bits", "4.2"), "4.2 bits are not supported"),
+        (("--memory", "16GB", "--batch", "0"), "--batch is 0: use 1 or more."),
+    ],
+)
+def test_plan_refuses_bad_input(options, message):
+    result = run("plan", "--shape", "llama-3.1-8b", *options)
+    assert result.returncode == 2
+    assert message in result.stderr and "Traceback" not in result.stderr
