@@ -2,8 +2,8 @@
 
     python examples/measure_memory.py --model examples/tiny-lm --tokens 4000 --bits 4
 
-Active memory is what MLX holds between steps, without the weights: it would show a hidden copy of the
-cache. Peak memory is the most within a step.
+Active memory is what MLX holds between steps, without the weights: it would show a hidden copy of
+the cache. Peak memory is the most within a step.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def main() -> None:
     args = parser.parse_args()
 
     model, tokenizer = mlx_lm.load(args.model)
-    prepare_for_device(model)
+    mx.eval(prepare_for_device(model).parameters())
     tokens = standard_library_tokens(tokenizer, args.tokens)[: args.tokens]
     print("MB       cache  active, decode  peak, prefill  peak, decode")
     for codec in (EXACT, preset(args.bits)):

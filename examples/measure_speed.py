@@ -25,7 +25,7 @@ def main() -> None:
     args = parser.parse_args()
 
     model, tokenizer = mlx_lm.load(args.model)
-    prepare_for_device(model)
+    mx.eval(prepare_for_device(model).parameters())
     tokens = standard_library_tokens(tokenizer, args.tokens)[: args.tokens]
     prompt = mx.array([tokens])
     codecs = (EXACT, preset(args.bits))
