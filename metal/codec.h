@@ -49,7 +49,8 @@ METAL_FUNC uint code_at(Words words, int stride, int i) {
 template <int BITS, typename Levels>
 METAL_FUNC float level_of(Levels levels, uint code) {
   if constexpr (BITS <= 4) {
-    float x = float(2 * int(code) + 1 - (1 << BITS));
+    // The code goes into the mantissa of 2^23, which is faster than a conversion.
+    float x = as_type<float>(0x4B000001u | (code << 1)) - (8388608.0f + float(1 << BITS));
     float squared = x * x;
     return x * (levels[0] + squared * (levels[1] + squared * levels[2]));
   } else {
@@ -253,15 +254,44 @@ METAL_FUNC float matrix_row(Matrix matrix, const threadgroup float* x, int i) {
   }
 }
 
-// One token of dequantize.metal by one SIMD group: where it is `packed`, mean + R^T (scale * levels) of
-// vector `from` of its row, whose words are STRIDE apart; else the exact vector.
+// Copies or writes eight values of a vector, 16 bytes at a time; `out` is a multiple of that.
+template <typename T>
+METAL_FUNC void copy_eight(const device T* from, device T* out) {
+  for (int piece = 0; piece < int(sizeof(T)) / 2; piece++) {
+    ((device uint4*)out)[piece] = ((const device uint4*)from)[piece];
+  }
+}
+
+template <typename T>
+METAL_FUNC void store_eight(const thread float* x, device T* out) {
+  if constexpr (sizeof(T) == 2) {
+    uint pairs[4];
+    for (int k = 0; k < 4; k++) {
+      const uint low = as_type<ushort>(T(x[2 * k]));
+      pairs[k] = low | (uint(as_type<ushort>(T(x[2 * k + 1]))) << 16);
+    }
+    uint4 all;
+    all.x = pairs[0];
+    all.y = pairs[1];
+    all.z = pairs[2];
+    all.w = pairs[3];
+    ((device uint4*)out)[0] = all;
+  } else {
+    for (int k = 0; k < 8; k++) {
+      out[k] = T(x[k]);
+    }
+  }
+}
+
+// One token of dequantize.metal by one SIMD group, for any rotation: where it is `packed`, mean +
+// R^T (scale * levels) of vector `from` of its row, whose words are STRIDE apart; else the exact vector.
 template <int DIM, int BITS, int ORDER, int POWER, int STRIDE, typename Scales, typename Mean,
-          typename Constants, typename Exact, typename T>
+          typename Constants, typename T>
 METAL_FUNC void restore_vector(const device uint* codes, Scales scales, Mean mean, Constants constants,
-    Exact exact, bool packed, int from, device T* out, threadgroup float* values, int lane) {
+    const device T* exact, bool packed, int from, device T* out, threadgroup float* values, int lane) {
   if (!packed) {
     for (int i = lane; i < DIM; i += 32) {
-      out[i] = exact[i];
+      out[i] = exact[long(from) * DIM + i];
     }
     return;
   }
@@ -277,6 +307,100 @@ METAL_FUNC void restore_vector(const device uint* codes, Scales scales, Mean mea
   for (int i = lane; i < DIM; i += 32) {
     const float value = matrix_row<ORDER, POWER, true>(constants + SIGNS + DIM, values, i);
     out[i] = T(value * normalisation * constants[SIGNS + i] + mean[i]);
+  }
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+}
+
+// The Hadamard transform of DIM values, of which this lane has x[COUNT], those from lane * COUNT on; not
+// normalised. DIM / COUNT neighbouring lanes share a vector: the first stages are within a lane.
+template <int DIM, int COUNT>
+METAL_FUNC void lane_butterflies(thread float* x, int lane) {
+#pragma unroll
+  for (int half_run = 1; half_run < COUNT; half_run *= 2) {
+#pragma unroll
+    for (int pair = 0; pair < COUNT / 2; pair++) {
+      const int i = pair / half_run * 2 * half_run + pair % half_run;
+      const float a = x[i];
+      const float b = x[i + half_run];
+      x[i] = a + b;
+      x[i + half_run] = a - b;
+    }
+  }
+#pragma unroll
+  for (int step = 1; step < DIM / COUNT; step *= 2) {
+    const float sign = (lane & step) == 0 ? 1.0f : -1.0f;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+      x[i] = fma(sign, x[i], simd_shuffle_xor(x[i], ushort(step)));
+    }
+  }
+}
+
+// Tokens `first` to `last` - 1 of a row of dequantize.metal by one SIMD group; `sizes` are those of that
+// kernel, `codes` to `out` belong to the row. For a Hadamard rotation of a power of two a lane has at least
+// eight coordinates in its registers, with their signs and means, and several vectors are restored at
+// once; any other rotation goes through `values` in threadgroup memory.
+template <int DIM, int BITS, int ORDER, int POWER, int STRIDE, typename Scales, typename Mean,
+          typename Constants, typename T, typename Sizes>
+METAL_FUNC void restore_tokens(const device uint* codes, Scales scales, Mean mean, Constants constants,
+    const device T* exact, device T* out, Sizes sizes, int first, int last, threadgroup float* values,
+    int lane) {
+  const int sinks = sizes[0];
+  const int recent = sizes[0] + sizes[1];
+  const int shift = sizes[2] - recent;
+  if constexpr (ORDER == 1 && DIM >= 64) {
+    constexpr int COUNT = DIM > 256 ? DIM / 32 : 8;
+    constexpr int LANES = DIM / COUNT;
+    constexpr int SIGNS = level_count<BITS>();
+    constexpr int PLANES = plane_count<BITS>();
+    const int begin = lane % LANES * COUNT;
+    float signs[COUNT];
+    float means[COUNT];
+    for (int k = 0; k < COUNT; k++) {
+      signs[k] = constants[SIGNS + begin + k] * rsqrt(float(DIM));
+      means[k] = mean[begin + k];
+    }
+    for (int start = first; start < last; start += 32 / LANES) {
+      const int token = start + lane / LANES;
+      const bool packed = token >= sinks && token < recent && token < last;
+      float x[COUNT];
+      if (simd_any(packed)) {
+        const int from = packed ? token - sinks : 0;
+        const device uint* words = codes + token_start<vector_words<DIM, BITS>(), STRIDE>(from);
+        for (int eight = 0; eight < COUNT; eight += 8) {
+          uint loaded[PLANES];
+          load_eight<DIM, BITS, STRIDE>(loaded, words, begin + eight);
+          for (int pair = 0; pair < 4; pair++) {
+            const uint codes_of_pair = code_pair<8, BITS>(loaded, pair);
+            x[eight + 2 * pair] = level_of<BITS>(constants, codes_of_pair & 0xFFFFu);
+            x[eight + 2 * pair + 1] = level_of<BITS>(constants, codes_of_pair >> 16);
+          }
+        }
+        lane_butterflies<DIM, COUNT>(x, lane);
+        const float scale = float(scales[from]);
+        for (int k = 0; k < COUNT; k++) {
+          x[k] = fma(scale * signs[k], x[k], means[k]);
+        }
+      }
+      if (token < last) {
+        device T* to = out + long(token) * DIM + begin;
+        const int from = token < sinks ? token : token + shift;
+        for (int eight = 0; eight < COUNT; eight += 8) {
+          if (packed) {
+            store_eight(x + eight, to + eight);
+          } else {
+            copy_eight(exact + long(from) * DIM + begin + eight, to + eight);
+          }
+        }
+      }
+    }
+  } else {
+    for (int token = first; token < last; token++) {
+      const bool packed = token >= sinks && token < recent;
+      const int from = token < sinks ? token : token + (packed ? -sinks : shift);
+      restore_vector<DIM, BITS, ORDER, POWER, STRIDE>(codes, scales, mean, constants, exact, packed, from,
+          out + long(token) * DIM, values, lane);
+    }
   }
 }
 

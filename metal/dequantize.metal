@@ -12,40 +12,40 @@
 //   keys           T (rows, all tokens, DIM): sinks, packed tokens, recent tokens
 //   values         T (rows, all tokens, VALUE_DIM)
 //
-// Where the keys are the values, KINDS is 1: one number is written to `values`. A row is one head of one sequence; WORDS is vector_words<DIM, KEY_BITS>(). Threadgroups with y = 0 take
-// keys, those with y = 1 values. One SIMD group restores one vector, its coordinates spread over the
-// lanes: the inverse rotation mixes all of them, and within a SIMD group that takes no barrier of the
-// threadgroup. GROUPS SIMD groups share a threadgroup to fill the GPU; each has a part of the
-// threadgroup memory to itself.
+// Where the keys are the values, KINDS is 1: one number is written to `values`. A row is one head of one
+// sequence; WORDS is vector_words<DIM, KEY_BITS>(). Threadgroups with y = 0 take keys, those with y = 1
+// values. A SIMD group restores TOKENS neighbouring tokens of a row, which share its signs and its mean and,
+// among interleaved keys, the sectors of memory that their words lie in. GROUPS SIMD groups share a
+// threadgroup to fill the GPU; each has a part of the threadgroup memory to itself.
 
+constexpr int TOKENS = 32;
 constexpr int LONGER = DIM > VALUE_DIM ? DIM : VALUE_DIM;
 threadgroup float scratch[GROUPS * LONGER];
 
 const int lane = int(thread_index_in_simdgroup);
 const int group = int(simdgroup_index_in_threadgroup);
-const long vector = long(threadgroup_position_in_grid.x) * GROUPS + group;
+const long number = long(threadgroup_position_in_grid.x) * GROUPS + group;
 const int count = sizes[3];
-if (KINDS == 1 && vector == 0 && lane == 0) {
+if (KINDS == 1 && number == 0 && lane == 0) {
   values[0] = exact_values[0];
 }
-const long row = vector / count;
-const int token = int(vector % count);
+const int runs = (count + TOKENS - 1) / TOKENS;
+const long row = number / runs;
+const int first = int(number % runs) * TOKENS;
+const int last = min(first + TOKENS, count);
 if (row < long(key_scales_shape[0]) * key_scales_shape[1]) {
-  const bool packed = token >= sizes[0] && token < sizes[0] + sizes[1];
-  const int from = token < sizes[0] ? token : token - sizes[0] - (packed ? 0 : sizes[1] - sizes[2]);
-  const long exact_at = row * exact_keys_shape[2] + from;
   if (threadgroup_position_in_grid.y == 0) {
     const long capacity = key_scales_shape[2];
-    restore_vector<DIM, KEY_BITS, ORDER, POWER, 32>(
+    restore_tokens<DIM, KEY_BITS, ORDER, POWER, 32>(
         key_codes + row * capacity * vector_words<DIM, KEY_BITS>(), key_scales + row * capacity,
-        key_mean + row * DIM, key_constants, exact_keys + exact_at * DIM, packed, from,
-        keys + vector * DIM, scratch + group * LONGER, lane);
+        key_mean + row * DIM, key_constants, exact_keys + row * exact_keys_shape[2] * DIM,
+        keys + row * count * DIM, sizes, first, last, scratch + group * LONGER, lane);
   } else {
     const long capacity = value_scales_shape[2];
-    restore_vector<VALUE_DIM, VALUE_BITS, VALUE_ORDER, VALUE_POWER, 1>(
+    restore_tokens<VALUE_DIM, VALUE_BITS, VALUE_ORDER, VALUE_POWER, 1>(
         value_codes + row * capacity * vector_words<VALUE_DIM, VALUE_BITS>(),
         value_scales + row * capacity, value_mean + row * VALUE_DIM, value_constants,
-        exact_values + exact_at * VALUE_DIM, packed, from, values + vector * VALUE_DIM,
-        scratch + group * LONGER, lane);
+        exact_values + row * exact_values_shape[2] * VALUE_DIM, values + row * count * VALUE_DIM, sizes,
+        first, last, scratch + group * LONGER, lane);
   }
 }

@@ -557,7 +557,7 @@ def demands_of(
 
     Those from ``span[0]`` on, ``span[1]`` in number, are to be quantized.
     """
-    squared = [deviations(x, *span) for x in exact]
+    squared = deviations(exact, *span)
     arrays = (exact[0], exact[-1], (squared[0], squared[-1]))
     return error_demands(queries, *arrays, scale, mask)
 

@@ -9,9 +9,8 @@ from mlx_lm.models.cache import KVCache
 from .cache import TurboQuantKVCache
 from .evaluate import CHUNK, GROUP_SIZE, Codec
 from .report import flat_caches
+from .storage import CAPACITY_UNIT, GROWTH
 
-# The packed buffers grow by 1/32 of their size.
-_GROWTH = 1 + 1 / 32
 # For heads of other widths, MLX's attention over many queries has all scores in memory at once.
 _FUSED_DIMS = (64, 80, 128)
 
@@ -61,10 +60,9 @@ def footprint(model: nn.Module, codec: Codec) -> Footprint:
     per_token, constant, bounded, workspaces = 0.0, 0.0, [], [0.0]
     for layer in flat_caches(cache):
         if isinstance(layer, TurboQuantKVCache):
-            per_token += layer.token_nbytes * _GROWTH
-            constant += layer.exact_nbytes
-            # Dequantized, and once more put together with the exact tokens.
-            workspaces.append(2 * layer.fp16_nbytes + _scores(model, codec))
+            per_token += layer.token_nbytes * (1 + GROWTH)
+            constant += layer.exact_nbytes + CAPACITY_UNIT * layer.token_nbytes
+            workspaces.append(layer.fp16_nbytes + _scores(model, codec))  # dequantized
         elif type(layer) is KVCache:
             dense = _token_nbytes(layer)
             if codec.mlx_lm_bits is not None:

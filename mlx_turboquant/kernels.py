@@ -36,6 +36,8 @@ _SIMDS = 4
 # Tokens that a SIMD group of the attention kernel takes in one step.
 _PACKED_TOKENS = 64
 _EXACT_TOKENS = 8
+# Tokens that a SIMD group of dequantize restores.
+_RESTORED_TOKENS = 32
 _ATTENTION_INPUTS = (
     *("queries", "key_codes", "key_scales", "key_mean", "value_codes", "value_scales"),
     *("exact_keys", "exact_values", "constants", "mask", "sizes"),
@@ -239,13 +241,14 @@ def launch_dequantize(tokens) -> list[mx.array]:
         inputs += [store.codes, store.scales, store.mean, _restoring_constants(quantizer), x]
         shapes.append((batch, heads, tokens.count, dim))
     groups = min(4, _THREADGROUP_BYTES // (4 * max(shape[3] for shape in shapes)))
+    runs = math.prod(shapes[0][:2]) * -(-tokens.count // _RESTORED_TOKENS)
     sizes = (tokens.sink_count, tokens.keys.count, tokens.recent_start, tokens.count)
     kernel = _kernel(
         *("dequantize", _DEQUANTIZE_INPUTS, _DEQUANTIZE_OUTPUTS), {**constants, "GROUPS": groups}
     )
     return kernel(
         inputs=[*inputs, _sizes(*sizes)],
-        grid=(-(-math.prod(shapes[0][:3]) // groups) * 32 * groups, kinds, 1),
+        grid=(-(-runs // groups) * 32 * groups, kinds, 1),
         threadgroup=(32 * groups, 1, 1),
         output_shapes=shapes if kinds == 2 else [shapes[0], (1,)],
         output_dtypes=[x.dtype for x in exact],

@@ -87,28 +87,32 @@ def error_demands(
     (batch, heads, count, dim), length = keys.shape, queries.shape[2]
     most = max(1, min(_MAX_ROWS, _MAX_SCORES // (batch * queries.shape[1] * count)))
     # From the later half of the queries: these have the most tokens to look at.
-    rows = mx.arange(length - 1, -1, -max(1, length // (2 * most)))[:most]
+    step = max(1, length // (2 * most))
+    rows = slice((length - 1) % step + max(0, (length - 1) // step + 1 - most) * step, None, step)
     sampled = queries[:, :, rows].astype(mx.float32) * scale
-    grouped = mx.unflatten(sampled, 1, (heads, -1))
-    scores = grouped @ keys.astype(mx.float32)[:, :, None].swapaxes(-1, -2)
-    scores = scores + _additive(mask, rows, count, length, scores.shape)
-    weights = mx.softmax(scores, axis=-1)
-    key_deviations, value_deviations = (x[:, :, None, None] for x in deviations)
-    noise = (grouped * grouped).sum(axis=-1, keepdims=True) * key_deviations / dim
-    divergence = (weights * (1 - weights) * noise).sum(axis=-1).mean() / 2
-    errors = (weights * weights * value_deviations).sum()
-    outputs = weights @ values.astype(mx.float32)[:, :, None]
-    return mx.stack([divergence, errors / (outputs * outputs).sum()])
+    shape = (*sampled.shape[:3], count)
+    # The queries of the heads that share keys follow each other, in one matrix.
+    grouped = sampled.reshape(batch, heads, -1, dim)
+    scores = grouped @ keys.astype(mx.float32).swapaxes(-1, -2)
+    scores = _masked(scores.reshape(shape), mask, rows, length)
+    weights = mx.softmax(scores, axis=-1).reshape(batch, heads, -1, count)
+    squared = weights * weights
+    of_keys, of_values = (x[..., None] for x in deviations)
+    noise = (grouped * grouped).sum(axis=-1, keepdims=True) * ((weights - squared) @ of_keys)
+    outputs = weights @ values.astype(mx.float32)
+    errors = (squared @ of_values).sum() / (outputs * outputs).sum()
+    return mx.stack([noise.mean() / (2 * dim), errors])
 
 
-def _additive(mask, rows, count, length, shape) -> mx.array | float:
-    """The mask of some of the rows, to be added to scores of ``shape`` (B, H, group, rows, n)."""
+def _masked(
+    scores: mx.array, mask: None | str | mx.array, rows: slice, length: int
+) -> mx.array:
+    """Scores (B, query_heads, rows, n) of some ``rows`` of ``length`` queries under their mask."""
     if mask is None:
-        return 0.0
+        return scores
+    count = scores.shape[-1]
     if isinstance(mask, str):
-        mask = mx.arange(count) <= (mx.arange(count - length, count))[:, None]
-    if mask.dtype == mx.bool_:
-        mask = mx.where(mask, 0.0, -1e30)
+        last_seen = mx.arange(count - length, count)[rows]
+        return mx.where(mx.arange(count) <= last_seen[:, None], scores, -1e30)
     mask = mx.broadcast_to(mask, (*mask.shape[:-2], length, count))[..., rows, :]
-    heads = shape[1] * shape[2]
-    return mx.broadcast_to(mask, (shape[0], heads, *mask.shape[-2:])).reshape(shape)
+    return mx.where(mask, scores, -1e30) if mask.dtype == mx.bool_ else scores + mask

@@ -11,10 +11,11 @@ from .kernels import BLOCK
 from .packing import words_per_vector
 from .quantizer import QuantizedVectors, TurboQuantizer
 
-# Buffers grow by this many tokens or by 1/32 of their size, whichever is more.
-_GROWTH = 256
 # The attention kernel reads steps of two blocks, the last one whole.
 CAPACITY_UNIT = 2 * BLOCK
+# Buffers grow by this part of their size, and at least by a unit: to copy them takes at most 1/32 of
+# what attention reads meanwhile.
+GROWTH = 1 / 512
 # The mean of a head is removed where its energy is at least this multiple of the variance.
 _MEAN_ENERGY = 2.0
 
@@ -38,20 +39,29 @@ def removable_mean(x: mx.array) -> mx.array:
     mean = x.mean(axis=-2, keepdims=True)
     if x.shape[2] == 1:
         return mx.zeros_like(mean)
+    centred = x - mean
+    variance = (centred * centred).sum(axis=(-2, -1), keepdims=True) / (x.shape[2] - 1)
     energy = (mean * mean).sum(axis=-1, keepdims=True)
-    variance = mx.var(x, axis=-2, keepdims=True, ddof=1).sum(axis=-1, keepdims=True)
-    pays = mx.isfinite(energy) & (energy > _MEAN_ENERGY * variance)
-    return mx.where(pays, mean, 0)
+    # False where a value is not finite, because the variance is then not a number.
+    return mx.where(energy > _MEAN_ENERGY * variance, mean, 0)
 
 
-def deviations(x: mx.array, start: int, count: int) -> mx.array:
-    """|x - c|^2 of ``count`` tokens of x (B, H, n, dim) from ``start`` on, which are quantized.
+def deviations(arrays: list[mx.array], start: int, count: int) -> list[mx.array]:
+    """|x - c|^2 of the tokens of arrays x (B, H, n, dim), ``count`` of which are quantized.
 
-    c is what :func:`removable_mean` would remove from them. Float32 (B, H, n), zero elsewhere.
+    These begin at ``start``, and c is what :func:`removable_mean` would remove from them. Float32
+    (B, H, n) for each array, zero for the other tokens.
     """
-    block = x[:, :, start : start + count].astype(mx.float32)
-    squared = mx.square(block - removable_mean(block)).sum(axis=-1)
-    return mx.pad(squared, [(0, 0), (0, 0), (start, x.shape[2] - start - count)])
+    blocks = [x[:, :, start : start + count].astype(mx.float32) for x in arrays]
+    behind = arrays[0].shape[2] - start - count
+    if len({x.shape for x in blocks}) == 1:  # keys and values at once: half the launches
+        blocks = [mx.concatenate(blocks)]
+    squared = []
+    for block in blocks:
+        centred = block - removable_mean(block)
+        squared.append((centred * centred).sum(axis=-1))
+    padded = mx.pad(mx.concatenate(squared), [(0, 0), (0, 0), (start, behind)])
+    return mx.split(padded, len(arrays))
 
 
 class PackedTokens:
@@ -230,7 +240,7 @@ class PackedTokens:
         capacity = 0 if self.scales is None else self.scales.shape[-1]
         if count <= capacity:
             return
-        grown = max(count, capacity + max(_GROWTH, capacity // 32))
+        grown = max(count, capacity + int(GROWTH * capacity))
         grown = -(-grown // CAPACITY_UNIT) * CAPACITY_UNIT
         if self.most is not None:
             grown = min(grown, self.most)
@@ -288,7 +298,7 @@ class BatchPackedTokens(PackedTokens):
         taken = copy(self)
         taken._set_counts([self.counts[row] for row in rows])
         if self.mean is not None:
-            capacity = -(-(taken.count + _GROWTH) // CAPACITY_UNIT) * CAPACITY_UNIT
+            capacity = (taken.count // CAPACITY_UNIT + 1) * CAPACITY_UNIT
             slots = capacity // BLOCK if self.interleaved else capacity
             taken.codes, taken.scales = self.codes[rows, :, :slots], self.scales[rows, :, :capacity]
             taken.mean = self.mean[rows]
