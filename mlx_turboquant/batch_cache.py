@@ -212,7 +212,7 @@ class BatchTurboQuantKVCache:
         elif mask is not None:
             mask = "causal"
         span = (self.sink_tokens, self._leaving(row))
-        demanded = demands_of(exact, span, queries[rows], scale, mask)
+        demanded, _ = demands_of(exact, span, queries[rows], scale, mask)
         self.demands = Demands(*demanded.tolist())
         choose_bits(self._packed, self.limits, self.demands, exact)
         ends = [self._end] * len(self._recent)

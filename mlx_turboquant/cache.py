@@ -16,7 +16,7 @@ from .storage import (
     append_all,
     check_state,
     check_vectors,
-    deviations,
+    mean_and_deviations,
 )
 from .turns import end_turns, take_turn
 
@@ -281,8 +281,10 @@ class TurboQuantKVCache:
         self._waiting = False
         exact = [x[:, :, : self._held] for x in self._exact]
         span = (self.sink_tokens, self._leaving())
-        self._demanded = demands_of(exact, span, queries, scale, mask)
-        mx.async_eval(self._demanded)
+        self._demanded, means = demands_of(exact, span, queries, scale, mask)
+        for store, mean in zip(self._packed, means):
+            store.mean = mean
+        mx.async_eval(self._demanded, means)
 
     def settle(self) -> None:
         """Choose the bits and quantize the first tokens, if their demands have been looked at."""
@@ -397,6 +399,8 @@ class TurboQuantKVCache:
         packed = min(max(n - recent, 0), self.packed_tokens)
         for store in self._packed:
             store.count -= packed
+            if store.count == 0:
+                store.mean = None
         self._views, self._room = None, 0
         self.offset -= n
         return n
@@ -552,14 +556,21 @@ def can_store(exact: list[mx.array]) -> bool:
 
 def demands_of(
     exact: list[mx.array], span: tuple[int, int], queries: mx.array, scale: float, mask: Any
-) -> mx.array:
-    """:func:`.protection.error_demands` of keys and values (B, H, n, dim), lazily.
+) -> tuple[mx.array, list[mx.array]]:
+    """:func:`.protection.error_demands` of keys and values (B, H, n, dim), and their means, lazily.
 
     Those from ``span[0]`` on, ``span[1]`` in number, are to be quantized.
     """
-    squared = deviations(exact, *span)
-    arrays = (exact[0], exact[-1], (squared[0], squared[-1]))
-    return error_demands(queries, *arrays, scale, mask)
+    alike = len({x.shape for x in exact}) == 1
+    # Keys and values at once: half the launches.
+    groups = [x.astype(mx.float32) for x in ([mx.concatenate(exact)] if alike else exact)]
+    means, squared = zip(*(mean_and_deviations(x, *span) for x in groups))
+    parts = len(exact) // len(groups)
+    exact, means, squared = (
+        [part for x in arrays for part in mx.split(x, parts)] for arrays in (groups, means, squared)
+    )
+    ends = (squared[0], squared[-1])
+    return error_demands(queries, exact[0], exact[-1], ends, scale, mask), means
 
 
 def choose_bits(stores: list[PackedTokens], limits: Limits, demands: Demands, exact: list) -> None:

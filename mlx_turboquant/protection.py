@@ -10,7 +10,7 @@ variance s_j in the scores moves a softmax p by a KL divergence of half of sum p
 The error of values adds sum p_j^2 |v_j - c|^2 D(b) to the squared length of an output.
 """
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -88,31 +88,40 @@ def error_demands(
     most = max(1, min(_MAX_ROWS, _MAX_SCORES // (batch * queries.shape[1] * count)))
     # From the later half of the queries: these have the most tokens to look at.
     step = max(1, length // (2 * most))
-    rows = slice((length - 1) % step + max(0, (length - 1) // step + 1 - most) * step, None, step)
+    rows = slice(length - 1 - step * (min(most, -(-length // step)) - 1), None, step)
     sampled = queries[:, :, rows].astype(mx.float32) * scale
-    shape = (*sampled.shape[:3], count)
     # The queries of the heads that share keys follow each other, in one matrix.
     grouped = sampled.reshape(batch, heads, -1, dim)
     scores = grouped @ keys.astype(mx.float32).swapaxes(-1, -2)
-    scores = _masked(scores.reshape(shape), mask, rows, length)
+    scores = _masked(scores.reshape(*sampled.shape[:3], count), mask, rows, length)
     weights = mx.softmax(scores, axis=-1).reshape(batch, heads, -1, count)
-    squared = weights * weights
     of_keys, of_values = (x[..., None] for x in deviations)
-    noise = (grouped * grouped).sum(axis=-1, keepdims=True) * ((weights - squared) @ of_keys)
+    noise = (weights * (1 - weights)) @ of_keys
+    divergence = _product(noise, (grouped * grouped).sum(axis=-1)) / (2 * dim * noise.size)
+    errors = ((weights * weights) @ of_values).sum()
     outputs = weights @ values.astype(mx.float32)
-    errors = (squared @ of_values).sum() / (outputs * outputs).sum()
-    return mx.stack([noise.mean() / (2 * dim), errors])
+    return mx.stack([divergence, errors / _product(outputs, outputs)])
 
 
-def _masked(
-    scores: mx.array, mask: None | str | mx.array, rows: slice, length: int
-) -> mx.array:
+def _product(x: mx.array, y: mx.array) -> mx.array:
+    """The inner product of all numbers, in one launch."""
+    return mx.inner(x.flatten(), y.flatten())
+
+
+def _masked(scores: mx.array, mask: None | str | mx.array, rows: slice, length: int) -> mx.array:
     """Scores (B, query_heads, rows, n) of some ``rows`` of ``length`` queries under their mask."""
     if mask is None:
         return scores
     count = scores.shape[-1]
     if isinstance(mask, str):
-        last_seen = mx.arange(count - length, count)[rows]
-        return mx.where(mx.arange(count) <= last_seen[:, None], scores, -1e30)
-    mask = mx.broadcast_to(mask, (*mask.shape[:-2], length, count))[..., rows, :]
+        mask = _causal_mask(count, length, *rows.indices(length))
+    else:
+        mask = mx.broadcast_to(mask, (*mask.shape[:-2], length, count))[..., rows, :]
     return mx.where(mask, scores, -1e30) if mask.dtype == mx.bool_ else scores + mask
+
+
+@lru_cache(maxsize=4)
+def _causal_mask(count: int, length: int, first: int, last: int, step: int) -> mx.array:
+    """Which of ``count`` tokens some of the last ``length`` see: the same for all layers."""
+    positions = np.arange(count - length, count)[first:last:step]
+    return mx.array(np.arange(count) <= positions[:, None])

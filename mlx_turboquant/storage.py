@@ -1,7 +1,7 @@
 """Packed storage of the keys or values of one layer: the buffers that attention reads."""
 
 from copy import copy
-from functools import cache
+from functools import cache, partial
 
 import mlx.core as mx
 
@@ -13,8 +13,8 @@ from .quantizer import QuantizedVectors, TurboQuantizer
 
 # The attention kernel reads steps of two blocks, the last one whole.
 CAPACITY_UNIT = 2 * BLOCK
-# Buffers grow by this part of their size, and at least by a unit: to copy them takes at most 1/32 of
-# what attention reads meanwhile.
+# Buffers grow by this part of their size, and at least by a unit: to copy them takes at most 1/32
+# of what attention reads meanwhile.
 GROWTH = 1 / 512
 # The mean of a head is removed where its energy is at least this multiple of the variance.
 _MEAN_ENERGY = 2.0
@@ -39,29 +39,27 @@ def removable_mean(x: mx.array) -> mx.array:
     mean = x.mean(axis=-2, keepdims=True)
     if x.shape[2] == 1:
         return mx.zeros_like(mean)
-    centred = x - mean
-    variance = (centred * centred).sum(axis=(-2, -1), keepdims=True) / (x.shape[2] - 1)
+    variance = _squared_distance(x, mean).sum(axis=(-2, -1), keepdims=True) / (x.shape[2] - 1)
     energy = (mean * mean).sum(axis=-1, keepdims=True)
     # False where a value is not finite, because the variance is then not a number.
     return mx.where(energy > _MEAN_ENERGY * variance, mean, 0)
 
 
-def deviations(arrays: list[mx.array], start: int, count: int) -> list[mx.array]:
-    """|x - c|^2 of the tokens of arrays x (B, H, n, dim), ``count`` of which are quantized.
+def mean_and_deviations(x: mx.array, start: int, count: int) -> tuple[mx.array, mx.array]:
+    """The :func:`removable_mean` c of ``count`` tokens of x (B, H, n, dim), and |x - c|^2 of them.
 
-    These begin at ``start``, and c is what :func:`removable_mean` would remove from them. Float32
-    (B, H, n) for each array, zero for the other tokens.
+    The tokens begin at ``start``. The deviations are float32 (B, H, n), zero for the others.
     """
-    blocks = [x[:, :, start : start + count].astype(mx.float32) for x in arrays]
-    behind = arrays[0].shape[2] - start - count
-    if len({x.shape for x in blocks}) == 1:  # keys and values at once: half the launches
-        blocks = [mx.concatenate(blocks)]
-    squared = []
-    for block in blocks:
-        centred = block - removable_mean(block)
-        squared.append((centred * centred).sum(axis=-1))
-    padded = mx.pad(mx.concatenate(squared), [(0, 0), (0, 0), (start, behind)])
-    return mx.split(padded, len(arrays))
+    block = x[:, :, start : start + count].astype(mx.float32)
+    mean = removable_mean(block)
+    squared = _squared_distance(block, mean).sum(axis=-1)
+    return mean, mx.pad(squared, [(0, 0), (0, 0), (start, x.shape[2] - start - count)])
+
+
+@partial(mx.compile, shapeless=True)
+def _squared_distance(x: mx.array, y: mx.array) -> mx.array:
+    difference = x - y
+    return difference * difference
 
 
 class PackedTokens:
@@ -70,7 +68,7 @@ class PackedTokens:
     With ``interleaved`` (keys), ``codes`` are uint32 (B, H, capacity / 32, words, 32): 32 lanes
     that score one token each read 32 consecutive words. Without (values) they are
     (B, H, capacity, words). ``scales`` are (B, H, capacity) in bfloat16, which no finite
-    input can overflow. ``mean`` is float32 (B, H, 1, dim), fixed with the first tokens.
+    input can overflow. ``mean`` is float32 (B, H, 1, dim), fixed with the first tokens, or before.
     """
 
     def __init__(self, bits: int, seed: int, interleaved: bool):
@@ -119,7 +117,7 @@ class PackedTokens:
         append_all([self], [x])
 
     def _block(self, x: mx.array, start: int, count: int) -> kernels.Block:
-        if self.count == 0:
+        if self.mean is None:
             self.mean = removable_mean(x[:, :, start : start + count])
         return kernels.Block(x, self.mean, self.quantizer, start, count)
 
