@@ -9,7 +9,7 @@ from mlx_lm.models.cache import KVCache
 from .cache import TurboQuantKVCache
 from .evaluate import CHUNK, GROUP_SIZE, Codec
 from .report import flat_caches
-from .storage import CAPACITY_UNIT, GROWTH
+from .storage import GROWTH, LEAST_GROWTH
 
 # For heads of other widths, MLX's attention over many queries has all scores in memory at once.
 _FUSED_DIMS = (64, 80, 128)
@@ -61,7 +61,7 @@ def footprint(model: nn.Module, codec: Codec) -> Footprint:
     for layer in flat_caches(cache):
         if isinstance(layer, TurboQuantKVCache):
             per_token += layer.token_nbytes * (1 + GROWTH)
-            constant += layer.exact_nbytes + CAPACITY_UNIT * layer.token_nbytes
+            constant += layer.exact_nbytes + LEAST_GROWTH * layer.token_nbytes
             workspaces.append(layer.fp16_nbytes + _scores(model, codec))  # dequantized
         elif type(layer) is KVCache:
             dense = _token_nbytes(layer)

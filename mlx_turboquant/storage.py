@@ -2,6 +2,7 @@
 
 from copy import copy
 from functools import cache, partial
+from typing import Any
 
 import mlx.core as mx
 
@@ -13,9 +14,9 @@ from .quantizer import QuantizedVectors, TurboQuantizer
 
 # The attention kernel reads steps of two blocks, the last one whole.
 CAPACITY_UNIT = 2 * BLOCK
-# Buffers grow by this part of their size, and at least by a unit: to copy them takes at most 1/32
-# of what attention reads meanwhile.
-GROWTH = 1 / 512
+# Buffers grow by this part of their size, at least by so many tokens: to copy them takes at most
+# 1/64 of what attention reads meanwhile.
+GROWTH, LEAST_GROWTH = 1 / 512, 128
 # The mean of a head is removed where its energy is at least this multiple of the variance.
 _MEAN_ENERGY = 2.0
 
@@ -83,6 +84,9 @@ class PackedTokens:
         self.scales: mx.array | None = None
         self.mean: mx.array | None = None
         self._quantizer: TurboQuantizer | None = None
+        # The last attention over these keys and the kernels that it took.
+        self.attended: tuple[Any, ...] | None = None
+        self.plan: kernels.AttentionPlan | None = None
 
     @property
     def counts(self) -> list[int]:
@@ -238,7 +242,7 @@ class PackedTokens:
         capacity = 0 if self.scales is None else self.scales.shape[-1]
         if count <= capacity:
             return
-        grown = max(count, capacity + int(GROWTH * capacity))
+        grown = max(count, capacity + max(LEAST_GROWTH, int(GROWTH * capacity)))
         grown = -(-grown // CAPACITY_UNIT) * CAPACITY_UNIT
         if self.most is not None:
             grown = min(grown, self.most)
