@@ -189,7 +189,8 @@ class PackedTokens:
 
     def view(self) -> "PackedTokens":
         """The tokens of now: the same buffers, read up to the count of now."""
-        view = copy(self)
+        view = type(self).__new__(type(self))
+        view.__dict__.update(self.__dict__)  # copy() takes ten times as long
         if self.most is not None:
             # What is written over an old token must not be seen.
             view.codes, view.scales = (

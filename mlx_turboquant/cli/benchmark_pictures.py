@@ -98,7 +98,8 @@ def _lines(axis: Axes, result: dict[str, Any], number) -> None:
         contexts = [run["context"] for run in runs]
         axis.plot(contexts, [number(run) for run in runs], "o-", markersize=4, label=cache)
     contexts = sorted({run["context"] for run in result["runs"]})
-    axis.set(xscale="log", xlabel="tokens of context", ylim=(0, None))
+    axis.set(xscale="log", xlabel="tokens of context")
+    axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
     axis.set_xticks(contexts, [_short(n) for n in contexts], minor=False)
     axis.minorticks_off()
     axis.grid(alpha=0.3)
