@@ -4,7 +4,7 @@
 //   partial       float32 (count, splits, DIM + 2): outputs, maximum and sum; the last splits are in the
 //                 original coordinates
 //   mean          float32 (batch * heads, DIM), of the values
-//   rotation      float32: signs and matrix of the rotation of the values, see codec.h
+//   rotation      float32: signs and matrix of the rotation of the values, see rotation.h
 //   sinks         float32 (query heads), logits without a value, unused without SINKS
 //   sizes         int32 (8): splits of packed tokens, query rows of a key head, query rows of a sequence,
 //                 query heads

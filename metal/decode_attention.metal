@@ -11,7 +11,7 @@
 //   value_scales   bfloat16 (batch, heads, capacity)
 //   exact_keys     (batch, heads, exact capacity, DIM), exact_values likewise with VALUE_DIM
 //   constants      float32: the factor of the scores (8 numbers, the first counts), levels of the keys, of
-//                  the values, signs and matrix of the rotation of the keys, see codec.h
+//                  the values, signs and matrix of the rotation of the keys, see rotation.h
 //   new_keys       (batch, heads, 1, DIM), new_values likewise, with NEW_TOKEN: the last exact token, which is
 //                  not in the exact buffers yet
 //   mask           bool or float (batch or 1, query heads or 1, rows, tokens), unused without MASK

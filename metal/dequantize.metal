@@ -4,8 +4,8 @@
 //   key_codes      uint32 (rows, key capacity / 32, WORDS, 32), interleaved
 //   key_scales     bfloat16 (batch, heads, key capacity)
 //   key_mean       float32 (rows, DIM), in the original coordinates
-//   key_constants  float32: levels, see level_of in codec.h; signs (DIM) of the randomized Hadamard matrix,
-//                  ones for a dense rotation; matrix (ORDER, ORDER), see matrix_row in codec.h
+//   key_constants  float32: levels, see level_of in levels.h; signs (DIM) of the randomized Hadamard matrix,
+//                  ones for a dense rotation; matrix (ORDER, ORDER), see matrix_row in rotation.h
 //   exact_keys     T (batch, heads, exact capacity, DIM)
 //   value_codes    uint32 (rows, value capacity, VALUE_WORDS); value_scales to exact_values likewise
 //   sizes          int32 (8): sinks, packed tokens, first recent token in the exact buffers, all tokens

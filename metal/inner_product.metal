@@ -3,7 +3,7 @@
 //   queries  float32 (rows, query_count, DIM), rotated like the vectors
 //   codes    uint32 (rows, count, WORDS)
 //   scales   float32 (rows, count)
-//   levels   float32, see level_of in codec.h
+//   levels   float32, see level_of in levels.h
 //   sizes    int32 (8): query_count, count
 //   out      float32 (rows, query_count, count)
 //

@@ -1,5 +1,5 @@
 // The part of Metal that the kernels here use, for CUDA: with this in front, mx.fast.cuda_kernel compiles
-// their text unchanged. A SIMD group is a warp and a threadgroup is a block. All 32 lanes must take
+// their text unchanged. TURBOQUANT_FUNCTIONS is the header of a kernel's functions. A SIMD group is a warp and a threadgroup is a block. All 32 lanes must take
 // part in the simd functions.
 #pragma once
 #include <cuda_bf16.h>
@@ -75,7 +75,7 @@ template <class To, class From> __device__ inline To as_type(From x) {
   return reinterpret_cast<To&>(x);
 }
 
-#include "codec.h"
+#include TURBOQUANT_FUNCTIONS
 }  // namespace turboquant
 
 // CUDA has global functions of some of these names; declarations in the kernel's own scope hide them.

@@ -4,11 +4,11 @@
 //   keys            T (batch, heads, capacity, DIM), of which `count` tokens from `first` on are quantized;
 //                   values likewise with VALUE_DIM
 //   key_mean        float32 (rows, DIM)
-//   key_levels      float32, see level_of in codec.h
+//   key_levels      float32, see level_of in levels.h
 //   key_thresholds  float32 (2^KEY_BITS - 1), ascending
 //   key_gains       float32 (KEY_GAINS), ascending
 //   key_signs       float32 (DIM), of the randomized Hadamard matrix; ones for a dense rotation
-//   key_matrix      float32 (ORDER, ORDER), see matrix_row in codec.h
+//   key_matrix      float32 (ORDER, ORDER), see matrix_row in rotation.h
 //   value_mean to value_matrix likewise
 //   sizes           int32 (8): rows, count, first
 //   key_codes       uint32 (rows, count, WORDS), value_codes likewise

@@ -57,6 +57,8 @@ _DEQUANTIZE_INPUTS = (
     *(*(f"value_{name}" for name in _DEQUANTIZE_PARAMETERS), "exact_values", "sizes"),
 )
 _DEQUANTIZE_OUTPUTS = ("keys", "values")
+# Headers of the functions that a kernel uses, where it has none of its own name.
+_FUNCTIONS = {"combine": "rotation.h", "inner_product": "levels.h"}
 _QUANTIZE_OUTPUTS = ("key_codes", "key_scales", "value_codes", "value_scales")
 
 # Threadgroups of 256 threads that fit the registers of a CUDA multiprocessor: 2 leave a thread 128
@@ -472,7 +474,7 @@ def _constants(quantizer: TurboQuantizer) -> tuple[mx.array, mx.array, mx.array]
 
 
 def _half_coefficients(polynomial: tuple[float, float, float], bits: int) -> tuple[float, ...]:
-    """For ``level_pair`` of codec.h: two coefficients, an offset, a power of two, the unit."""
+    """For ``level_pair`` of levels.h: two coefficients, an offset, a power of two, the unit."""
     power = 2.0**bits
     first, second, fifth = (x * power**n for x, n in zip(polynomial, (1, 3, 5)))
     base, unit = 128 / power, 1.0
@@ -538,20 +540,20 @@ def _built_kernel(
     label = "_".join(_TYPES.get(value, str(value)) for _, value in constants)
     names = {"input_names": list(inputs), "output_names": list(outputs)}
     names |= {"name": f"turboquant_{name}_{label}"}
-    file = _file(f"{name}.metal")
+    file, functions = _file(f"{name}.metal"), _FUNCTIONS.get(name, f"{name}.h")
     body = file.read_text(encoding="ascii")
     if target == "metal" and not _metal_reads_files():
         source = f"{definitions}\n{_without_comments(body)}"
-        header = _without_comments(_file("codec.h").read_text(encoding="ascii"))
-        return mx.fast.metal_kernel(**names, header=header, source=source)
+        return mx.fast.metal_kernel(**names, header=_joined(functions, set()), source=source)
     # MLX copies the text at each launch, a microsecond a kilobyte: the compiler gets the files'
     # names, and a comment has what MLX looks for in the text.
     used = " ".join(sorted(set(re.findall(r"\w+_shape\b|thread\w*_in_\w+|simd\w+_in_\w+", body))))
     source = f'{definitions}  // {used}\n#include "{file}"\n'
     if target == "metal":
-        return mx.fast.metal_kernel(**names, header=_including("codec.h"), source=source)
+        return mx.fast.metal_kernel(**names, header=_including(functions), source=source)
     blocks = _CUDA_BLOCKS.get(name, 2)
-    header = f"#define TURBOQUANT_BLOCKS {blocks}\n{_including('metal_on_cuda.h')}"
+    header = f"#define TURBOQUANT_BLOCKS {blocks}\n"
+    header += f'#define TURBOQUANT_FUNCTIONS "{_file(functions)}"\n{_including("metal_on_cuda.h")}'
     return mx.fast.cuda_kernel(
         **names, header=header, source=f"TURBOQUANT_USING_DECLARATIONS\n{source}"
     )
@@ -568,7 +570,7 @@ def _metal_reads_files() -> bool:
         name="turboquant_include",
         input_names=["x"],
         output_names=["out"],
-        header=_including("codec.h"),
+        header=_including("levels.h"),
         source="out[0] = x[0] + float(vector_words<128, 4>());",
     )
     try:
@@ -590,6 +592,16 @@ def _definition(name: str, value: Constant) -> str:
     if isinstance(value, bool):  # which decides whether arguments exist
         return f"\n#define {name} {int(value)}\n"
     return f"constexpr int {name} = {value};"
+
+
+def _joined(name: str, seen: set[str]) -> str:
+    """The text of a header, with those that it includes in their places, each once."""
+    if name in seen:
+        return ""
+    seen.add(name)
+    text = _file(name).read_text(encoding="ascii").replace("#pragma once\n", "")
+    text = re.sub(r'#include "(.*)"', lambda match: _joined(match[1], seen), text)
+    return _without_comments(text)
 
 
 def _without_comments(text: str) -> str:

@@ -122,7 +122,7 @@ def _kind(name: str, key_bits: int | None, value_bits: int | None, layers: list[
 
 
 def _raised(index: int, layer: Any) -> list[str]:
-    """Why keys and values of a layer have more bits than the fewest that they may have."""
+    """Why keys and values of a layer have more bits than the fewest, or need more than eight."""
     if getattr(layer, "demands", None) is None:
         return []
     limits, demands, stores = layer.limits, layer.demands, layer._packed
@@ -132,12 +132,21 @@ def _raised(index: int, layer: Any) -> list[str]:
     )
     lines = []
     for store, (side, what, least, demand, limit) in zip(stores, sides):
-        if store.bits > least and store.codes is not None:
-            expected = demand * relative_error(store.mean.shape[-1], least)
+        if store.codes is None:
+            continue
+        dim, bits = store.mean.shape[-1], store.bits
+        expected, remaining = (demand * relative_error(dim, b) for b in (least, bits))
+        if bits > least:
             lines.append(
-                f"layer {index}: {side} have {store.bits} bits, not {least}, at which the expected "
+                f"layer {index}: {side} have {bits} bits, not {least}, at which the expected "
                 f"{what} is {expected:.2g} and may be {limit:.2g}: "
                 f"{store.nbytes_above(least) / 1e6:,.2f} MB more"
+            )
+        if remaining > limit:
+            lines.append(
+                f"layer {index}: {side} are not good enough at {bits} bits either: the expected "
+                f"{what} is {remaining:.2g} and may be {limit:.2g}, so measure with "
+                "`mlx_turboquant evaluate` whether this model can be compressed"
             )
     return lines
 

@@ -189,6 +189,16 @@ def test_outliers_raise_the_layers_that_suffer_and_the_report_says_why(tiny_lm):
     assert cache_report(plain).raised == []
 
 
+def test_the_report_says_where_no_number_of_bits_is_enough():
+    enough, strict = filled(100, 4), filled(100, 4)
+    strict.limits = LIMITS._replace(keys=single_precision(1e-6))
+    assert not any("either" in line for line in cache_report([enough]).raised)
+    more, not_enough = cache_report([strict]).raised[:2]
+    assert "layer 0: keys have 8 bits, not 3" in more
+    assert "layer 0: keys are not good enough at 8 bits either" in not_enough
+    assert "`mlx_turboquant evaluate`" in not_enough
+
+
 def test_auto_stays_within_its_budget_and_takes_more_bits_for_a_smaller_one(tiny_lm):
     model, tokenizer = tiny_lm
     tokens = tokenizer.encode(bundled_texts()[1], verbose=False)[:701]

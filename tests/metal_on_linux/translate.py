@@ -43,7 +43,8 @@ def _inline_includes(text: str, directory: Path, file_name: str, seen: set[Path]
         elif re.match(r"\s*#\s*pragma\s+once", line):
             lines.append("")
         elif include := re.match(r'\s*#\s*include\s*"([^"]+)"', line):
-            path = directory / include[1]
+            beside = Path(file_name).parent / include[1]
+            path = beside if beside.is_file() else directory / include[1]
             if path not in seen:
                 seen.add(path)
                 lines.append(_inline_includes(path.read_text(), directory, str(path), seen))
