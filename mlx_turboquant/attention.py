@@ -273,10 +273,6 @@ def check_decode_attention(*configuration: Any) -> kernels.Agreement:
     return agreement
 
 
-def _same_tokens(x: mx.array, y: mx.array, count: int) -> bool:
-    return mx.array_equal(x[:, :, :count], y[:, :, :count]).item()
-
-
 def check_dequantize(*configuration: mx.Dtype | TurboQuantizer) -> kernels.Agreement:
     """Compare dense keys and values of 90 tokens, or of keys that are the values, with plain MLX.
 
