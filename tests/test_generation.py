@@ -179,12 +179,13 @@ def test_twenty_thousand_tokens_grow_neither_the_graph_nor_memory_beside_the_cac
     generate_long(random_model, 20_000, check_every=500, **settings)
 
 
-def test_a_thousand_turns_that_are_taken_back_leave_what_was_there(random_model):
+@pytest.mark.parametrize("turns", [300, pytest.param(1_000, marks=pytest.mark.slow)])
+def test_turns_that_are_taken_back_leave_what_was_there(random_model, turns):
     """Every turn is read in a chunk, answered in three tokens, and mostly forgotten again."""
     choose, tokens = random.Random(0), []
     compressed = make_prompt_cache(random_model, 8, window=16)
     beside = []
-    for turn in range(1000):
+    for turn in range(turns):
         said = [choose.randrange(128) for _ in range(choose.randint(1, 60))]
         logits = random_model(mx.array([said]), cache=compressed)
         for _ in range(3):

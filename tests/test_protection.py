@@ -161,10 +161,9 @@ def mean_divergence(model, tokenizer, *codecs) -> list[float]:
     return [scores.summary()["kl_mean"] for scores in comparison.scores[1:]]
 
 
-@pytest.mark.parametrize("size", [20, 80])
-def test_offsets_of_keys_cost_nothing(size, tiny_lm):
+def test_offsets_of_keys_cost_nothing(tiny_lm):
     model, tokenizer = tiny_lm
-    [divergence] = mean_divergence(add_key_offsets(copy.deepcopy(model), size), tokenizer, "4")
+    [divergence] = mean_divergence(add_key_offsets(copy.deepcopy(model), 80), tokenizer, "4")
     assert divergence < 0.003
 
 

@@ -139,19 +139,20 @@ def test_64_clients_may_connect_at_once(running):
             waiting.enter_context(socket.create_connection((host, port), timeout=0.5))
 
 
-def test_200_requests_of_16_clients_get_the_answers_of_one_at_a_time(running):
-    prompts, answers = prompts_with_codes(200)
+@pytest.mark.parametrize("requests", [64, pytest.param(200, marks=pytest.mark.slow)])
+def test_requests_of_16_clients_get_the_answers_of_one_at_a_time(running, requests):
+    prompts, answers = prompts_with_codes(requests)
     alone = {prompt: complete(running.api, prompt) for prompt in sorted(set(prompts))}
     together, resident = [], []
     with ThreadPoolExecutor(16) as clients:
-        for start in range(0, 200, 50):
+        for start in range(0, requests, 50):
             some = prompts[start : start + 50]
             together += clients.map(lambda prompt: complete(running.api, prompt), some)
             resident.append(running.resident_bytes())
     assert together == [alone[prompt] for prompt in prompts]
     # The model finds nearly all codes, so that answers differ from each other.
     right = [text.strip().startswith(code.strip()) for text, code in zip(together, answers)]
-    assert sum(right) > 180
+    assert sum(right) > 0.9 * requests
     # All that is kept is 20 MB of caches. Fifty requests that were kept would be 50 to 100 MB at
     # every step, while what the allocator keeps goes up and down.
     assert min(after - before for before, after in pairwise(resident)) < 30e6
