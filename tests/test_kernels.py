@@ -175,11 +175,9 @@ def test_quantize_keeps_zeros_and_large_values_and_isolates_nan():
 def keys_and_values(rows):
     """Each row of dimension, bits, side and dtype once: those of keys beside those of values."""
     keys, values = ([row for row in rows if row[2] == side] for side in ("keys", "values"))
-    for i in range(max(len(keys), len(values))):
-        (dim, bits, _, dtype), (value_dim, value_bits, _, _) = (
-            side[i % len(side)] for side in (keys, values)
-        )
-        yield dim, value_dim, bits, value_bits, dtype
+    longer = max(keys, values, key=len)
+    pairs = [(keys[i % len(keys)], values[i % len(values)]) for i in range(len(longer))]
+    return [(dim, other, bits, more, dtype) for (dim, bits, _, dtype), (other, more, *_) in pairs]
 
 
 @pytest.mark.parametrize(
