@@ -171,13 +171,24 @@ def _plan(queries, tokens, scale, mask, sinks) -> kernels.AttentionPlan | None:
     plain = mask is None and sinks is None
     bits = (keys.bits, tokens.values.bits)
     step = (kernels.backend(), queries.shape, queries.dtype, scale, bits, stored, plain)
-    if plain and keys.attended == step:
-        return keys.plan
+    if plain and keys.attended is not None and keys.attended.step == step:
+        return keys.attended.plan
     _check_shapes(queries, tokens)
     configuration = kernels.attention_configuration(queries, tokens, mask, sinks)
     plan = _checked_plan(kernels.backend(), scale, configuration)
-    keys.attended, keys.plan = step, plan
+    keys.attended = _Attended(step, plan)
     return plan
+
+
+class _Attended(NamedTuple):
+    """The last attention over packed keys, and its kernels."""
+
+    step: tuple[Any, ...]
+    plan: kernels.AttentionPlan | None
+
+    def __deepcopy__(self, memo: dict) -> "_Attended":
+        """The same: dtypes and kernels cannot be copied, and caches are."""
+        return self
 
 
 @cache

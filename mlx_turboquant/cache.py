@@ -399,8 +399,6 @@ class TurboQuantKVCache:
         packed = min(max(n - recent, 0), self.packed_tokens)
         for store in self._packed:
             store.count -= packed
-            if store.count == 0:
-                store.mean = None
         self._views, self._room = None, 0
         self.offset -= n
         return n

@@ -84,9 +84,8 @@ class PackedTokens:
         self.scales: mx.array | None = None
         self.mean: mx.array | None = None
         self._quantizer: TurboQuantizer | None = None
-        # The last attention over these keys and the kernels that it took.
-        self.attended: tuple[Any, ...] | None = None
-        self.plan: kernels.AttentionPlan | None = None
+        # What attention remembers of its last call with these keys.
+        self.attended: Any = None
 
     @property
     def counts(self) -> list[int]:
@@ -121,7 +120,8 @@ class PackedTokens:
         append_all([self], [x])
 
     def _block(self, x: mx.array, start: int, count: int) -> kernels.Block:
-        if self.mean is None:
+        # Protection has found that of the first tokens; after a trim to nothing others are first.
+        if self.mean is None or (self.count == 0 and self.codes is not None):
             self.mean = removable_mean(x[:, :, start : start + count])
         return kernels.Block(x, self.mean, self.quantizer, start, count)
 

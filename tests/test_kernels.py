@@ -5,6 +5,7 @@ finding fails the test. Where the product of all settings is too large, every pa
 covered.
 """
 
+import copy
 import itertools
 import platform
 import random
@@ -12,7 +13,7 @@ import random
 import mlx.core as mx
 import pytest
 
-from mlx_turboquant import VectorIndex, attention, enable, kernels
+from mlx_turboquant import VectorIndex, attention, enable, kernels, make_prompt_cache
 from mlx_turboquant.attention import CachedTokens, Extent
 from mlx_turboquant.cli import doctor
 from mlx_turboquant.packing import unpack
@@ -416,6 +417,17 @@ def test_a_cache_uses_the_kernels_it_has_checked(kernels_run):
     assert kernels_run
     expected = attention.reference_decode_attention(*arguments)
     assert kernels.compare(output, expected, mx.float32, attention.HALF_ARITHMETIC).holds
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_a_cache_that_has_been_read_can_be_copied(kernels_run, random_model, backend):
+    cache = make_prompt_cache(random_model, 4, window=0, sink_tokens=0, backend=backend)
+    random_model(mx.ones((1, 40), mx.int32), cache=cache)
+    random_model(mx.ones((1, 1), mx.int32), cache=cache)
+    copied = copy.deepcopy(cache)
+    assert (kernels_run == []) == (backend is not None)
+    following = [random_model(mx.ones((1, 1), mx.int32), cache=each) for each in (cache, copied)]
+    assert mx.array_equal(*following)
 
 
 @pytest.mark.skipif(not ON_EXECUTOR, reason="a GPU has one kind of compiler")

@@ -120,6 +120,23 @@ def test_large_keys_get_more_bits_and_small_ones_do_not():
     assert [x.packed_tokens for x in (small, large, huge)] == [64, 64, 64]
 
 
+def test_a_protected_cache_is_packed_like_one_of_its_bits():
+    """Though keys and values are looked at together, and their means long before they are used."""
+    protected = filled(100, 4)
+    plain = TurboQuantKVCache(protected.key_bits, protected.value_bits, window=16)
+    plain.update_and_fetch(4 * random(1, 2, 100, DIM), random(1, 2, 100, DIM, seed=1))
+    pairs = zip(protected.state[-6:], plain.state[-6:])
+    assert all(mx.array_equal(*pair) for pair in pairs)
+
+
+def test_after_everything_was_taken_back_other_tokens_are_the_first():
+    cache = filled(100)
+    assert cache.packed_tokens == 64 and cache.trim(100) == 100
+    assert cache_report([cache]).size.tokens == 0
+    cache.update_and_fetch(random(1, 2, 100, DIM) + 50, random(1, 2, 100, DIM))
+    assert mx.abs(cache._packed[0].mean - 50).max() < 1
+
+
 def test_attention_that_does_not_show_its_queries_gets_the_bits_asked_for():
     cache = TurboQuantKVCache(3, 2, window=16, limits=LIMITS)
     for count in (100, 40):
