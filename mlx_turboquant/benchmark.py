@@ -9,6 +9,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .evaluate import CHUNK, Codec
+from .turns import end_turns
 
 # Tokens that are decoded before the clock starts.
 _WARM_UP_TOKENS = 8
@@ -48,6 +49,7 @@ def measure(
     ``new_tokens`` are at least ``LEAST_NEW_TOKENS``. ``progress`` is called with the number of
     tokens of one sequence, after each chunk and at the end.
     """
+    end_turns()  # what an earlier prompt left there would be given back in between
     mx.synchronize()
     mx.clear_cache()
     mx.reset_peak_memory()
