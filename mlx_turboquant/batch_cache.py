@@ -192,6 +192,8 @@ class BatchTurboQuantKVCache:
             self._pack(exact, ends)
         if exact is not self._exact:
             self._keep(exact, ends)
+            # Left to the end of the chunk, all layers would grow their packed buffers at once.
+            mx.async_eval(self.state)
         return tokens
 
     @property

@@ -339,6 +339,9 @@ class TurboQuantKVCache:
         tokens = self._tokens(new)
         leaving = 0 if self.undecided else self._leaving()
         self._keep(self._quantize_oldest(new, leaving))
+        if leaving:
+            # Left to the end of the chunk, all layers would grow their packed buffers at once.
+            mx.async_eval(self.state)
         return tokens
 
     def _tokens(self, exact: list[mx.array], gap: int = 0) -> CachedTokens:
