@@ -124,8 +124,10 @@ class TurboQuantKVCache:
             PackedTokens(value_bits, seed, interleaved=False),
         ]
         self._buffers: list[mx.array] = []
-        # Tokens whose last one the attention stores, which makes other buffers.
+        # Tokens whose last one the attention stores, which makes other buffers, and what was
+        # returned for them.
         self._handed: CachedTokens | None = None
+        self._returned: Fetched = ()
         # Whether other layers ask for the keys and values of this one; then the last are held.
         self.shared = False
         # The id of the model, and the number of this layer among the compressed ones.
@@ -228,16 +230,26 @@ class TurboQuantKVCache:
 
     @_exact.setter
     def _exact(self, buffers: list[mx.array]) -> None:
-        self._buffers, self._handed = buffers, None
+        self._buffers, self._handed, self._returned = buffers, None, ()
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Fetched:
         """Append keys (B, H, n, dim) and values (B, H, n, value_dim) and return all tokens.
 
         The new tokens and all that were exact before the call are seen exactly by its queries.
         """
+        handed = self._handed
+        if handed is not None and handed.new is None and self._room and keys.shape[2] == 1:
+            if self.model_id in fused_models:
+                # Most steps of decoding: all but the new token and two counts is as before.
+                self._room -= 1
+                self.offset += 1
+                handed.exact_count += 1
+                handed.new = [keys, values]
+                return self._returned
         tokens = self._append([keys, values])
         fetched = self._fetch(tokens, self._needs_no_arrays(keys.shape[2]))
         self._fetched = fetched if self.shared else None
+        self._returned = fetched if self._handed is not None else ()
         return fetched
 
     def keys_and_values(self) -> Fetched:

@@ -277,17 +277,25 @@ def _launch_inner_product(queries, packed, quantizer) -> mx.array:
     )[0]
 
 
-class AttentionPlan(NamedTuple):
-    """What the launches of one configuration have in common: the host makes it once."""
+class AttentionShape(NamedTuple):
+    """What the extents of the grids of an attention depend on, besides its arrays."""
 
-    attend: Callable[..., list[mx.array]]
-    combine: Callable[..., list[mx.array]]
-    constants: mx.array
-    rotation: mx.array
     value_dim: int
     group_rows: int
     tile: int
     combine_simds: int
+
+
+class AttentionPlan(NamedTuple):
+    """What the launches of one configuration have in common: the host makes it once."""
+
+    attend: Callable[..., list[mx.array]]
+    attend_dtypes: list[mx.Dtype]
+    combine: Callable[..., list[mx.array]]
+    combine_dtypes: list[mx.Dtype]
+    constants: mx.array
+    rotation: mx.array
+    shape: AttentionShape
 
 
 class AttentionConfiguration(NamedTuple):
@@ -332,17 +340,18 @@ def attention_plan(target: str, scale: float, wanted: AttentionConfiguration) ->
     attend |= {"KEY_BITS": wanted.keys.bits, "VALUE_BITS": wanted.values.bits}
     attend |= {"VALUE_STRIDE": BLOCK if wanted.shared else 1, "ROWS": tile, "SIMDS": _SIMDS}
     attend |= {"MASK": MASK_KINDS.index(wanted.mask_kind), "NEW_TOKEN": wanted.new_token}
-    inputs, outputs = _ATTENTION_INPUTS, ("partial",)
+    inputs, outputs, dtypes = _ATTENTION_INPUTS, ("partial",), [mx.float32]
     if wanted.new_token:
         inputs, outputs = inputs + _NEW_TOKEN_INPUTS, outputs + _NEW_TOKEN_OUTPUTS
+        dtypes += [wanted.key_dtype, wanted.value_dtype]
     combine: dict[str, Constant] = {"T": wanted.query_dtype, "SINKS": wanted.sinks}
     combine |= {"DIM": value_dim, "ORDER": value_order, "POWER": value_power, "SIMDS": simds}
     return AttentionPlan(
-        _kernel("decode_attention", inputs, outputs, attend),
-        _kernel("combine", _COMBINE_INPUTS, ("out",), combine),
+        *(_kernel("decode_attention", inputs, outputs, attend), dtypes),
+        *(_kernel("combine", _COMBINE_INPUTS, ("out",), combine), [wanted.query_dtype]),
         _attention_constants(wanted.keys, wanted.values, scale),
         _rotation_constants(wanted.values),
-        *(value_dim, group_rows, tile, simds),
+        AttentionShape(value_dim, group_rows, tile, simds),
     )
 
 
@@ -351,68 +360,77 @@ def launch_decode_attention(plan: AttentionPlan, queries, tokens, mask, sinks) -
 
     A new token of ``tokens`` is stored in their exact buffers.
     """
-    batch, query_heads, rows, _ = queries.shape
     keys, values = tokens.keys, tokens.values
-    heads = query_heads * rows // plan.group_rows
+    exact, new = (tokens.exact_keys, tokens.exact_values), tokens.new or ()
     strides = ()
     if mask is None or isinstance(mask, str):
         mask = plan.constants  # which is not read
     else:
+        batch, query_heads, rows, _ = queries.shape
         mask, strides = _mask_arguments(mask, (batch, query_heads, rows, tokens.count))
-    tiles = -(-plan.group_rows // plan.tile)
-    splits, sizes, combine_sizes = _attention_sizes(
+    sizes, attend, combine_sizes, combine = _attention_launches(
+        *(plan.shape, queries.shape, exact[0].shape, exact[1].shape if new else None, strides),
         *(keys.count, tokens.exact_count, tokens.sink_count, tokens.recent_start, tokens.extents),
-        *(strides, batch * heads * tiles, plan.group_rows, rows, query_heads),
     )
-    count = batch * query_heads * rows
-    exact, new = [tokens.exact_keys, tokens.exact_values], tokens.new or ()
-    following = exact if new else []
     partial, *following = plan.attend(
         inputs=[
             *(queries, keys.codes, keys.scales, keys.mean, values.codes, values.scales),
             *(*exact, plan.constants, mask, sizes, *new),
         ],
-        grid=(batch * heads * 32 * _SIMDS, splits, tiles),
-        threadgroup=(32 * _SIMDS, 1, 1),
-        output_shapes=[(count, splits, plan.value_dim + 2), *(x.shape for x in following)],
-        output_dtypes=[mx.float32, *(x.dtype for x in following)],
+        output_dtypes=plan.attend_dtypes,
+        **attend,
     )
     if new:
         tokens.store(following)
-    threads = 32 * plan.combine_simds
     logits = values.mean if sinks is None else sinks.astype(mx.float32)
     return plan.combine(
         inputs=[partial, values.mean, plan.rotation, logits, combine_sizes],
-        grid=(count * threads, 1, 1),
-        threadgroup=(threads, 1, 1),
-        output_shapes=[(batch, query_heads, rows, plan.value_dim)],
-        output_dtypes=[queries.dtype],
+        output_dtypes=plan.combine_dtypes,
+        **combine,
     )[0]
 
 
 @lru_cache(maxsize=64)
-def _attention_sizes(
+def _attention_launches(
+    plan: AttentionShape,
+    queries: tuple[int, ...],
+    exact_keys: tuple[int, ...],
+    exact_values: tuple[int, ...] | None,
+    mask_strides: tuple[int, ...],
     packed_count: int,
     exact_count: int,
     sink_count: int,
     recent_start: int,
     extents: tuple[tuple[int, int, int], ...],
-    mask_strides: tuple[int, ...],
-    tiles: int,
-    *combine_sizes: int,
-) -> tuple[int, mx.array, mx.array]:
-    """The number of splits, and the sizes of decode_attention.metal and of combine.metal.
+) -> tuple[mx.array, dict[str, Any], mx.array, dict[str, Any]]:
+    """What all layers of a step have in common, for decode_attention.metal and combine.metal.
 
-    The same for all layers of a step; ``tiles`` are the threadgroups of a split.
+    For each the array of sizes, and extents of the grid and the shapes of the outputs. With
+    ``exact_values`` a new token is stored.
     """
-    packed_splits, exact_splits = _splits(packed_count, exact_count, tiles)
+    batch, query_heads, rows, _ = queries
+    count = batch * query_heads * rows
+    heads, tiles = count // plan.group_rows, -(-plan.group_rows // plan.tile)
+    packed_splits, exact_splits = _splits(packed_count, exact_count, heads * tiles)
     splits = packed_splits + exact_splits
     sizes = _sizes(
         *(exact_count, splits, packed_splits, sink_count),
         *(sink_count + packed_count - recent_start, *(mask_strides or (0, 0, 0))),
         *itertools.chain(*(extents or [(packed_count, sink_count, recent_start)])),
     )
-    return splits, sizes, _sizes(packed_splits, *combine_sizes)
+    shapes = [(count, splits, plan.value_dim + 2)]
+    attend = {
+        "grid": (heads * 32 * _SIMDS, splits, tiles),
+        "threadgroup": (32 * _SIMDS, 1, 1),
+        "output_shapes": shapes + [exact_keys, exact_values] if exact_values else shapes,
+    }
+    threads = 32 * plan.combine_simds
+    combine = {
+        "grid": (count * threads, 1, 1),
+        "threadgroup": (threads, 1, 1),
+        "output_shapes": [(batch, query_heads, rows, plan.value_dim)],
+    }
+    return sizes, attend, _sizes(packed_splits, plan.group_rows, rows, query_heads), combine
 
 
 def _splits(packed_count: int, exact_count: int, heads: int) -> tuple[int, int]:
