@@ -169,12 +169,13 @@ def _plan(queries, tokens, scale, mask, sinks) -> kernels.AttentionPlan | None:
     """The kernels, which the packed keys remember: most steps are like the one before."""
     keys, plain = tokens.keys, mask is None and sinks is None
     bits = (keys.bits, tokens.values.bits)
-    step = (kernels.backend(), queries.shape, queries.dtype, scale, bits, tokens.new is None)
+    target = kernels.backend()
+    step = (target, queries.shape, queries.dtype, scale, bits, tokens.new is None)
     if plain and keys.attended is not None and keys.attended.step == step:
         return keys.attended.plan
     _check_shapes(queries, tokens)
     configuration = kernels.attention_configuration(queries, tokens, mask, sinks)
-    plan = _checked_plan(kernels.backend(), scale, configuration)
+    plan = _checked_plan(target, scale, configuration)
     if plain:
         keys.attended = _Attended(step, plan)
     return plan

@@ -256,6 +256,10 @@ class PackedTokens:
             old_codes, old_scales, _ = self.used()
             codes[:, :, : old_codes.shape[2]] = old_codes
             scales[..., : self.count] = old_scales
+            if count - self.count <= BLOCK:
+                # A decode step, whose host is ahead of it: the old and the larger buffers of all
+                # layers would be there at once. In chunks of a prompt layers take turns.
+                mx.eval(codes, scales)
         self.codes, self.scales = codes, scales
 
     def _write_blocks(self, codes: mx.array, start: int, rows: slice) -> None:

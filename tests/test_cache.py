@@ -184,7 +184,8 @@ def test_a_copy_lives_its_own_life():
         assert mx.array_equal(a, b)
 
 
-def test_layers_pack_a_chunk_one_after_the_other():
+@pytest.mark.parametrize("added", [(64,), (1,) * 33])
+def test_packed_buffers_of_all_layers_are_not_twice_in_memory_while_they_grow(added):
     caches = [TurboQuantKVCache() for _ in range(16)]
     for layer, cache in enumerate(caches):
         cache.layer = layer
@@ -196,12 +197,14 @@ def test_layers_pack_a_chunk_one_after_the_other():
             cache.update_and_fetch(new, new)
         mx.eval([cache.state for cache in caches])
 
-    read(4096)
+    read(4096 + cache.sink_tokens)
     end_turns()
-    before = mx.get_active_memory()
+    before, room = mx.get_active_memory(), cache._packed[0].scales.shape[-1]
     mx.reset_peak_memory()
-    read(64)
+    for count in added:
+        read(count)
     end_turns()
+    assert cache._packed[0].scales.shape[-1] > room
     # An eighth in place of a third of what is held: the buffers of few layers are there twice.
     held = sum(cache.nbytes for cache in caches)
     assert mx.get_peak_memory() - before < held / 5
