@@ -321,7 +321,7 @@ def _check_shapes(queries: mx.array, tokens: CachedTokens) -> None:
             f"Queries of shape {queries.shape} do not fit {heads} heads of {dim} values: "
             f"use a multiple of {heads} heads of {dim} values."
         )
-    room = (tokens.exact_keys.shape[2], tokens.keys.scales.shape[-1])
+    room = (tokens.exact_keys.shape[2], tokens.keys.capacity)
     if tokens.exact_count > room[0] or tokens.keys.count > room[1]:
         raise ValueError(
             f"{tokens.exact_count} exact and {tokens.keys.count} packed tokens are not in buffers "

@@ -100,6 +100,11 @@ class PackedTokens:
         return self._quantizer
 
     @property
+    def capacity(self) -> int:
+        """Tokens that the buffers have room for."""
+        return 0 if self.scales is None else self.scales.shape[-1]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the buffers and the mean, free space included."""
         return sum(a.nbytes for a in (self.codes, self.scales, self.mean) if a is not None)
@@ -240,7 +245,7 @@ class PackedTokens:
 
     def _reserve(self, count: int, heads: tuple[int, ...], words: int) -> None:
         """Make room for ``count`` tokens of (B, H) heads."""
-        capacity = 0 if self.scales is None else self.scales.shape[-1]
+        capacity = self.capacity
         if count <= capacity:
             return
         grown = max(count, capacity + max(LEAST_GROWTH, int(GROWTH * capacity)))

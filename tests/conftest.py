@@ -16,6 +16,7 @@ from mlx_lm.models import llama
 
 from mlx_turboquant import disable
 from mlx_turboquant.cli.loading import prepare_for_device
+from mlx_turboquant.turns import end_turns
 
 # Examples are drawn anew at every run, but not in CI; no test depends on the machine's speed.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize="CI" in os.environ)
@@ -40,6 +41,29 @@ def logits(model, cache, chunks=(150, 40, 1, 1, 8)) -> mx.array:
 def variant(model, **arguments) -> llama.Model:
     """A model like ``model`` with other arguments and other random weights."""
     return llama.Model(llama.ModelArgs(**{**vars(model.args), **arguments}))
+
+
+def peak_of_growth(caches, rows: int, chunks: tuple[int, ...]) -> float:
+    """Peak memory while chunks make the packed buffers of all layers grow, to what is held."""
+    for layer, cache in enumerate(caches):
+        cache.layer = layer
+
+    def read(count: int) -> None:
+        for cache in caches:
+            new = mx.random.normal((rows, 4, count, 128))
+            mx.eval(new)
+            cache.update_and_fetch(new, new)
+        mx.eval([cache.state for cache in caches])
+
+    read(4096 + cache.sink_tokens)
+    end_turns()
+    before, capacity = mx.get_active_memory(), cache._packed[0].capacity
+    mx.reset_peak_memory()
+    for count in chunks:
+        read(count)
+    end_turns()
+    assert cache._packed[0].capacity > capacity
+    return (mx.get_peak_memory() - before) / sum(cache.nbytes for cache in caches)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import importlib
 
 import mlx.core as mx
 import pytest
+from conftest import peak_of_growth
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -176,6 +177,13 @@ def test_packed_tokens_of_a_batch_are_those_of_the_caches_alone():
         for mine, theirs in zip(extracted.state, cache.state):
             same = mx.array_equal(mine, theirs) if isinstance(mine, mx.array) else mine == theirs
             assert same
+
+
+@pytest.mark.parametrize("chunks", [(64,), (1,) * 33])
+def test_growing_buffers_of_all_layers_are_not_twice_in_memory(chunks):
+    batches = [BatchTurboQuantKVCache.merge([TurboQuantKVCache()] * 2) for _ in range(16)]
+    # A quarter and more if they were; those of few layers are an eighth.
+    assert peak_of_growth(batches, 2, chunks) < 0.2
 
 
 def test_a_batch_takes_the_memory_of_its_longest_sequence_times_their_number():
