@@ -64,6 +64,9 @@ _QUANTIZE_OUTPUTS = ("key_codes", "key_scales", "value_codes", "value_scales")
 # Threadgroups of 256 threads that fit the registers of a CUDA multiprocessor: 2 leave a thread 128
 # registers, 3 leave it 80, which is enough where nothing spills.
 _CUDA_BLOCKS = {"quantize": 3}
+# Query rows of a threadgroup of the attention kernel, 4 elsewhere. Eight need up to 255 registers,
+# and half as many threadgroups fit a multiprocessor, but a code is unpacked once for eight heads.
+_MOST_ROWS = {"cuda": 8}
 
 # What a kernel's text calls the types that it is compiled for.
 _TYPES = {mx.float16: "float16_t", mx.bfloat16: "bfloat16_t", mx.float32: "float"}
@@ -332,7 +335,7 @@ def attention_plan(target: str, scale: float, wanted: AttentionConfiguration) ->
     order, power = _rotation_order(wanted.keys)
     value_order, value_power = _rotation_order(wanted.values)
     group_rows = wanted.group * wanted.rows
-    tile = _rows_per_threadgroup(group_rows, max(dim, value_dim))
+    tile = _rows_per_threadgroup(target, group_rows, max(dim, value_dim))
     simds = min(8, _THREADGROUP_BYTES // (16 * value_dim))
     types = {"QUERY_T": wanted.query_dtype, "KEY_T": wanted.key_dtype}
     attend: dict[str, Constant] = {**types, "VALUE_T": wanted.value_dtype}
@@ -411,7 +414,8 @@ def _attention_launches(
     batch, query_heads, rows, _ = queries
     count = batch * query_heads * rows
     heads, tiles = count // plan.group_rows, -(-plan.group_rows // plan.tile)
-    packed_splits, exact_splits = _splits(packed_count, exact_count, heads * tiles)
+    fitting = 2048 // max(plan.tile, 4)  # threadgroups that fill a GPU
+    packed_splits, exact_splits = _splits(packed_count, exact_count, fitting // (heads * tiles))
     splits = packed_splits + exact_splits
     sizes = _sizes(
         *(exact_count, splits, packed_splits, sink_count),
@@ -433,23 +437,23 @@ def _attention_launches(
     return sizes, attend, _sizes(packed_splits, plan.group_rows, rows, query_heads), combine
 
 
-def _splits(packed_count: int, exact_count: int, heads: int) -> tuple[int, int]:
-    """Threadgroups of a head for its packed tokens, enough to fill a GPU, and for its exact ones.
+def _splits(packed_count: int, exact_count: int, most: int) -> tuple[int, int]:
+    """Threadgroups of a head for its packed tokens, 1 to ``most``, and for its exact ones.
 
     The former all take the same number of steps; the latter few enough to run beside them.
     """
     blocks = -(-packed_count // (_PACKED_TOKENS * _SIMDS))
-    steps = max(1, -(-blocks // max(1, 512 // heads)))
+    steps = max(1, -(-blocks // max(1, most)))
     packed = max(1, -(-blocks // steps))
     return packed, -(-exact_count // (2 * steps * _EXACT_TOKENS * _SIMDS))
 
 
-def _rows_per_threadgroup(group_rows: int, dim: int) -> int:
+def _rows_per_threadgroup(target: str, group_rows: int, dim: int) -> int:
     """A power of two of query rows whose outputs fit in the registers: at most 32 floats a lane.
 
-    With that, queries and outputs fit in the threadgroup memory as well.
+    On CUDA 64, up to 128 dimensions. Queries and outputs then fit in the threadgroup memory too.
     """
-    most = 1 << (min(4, 1024 // dim).bit_length() - 1)
+    most = 1 << (min(_MOST_ROWS.get(target, 4), 1024 // dim).bit_length() - 1)
     return min(most, 1 << (group_rows - 1).bit_length())
 
 
@@ -569,7 +573,7 @@ def _built_kernel(
     source = f'{definitions}  // {used}\n#include "{file}"\n'
     if target == "metal":
         return mx.fast.metal_kernel(**names, header=_including(functions), source=source)
-    blocks = _CUDA_BLOCKS.get(name, 2)
+    blocks = 1 if ("ROWS", 8) in constants else _CUDA_BLOCKS.get(name, 2)
     header = f"#define TURBOQUANT_BLOCKS {blocks}\n"
     header += f'#define TURBOQUANT_FUNCTIONS "{_file(functions)}"\n{_including("metal_on_cuda.h")}'
     return mx.fast.cuda_kernel(

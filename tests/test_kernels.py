@@ -307,6 +307,28 @@ def test_attention_takes_keys_and_values_of_different_width(dim, value_dim):
     assert_attention_agrees(*attention_arguments(tokens, 2, 1, mx.float32))
 
 
+@pytest.mark.parametrize(
+    "dim, key_bits, value_bits, dtype, group, rows, mask",
+    [
+        (128, 4, 4, mx.bfloat16, 8, 1, "none"),
+        (128, 3, 2, mx.float16, 7, 1, "additive"),
+        (64, 5, 5, mx.float32, 4, 2, "causal"),
+        (96, 8, 4, mx.float32, 16, 1, "boolean per head"),
+    ],
+)
+def test_attention_takes_eight_query_rows_at_once(
+    monkeypatch, dim, key_bits, value_bits, dtype, group, rows, mask
+):
+    """As on CUDA, on the executor in place of four."""
+    monkeypatch.setattr(kernels, "_MOST_ROWS", {"cuda": 8, "metal": 8})
+    tokens = cached_tokens(dim, dim, key_bits, value_bits, dtype, packed=300)
+    arguments = attention_arguments(tokens, group, rows, dtype, mask)
+    configuration = kernels.attention_configuration(*arguments[:2], *arguments[3:])
+    plan = kernels.attention_plan(kernels.backend(), arguments[2], configuration)
+    assert plan.shape.tile == 8
+    assert_attention_agrees(*arguments)
+
+
 @pytest.mark.parametrize("packed", [1, 31, 32, 33, 700])
 def test_attention_takes_any_number_of_packed_tokens(packed):
     """700 tokens make several splits of several blocks."""
