@@ -238,14 +238,14 @@ class TurboQuantKVCache:
         The new tokens and all that were exact before the call are seen exactly by its queries.
         """
         handed = self._handed
-        if handed is not None and handed.new is None and self._room and keys.shape[2] == 1:
-            if self.model_id in fused_models:
-                # Most steps of decoding: all but the new token and two counts is as before.
-                self._room -= 1
-                self.offset += 1
-                handed.exact_count += 1
-                handed.new = [keys, values]
-                return self._returned
+        steady = handed is not None and handed.new is None and self._room > 0
+        if steady and self._needs_no_arrays(keys.shape[2]):
+            # Most steps of decoding: all but the new token and two counts is as before.
+            self._room -= 1
+            self.offset += 1
+            handed.exact_count += 1
+            handed.new = [keys, values]
+            return self._returned
         tokens = self._append([keys, values])
         fetched = self._fetch(tokens, self._needs_no_arrays(keys.shape[2]))
         self._fetched = fetched if self.shared else None

@@ -395,7 +395,7 @@ def launch_decode_attention(plan: AttentionPlan, queries, tokens, mask, sinks) -
 
 @lru_cache(maxsize=64)
 def _attention_launches(
-    plan: AttentionShape,
+    attention: AttentionShape,
     queries: tuple[int, ...],
     exact_keys: tuple[int, ...],
     exact_values: tuple[int, ...] | None,
@@ -413,8 +413,8 @@ def _attention_launches(
     """
     batch, query_heads, rows, _ = queries
     count = batch * query_heads * rows
-    heads, tiles = count // plan.group_rows, -(-plan.group_rows // plan.tile)
-    fitting = 2048 // max(plan.tile, 4)  # threadgroups that fill a GPU
+    heads, tiles = count // attention.group_rows, -(-attention.group_rows // attention.tile)
+    fitting = 2048 // max(attention.tile, 4)  # threadgroups that fill a GPU
     packed_splits, exact_splits = _splits(packed_count, exact_count, fitting // (heads * tiles))
     splits = packed_splits + exact_splits
     sizes = _sizes(
@@ -422,19 +422,19 @@ def _attention_launches(
         *(sink_count + packed_count - recent_start, *(mask_strides or (0, 0, 0))),
         *itertools.chain(*(extents or [(packed_count, sink_count, recent_start)])),
     )
-    shapes = [(count, splits, plan.value_dim + 2)]
+    shapes = [(count, splits, attention.value_dim + 2)]
     attend = {
         "grid": (heads * 32 * _SIMDS, splits, tiles),
         "threadgroup": (32 * _SIMDS, 1, 1),
         "output_shapes": shapes + [exact_keys, exact_values] if exact_values else shapes,
     }
-    threads = 32 * plan.combine_simds
+    threads = 32 * attention.combine_simds
     combine = {
         "grid": (count * threads, 1, 1),
         "threadgroup": (threads, 1, 1),
-        "output_shapes": [(batch, query_heads, rows, plan.value_dim)],
+        "output_shapes": [(batch, query_heads, rows, attention.value_dim)],
     }
-    return sizes, attend, _sizes(packed_splits, plan.group_rows, rows, query_heads), combine
+    return sizes, attend, _sizes(packed_splits, attention.group_rows, rows, query_heads), combine
 
 
 def _splits(packed_count: int, exact_count: int, most: int) -> tuple[int, int]:

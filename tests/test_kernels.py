@@ -288,9 +288,13 @@ def attention_arguments(tokens, group, rows, dtype, mask="none", sinks=False):
     return queries, tokens, queries.shape[-1] ** -0.5, masks[mask], logits
 
 
-def launched_attention(queries, tokens, scale, mask, sinks) -> mx.array:
+def planned_attention(queries, tokens, scale, mask, sinks) -> kernels.AttentionPlan:
     configuration = kernels.attention_configuration(queries, tokens, mask, sinks)
-    plan = kernels.attention_plan(kernels.backend(), scale, configuration)
+    return kernels.attention_plan(kernels.backend(), scale, configuration)
+
+
+def launched_attention(queries, tokens, scale, mask, sinks) -> mx.array:
+    plan = planned_attention(queries, tokens, scale, mask, sinks)
     return kernels.launch_decode_attention(plan, queries, tokens, mask, sinks)
 
 
@@ -323,9 +327,7 @@ def test_attention_takes_eight_query_rows_at_once(
     monkeypatch.setattr(kernels, "_MOST_ROWS", {"cuda": 8, "metal": 8})
     tokens = cached_tokens(dim, dim, key_bits, value_bits, dtype, packed=300)
     arguments = attention_arguments(tokens, group, rows, dtype, mask)
-    configuration = kernels.attention_configuration(*arguments[:2], *arguments[3:])
-    plan = kernels.attention_plan(kernels.backend(), arguments[2], configuration)
-    assert plan.shape.tile == 8
+    assert planned_attention(*arguments).shape.tile == 8
     assert_attention_agrees(*arguments)
 
 
