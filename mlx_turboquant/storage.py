@@ -280,7 +280,9 @@ class PackedTokens:
             padding = -codes.shape[2] % BLOCK
             if padding:
                 codes = mx.pad(codes, [(0, 0), (0, 0), (0, padding), (0, 0)])
-            blocks = mx.unflatten(codes, 2, (-1, BLOCK)).swapaxes(-1, -2)
+            # Where they fill the whole buffer they become it: a transposed one would be copied by
+            # every attention.
+            blocks = mx.contiguous(mx.unflatten(codes, 2, (-1, BLOCK)).swapaxes(-1, -2))
             first = start // BLOCK
             self.codes[rows, :, first : first + blocks.shape[2]] = blocks
 

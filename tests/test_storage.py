@@ -1,4 +1,5 @@
 import mlx.core as mx
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,6 +55,17 @@ def test_a_block_of_keys_is_interleaved():
     for token in (0, 5, BLOCK - 1, BLOCK, 2 * BLOCK - 1):
         words = keys.codes[:, :, token // BLOCK, :, token % BLOCK]
         assert mx.array_equal(words, values.codes[:, :, token])
+
+
+@pytest.mark.parametrize("count", [CAPACITY_UNIT, 2 * CAPACITY_UNIT, 5 * BLOCK])
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_codes_lie_in_memory_as_kernels_read_them(count, interleaved):
+    """MLX would copy others at every launch. Whole buffers, which it may replace, and parts."""
+    store = stored(tokens(2 * CAPACITY_UNIT), interleaved=interleaved)
+    store.count = 0
+    store.append(tokens(count))
+    for codes in (store.codes, stored(tokens(count), interleaved=interleaved).codes):
+        assert np.array(codes, copy=False).flags.c_contiguous
 
 
 @given(st.integers(1, 2000), st.booleans())
