@@ -64,9 +64,10 @@ _QUANTIZE_OUTPUTS = ("key_codes", "key_scales", "value_codes", "value_scales")
 # Threadgroups of 256 threads that fit the registers of a CUDA multiprocessor: 2 leave a thread 128
 # registers, 3 leave it 80, which is enough where nothing spills.
 _CUDA_BLOCKS = {"quantize": 3}
-# Query rows of a threadgroup of the attention kernel, 4 elsewhere. Eight need up to 255 registers,
-# and half as many threadgroups fit a multiprocessor, but a code is unpacked once for eight heads.
-_MOST_ROWS = {"cuda": 8}
+# Query rows of a threadgroup of the attention kernel, at most, and on CUDA those with many packed
+# tokens in all heads. Eight need up to 255 registers, and half as many threadgroups fit a
+# multiprocessor; but a code is unpacked once for eight heads, which pays where all have work.
+_ROWS, _MANY_ROWS, _MANY_TOKENS = 4, {"cuda": 8}, 96 * 1024
 
 # What a kernel's text calls the types that it is compiled for.
 _TYPES = {mx.float16: "float16_t", mx.bfloat16: "bfloat16_t", mx.float32: "float"}
@@ -281,24 +282,37 @@ def _launch_inner_product(queries, packed, quantizer) -> mx.array:
 
 
 class AttentionShape(NamedTuple):
-    """What the extents of the grids of an attention depend on, besides its arrays."""
+    """What the extents of the grids of an attention depend on, besides its arrays.
+
+    ``tiles`` are the query rows of a threadgroup with few and with many packed tokens.
+    """
 
     value_dim: int
     group_rows: int
-    tile: int
+    tiles: tuple[int, int]
     combine_simds: int
 
 
 class AttentionPlan(NamedTuple):
-    """What the launches of one configuration have in common: the host makes it once."""
+    """What the launches of one configuration have in common: the host makes it once.
 
-    attend: Callable[..., list[mx.array]]
+    ``attend`` are the kernels for few and for many packed tokens, which may be the same.
+    """
+
+    attend: tuple[Callable[..., list[mx.array]], ...]
     attend_dtypes: list[mx.Dtype]
     combine: Callable[..., list[mx.array]]
     combine_dtypes: list[mx.Dtype]
     constants: mx.array
     rotation: mx.array
     shape: AttentionShape
+
+    def variants(self) -> "list[AttentionPlan]":
+        """Plans that take one of the kernels, however many tokens there are."""
+        return [
+            self._replace(attend=(kernel, kernel), shape=self.shape._replace(tiles=(tile, tile)))
+            for tile, kernel in dict(zip(self.shape.tiles, self.attend)).items()
+        ]
 
 
 class AttentionConfiguration(NamedTuple):
@@ -335,13 +349,16 @@ def attention_plan(target: str, scale: float, wanted: AttentionConfiguration) ->
     order, power = _rotation_order(wanted.keys)
     value_order, value_power = _rotation_order(wanted.values)
     group_rows = wanted.group * wanted.rows
-    tile = _rows_per_threadgroup(target, group_rows, max(dim, value_dim))
+    tiles = tuple(
+        _rows_per_threadgroup(most, group_rows, max(dim, value_dim))
+        for most in (_ROWS, _MANY_ROWS.get(target, _ROWS))
+    )
     simds = min(8, _THREADGROUP_BYTES // (16 * value_dim))
     types = {"QUERY_T": wanted.query_dtype, "KEY_T": wanted.key_dtype}
     attend: dict[str, Constant] = {**types, "VALUE_T": wanted.value_dtype}
     attend |= {"DIM": dim, "VALUE_DIM": value_dim, "ORDER": order, "POWER": power}
     attend |= {"KEY_BITS": wanted.keys.bits, "VALUE_BITS": wanted.values.bits}
-    attend |= {"VALUE_STRIDE": BLOCK if wanted.shared else 1, "ROWS": tile, "SIMDS": _SIMDS}
+    attend |= {"VALUE_STRIDE": BLOCK if wanted.shared else 1, "SIMDS": _SIMDS}
     attend |= {"MASK": MASK_KINDS.index(wanted.mask_kind), "NEW_TOKEN": wanted.new_token}
     inputs, outputs, dtypes = _ATTENTION_INPUTS, ("partial",), [mx.float32]
     if wanted.new_token:
@@ -350,11 +367,12 @@ def attention_plan(target: str, scale: float, wanted: AttentionConfiguration) ->
     combine: dict[str, Constant] = {"T": wanted.query_dtype, "SINKS": wanted.sinks}
     combine |= {"DIM": value_dim, "ORDER": value_order, "POWER": value_power, "SIMDS": simds}
     return AttentionPlan(
-        *(_kernel("decode_attention", inputs, outputs, attend), dtypes),
+        tuple(_kernel("decode_attention", inputs, outputs, attend | {"ROWS": n}) for n in tiles),
+        dtypes,
         *(_kernel("combine", _COMBINE_INPUTS, ("out",), combine), [wanted.query_dtype]),
         _attention_constants(wanted.keys, wanted.values, scale),
         _rotation_constants(wanted.values),
-        AttentionShape(value_dim, group_rows, tile, simds),
+        AttentionShape(value_dim, group_rows, tiles, simds),
     )
 
 
@@ -371,11 +389,11 @@ def launch_decode_attention(plan: AttentionPlan, queries, tokens, mask, sinks) -
     else:
         batch, query_heads, rows, _ = queries.shape
         mask, strides = _mask_arguments(mask, (batch, query_heads, rows, tokens.count))
-    sizes, attend, combine_sizes, combine = _attention_launches(
+    many, sizes, attend, combine_sizes, combine = _attention_launches(
         *(plan.shape, queries.shape, exact[0].shape, exact[1].shape if new else None, strides),
         *(keys.count, tokens.exact_count, tokens.sink_count, tokens.recent_start, tokens.extents),
     )
-    partial, *following = plan.attend(
+    partial, *following = plan.attend[many](
         inputs=[
             *(queries, keys.codes, keys.scales, keys.mean, values.codes, values.scales),
             *(*exact, plan.constants, mask, sizes, *new),
@@ -405,16 +423,19 @@ def _attention_launches(
     sink_count: int,
     recent_start: int,
     extents: tuple[tuple[int, int, int], ...],
-) -> tuple[mx.array, dict[str, Any], mx.array, dict[str, Any]]:
+) -> tuple[bool, mx.array, dict[str, Any], mx.array, dict[str, Any]]:
     """What all layers of a step have in common, for decode_attention.metal and combine.metal.
 
-    For each the array of sizes, and extents of the grid and the shapes of the outputs. With
-    ``exact_values`` a new token is stored.
+    Whether packed tokens are many; then for each kernel the array of sizes, and extents of the grid
+    and the shapes of the outputs. With ``exact_values`` a new token is stored.
     """
     batch, query_heads, rows, _ = queries
     count = batch * query_heads * rows
-    heads, tiles = count // attention.group_rows, -(-attention.group_rows // attention.tile)
-    fitting = 2048 // max(attention.tile, 4)  # threadgroups that fill a GPU
+    heads = count // attention.group_rows
+    many = heads * packed_count >= _MANY_TOKENS
+    tile = attention.tiles[many]
+    tiles = -(-attention.group_rows // tile)
+    fitting = 2048 // max(tile, 4)  # threadgroups that fill a GPU
     packed_splits, exact_splits = _splits(packed_count, exact_count, fitting // (heads * tiles))
     splits = packed_splits + exact_splits
     sizes = _sizes(
@@ -434,7 +455,8 @@ def _attention_launches(
         "threadgroup": (threads, 1, 1),
         "output_shapes": [(batch, query_heads, rows, attention.value_dim)],
     }
-    return sizes, attend, _sizes(packed_splits, attention.group_rows, rows, query_heads), combine
+    combine_sizes = _sizes(packed_splits, attention.group_rows, rows, query_heads)
+    return many, sizes, attend, combine_sizes, combine
 
 
 def _splits(packed_count: int, exact_count: int, most: int) -> tuple[int, int]:
@@ -448,12 +470,12 @@ def _splits(packed_count: int, exact_count: int, most: int) -> tuple[int, int]:
     return packed, -(-exact_count // (2 * steps * _EXACT_TOKENS * _SIMDS))
 
 
-def _rows_per_threadgroup(target: str, group_rows: int, dim: int) -> int:
-    """A power of two of query rows whose outputs fit in the registers: at most 32 floats a lane.
+def _rows_per_threadgroup(most: int, group_rows: int, dim: int) -> int:
+    """A power of two of query rows, at most ``most``, whose outputs fit in the registers.
 
-    On CUDA 64, up to 128 dimensions. Queries and outputs then fit in the threadgroup memory too.
+    These are up to 32 floats a lane. Queries and outputs then fit in the threadgroup memory too.
     """
-    most = 1 << (min(_MOST_ROWS.get(target, 4), 1024 // dim).bit_length() - 1)
+    most = 1 << (min(most, 1024 // dim).bit_length() - 1)
     return min(most, 1 << (group_rows - 1).bit_length())
 
 
