@@ -278,7 +278,7 @@ class BatchTurboQuantKVCache:
             start = end - recent + new_sinks
             if new_sinks:
                 for x in exact:
-                    x[rows, :, :new_sinks] = x[rows, :, start - new_sinks : start]
+                    x[rows, :, sinks : self.sink_tokens] = x[rows, :, start - new_sinks : start]
             append_rows(self._packed, rows, [x[rows, :, start : start + leaving] for x in exact])
             self._sinks[rows] = [self.sink_tokens] * len(group)
             self._recent[rows] = [recent - new_sinks - leaving] * len(group)

@@ -162,6 +162,14 @@ class Batches(RuleBasedStateMachine):
                 assert mx.allclose(restored, x, atol=0.1)  # 8 bits: .5 % on average
 
 
+def test_sinks_that_a_trim_has_left_stay_in_front_of_new_ones():
+    batches = Batches()
+    batches.extend(lengths=[47])
+    batches.trim(45)  # two of three sinks are left
+    batches.append(45)
+    batches.every_sequence_has_its_tokens()
+
+
 TestBatches = Batches.TestCase
 TestBatches.settings = settings(max_examples=60, stateful_step_count=12, deadline=None)
 
