@@ -128,7 +128,8 @@ def test_trimmed_tokens_are_forgotten_and_others_kept():
     after = cache.update_and_fetch(*tokens(3, seed=2))
     for one, other in zip(after, before):
         assert one.shape[2] == 103
-        assert mx.array_equal(one[:, :, :100], other[:, :, :100])
+        # Products of fewer tokens may sum their float32 values of size 1 in another order.
+        assert mx.allclose(one[:, :, :100], other[:, :, :100], atol=1e-5)
 
 
 def test_a_copy_goes_on_by_itself():
