@@ -17,7 +17,7 @@ from .cache import (
 )
 from .constants import constant
 from .protection import Demands, Limits
-from .storage import BatchPackedTokens, append_rows
+from .storage import BLOCK, BatchPackedTokens, append_rows
 from .turns import take_turn
 
 # Room for this many new tokens in the exact buffers, which are copied when it is used up.
@@ -60,6 +60,9 @@ class BatchTurboQuantKVCache:
         self.model_id: int | None = None
         self.layer: int | None = None
         self._fetched: Fetched | None = None
+        # So many steps of one token change nothing of what was returned but the new tokens.
+        self._steady = 0
+        self._returned: Fetched = ()
 
     @classmethod
     def merge(cls, caches: list[TurboQuantKVCache]) -> "BatchTurboQuantKVCache":
@@ -106,7 +109,7 @@ class BatchTurboQuantKVCache:
 
     @keys.setter
     def keys(self, keys: mx.array) -> None:
-        self._exact[0] = keys
+        self._exact[0], self._steady = keys, 0
 
     @property
     def key_bits(self) -> int:
@@ -145,7 +148,7 @@ class BatchTurboQuantKVCache:
                 f"Padding of {left_padding} on the left is not possible: pad prompts on the right."
             )
         if right_padding is not None and any(right_padding):
-            self._expected = list(lengths)
+            self._expected, self._steady = list(lengths), 0
 
     def finalize(self) -> None:
         """The padded prompt has been read; nothing was kept of the padding."""
@@ -156,9 +159,20 @@ class BatchTurboQuantKVCache:
 
         The new tokens and all that were exact before the call are seen exactly by its queries.
         """
+        fused = self._needs_no_arrays(keys.shape[2])
+        if fused and self._steady:
+            tokens = self._returned[0].tokens
+            self._write([keys, values])
+            tokens.exact_count = self._end
+            self._recent = [recent + 1 for recent in self._recent]
+            self._steady -= 1
+            return self._returned
         tokens = self._append([keys, values])
-        fetched = fetch(tokens, self._needs_no_arrays(keys.shape[2]))
+        fetched = fetch(tokens, fused)
         self._fetched = fetched if self.shared else None
+        same_buffers = tokens.exact_keys is self._exact[0]
+        if fused and same_buffers and tokens.keys.counts is self._packed[0].counts:
+            self._returned, self._steady = fetched, self._steps()
         return fetched
 
     def _needs_no_arrays(self, new: int) -> bool:
@@ -173,13 +187,12 @@ class BatchTurboQuantKVCache:
         """Append arrays (B, H, n, dim) of the kinds that the cache holds."""
         if self._waiting:  # in vain: this attention does not call protect
             self.limits, self._waiting = None, False
+        self._steady = 0
         count = new[0].shape[2]
         added = self._added(count)
         if count <= MAX_DECODE_ROWS and min(added) == count:
             self._reserve(new)
-            start, self._end = self._end, self._end + count
-            for buffer, x in zip(self._exact, new):
-                buffer[:, :, start : self._end] = x
+            self._write(new)
             exact, end = self._exact, self._end
         else:
             take_turn(new, self.layer == 0)
@@ -195,6 +208,19 @@ class BatchTurboQuantKVCache:
             # Left to the end of the chunk, all layers would grow their packed buffers at once.
             mx.async_eval(self.state)
         return tokens
+
+    def _write(self, new: list[mx.array]) -> None:
+        """Write new tokens behind the exact ones, where there is room."""
+        start, self._end = self._end, self._end + new[0].shape[2]
+        for buffer, x in zip(self._exact, new):
+            buffer[:, :, start : self._end] = x
+
+    def _steps(self) -> int:
+        """Steps of one token until a block leaves its window or the exact buffers are full."""
+        lengths = zip(self._packed[0].counts, self.lengths)
+        first = min((packed // BLOCK + 1) * BLOCK - length for packed, length in lengths)
+        until_block = first + self.sink_tokens + self.window - 1
+        return min(until_block, self._exact[0].shape[2] - self._end)
 
     @property
     def undecided(self) -> bool:
@@ -288,7 +314,7 @@ class BatchTurboQuantKVCache:
         most = max(self._recent)
         kept = ([x[:, :, : self.sink_tokens], _last(x, ends, most)] for x in exact)
         self._exact = [_padded(mx.concatenate(parts, axis=2), 0, _ROOM) for parts in kept]
-        self._end = self.sink_tokens + most
+        self._end, self._steady = self.sink_tokens + most, 0
 
     def make_mask(
         self, n: int, return_array: bool = False, window_size: int | None = None
@@ -380,6 +406,7 @@ class BatchTurboQuantKVCache:
 
     def trim(self, n: int) -> int:
         """Forget the last n tokens of each sequence (at most all). Returns how many."""
+        self._steady = 0
         n = min(n, max(self.lengths))
         recent = [min(n, count) for count in self._recent]
         packed = [min(n - gone, count) for gone, count in zip(recent, self._packed[0].counts)]

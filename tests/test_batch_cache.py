@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from mlx_lm import batch_generate
 
-from mlx_turboquant import TurboQuantKVCache, enable, make_prompt_cache
+from mlx_turboquant import TurboQuantKVCache, batch_cache, enable, make_prompt_cache
 from mlx_turboquant.attention import decode_attention
 from mlx_turboquant.batch_cache import BatchTurboQuantKVCache
 
@@ -118,9 +118,11 @@ class Batches(RuleBasedStateMachine):
     @rule(data=st.data())
     def filter(self, data):
         rows = st.lists(st.sampled_from(range(len(self.expected))), min_size=1, unique=True)
-        kept = sorted(data.draw(rows))
-        self.batch.filter(kept)
-        self.expected = [self.expected[row] for row in kept]
+        self.filter_rows(sorted(data.draw(rows)))
+
+    def filter_rows(self, rows):
+        self.batch.filter(rows)
+        self.expected = [self.expected[row] for row in rows]
 
     @precondition(lambda self: len(self.expected) < 5)
     @rule(lengths=st.lists(st.integers(0, 90), min_size=1, max_size=2))
@@ -289,3 +291,58 @@ def test_at_four_bits_a_batch_differs_by_less_than_the_codec(random_model):
             )
             codec = mx.linalg.norm(single - expected)
             assert mx.linalg.norm(together[row] - single) < 0.1 * codec
+
+
+def chunk(batches):
+    batches.append(5)
+
+
+def padded(batches):
+    batches.batch.prepare(lengths=[0, 1], right_padding=[1, 0])
+    new = batches.tokens(2, 1)
+    batches.batch.update_and_fetch(*new)
+    batches.batch.finalize()
+    batches.note(new, [0, 1])
+
+
+def replaced_keys(batches):
+    batches.batch.keys = batches.batch.keys * 1
+
+
+def decoded(batches, steps: int) -> None:
+    """Steps of one token, as a model does whose attention needs no arrays, each compared."""
+    for _ in range(steps):
+        new = batches.tokens(len(batches.expected), 1)
+        keys, _ = batches.batch.update_and_fetch(*new)
+        batches.note(new, [1] * len(batches.expected))
+        queries, _ = batches.tokens(len(batches.expected), 1)
+        output = decode_attention(queries, keys.tokens, DIM**-0.5)
+        for row, tokens in enumerate(batches.expected):
+            expected = mx.fast.scaled_dot_product_attention(
+                queries[row : row + 1], *tokens, scale=DIM**-0.5
+            )
+            assert mx.allclose(output[row], expected[0], atol=0.05)  # as in the state machine
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        chunk,
+        padded,
+        replaced_keys,
+        lambda batches: batches.trim(40),
+        lambda batches: batches.extend([60]),
+        lambda batches: batches.filter_rows([1]),
+    ],
+)
+def test_a_step_that_reuses_the_one_before_sees_what_happened_in_between(monkeypatch, change):
+    monkeypatch.setattr(batch_cache, "fused_models", {1})
+    batches = Batches()
+    batches.extend([60, 66])
+    batches.filter_rows([1, 2])
+    batches.batch.model_id = 1
+    decoded(batches, 3)
+    assert batches.batch._steady > 3
+    change(batches)
+    decoded(batches, 80)  # blocks leave the windows, and the exact buffers are used up
+    batches.every_sequence_has_its_tokens()
