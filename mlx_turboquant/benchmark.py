@@ -1,5 +1,6 @@
 """Speed and memory of a model with different caches, as mlx-lm generates with them."""
 
+import gc
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -49,7 +50,9 @@ def measure(
     ``new_tokens`` are at least ``LEAST_NEW_TOKENS``. ``progress`` is called with the number of
     tokens of one sequence, after each chunk and at the end.
     """
-    end_turns()  # what an earlier prompt left there would be given back in between
+    # What earlier work left would be given back in between, and be missing from what is held.
+    end_turns()
+    gc.collect()
     mx.synchronize()
     mx.clear_cache()
     mx.reset_peak_memory()

@@ -1,5 +1,7 @@
 """What is measured; how fast anything is, no test says."""
 
+import gc
+
 import mlx.core as mx
 
 from mlx_turboquant.benchmark import Measurement, measure, median
@@ -25,6 +27,15 @@ def test_the_cache_is_that_of_all_tokens_and_all_that_is_held(random_model):
         assert measured.prefill_active <= measured.prefill_peak
         assert 0 < measured.prefill < measured.first_token
         assert 0 < measured.graph < measured.decode
+
+
+def test_garbage_that_is_collected_in_between_is_not_missing_from_what_is_held(random_model):
+    garbage = [mx.zeros(1_000_000)]
+    mx.eval(garbage)
+    garbage.append(garbage)
+    del garbage  # which only the collector frees
+    measured = measure(random_model, EXACT, PROMPTS, 20, lambda tokens: gc.collect())
+    assert measured.cache_nbytes <= measured.decode_active
 
 
 def test_progress_counts_the_tokens_of_one_sequence(random_model):
