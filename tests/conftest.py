@@ -50,7 +50,7 @@ def peak_of_growth(caches, rows: int, chunks: tuple[int, ...]) -> float:
 
     def read(count: int) -> None:
         for cache in caches:
-            new = mx.random.normal((rows, 4, count, 128))
+            new = mx.random.normal((rows, 1, count, 128))
             mx.eval(new)
             cache.update_and_fetch(new, new)
         mx.eval([cache.state for cache in caches])
