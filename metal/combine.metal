@@ -5,9 +5,9 @@
 //                 original coordinates
 //   mean          float32 (batch * heads, DIM), of the values
 //   rotation      float32: signs and matrix of the rotation of the values, see rotation.h
-//   sinks         float32 (query heads), logits without a value, unused without SINKS
 //   sizes         int32 (8): splits of packed tokens, query rows of a key head, query rows of a sequence,
 //                 query heads
+//   sinks         with SINKS: float32 (query heads), logits without a value
 //   out           T (count, DIM)
 //
 // `count` is all query rows of all heads of all sequences. A threadgroup joins one of them. Each of its
@@ -106,16 +106,18 @@ if (lane == 0) {
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
-float sink = 0.0f;
-if (SINKS) {
-  sink = sinks[query / rows % sizes[3]];
-  largest = max(largest, sink);
-}
+#if SINKS
+const float sink = sinks[query / rows % sizes[3]];
+largest = max(largest, sink);
+#endif
 for (int s = 0; s < SIMDS; s++) {
   largest = max(largest, maxima[s]);
 }
-total = SINKS ? exp(sink - largest) : 0.0f;
+total = 0.0f;
 packed = 0.0f;
+#if SINKS
+total = exp(sink - largest);
+#endif
 float weights[SIMDS];
 for (int s = 0; s < SIMDS; s++) {
   weights[s] = exp(maxima[s] - largest);

@@ -12,10 +12,10 @@
 //   exact_keys     (batch, heads, exact capacity, DIM), exact_values likewise with VALUE_DIM
 //   constants      float32: the factor of the scores (8 numbers, the first counts), levels of the keys, of
 //                  the values, signs and matrix of the rotation of the keys, see rotation.h
+//   sizes          int32 (8 + 3, or 8 + 3 for each sequence), see below
+//   mask           with MASK_ARRAY: bool or float (batch or 1, query heads or 1, rows, tokens)
 //   new_keys       (batch, heads, 1, DIM), new_values likewise, with NEW_TOKEN: the last exact token, which is
 //                  not in the exact buffers yet
-//   mask           bool or float (batch or 1, query heads or 1, rows, tokens), unused without MASK
-//   sizes          int32 (8 + 3, or 8 + 3 for each sequence), see below
 //   partial        float32 (batch * heads * GROUP_ROWS, splits, VALUE_DIM + 2): output, maximum and sum;
 //                  the maximum is a reference for the exponentials that no score exceeds by much
 //   next_keys      with NEW_TOKEN the sinks, the recent keys behind them and the new one, next_values
@@ -318,7 +318,8 @@ for (int block = first_block; block * block_size < token_count; block += block_s
       if (MASK == 1) {
         visible = visible && column <= last_column + 1 - rows + row;
       }
-      if (MASK > 1 && visible) {
+#if MASK_ARRAY
+      if (visible) {
         const long at = long(head / heads) * mask_batch_stride +
             long(head % heads * (group_rows / rows) + (first_row + r) / rows) * mask_head_stride +
             long(row) * mask_row_stride + column;
@@ -328,6 +329,7 @@ for (int block = first_block; block * block_size < token_count; block += block_s
           score += float(mask[at]);
         }
       }
+#endif
       // The value's scale counts as a part of the weight, which then fits a half.
       score = visible ? score + value_log[t] : -INFINITY;
       scores[t * ROWS + r] = score;

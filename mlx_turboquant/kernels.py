@@ -40,11 +40,11 @@ _EXACT_TOKENS = 8
 _RESTORED_TOKENS = 32
 _ATTENTION_INPUTS = (
     *("queries", "key_codes", "key_scales", "key_mean", "value_codes", "value_scales"),
-    *("exact_keys", "exact_values", "constants", "mask", "sizes"),
+    *("exact_keys", "exact_values", "constants", "sizes"),
 )
 _NEW_TOKEN_INPUTS = ("new_keys", "new_values")
 _NEW_TOKEN_OUTPUTS = ("next_keys", "next_values")
-_COMBINE_INPUTS = ("partial", "mean", "rotation", "sinks", "sizes")
+_COMBINE_INPUTS = ("partial", "mean", "rotation", "sizes")
 _QUANTIZE_PARAMETERS = ("mean", "levels", "thresholds", "gains", "signs", "matrix")
 _QUANTIZE_INPUTS = (
     *("keys", *(f"key_{name}" for name in _QUANTIZE_PARAMETERS)),
@@ -359,17 +359,22 @@ def attention_plan(target: str, scale: float, wanted: AttentionConfiguration) ->
     attend |= {"DIM": dim, "VALUE_DIM": value_dim, "ORDER": order, "POWER": power}
     attend |= {"KEY_BITS": wanted.keys.bits, "VALUE_BITS": wanted.values.bits}
     attend |= {"VALUE_STRIDE": BLOCK if wanted.shared else 1, "SIMDS": _SIMDS}
-    attend |= {"MASK": MASK_KINDS.index(wanted.mask_kind), "NEW_TOKEN": wanted.new_token}
+    mask = MASK_KINDS.index(wanted.mask_kind)
+    attend |= {"MASK": mask, "MASK_ARRAY": mask > 1, "NEW_TOKEN": wanted.new_token}
     inputs, outputs, dtypes = _ATTENTION_INPUTS, ("partial",), [mx.float32]
+    if mask > 1:
+        inputs = (*inputs, "mask")
     if wanted.new_token:
         inputs, outputs = inputs + _NEW_TOKEN_INPUTS, outputs + _NEW_TOKEN_OUTPUTS
         dtypes += [wanted.key_dtype, wanted.value_dtype]
     combine: dict[str, Constant] = {"T": wanted.query_dtype, "SINKS": wanted.sinks}
     combine |= {"DIM": value_dim, "ORDER": value_order, "POWER": value_power, "SIMDS": simds}
+    combine_inputs = (*_COMBINE_INPUTS, "sinks") if wanted.sinks else _COMBINE_INPUTS
     return AttentionPlan(
         tuple(_kernel("decode_attention", inputs, outputs, attend | {"ROWS": n}) for n in tiles),
         dtypes,
-        *(_kernel("combine", _COMBINE_INPUTS, ("out",), combine), [wanted.query_dtype]),
+        _kernel("combine", combine_inputs, ("out",), combine),
+        [wanted.query_dtype],
         _attention_constants(wanted.keys, wanted.values, scale),
         _rotation_constants(wanted.values),
         AttentionShape(value_dim, group_rows, tiles, simds),
@@ -383,12 +388,11 @@ def launch_decode_attention(plan: AttentionPlan, queries, tokens, mask, sinks) -
     """
     keys, values = tokens.keys, tokens.values
     exact, new = (tokens.exact_keys, tokens.exact_values), tokens.new or ()
-    strides = ()
-    if mask is None or isinstance(mask, str):
-        mask = plan.constants  # which is not read
-    else:
+    masks, strides = (), ()
+    if isinstance(mask, mx.array):
         batch, query_heads, rows, _ = queries.shape
         mask, strides = _mask_arguments(mask, (batch, query_heads, rows, tokens.count))
+        masks = (mask,)
     many, sizes, attend, combine_sizes, combine = _attention_launches(
         *(plan.shape, queries.shape, exact[0].shape, exact[1].shape if new else None, strides),
         *(keys.count, tokens.exact_count, tokens.sink_count, tokens.recent_start, tokens.extents),
@@ -396,16 +400,16 @@ def launch_decode_attention(plan: AttentionPlan, queries, tokens, mask, sinks) -
     partial, *following = plan.attend[many](
         inputs=[
             *(queries, keys.codes, keys.scales, keys.mean, values.codes, values.scales),
-            *(*exact, plan.constants, mask, sizes, *new),
+            *(*exact, plan.constants, sizes, *masks, *new),
         ],
         output_dtypes=plan.attend_dtypes,
         **attend,
     )
     if new:
         tokens.store(following)
-    logits = values.mean if sinks is None else sinks.astype(mx.float32)
+    logits = () if sinks is None else (sinks.astype(mx.float32),)
     return plan.combine(
-        inputs=[partial, values.mean, plan.rotation, logits, combine_sizes],
+        inputs=[partial, values.mean, plan.rotation, combine_sizes, *logits],
         output_dtypes=plan.combine_dtypes,
         **combine,
     )[0]
