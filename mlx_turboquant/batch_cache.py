@@ -109,7 +109,8 @@ class BatchTurboQuantKVCache:
 
     @keys.setter
     def keys(self, keys: mx.array) -> None:
-        self._exact[0], self._steady = keys, 0
+        self._exact[0] = keys
+        self._forget_step()
 
     @property
     def key_bits(self) -> int:
@@ -148,7 +149,8 @@ class BatchTurboQuantKVCache:
                 f"Padding of {left_padding} on the left is not possible: pad prompts on the right."
             )
         if right_padding is not None and any(right_padding):
-            self._expected, self._steady = list(lengths), 0
+            self._expected = list(lengths)
+            self._forget_step()
 
     def finalize(self) -> None:
         """The padded prompt has been read; nothing was kept of the padding."""
@@ -187,7 +189,7 @@ class BatchTurboQuantKVCache:
         """Append arrays (B, H, n, dim) of the kinds that the cache holds."""
         if self._waiting:  # in vain: this attention does not call protect
             self.limits, self._waiting = None, False
-        self._steady = 0
+        self._forget_step()
         count = new[0].shape[2]
         added = self._added(count)
         if count <= MAX_DECODE_ROWS and min(added) == count:
@@ -214,6 +216,10 @@ class BatchTurboQuantKVCache:
         start, self._end = self._end, self._end + new[0].shape[2]
         for buffer, x in zip(self._exact, new):
             buffer[:, :, start : self._end] = x
+
+    def _forget_step(self) -> None:
+        """The next step is not like the one before, whose buffers need not be kept for it."""
+        self._returned, self._steady = (), 0
 
     def _steps(self) -> int:
         """Steps of one token until a block leaves its window or the exact buffers are full."""
@@ -314,7 +320,8 @@ class BatchTurboQuantKVCache:
         most = max(self._recent)
         kept = ([x[:, :, : self.sink_tokens], _last(x, ends, most)] for x in exact)
         self._exact = [_padded(mx.concatenate(parts, axis=2), 0, _ROOM) for parts in kept]
-        self._end, self._steady = self.sink_tokens + most, 0
+        self._end = self.sink_tokens + most
+        self._forget_step()
 
     def make_mask(
         self, n: int, return_array: bool = False, window_size: int | None = None
@@ -406,7 +413,7 @@ class BatchTurboQuantKVCache:
 
     def trim(self, n: int) -> int:
         """Forget the last n tokens of each sequence (at most all). Returns how many."""
-        self._steady = 0
+        self._forget_step()
         n = min(n, max(self.lengths))
         recent = [min(n, count) for count in self._recent]
         packed = [min(n - gone, count) for gone, count in zip(recent, self._packed[0].counts)]

@@ -190,8 +190,12 @@ def test_packed_tokens_of_a_batch_are_those_of_the_caches_alone():
 
 
 @pytest.mark.parametrize("chunks", [(64,), (1,) * 33])
-def test_growing_buffers_of_all_layers_are_not_twice_in_memory(chunks):
+@pytest.mark.parametrize("fused", [set(), {1}])
+def test_growing_buffers_of_all_layers_are_not_twice_in_memory(chunks, fused, monkeypatch):
+    monkeypatch.setattr(batch_cache, "fused_models", fused)
     batches = [BatchTurboQuantKVCache.merge([TurboQuantKVCache()] * 2) for _ in range(16)]
+    for batch in batches:
+        batch.model_id = 1
     # A quarter and more if they were; those of few layers are an eighth.
     assert peak_of_growth(batches, 2, chunks) < 0.2
 
