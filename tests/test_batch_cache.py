@@ -189,8 +189,7 @@ def test_packed_tokens_of_a_batch_are_those_of_the_caches_alone():
             assert same
 
 
-@pytest.mark.parametrize("chunks", [(64,), (1,) * 33])
-@pytest.mark.parametrize("fused", [set(), {1}])
+@pytest.mark.parametrize("chunks, fused", [((64,), set()), ((1,) * 33, set()), ((1,) * 33, {1})])
 def test_growing_buffers_of_all_layers_are_not_twice_in_memory(chunks, fused, monkeypatch):
     monkeypatch.setattr(batch_cache, "fused_models", fused)
     batches = [BatchTurboQuantKVCache.merge([TurboQuantKVCache()] * 2) for _ in range(16)]
