@@ -148,7 +148,7 @@ def quantize(*blocks: Block) -> list[QuantizedVectors]:
     if supports("quantize", max(q.dim for q in quantizers), _MAX_QUANTIZE_DIM):
         if agrees(check_quantize, blocks[0].x.dtype, *quantizers):
             return _launch_quantize(*blocks)
-    return [_reference_quantize(*block) for block in blocks]
+    return [reference_quantize(*block) for block in blocks]
 
 
 def inner_product(
@@ -181,7 +181,8 @@ def token_major(
     return QuantizedVectors(codes[:, :, :count], scales[..., :count])
 
 
-def _reference_quantize(x, mean, quantizer, start, count) -> QuantizedVectors:
+def reference_quantize(x, mean, quantizer, start, count) -> QuantizedVectors:
+    """:func:`quantize` in plain MLX, for the fields of one block."""
     packed = quantizer.quantize(x[:, :, start : start + count].astype(mx.float32) - mean)
     return QuantizedVectors(packed.codes, packed.scales.astype(mx.bfloat16))
 
@@ -700,7 +701,7 @@ def check_quantize(dtype: mx.Dtype, *quantizers: TurboQuantizer) -> Agreement:
         x = block.x[:, :, start : start + count].astype(mx.float32) - block.mean
         error, expected = (
             ((block.quantizer.dequantize(p) - x) ** 2).mean().item()
-            for p in (packed, _reference_quantize(*block))
+            for p in (packed, reference_quantize(*block))
         )
         # Not max(): an error that is not a number must stay one.
         worst = mx.maximum(worst, abs(error / expected - 1)).item()

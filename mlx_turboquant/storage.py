@@ -124,6 +124,10 @@ class PackedTokens:
         """Quantize x (B, H, n, dim) and store it after the tokens that are there."""
         append_all([self], [x])
 
+    def append_without_kernels(self, x: mx.array) -> None:
+        """:meth:`append` in plain MLX."""
+        self._store(kernels.reference_quantize(*self._block(x, 0, x.shape[2])))
+
     def _block(self, x: mx.array, start: int, count: int) -> kernels.Block:
         # Protection has found that of the first tokens; after a trim to nothing others are first.
         if self.mean is None or (self.count == 0 and self.codes is not None):

@@ -121,7 +121,7 @@ def test_quantize_finds_the_codes_of_the_reference(dim, bits, dtype):
     quantizer = TurboQuantizer(dim, bits)
     x, mean = normal((2, 1, 37, dim), 1, dtype), normal((2, 1, 1, dim), 2)
     (packed,) = kernels._launch_quantize(block_of(x, mean, quantizer))
-    expected = kernels._reference_quantize(*block_of(x, mean, quantizer))
+    expected = kernels.reference_quantize(*block_of(x, mean, quantizer))
     different = (packed.codes != expected.codes).any(axis=-1)
     # Of 74 vectors; test_few_codes_differ says why, and how many.
     assert different.sum() <= {6: 2, 7: 8, 8: 25}.get(bits, 1)
@@ -143,7 +143,7 @@ def test_few_codes_differ(kernels_run, bits, fraction):
     quantizer = shared_quantizer(128, bits, 0)
     x, mean = normal((1, 2, 1000, 128), 1), mx.zeros((1, 2, 1, 128))
     (packed,) = kernels._launch_quantize(block_of(x, mean, quantizer))
-    expected = kernels._reference_quantize(*block_of(x, mean, quantizer))
+    expected = kernels.reference_quantize(*block_of(x, mean, quantizer))
     assert (packed.codes != expected.codes).any(axis=-1).mean() <= fraction
     errors = [squared_errors(quantizer, p, x).mean().item() for p in (packed, expected)]
     assert errors[0] == pytest.approx(errors[1], rel=0.01)
@@ -263,10 +263,8 @@ def cached_tokens(
 ) -> CachedTokens:
     """Two sequences of two heads: 4 sinks, ``packed`` tokens, 11 recent ones, and free space."""
     keys, values = PackedTokens(key_bits, 0, True), PackedTokens(value_bits, 0, False)
-    kernels.force_backend("reference")
-    keys.append(normal((2, 2, packed, dim), 1) + mean)
-    values.append(normal((2, 2, packed, value_dim), 2) + mean)
-    kernels.force_backend(None)
+    keys.append_without_kernels(normal((2, 2, packed, dim), 1) + mean)
+    values.append_without_kernels(normal((2, 2, packed, value_dim), 2) + mean)
     exact = [normal((2, 2, 24, width), width, dtype) for width in (dim, value_dim)]
     return CachedTokens(keys, values, *exact, exact_count=15, sink_count=4, recent_start=4)
 
@@ -552,7 +550,7 @@ def test_a_wrong_kernel_is_replaced_with_a_warning(monkeypatch, caplog, tmp_path
     quantizer = shared_quantizer(64, 4, 0)
     x, mean = normal((1, 1, 40, 64), 1), mx.ones((1, 1, 1, 64))
     (packed,) = kernels.quantize(block_of(x, mean, quantizer))  # does not compile
-    expected = kernels._reference_quantize(*block_of(x, mean, quantizer))
+    expected = kernels.reference_quantize(*block_of(x, mean, quantizer))
     assert mx.array_equal(packed.codes, expected.codes)
     tokens = cached_tokens()
     for restored, expected in zip(tokens.dense(), tokens.reference_dense()):  # runs, and is wrong
