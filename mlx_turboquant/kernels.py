@@ -440,7 +440,7 @@ def _attention_launches(
     many = heads * packed_count >= _MANY_TOKENS
     tile = attention.tiles[many]
     tiles = -(-attention.group_rows // tile)
-    fitting = 2048 // max(tile, 4)  # threadgroups that fill a GPU
+    fitting = 2048 // max(tile, _ROWS)  # threadgroups that fill a GPU
     packed_splits, exact_splits = _splits(packed_count, exact_count, fitting // (heads * tiles))
     splits = packed_splits + exact_splits
     sizes = _sizes(
