@@ -14,10 +14,11 @@ from .cache import (
     fetch,
     fused_models,
     leaving_tokens,
+    tokens_until_block,
 )
 from .constants import constant
 from .protection import Demands, Limits
-from .storage import BLOCK, BatchPackedTokens, append_rows
+from .storage import BatchPackedTokens, append_rows
 from .turns import take_turn
 
 # Room for this many new tokens in the exact buffers, which are copied when it is used up.
@@ -222,11 +223,12 @@ class BatchTurboQuantKVCache:
         self._returned, self._steady = (), 0
 
     def _steps(self) -> int:
-        """Steps of one token until a block leaves its window or the exact buffers are full."""
-        lengths = zip(self._packed[0].counts, self.lengths)
-        first = min((packed // BLOCK + 1) * BLOCK - length for packed, length in lengths)
-        until_block = first + self.sink_tokens + self.window - 1
-        return min(until_block, self._exact[0].shape[2] - self._end)
+        """Steps of one token before one that packs a block or finds the exact buffers full."""
+        until_block = min(
+            tokens_until_block(packed, sinks + recent, self.sink_tokens, self.window)
+            for packed, sinks, recent in zip(self._packed[0].counts, self._sinks, self._recent)
+        )
+        return min(until_block - 1, self._exact[0].shape[2] - self._end)
 
     @property
     def undecided(self) -> bool:

@@ -336,8 +336,8 @@ class TurboQuantKVCache:
             self._keep(self._quantize_oldest([x[:, :, :held] for x in self._exact], leaving))
         self._room = self._exact[0].shape[2] - self._held
         if not self.undecided:
-            past = self.size() - self.sink_tokens - self.window
-            until_block = (self.packed_tokens // BLOCK + 1) * BLOCK - past
+            counts = self.packed_tokens, self._held
+            until_block = tokens_until_block(*counts, self.sink_tokens, self.window)
             self._room = min(self._room, max(until_block, count))
 
     def _append_many(self, new: list[mx.array]) -> CachedTokens:
@@ -597,6 +597,15 @@ def leaving_tokens(packed: int, exact: int, sink_tokens: int, window: int) -> in
     """How many exact tokens have left the window, in whole blocks of packed tokens."""
     outside = exact - sink_tokens - window
     return max(0, (packed + outside) // BLOCK * BLOCK - packed)
+
+
+def tokens_until_block(packed: int, exact: int, sink_tokens: int, window: int) -> int:
+    """How many more exact tokens it takes until the next block of packed tokens leaves the window.
+
+    It is not positive while one has still to be packed.
+    """
+    outside = exact - sink_tokens - window
+    return (packed // BLOCK + 1) * BLOCK - (packed + outside)
 
 
 def _is_count(number: Any) -> bool:
