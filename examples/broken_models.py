@@ -171,8 +171,7 @@ def main() -> None:
         return prepare_for_device(model), tokenizer
 
     model, tokenizer = load()
-    encoded = texts.encode(tokenizer, texts.bundled_texts())
-    contexts = texts.pieces(encoded, args.context + 1, args.samples)
+    contexts = texts.contexts(tokenizer, texts.bundled_texts(), args.context + 1, args.samples)
     codecs = [
         Plain("plain", settings={}),
         preset("K4V4", window=64, protect=False),

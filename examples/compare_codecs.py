@@ -60,8 +60,7 @@ def main() -> None:
 
     model, tokenizer = mlx_lm.load(args.model)
     prepare_for_device(model)
-    encoded = texts.encode(tokenizer, texts.bundled_texts())
-    contexts = texts.pieces(encoded, args.context, args.samples)
+    contexts = texts.contexts(tokenizer, texts.bundled_texts(), args.context, args.samples)
     candidates = [arm for bits in args.bits for arm in arms(bits)]
     print("| codec | bits a value | KL |\n|---|---|---|")
     for arm, kl in zip(candidates, measure(model, contexts, args.scored, candidates)):

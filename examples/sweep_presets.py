@@ -134,8 +134,7 @@ def main() -> None:
     for name in args.models:
         model, tokenizer = mlx_lm.load(name)
         prepare_for_device(model)
-        encoded = texts.encode(tokenizer, texts.bundled_texts())
-        contexts = texts.pieces(encoded, args.context, args.samples)
+        contexts = texts.contexts(tokenizer, texts.bundled_texts(), args.context, args.samples)
         results[Path(name).name] = measure(model, contexts, args.scored, candidates)
     print_best(candidates, results, args.more)
     if args.out:

@@ -5,6 +5,7 @@ tokens go through the cache a few at a time, so that they see quantized tokens a
 leave the window.
 """
 
+import copy
 import importlib
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -16,12 +17,19 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import QuantizedKVCache
+from mlx_lm.models.cache import (
+    ArraysCache,
+    ChunkedKVCache,
+    KVCache,
+    QuantizedKVCache,
+    RotatingKVCache,
+)
 
 from .attention import MAX_DECODE_ROWS
 from .integration import check_settings, make_prompt_cache, plain_caches
 from .needle import hide_codes
-from .report import bits_per_value, cache_size
+from .report import bits_per_value, cache_size, flat_caches
+from .texts import start_tokens
 
 _mlx_lm_generate = importlib.import_module("mlx_lm.generate")
 
@@ -56,9 +64,29 @@ class Codec(NamedTuple):
             return self.mlx_lm_bits + 32 / GROUP_SIZE
         return 16.0 if self.settings is None else bits_per_value(cache)
 
+    def token_nbytes(self, cache: list[Any]) -> float:
+        """Bytes that one more token takes in the layers that hold all tokens, in a 16-bit model."""
+        return (
+            sum(_token_values(layer) for layer in flat_caches(cache))
+            * self.bits_per_value(cache)
+            / 8
+        )
+
 
 EXACT = Codec("exact")
 MLX_LM = (Codec("mlx-lm 8 bits", 8), Codec("mlx-lm 4 bits", 4))
+
+
+def _token_values(layer: Any) -> int:
+    """Values of one token, of all heads: none in layers that are bounded or hold no tokens."""
+    if hasattr(layer, "token_values"):
+        return layer.token_values
+    if isinstance(layer, QuantizedKVCache):
+        groups = (scales.shape[1] * scales.shape[3] for _, scales, _ in (layer.keys, layer.values))
+        return GROUP_SIZE * sum(groups)
+    if type(layer) is KVCache:
+        return sum(x.shape[1] * x.shape[3] for x in (layer.keys, layer.values))
+    return 0
 
 
 def preset(name: str, **settings: Any) -> Codec:
@@ -98,14 +126,16 @@ def preset(name: str, **settings: Any) -> Codec:
 class Scores:
     """What was measured of one codec; arrays are over all scored tokens, in nats.
 
-    ``bits`` are those of one more value with its share of a scale; ``bits_in_all`` what a value of
-    this text took, exact tokens and free space included (0 for the caches of mlx-lm).
+    ``bits`` are those of one more value with its share of a scale, ``token_nbytes`` the bytes of
+    one more token; ``bits_in_all`` what a value of this text took, exact tokens and free space
+    included (0 for the caches of mlx-lm).
     ``positions`` are those of the scored tokens in their text; ``departures`` has for every text
     the first of ``greedy`` tokens that is not that of the exact cache, or None.
     """
 
     codec: Codec
     bits: float = 0.0
+    token_nbytes: float = 0.0
     bits_in_all: float = 0.0
     positions: list[int] = field(default_factory=list)
     divergences: list[float] = field(default_factory=list)
@@ -120,6 +150,7 @@ class Scores:
         measured = {
             "codec": self.codec.name,
             "bits_per_value": self.bits,
+            "token_nbytes": self.token_nbytes,
             "bits_in_all": self.bits_in_all,
             "departures": self.departures,
             "failure": self.failure,
@@ -168,14 +199,76 @@ Progress = Callable[[int], Any]
 
 def read_prompt(model: nn.Module, codec: Codec, tokens: mx.array, progress: Progress) -> list[Any]:
     """A cache of ``codec`` that has read the tokens (n,) as mlx-lm reads a prompt."""
-    cache = codec.make_cache(model)
-    for start in range(0, len(tokens), CHUNK):
+    [cache] = read_first_chunk(model, [codec], tokens, progress)
+    read_on(model, codec, cache, tokens, progress)
+    return cache
+
+
+def read_first_chunk(
+    model: nn.Module, codecs: list[Codec], tokens: mx.array, progress: Progress
+) -> list[list[Any]]:
+    """A cache of each codec that has read the first chunk of a prompt, the tokens (n,).
+
+    Nothing of a first chunk is seen quantized, so that the model computes the same for all codecs:
+    it runs once.
+    """
+    caches = [codec.make_cache(model) for codec in codecs]
+    chunk = tokens[None, :CHUNK]
+    plain = plain_caches(model)
+    if all(type(layer) in (KVCache, *_STATES) for layer in plain):
+        together = [
+            _FirstChunk([cache[i] for cache in caches]) if type(layer) is KVCache else layer
+            for i, layer in enumerate(plain)
+        ]
+        model(chunk, cache=together)
+        for cache in caches:
+            cache[:] = [
+                layer if type(own) is KVCache else copy.deepcopy(own)
+                for layer, own in zip(cache, plain)
+            ]
+    else:
+        for cache in caches:
+            model(chunk, cache=cache)
+    mx.eval([layer.state for cache in caches for layer in cache])
+    progress(chunk.size * len(codecs))
+    return caches
+
+
+def read_on(
+    model: nn.Module, codec: Codec, cache: list[Any], tokens: mx.array, progress: Progress
+) -> None:
+    """Let a cache of ``codec`` that has read the first chunk of the tokens (n,) read the others."""
+    codec.after_chunk(cache)
+    mx.eval([layer.state for layer in cache])
+    for start in range(CHUNK, len(tokens), CHUNK):
         chunk = tokens[None, start : start + CHUNK]
         model(chunk, cache=cache)
         codec.after_chunk(cache)
         mx.eval([layer.state for layer in cache])
         progress(chunk.size)
-    return cache
+
+
+# Caches of layers that no codec of ours or of mlx-lm compresses: every codec has the same.
+_STATES = (ArraysCache, ChunkedKVCache, RotatingKVCache)
+
+
+class _FirstChunk:
+    """Stands for the empty caches of one layer of several codecs, and fills all of them."""
+
+    def __init__(self, caches: list[Any]):
+        self.caches = caches
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.caches[-1], name)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        *_, fetched = [cache.update_and_fetch(keys, values) for cache in self.caches]
+        return fetched
+
+    def protect(self, *arguments: Any) -> None:
+        for cache in self.caches:
+            if hasattr(cache, "protect"):
+                cache.protect(*arguments)
 
 
 def log_probabilities(
@@ -206,9 +299,10 @@ def greedy_tokens(model: nn.Module, cache: list[Any], token: int) -> Iterator[in
 class Comparison:
     """Runs the exact cache and ``codecs``, one cache at a time, and keeps the ``scores`` of each.
 
-    Besides the model there are in memory one cache and the exact log-probabilities of the scored
-    tokens of one text. A cache of mlx-lm that the model does not support is a ``failure`` of its
-    codec. ``progress`` is called with the number of tokens after each step.
+    Besides the model there are in memory one cache, the first chunk of the others, and the exact
+    log-probabilities of the scored tokens of one text. A cache of mlx-lm that the model does not
+    support is a ``failure`` of its codec. ``progress`` is called with the number of tokens after
+    each step.
     """
 
     def __init__(
@@ -227,21 +321,25 @@ class Comparison:
         exact: list[mx.array] = []
         continuation: list[int] = []
         tokens = mx.array(tokens)
-        for scores in self._working():
+        for scores, cache in self._first_chunk(tokens[: first - 1]):
             with _failure_of(scores):
-                cache = read_prompt(self.model, scores.codec, tokens[: first - 1], self.progress)
+                read_on(self.model, scores.codec, cache, tokens[: first - 1], self.progress)
                 self._score(scores, cache, tokens[first - 1 :], exact)
                 scores.positions += range(first, first + scored)
                 self._depart(scores, cache, tokens[-1].item(), continuation, greedy)
                 scores.bits = scores.codec.bits_per_value(cache)
+                scores.token_nbytes = scores.codec.token_nbytes(cache)
                 if scores.codec.settings is not None:
                     size = cache_size(cache)
                     scores.bits_in_all = 16 * size.nbytes / size.fp16_nbytes
 
-    def _working(self) -> Iterator[Scores]:
-        for scores in self.scores:
-            if scores.failure is None:
-                yield scores
+    def _first_chunk(self, tokens: mx.array) -> Iterator[tuple[Scores, list[Any]]]:
+        """What has not failed, each with a cache that has read the first chunk of the tokens."""
+        working = [scores for scores in self.scores if scores.failure is None]
+        codecs = [scores.codec for scores in working]
+        caches = read_first_chunk(self.model, codecs, tokens, self.progress)
+        while caches:
+            yield working.pop(0), caches.pop(0)
             mx.clear_cache()
 
     def _score(
@@ -270,10 +368,10 @@ class Comparison:
 
     def needle(self, tokenizer, prompt: list[int], code: str, length: int, depth: float) -> None:
         """Let every codec go on after a passkey prompt; the first six digits must be the code."""
-        for scores in self._working():
+        tokens = mx.array(prompt[:-1])
+        for scores, cache in self._first_chunk(tokens):
             with _failure_of(scores):
-                tokens = mx.array(prompt[:-1])
-                cache = read_prompt(self.model, scores.codec, tokens, self.progress)
+                read_on(self.model, scores.codec, cache, tokens, self.progress)
                 continuation = greedy_tokens(self.model, cache, prompt[-1])
                 found = _first_code(tokenizer, islice(continuation, REPLY_TOKENS)) == code
                 scores.needles.append(Needle(length, depth, found))
@@ -287,12 +385,15 @@ def passkey_prompt(
 
     With ``chat`` it is the message of a user (and a little longer).
     """
-    prompt, code = hide_codes(tokenizer, text, length, depth=depth, seed=seed)
+    start = start_tokens(tokenizer)
+    prompt, code = hide_codes(tokenizer, text, length - len(start), depth=depth, seed=seed)
     if chat:
         message = {"role": "user", "content": tokenizer.decode(prompt) + " which six digits?"}
         prompt = tokenizer.apply_chat_template(
             [message], add_generation_prompt=True, enable_thinking=False
         )
+    else:
+        prompt = start + prompt
     return list(prompt), code
 
 

@@ -31,22 +31,47 @@ def read_texts(paths: Iterable[Path]) -> list[str]:
 
 
 def encode(tokenizer, texts: Iterable[str]) -> list[list[int]]:
-    """The tokens of each text, without a warning that it is longer than the model's context."""
-    return [list(tokenizer.encode(text, verbose=False)) for text in texts]
+    """The tokens of each text, without those that a model expects before it.
+
+    There is no warning that a text is longer than the model's context.
+    """
+    return [list(tokenizer.encode(text, add_special_tokens=False, verbose=False)) for text in texts]
 
 
-def pieces(texts: list[list[int]], length: int, count: int) -> list[list[int]]:
+def start_tokens(tokenizer) -> list[int]:
+    """The tokens that a model expects before every text: for most none, for Gemma ``<bos>``."""
+    [bare] = encode(tokenizer, ["a"])
+    whole = list(tokenizer.encode("a"))
+    return whole[: whole.index(bare[0])]
+
+
+def contexts(
+    tokenizer, texts: list[str], length: int, count: int, name: str = "The text"
+) -> list[list[int]]:
+    """Up to ``count`` contexts of ``length`` tokens: :func:`pieces` after the model's start tokens.
+
+    Raises:
+        ValueError: all texts together, which the message calls ``name``, are too short.
+    """
+    start = start_tokens(tokenizer)
+    cut = pieces(encode(tokenizer, texts), length - len(start), count, name)
+    return [start + piece for piece in cut]
+
+
+def pieces(
+    texts: list[list[int]], length: int, count: int, name: str = "The text"
+) -> list[list[int]]:
     """Up to ``count`` pieces of ``length`` tokens: the first of every text, then the second, ...
 
     Where no text is long enough, of all texts one after the other.
 
     Raises:
-        ValueError: all texts together are too short.
+        ValueError: all texts together, which the message calls ``name``, are too short.
     """
     total = sum(map(len, texts))
     if total < length:
         raise ValueError(
-            f"The text has {total} tokens and {length} are needed: "
+            f"{name} has {total:,} tokens and {length:,} are needed: "
             "give a longer text or ask for a shorter context."
         )
     if max(map(len, texts)) < length:

@@ -227,7 +227,7 @@ def test_evaluate_prints_a_table_and_writes_json_and_pictures(tmp_path):
         (("--kv-bits", "4", "quip:4"), "Codec 'quip' is not known: use one of affine"),
         (("--kv-bits", "prod:1", "--model", "missing"), "with 1 bit has no first stage"),
         (("--kv-window", "-1"), "A window of -1 is not possible"),
-        (("--context", "10000000"), "tokens and 10000001 are needed: give a longer text"),
+        (("--context", "10000000"), "tokens and 10,000,001 are needed: give a longer text"),
         (("--context", "100"), "256 scored tokens are not fewer than the context of 100"),
         (("--samples", "0"), "--samples is 0: use 1 or more."),
         (("--needle-lengths", "40"), "ask for a longer prompt"),

@@ -161,7 +161,7 @@ def test_presets_of_other_codecs_have_no_protection():
 def test_qjl_hurts_attention(tiny_lm):
     """Keys alone, with values of our codec, at the same bits."""
     model, tokenizer = tiny_lm
-    [tokens] = texts.pieces(texts.encode(tokenizer, texts.bundled_texts()[1:2]), 600, 1)
+    [tokens] = texts.contexts(tokenizer, texts.bundled_texts()[1:2], 600, 1)
     names = ("K3V3", "prod+turboquant:3", "qjl+turboquant:3")
     comparison = Comparison(model, [preset(name, protect=False, **SHORT) for name in names])
     comparison.text(tokens, 128)

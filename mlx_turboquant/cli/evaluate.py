@@ -33,9 +33,9 @@ def main(arguments: list[str]) -> None:
         model, tokenizer = mlx_lm.load(args.model, lazy=True)
     if args.chat and not tokenizer.has_chat_template:
         raise ValueError(f"The tokenizer of {args.model} has no chat template: leave out --chat.")
-    encoded = texts.encode(tokenizer, contents)
-    contexts = texts.pieces(encoded, args.context + 1, args.samples)
-    prompts = _passkey_prompts(tokenizer, [token for text in encoded for token in text], args)
+    name = ", ".join(map(str, args.text)) if args.text else "The bundled text"
+    contexts = texts.contexts(tokenizer, contents, args.context + 1, args.samples, name)
+    prompts = _passkey_prompts(tokenizer, contents, args)
     # The exact log-probabilities, those of a codec, and what is computed of both.
     check_memory(model, 12 * args.scored * tokenizer.vocab_size)
     for codec in codecs:
@@ -121,8 +121,9 @@ def _check_numbers(args: argparse.Namespace) -> None:
         )
 
 
-def _passkey_prompts(tokenizer, text: list[int], args: argparse.Namespace) -> list[tuple]:
+def _passkey_prompts(tokenizer, contents: list[str], args: argparse.Namespace) -> list[tuple]:
     """(prompt, code, length, depth) for each question."""
+    text = [token for tokens in texts.encode(tokenizer, contents) for token in tokens]
     depths = [i / max(args.needle_depths - 1, 1) for i in range(args.needle_depths)]
     prompts = []
     for length in args.needle_lengths:

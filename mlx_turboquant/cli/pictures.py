@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 _COLUMNS = (
-    *("cache", "bits", "KL mean", "median", "99 %", "perplexity", "top-1", "departs"),
-    "codes found",
+    *("cache", "bits", "bytes/token", "KL mean", "median", "99 %", "perplexity", "top-1"),
+    *("departs", "codes found"),
 )
 
 
@@ -24,8 +24,8 @@ def print_table(result: dict[str, Any]) -> None:
     table = Table(
         title=f"{result['texts']} texts of {result['context']:,} tokens, "
         f"the last {result['scored']} decoded; KL in nats",
-        caption="bits: of one more value, scales included. top-1: same most probable token. "
-        "departs: first greedy token that is not that of the exact cache.",
+        caption="bits, bytes: of one more value and token, scales included. top-1: same most "
+        "probable token. departs: first greedy token that is not that of the exact cache.",
         box=SIMPLE,
     )
     for column in _COLUMNS:
@@ -52,6 +52,7 @@ def _cells(codec: dict[str, Any], greedy: int) -> list[str]:
     return [
         codec["codec"],
         f"{codec['bits_per_value']:.2f}",
+        f"{codec['token_nbytes']:,.0f}",
         *(f"{codec[key]:.5f}" for key in ("kl_mean", "kl_median", "kl_p99")),
         f"{codec['perplexity']:.3f}",
         f"{codec['top1_agreement']:.1%}",
