@@ -1,5 +1,6 @@
 # make demo    a trained model finds a code hidden in a 4 000-token text, with a 4-bit cache
 # make test    lint, format check and the whole test suite
+# make test-real    tests on three real models, downloaded once; MODEL=smollm2-135m takes one of them
 # Both set up .venv first. PYTHON picks the interpreter; EXTRAS=cuda the CUDA build of MLX.
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ EXTRAS ?= openblas
 RUN = $(BIN)/python
 endif
 
-.PHONY: demo test format clean
+.PHONY: demo test test-real format clean
 
 demo: .venv/ready
 	$(RUN) examples/find_code.py
@@ -25,6 +26,9 @@ test: .venv/test-ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest -n 2
+
+test-real: .venv/test-ready
+	$(RUN) -m pytest -m real -k "$(MODEL)"
 
 format: .venv/test-ready
 	$(BIN)/ruff check --fix .

@@ -1,4 +1,4 @@
-"""A trained model finds a code hidden in a long text, with a compressed cache.
+"""A trained model looks for a code hidden in a long text, with three caches side by side.
 
     python examples/find_code.py --bits 4 --tokens 4000
 
@@ -8,15 +8,22 @@ The text is the source of a module of Python's standard library, with four lines
 
 import argparse
 import sys
+from itertools import islice
 from pathlib import Path
 
+import mlx.core as mx
 import mlx_lm
+from rich.box import SIMPLE
+from rich.table import Table
 
-from mlx_turboquant import cache_size, make_prompt_cache
 from mlx_turboquant.cli.loading import prepare_for_device
+from mlx_turboquant.cli.results import print_rich
+from mlx_turboquant.evaluate import EXACT, MLX_LM, greedy_tokens, preset, read_first_chunk, read_on
 from mlx_turboquant.needle import answer, hide_codes
 
 TINY_LM = Path(__file__).parent / "tiny-lm"
+# How far the caches go on after the question, and how much of that is printed.
+_REPLY_TOKENS, _SHOWN_TOKENS = 96, 24
 
 
 def standard_library_tokens(tokenizer, count: int) -> list[int]:
@@ -33,27 +40,42 @@ def standard_library_tokens(tokenizer, count: int) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=str(TINY_LM))
-    parser.add_argument("--bits", type=float, default=4)
+    parser.add_argument("--bits", default="4", help="of our cache (default: 4)")
     parser.add_argument("--tokens", type=int, default=4000, help="length of the prompt")
     parser.add_argument("--seed", type=int, default=0, help="which codes are hidden, and where")
     args = parser.parse_args()
 
+    ours = preset(args.bits)
     model, tokenizer = mlx_lm.load(args.model)
     prepare_for_device(model)
     text = standard_library_tokens(tokenizer, args.tokens)
     prompt, code = hide_codes(tokenizer, text, args.tokens, seed=args.seed)
-    print(f"Reading {len(prompt):,} tokens with a {args.bits:g}-bit cache ...", flush=True)
-    print(tokenizer.decode(prompt).splitlines()[-1], end="", flush=True)
-    cache = make_prompt_cache(model, args.bits)
-    reply = ""
-    for response in mlx_lm.stream_generate(
-        model, tokenizer, prompt, max_tokens=10, prompt_cache=cache
-    ):
-        reply += response.text
-    reply = reply.splitlines()[0].strip()
-    print(f" {reply}\nCache: {cache_size(cache)}")
-    found = reply == answer(code).strip()
-    print(f"The hidden code was {code}: {'found' if found else 'NOT found'}.")
+    codecs = {"exact": EXACT, MLX_LM[1].name: MLX_LM[1], f"mlx_turboquant {ours.name}": ours}
+    print(f"Reading {len(prompt):,} tokens of Python, in which four codes are hidden ...")
+    print(f"The last line: {tokenizer.decode(prompt).splitlines()[-1]}", flush=True)
+
+    tokens = mx.array(prompt[:-1])
+    headers = ("cache", "bytes a token", "code", "as the exact cache", "the words there")
+    table = Table(*headers, box=SIMPLE)
+    caches = read_first_chunk(model, list(codecs.values()), tokens, lambda count: None)
+    exact: list[int] = []
+    for (name, codec), cache in zip(codecs.items(), caches):
+        read_on(model, codec, cache, tokens, lambda count: None)
+        reply = list(islice(greedy_tokens(model, cache, prompt[-1]), _REPLY_TOKENS))
+        exact = exact or reply
+        found = tokenizer.decode(reply).startswith(answer(code))
+        differs = (one != other for one, other in zip(reply, exact))
+        same = next((i for i, is_other in enumerate(differs) if is_other), len(reply))
+        shown = tokenizer.decode(reply[-_SHOWN_TOKENS:]).strip()
+        table.add_row(
+            name,
+            f"{codec.token_nbytes(cache):,.0f}",
+            "found" if found else "lost",
+            f"for {same} tokens",
+            shown,
+        )
+    print_rich(table)
+    print(f"The hidden code was {code}.")
     sys.exit(0 if found else 1)
 
 

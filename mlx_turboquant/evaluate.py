@@ -367,7 +367,10 @@ class Comparison:
         self.progress(greedy)
 
     def needle(self, tokenizer, prompt: list[int], code: str, length: int, depth: float) -> None:
-        """Let every codec go on after a passkey prompt; the first six digits must be the code."""
+        """Let every codec go on after a passkey prompt; the first six digits must be the code.
+
+        Where the exact cache does not find it, the others are not asked.
+        """
         tokens = mx.array(prompt[:-1])
         for scores, cache in self._first_chunk(tokens):
             with _failure_of(scores):
@@ -376,6 +379,10 @@ class Comparison:
                 found = _first_code(tokenizer, islice(continuation, REPLY_TOKENS)) == code
                 scores.needles.append(Needle(length, depth, found))
                 self.progress(REPLY_TOKENS)
+                if scores.codec is EXACT and not found:
+                    unread = max(len(tokens) - CHUNK, 0) + REPLY_TOKENS
+                    self.progress((len(self.scores) - 1) * unread)
+                    return
 
 
 def passkey_prompt(

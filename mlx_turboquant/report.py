@@ -3,6 +3,7 @@
 import logging
 from typing import Any, NamedTuple
 
+from .kernels import BLOCK
 from .protection import relative_error
 
 _WHY_NOT = {
@@ -18,18 +19,22 @@ _log = logging.getLogger("mlx_turboquant")
 
 
 class CacheSize(NamedTuple):
-    """What a prompt cache holds. ``fp16_nbytes`` is what its tokens would take in 16 bits."""
+    """What a prompt cache holds. ``fp16_nbytes`` is what its tokens would take in 16 bits.
+
+    ``unpacked`` is how many tokens stay exact before the first are packed, if none are yet, else 0.
+    """
 
     tokens: int
     nbytes: int
     fp16_nbytes: int
+    unpacked: int = 0
 
     def __str__(self) -> str:
+        held = f"{self.tokens:,} tokens, {self.nbytes / 1e6:,.2f} MB"
+        if self.unpacked:
+            return f"{held} (nothing is packed yet: the first {self.unpacked} tokens stay exact)"
         ratio = self.fp16_nbytes / max(self.nbytes, 1)
-        return (
-            f"{self.tokens:,} tokens, {self.nbytes / 1e6:,.2f} MB "
-            f"(fp16: {self.fp16_nbytes / 1e6:,.2f} MB, ratio {ratio:.2f})"
-        )
+        return f"{held} (fp16: {self.fp16_nbytes / 1e6:,.2f} MB, ratio {ratio:.2f})"
 
 
 class LayerKind(NamedTuple):
@@ -82,10 +87,14 @@ class CacheReport(NamedTuple):
 def cache_size(cache: list[Any]) -> CacheSize:
     """Tokens and bytes of a prompt cache; layers that are not compressed count as they are."""
     layers = flat_caches(cache)
+    compressed = [layer for layer in layers if hasattr(layer, "packed_tokens")]
+    packed = any(layer.packed_tokens for layer in compressed)
+    exact = max((x.sink_tokens + x.window + BLOCK - 1 for x in compressed), default=0)
     return CacheSize(
         max((layer.size() for layer in layers), default=0),
         sum(layer.nbytes for layer in layers),
         sum(getattr(layer, "fp16_nbytes", layer.nbytes) for layer in layers),
+        0 if packed else exact,
     )
 
 

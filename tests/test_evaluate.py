@@ -4,17 +4,21 @@ import mlx_lm
 import numpy as np
 import pytest
 from conftest import variant
+from tiny_families import FAMILIES, tiny_model
 
-from mlx_turboquant import texts
+from mlx_turboquant import disable, texts
 from mlx_turboquant.cli.loading import check_memory, device_nbytes
 from mlx_turboquant.evaluate import (
+    EXACT,
     MLX_LM,
+    REPLY_TOKENS,
     Comparison,
     Needle,
     Scores,
     divergence,
     passkey_prompt,
     preset,
+    read_first_chunk,
 )
 
 TOKENS = mx.random.randint(0, 128, (301,), key=mx.random.key(5)).tolist()
@@ -52,6 +56,8 @@ def test_fewer_bits_are_farther_away(random_model):
     means = [each.summary()["kl_mean"] for each in scores]
     assert means == sorted(means) and means[0] == 0 and means[1] > 0
     assert [each.bits for each in scores] == [16, 8.25, 4.75, 2.75, 1.25]
+    values = 2 * 2 * 2 * 64  # keys and values of two heads in two layers
+    assert [each.token_nbytes for each in scores] == [values * each.bits / 8 for each in scores]
     assert all(each.bits_in_all > each.bits for each in scores[1:])
 
 
@@ -65,6 +71,7 @@ def test_the_caches_of_mlx_lm_are_quantized(random_model):
     eight, four = compare(random_model, *MLX_LM)[1:]
     assert 0 < eight.summary()["kl_mean"] < four.summary()["kl_mean"]
     assert [eight.bits, four.bits] == [8.5, 4.5]
+    assert [eight.token_nbytes, four.token_nbytes] == [512 * 8.5 / 8, 512 * 4.5 / 8]
 
 
 def test_a_model_that_mlx_lm_cannot_quantize_fails_in_its_line_only(random_model):
@@ -107,8 +114,9 @@ def test_a_code_is_found_with_four_bits_and_not_without_the_text(tiny_lm):
     comparison = Comparison(model, [preset("4")])
     comparison.needle(tokenizer, prompt, code, 500, 0.5)
     comparison.needle(tokenizer, prompt[-20:], code, 20, 1)
-    for scores in comparison.scores:
-        assert scores.needles == [Needle(500, 0.5, True), Needle(20, 1, False)]
+    exact, ours = (scores.needles for scores in comparison.scores)
+    assert exact == [Needle(500, 0.5, True), Needle(20, 1, False)]
+    assert ours == exact[:1]  # and where the exact cache finds nothing, none is asked
 
 
 def test_a_question_in_a_chat_is_the_message_of_a_user(tiny_lm):
@@ -132,6 +140,14 @@ def test_progress_counts_every_token_of_a_text(random_model):
     comparison = Comparison(random_model, [preset("4")], counted.append)
     comparison.text(TOKENS, 100, 7)
     assert sum(counted) == 2 * (len(TOKENS) - 1 + 7)
+
+
+def test_progress_counts_a_code_that_the_exact_cache_does_not_find(tiny_lm):
+    model, tokenizer = tiny_lm
+    counted = []
+    comparison = Comparison(model, [preset("4"), preset("2")], counted.append)
+    comparison.needle(tokenizer, tokenizer.encode("import os\n"), "123456", 5, 0)
+    assert sum(counted) == 3 * (len(tokenizer.encode("import os\n")) - 1 + REPLY_TOKENS)
 
 
 @pytest.mark.parametrize(
@@ -188,3 +204,17 @@ def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_read():
 
     with pytest.raises(ValueError, match=r"does not fit: it needs [\d,.]+ GB and this machine has"):
         check_memory(Large())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_first_chunk_that_is_read_once_for_all_caches_leaves_what_each_would_have_read(family):
+    model = tiny_model(family)
+    tokens = mx.random.randint(0, 512, (90,), key=mx.random.key(1))
+    codecs = [EXACT, *([preset("4", **SHORT)] if family != "deepseek_v32" else [])]
+    together = read_first_chunk(model, codecs, tokens[:80], lambda count: None)
+    for codec, shared in zip(codecs, together):
+        alone = codec.make_cache(model)
+        model(tokens[None, :80], cache=alone)
+        expected, logits = (model(tokens[None, 80:], cache=cache) for cache in (alone, shared))
+        assert mx.array_equal(logits, expected)
+    disable(model)

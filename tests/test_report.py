@@ -45,6 +45,16 @@ def test_the_report_counts_every_byte_of_the_cache(mixed):
     assert report.kinds[0].fp16_nbytes == 2 * 300 * 2 * 2 * 64 * 2
 
 
+def test_a_cache_of_which_nothing_is_packed_yet_says_how_many_tokens_stay_exact():
+    """Four sinks, a window of 16, and a block of 32 that is not complete."""
+    short = str(cache_size([filled(TurboQuantKVCache(4, 4, window=16), 51)]))
+    assert short.startswith("51 tokens,") and "ratio" not in short
+    assert short.endswith("MB (nothing is packed yet: the first 51 tokens stay exact)")
+    longer = str(cache_size([filled(TurboQuantKVCache(4, 4, window=16), 52)]))
+    assert "ratio" in longer and "exact" not in longer
+    assert "ratio 1.00" in str(cache_size([filled(KVCache(), 10)]))
+
+
 def test_the_report_is_an_aligned_table(mixed):
     lines = str(cache_report(mixed)).splitlines()
     assert len(lines) == 4

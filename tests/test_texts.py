@@ -2,7 +2,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_turboquant.texts import bundled_texts, encode, pieces, read_texts
+from mlx_turboquant.texts import (
+    bundled_texts,
+    contexts,
+    encode,
+    pieces,
+    read_texts,
+    start_tokens,
+)
 
 
 def test_the_bundled_texts_are_prose_and_source_and_long(tiny_lm):
@@ -30,6 +37,23 @@ def test_pieces_have_their_length_and_do_not_overlap(sizes, length, count):
 
 def test_every_text_gives_its_first_piece_before_one_gives_a_second():
     assert pieces([[1, 2, 3, 4], [5, 6]], 2, 3) == [[1, 2], [5, 6], [3, 4]]
+
+
+class WithStart:
+    """A tokenizer of characters that begins a text with token 1, as Gemma's does with <bos>."""
+
+    def encode(self, text, add_special_tokens=True, verbose=True):
+        return [1] * add_special_tokens + [ord(character) for character in text]
+
+
+def test_every_context_begins_with_the_start_tokens_of_the_model(tiny_lm):
+    assert start_tokens(WithStart()) == [1] and start_tokens(tiny_lm[1]) == []
+    assert contexts(WithStart(), ["abcdefg"], 4, 3) == [[1, *b"abc"], [1, *b"def"]]
+
+
+def test_a_text_that_is_too_short_is_named():
+    with pytest.raises(ValueError, match="book.txt has 3 tokens and 4 are needed: give a longer"):
+        contexts(WithStart(), ["abc"], 5, 1, "book.txt")
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path):

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE
 from rich.table import Table
 
-from .pictures import print_rich
+from .results import print_rich
 
 _COLUMNS = (
     *("context", "cache", "prefill tok/s", "first token s", "decode tok/s", "cache MB"),

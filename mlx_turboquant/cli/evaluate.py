@@ -28,7 +28,6 @@ def main(arguments: list[str]) -> None:
         from tqdm import tqdm
 
         from . import pictures
-    args.out.mkdir(parents=True, exist_ok=True)
     with model_errors(args.model):
         model, tokenizer = mlx_lm.load(args.model, lazy=True)
     if args.chat and not tokenizer.has_chat_template:
@@ -40,6 +39,7 @@ def main(arguments: list[str]) -> None:
     check_memory(model, 12 * args.scored * tokenizer.vocab_size)
     for codec in codecs:
         codec.make_cache(model)  # refuses a model that it cannot have, before weights are read
+    args.out.mkdir(parents=True, exist_ok=True)
     prepare_for_device(model)
     mx.eval(model.parameters())
     comparison = Comparison(model, [*MLX_LM, *codecs])
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--greedy",
         type=int,
-        default=128,
+        default=64,
         help="Tokens after a text in which to look for the first departure (default: %(default)s)",
     )
     add(

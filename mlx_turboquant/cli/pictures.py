@@ -1,14 +1,16 @@
 """The table and the pictures of an evaluation."""
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
+
+from .results import print_rich
 
 _COLUMNS = (
     *("cache", "bits", "bytes/token", "KL mean", "median", "99 %", "perplexity", "top-1"),
@@ -29,21 +31,14 @@ def print_table(result: dict[str, Any]) -> None:
         box=SIMPLE,
     )
     for column in _COLUMNS:
-        table.add_column(column, justify="left" if column == "cache" else "right")
+        is_name = column == "cache"
+        table.add_column(column, justify="left" if is_name else "right", no_wrap=is_name)
     for codec in result["codecs"]:
         if codec["failure"] is not None:
             table.add_row(codec["codec"], f"not possible: {codec['failure']}")
         else:
             table.add_row(*_cells(codec, result["greedy"]))
     print_rich(table)
-
-
-def print_rich(table: Table, width: int = 110) -> None:
-    """Print a table, in lines of ``width`` where that is a file or a pipe."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = width
-    console.print(table)
 
 
 def _cells(codec: dict[str, Any], greedy: int) -> list[str]:
@@ -97,17 +92,22 @@ def _needles(codecs: list[dict[str, Any]]) -> Figure:
     """Share of codes found over length and depth, a panel for every codec."""
     columns = min(4, len(codecs))
     rows = -(-len(codecs) // columns)
+    # The exact cache was asked for all of them, the others where it found the code.
+    lengths, depths = (
+        sorted({n[key] for n in codecs[0]["needles"]}) for key in ("length", "depth")
+    )
     figure = Figure(figsize=(2.6 * columns + 0.8, 2.4 * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[len(codecs) :]:
         axis.axis("off")
     for axis, codec in zip(axes.flat, codecs):
         needles = codec["needles"]
-        lengths, depths = (sorted({n[key] for n in needles}) for key in ("length", "depth"))
         grid = [[_share(needles, length, depth) for length in lengths] for depth in depths]
         image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         for row, column in itertools.product(range(len(depths)), range(len(lengths))):
-            axis.text(column, row, f"{grid[row][column]:.0%}", ha="center", va="center", fontsize=7)
+            share = grid[row][column]
+            label = "" if math.isnan(share) else f"{share:.0%}"
+            axis.text(column, row, label, ha="center", va="center", fontsize=7)
         axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=7)
         axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=7)
         axis.set_title(codec["codec"], fontsize=9)
@@ -118,5 +118,6 @@ def _needles(codecs: list[dict[str, Any]]) -> Figure:
 
 
 def _share(needles: list[dict[str, Any]], length: int, depth: float) -> float:
+    """The share of codes found; not a number where none was asked for."""
     found = [n["found"] for n in needles if (n["length"], n["depth"]) == (length, depth)]
-    return sum(found) / len(found)
+    return sum(found) / len(found) if found else math.nan

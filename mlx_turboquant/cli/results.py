@@ -11,6 +11,8 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm import __version__ as mlx_lm_version
+from rich.console import Console
+from rich.table import Table
 
 from .. import __version__
 
@@ -37,6 +39,14 @@ def machine() -> dict[str, Any]:
         "mlx_lm": mlx_lm_version,
         "version": __version__,
     }
+
+
+def print_rich(table: Table, width: int = 120) -> None:
+    """Print a table, in lines of ``width`` where that is a file or a pipe."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = width
+    console.print(table)
 
 
 def write_results(

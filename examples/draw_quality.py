@@ -1,0 +1,129 @@
+"""The first picture of the README and the tables of docs/quality.md, from files of `evaluate`.
+
+    python examples/draw_quality.py docs/quality/*.json --out docs
+
+Each file is an evaluation.json under the name of its model. Prints a table in Markdown for each of
+them and writes a picture of all of them side by side, for light and for dark pages.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Prefixes of the names that `evaluate` gives to caches; "" is ours.
+_METHODS = {"mlx-lm ": "mlx-lm", "mse ": "TurboQuant_mse (paper)", "": "mlx_turboquant"}
+
+
+class Theme(NamedTuple):
+    """Colours of a page: its background, its text, and one for each of ``_METHODS``."""
+
+    background: str
+    text: str
+    methods: tuple[str, str, str]
+
+
+_THEMES = {
+    "light": Theme("#ffffff", "#1f2328", ("#c4600a", "#6e5fb8", "#0a7f5a")),
+    "dark": Theme("#0d1117", "#e6edf3", ("#f0a04b", "#b3a5f5", "#3fd09b")),
+}
+
+
+def method_of(codec: dict[str, Any]) -> tuple[str, str]:
+    """The name of the method of a cache, and its bits."""
+    prefix = next(prefix for prefix in _METHODS if codec["codec"].startswith(prefix))
+    return _METHODS[prefix], codec["codec"].removeprefix(prefix).removesuffix(" bits")
+
+
+def table(name: str, result: dict[str, Any]) -> str:
+    """The caches of one model in Markdown; perplexity as its change."""
+    exact, *others = result["codecs"]
+    lines = [
+        f"| {name} | KL | 99 % | perplexity (exact {exact['perplexity']:.2f}) | top-1 "
+        f"| bytes a token (fp16 {exact['token_nbytes']:,.0f}) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for codec in others:
+        method, bits = method_of(codec)
+        if codec["failure"] is not None:
+            lines.append(f"| {method} {bits} bits | not possible: {codec['failure']} | | | | |")
+            continue
+        change = codec["perplexity"] / exact["perplexity"] - 1
+        numbers = (f"{codec[key]:.2g}" for key in ("kl_mean", "kl_p99"))
+        cells = (*numbers, f"{change:+.1%}", f"{codec['top1_agreement']:.1%}")
+        lines.append(
+            f"| {method} {bits} bits | {' | '.join(cells)} | {codec['token_nbytes']:,.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, dict[str, Any]], theme: Theme) -> Figure:
+    """Divergence against bytes a token, a panel for each model."""
+    figure = Figure(figsize=(6 * len(results), 5.6), layout="constrained")
+    figure.set_facecolor(theme.background)
+    axes = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    for axis, (name, result) in zip(axes, results.items()):
+        _panel(axis, name, result, theme)
+    axes[0].set_ylabel("divergence from the exact cache (nats)", color=theme.text)
+    figure.supxlabel("bytes a token, relative to a 16-bit cache", color=theme.text, fontsize=16)
+    return figure
+
+
+def _panel(axis: Axes, name: str, result: dict[str, Any], theme: Theme) -> None:
+    exact, *others = result["codecs"]
+    for method, colour in zip(_METHODS.values(), theme.methods):
+        codecs = [c for c in others if method_of(c)[0] == method and c["failure"] is None]
+        sizes = [codec["token_nbytes"] / exact["token_nbytes"] for codec in codecs]
+        divergences = [codec["kl_mean"] for codec in codecs]
+        ours = method == _METHODS[""]
+        width, size = (3, 9) if ours else (1.8, 8)
+        axis.plot(sizes, divergences, "o-", color=colour, lw=width, ms=size, label=method)
+        for codec, x, y in zip(codecs, sizes, divergences):
+            offset, align = ((-9, -9), "right") if ours else ((9, 4), "left")
+            axis.annotate(
+                method_of(codec)[1],
+                (x, y),
+                offset,
+                textcoords="offset points",
+                ha=align,
+                va="center",
+                color=colour,
+                fontsize=14,
+                fontweight="bold",
+            )
+    axis.set_title(name, color=theme.text, fontsize=17)
+    axis.set(yscale="log", xlim=(0.08, 0.62))
+    axis.xaxis.set_major_formatter("{x:.0%}")
+    axis.set_facecolor(theme.background)
+    axis.tick_params(colors=theme.text, which="both", labelsize=14)
+    axis.yaxis.label.set_size(16)
+    axis.grid(alpha=0.25)
+    for spine in axis.spines.values():
+        spine.set_color(theme.text)
+        spine.set_alpha(0.4)
+    legend = axis.legend(
+        loc="upper right", fontsize=13, labelcolor=theme.text, facecolor=theme.background
+    )
+    legend.get_frame().set_alpha(0.7)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("files", nargs="+", type=Path, help="evaluation.json of each model")
+    parser.add_argument("--out", type=Path, help="folder of quality-light.png and quality-dark.png")
+    args = parser.parse_args()
+    results = {file.stem: json.loads(file.read_text()) for file in args.files}
+    for name, result in results.items():
+        print(table(name, result), end="\n\n")
+    if args.out is not None:
+        matplotlib.use("agg")
+        for kind, theme in _THEMES.items():
+            draw(results, theme).savefig(args.out / f"quality-{kind}.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
