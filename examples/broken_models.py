@@ -174,7 +174,7 @@ def main() -> None:
     contexts = texts.contexts(tokenizer, texts.bundled_texts(), args.context + 1, args.samples)
     codecs = [
         Plain("plain", settings={}),
-        preset("K4V4", window=64, protect=False),
+        preset("K4V4", window=64),
         preset("4", window=64),
     ]
     print(

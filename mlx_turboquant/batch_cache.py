@@ -9,15 +9,12 @@ from .attention import MAX_DECODE_ROWS, CachedTokens, Extent, visible_columns
 from .cache import (
     Fetched,
     TurboQuantKVCache,
-    choose_bits,
-    demands_of,
     fetch,
     fused_models,
     leaving_tokens,
     tokens_until_block,
 )
 from .constants import constant
-from .protection import Demands, Limits
 from .storage import BatchPackedTokens, append_rows
 from .turns import take_turn
 
@@ -54,9 +51,6 @@ class BatchTurboQuantKVCache:
         self._recent = [0] * len(packed[0].counts)
         # How many tokens of each sequence are still to come while a padded prompt is read.
         self._expected: list[int] | None = None
-        self.limits: Limits | None = None
-        self.demands: Demands | None = None
-        self._waiting = False
         self.shared = False
         self.model_id: int | None = None
         self.layer: int | None = None
@@ -79,11 +73,9 @@ class BatchTurboQuantKVCache:
 
     @classmethod
     def _of_one(cls, cache: TurboQuantKVCache) -> "BatchTurboQuantKVCache":
-        cache.settle()
         packed = [BatchPackedTokens.join([store]) for store in cache._packed]
         row = cls(packed, cache.window, cache.sink_tokens)
-        row.shared, row.limits, row.demands = cache.shared, cache.limits, cache.demands
-        row.model_id, row.layer = cache.model_id, cache.layer
+        row.shared, row.model_id, row.layer = cache.shared, cache.model_id, cache.layer
         if not cache.empty():
             row._sinks = [cache.sink_tokens if cache.packed_tokens else 0]
             row._recent = [cache.exact_tokens - row._sinks[0]]
@@ -188,8 +180,6 @@ class BatchTurboQuantKVCache:
 
     def _append(self, new: list[mx.array]) -> CachedTokens:
         """Append arrays (B, H, n, dim) of the kinds that the cache holds."""
-        if self._waiting:  # in vain: this attention does not call protect
-            self.limits, self._waiting = None, False
         self._forget_step()
         count = new[0].shape[2]
         added = self._added(count)
@@ -203,9 +193,7 @@ class BatchTurboQuantKVCache:
         tokens = self._tokens(exact, end, [recent + count for recent in self._recent])
         self._recent = [recent + new for recent, new in zip(self._recent, added)]
         ends = [end - count + new for new in added]
-        self._waiting = self.undecided and any(map(self._leaving, range(len(ends))))
-        if not self.undecided:
-            self._pack(exact, ends)
+        self._pack(exact, ends)
         if exact is not self._exact:
             self._keep(exact, ends)
             # Left to the end of the chunk, all layers would grow their packed buffers at once.
@@ -229,31 +217,6 @@ class BatchTurboQuantKVCache:
             for packed, sinks, recent in zip(self._packed[0].counts, self._sinks, self._recent)
         )
         return min(until_block - 1, self._exact[0].shape[2] - self._end)
-
-    @property
-    def undecided(self) -> bool:
-        """Whether the bits are still to be chosen."""
-        return self.limits is not None and self._packed[0].codes is None
-
-    def protect(self, queries: mx.array, scale: float, mask: None | str | mx.array) -> None:
-        """As that of :class:`.TurboQuantKVCache`; the longest sequence decides for all."""
-        if not self._waiting:
-            return
-        self._waiting = False
-        row = max(range(len(self._recent)), key=self._recent.__getitem__)
-        rows, recent = slice(row, row + 1), self._recent[row]
-        exact = [x[rows, :, self._end - recent : self._end] for x in self._exact]
-        if isinstance(mask, mx.array) and type(mask) is not CausalMask:
-            mask = mask[rows if mask.shape[0] > 1 else slice(None), ..., -recent:]
-        elif mask is not None:
-            mask = "causal"
-        span = (self.sink_tokens, self._leaving(row))
-        demanded, _ = demands_of(exact, span, queries[rows], scale, mask)
-        self.demands = Demands(*demanded.tolist())
-        choose_bits(self._packed, self.limits, self.demands, exact)
-        ends = [self._end] * len(self._recent)
-        self._pack(self._exact, ends)
-        self._keep(self._exact, ends)
 
     def _leaving(self, row: int) -> int:
         """How many exact tokens of a sequence have left the window, in whole blocks."""
@@ -367,17 +330,19 @@ class BatchTurboQuantKVCache:
         """
         settings, others = (
             (
-                *(x.limits or (x.key_bits, x.value_bits)),
-                *(x.window, x.sink_tokens, x._packed[0].seed),
+                x.key_bits,
+                x.value_bits,
+                x.window,
+                x.sink_tokens,
+                x._packed[0].seed,
             )
             for x in (self, other)
         )
         if settings != others:
             raise ValueError(
                 f"Caches with different settings cannot be batched: {others} beside {settings} "
-                "(bits of keys and values or their limits, window, sinks, seed): use the same."
+                "(bits of keys and values, window, sinks, seed): use the same."
             )
-        self.demands = self.demands or other.demands
         end = max(self._end, other._end)
         exact = []
         for like in self._exact or other._exact:
@@ -409,8 +374,7 @@ class BatchTurboQuantKVCache:
         ]
         packed = [store.row(row) for store in self._packed]
         cache = kind.holding(packed, exact, self.window, self.sink_tokens)
-        cache.shared, cache.limits, cache.demands = self.shared, self.limits, self.demands
-        cache.model_id, cache.layer = self.model_id, self.layer
+        cache.shared, cache.model_id, cache.layer = self.shared, self.model_id, self.layer
         return cache
 
     def trim(self, n: int) -> int:
@@ -448,6 +412,12 @@ class BatchTurboQuantKVCache:
     def fp16_nbytes(self) -> int:
         """Bytes that a dense 16-bit cache, as long as the longest sequence, takes."""
         return sum(2 * x.size // x.shape[2] * self.size() for x in self._exact)
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes that one more packed token of a sequence takes."""
+        pairs = zip(self._exact, self._packed)
+        return sum(x.shape[1] * store.vector_nbytes(x.shape[3]) for x, store in pairs)
 
     @property
     def state(self) -> tuple[mx.array | None, ...]:

@@ -8,7 +8,6 @@ import mlx.core as mx
 
 from .attention import MAX_DECODE_ROWS, CachedTokens
 from .codebook import check_bits
-from .protection import Demands, Limits, error_demands
 from .storage import (
     BLOCK,
     CAPACITY_UNIT,
@@ -16,7 +15,6 @@ from .storage import (
     append_all,
     check_state,
     check_vectors,
-    mean_and_deviations,
 )
 from .turns import end_turns, take_turn
 
@@ -86,8 +84,6 @@ class TurboQuantKVCache:
         max_size: Tokens to hold at most: then the oldest block after the sinks is forgotten. None
             keeps all.
         seed: Of the random rotation.
-        limits: Errors for which the cache chooses its bits when it quantizes its first tokens, if
-            the attention calls :meth:`protect`; until then it has ``key_bits`` and ``value_bits``.
 
     Raises:
         ValueError: an argument outside these ranges.
@@ -102,7 +98,6 @@ class TurboQuantKVCache:
         sink_tokens: int = DEFAULT_SINK_TOKENS,
         max_size: int | None = None,
         seed: int = 0,
-        limits: Limits | None = None,
     ):
         check_bits(key_bits)
         check_bits(value_bits)
@@ -112,11 +107,6 @@ class TurboQuantKVCache:
         self.window = window
         self.sink_tokens = sink_tokens
         self.max_size = max_size
-        self.limits = limits
-        self._demands: Demands | None = None
-        # Whether the first tokens wait for the attention to show its queries, and what these say.
-        self._waiting = False
-        self._demanded: mx.array | None = None
         self.offset = 0
         self.forgotten = 0
         self._packed = [
@@ -185,39 +175,21 @@ class TurboQuantKVCache:
     @property
     def key_bits(self) -> int:
         """Bits per value of the packed keys."""
-        self.settle()
         return self._packed[0].bits
 
     @property
     def value_bits(self) -> int:
         """Bits per value of the packed values."""
-        self.settle()
         return self._packed[-1].bits
-
-    @property
-    def demands(self) -> Demands | None:
-        """What the first tokens demanded, where the bits were chosen by that."""
-        self.settle()
-        return self._demands
-
-    @demands.setter
-    def demands(self, demands: Demands | None) -> None:
-        self._demands = demands
 
     @property
     def packed_tokens(self) -> int:
         """Tokens that are quantized."""
-        self.settle()
         return self._packed[0].count
 
     @property
     def exact_tokens(self) -> int:
         """Tokens that are held in the model's dtype: sinks and recent ones."""
-        self.settle()
-        return self._held
-
-    @property
-    def _held(self) -> int:
         return self.offset - self.forgotten - self._packed[0].count
 
     @property
@@ -267,45 +239,9 @@ class TurboQuantKVCache:
 
     def _append(self, new: list[mx.array]) -> CachedTokens:
         """Append arrays (B, H, n, dim) of the kinds that the cache holds."""
-        self.settle()
-        if self._waiting:  # in vain: this attention does not call protect
-            self.limits, self._waiting = None, False
-        few = new[0].shape[2] <= MAX_DECODE_ROWS
-        tokens = self._append_few(new) if few else self._append_many(new)
-        if self.limits is not None:
-            self._waiting = self.undecided and self._leaving() > 0
-        return tokens
-
-    @property
-    def undecided(self) -> bool:
-        """Whether the bits are still to be chosen."""
-        return self.limits is not None and self._packed[0].codes is None
-
-    def protect(self, queries: mx.array, scale: float, mask: None | str | mx.array) -> None:
-        """Look at what the first tokens demand, if these are to be quantized now.
-
-        Attention calls this after each step with its queries (B, query_heads, L, dim) and the
-        scale and mask of its scores. The bits are chosen when the cache is used next: by then the
-        demands have been computed beside other layers.
-        """
-        if not self._waiting:
-            return
-        self._waiting = False
-        exact = [x[:, :, : self._held] for x in self._exact]
-        span = (self.sink_tokens, self._leaving())
-        self._demanded, means = demands_of(exact, span, queries, scale, mask)
-        for store, mean in zip(self._packed, means):
-            store.mean = mean
-        mx.async_eval(self._demanded, means)
-
-    def settle(self) -> None:
-        """Choose the bits and quantize the first tokens, if their demands have been looked at."""
-        if self._demanded is None:
-            return
-        self._demands, self._demanded = Demands(*self._demanded.tolist()), None
-        choose_bits(self._packed, self.limits, self._demands, self._exact)
-        exact = [x[:, :, : self._held] for x in self._exact]
-        self._keep(self._quantize_oldest(exact, self._leaving()))
+        if new[0].shape[2] <= MAX_DECODE_ROWS:
+            return self._append_few(new)
+        return self._append_many(new)
 
     def _append_few(self, new: list[mx.array]) -> CachedTokens:
         """Write into the exact buffers, or let the attention do it, after making room there."""
@@ -331,25 +267,23 @@ class TurboQuantKVCache:
 
     def _make_room(self, count: int) -> None:
         """Pack what has left the window, and let the exact buffers have ``count`` free places."""
-        leaving, held = 0 if self.undecided else self._leaving(), self._held
+        leaving, held = self._leaving(), self.exact_tokens
         if leaving or held + count > self._exact[0].shape[2]:
             self._keep(self._quantize_oldest([x[:, :, :held] for x in self._exact], leaving))
-        self._room = self._exact[0].shape[2] - self._held
-        if not self.undecided:
-            counts = self.packed_tokens, self._held
-            until_block = tokens_until_block(*counts, self.sink_tokens, self.window)
-            self._room = min(self._room, max(until_block, count))
+        counts = self.packed_tokens, self.exact_tokens
+        until_block = tokens_until_block(*counts, self.sink_tokens, self.window)
+        self._room = min(self._exact[0].shape[2] - self.exact_tokens, max(until_block, count))
 
     def _append_many(self, new: list[mx.array]) -> CachedTokens:
         """Quantize what leaves the window at once: a long chunk never enters the exact buffers."""
         take_turn(new, self.layer == 0)
         self.offset += new[0].shape[2]
         if self._exact:
-            held = self._held - new[0].shape[2]
+            held = self.exact_tokens - new[0].shape[2]
             pairs = zip(self._exact, new)
             new = [mx.concatenate([buffer[:, :, :held], x], axis=2) for buffer, x in pairs]
         tokens = self._tokens(new)
-        leaving = 0 if self.undecided else self._leaving()
+        leaving = self._leaving()
         self._keep(self._quantize_oldest(new, leaving))
         if leaving:
             # Left to the end of the chunk, all layers would grow their packed buffers at once.
@@ -358,7 +292,7 @@ class TurboQuantKVCache:
 
     def _tokens(self, exact: list[mx.array], gap: int = 0) -> CachedTokens:
         """All tokens. In the exact buffers a ``gap`` of packed ones may follow the sinks."""
-        count = self._held
+        count = self.exact_tokens
         # Snapshots: a chunk that is packed in the same call must not be seen packed by it.
         if self._views is None:
             self._views = [store.view() for store in self._packed]
@@ -367,7 +301,7 @@ class TurboQuantKVCache:
         return CachedTokens(keys, values, exact[0], exact[-1], count + gap, sinks, sinks + gap)
 
     def _leaving(self) -> int:
-        counts = self.packed_tokens, self._held
+        counts = self.packed_tokens, self.exact_tokens
         return leaving_tokens(*counts, self.sink_tokens, self.window)
 
     def _quantize_oldest(self, exact: list[mx.array], leaving: int) -> list[mx.array]:
@@ -407,10 +341,9 @@ class TurboQuantKVCache:
 
     def trim(self, n: int) -> int:
         """Forget the last n tokens (at most all); packed tokens stay packed. Returns how many."""
-        self.settle()
         n = min(n, self.offset) if self.is_trimmable() else 0
-        sinks = min(self._held, self.sink_tokens)
-        recent = self._held - sinks
+        sinks = min(self.exact_tokens, self.sink_tokens)
+        recent = self.exact_tokens - sinks
         packed = min(max(n - recent, 0), self.packed_tokens)
         for store in self._packed:
             store.count -= packed
@@ -433,7 +366,6 @@ class TurboQuantKVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of everything that is held, free space in the buffers included."""
-        self.settle()
         return sum(x.nbytes for x in (*self._exact, *self._packed))
 
     @property
@@ -449,7 +381,6 @@ class TurboQuantKVCache:
     @property
     def token_nbytes(self) -> int:
         """Bytes that one more packed token takes."""
-        self.settle()
         pairs = zip(self._exact, self._packed)
         return sum(math.prod(x.shape[:2]) * store.vector_nbytes(x.shape[3]) for x, store in pairs)
 
@@ -470,7 +401,7 @@ class TurboQuantKVCache:
             return None if n == 1 else "causal"
         if self._exact and n <= MAX_DECODE_ROWS:
             self._make_room(n)  # now, because it changes the order of a limited cache
-        sinks = min(self._held, self.sink_tokens)
+        sinks = min(self.exact_tokens, self.sink_tokens)
         positions = [
             mx.arange(sinks),
             self._packed[0].order() + sinks + self.forgotten,
@@ -483,16 +414,13 @@ class TurboQuantKVCache:
     @property
     def state(self) -> tuple[Any, ...]:
         """All settings, counts and arrays, without free space; what ``from_state`` takes."""
-        self.settle()
-        count, first = self._held, self._packed[0]
+        count, first = self.exact_tokens, self._packed[0]
         exact = [x[:, :, :count] for x in self._exact] or [None] * len(self._packed)
         return (
             *(self.key_bits, self.value_bits, self.window, self.sink_tokens, self.seed),
             *(
                 self.max_size,
                 self.shared,
-                self.limits,
-                self.demands,
                 self.offset,
                 self.forgotten,
                 first.count,
@@ -504,15 +432,14 @@ class TurboQuantKVCache:
 
     @state.setter
     def state(self, state: tuple[Any, ...]) -> None:
-        settings, counts, arrays = state[:9], state[9:13], state[13:]
-        check_state(len(settings) == 9 and len(counts) == 4, f"it has {len(state)} parts")
-        *bits, window, sink_tokens, seed, max_size, shared, limits, demands = settings
+        settings, counts, arrays = state[:7], state[7:11], state[11:]
+        check_state(len(settings) == 7 and len(counts) == 4, f"it has {len(state)} parts")
+        *bits, window, sink_tokens, seed, max_size, shared = settings
         numbers = (*bits, window, sink_tokens, *counts, *([] if max_size is None else [max_size]))
         check_state(all(map(_is_count, numbers)), "a number is none of tokens or bits")
         check_state(type(seed) is int and seed >= 0, f"a seed of {seed}")
         self.__init__(*bits, window=window, sink_tokens=sink_tokens, max_size=max_size, seed=seed)
         self.shared = bool(shared)
-        self.limits, self.demands = _numbers(limits, Limits), _numbers(demands, Demands)
         kinds = len(self._packed)
         check_state(len(arrays) == 4 * kinds, f"it has {len(state)} parts")
         self.offset, self.forgotten, count, oldest = counts
@@ -567,32 +494,6 @@ def can_store(exact: list[mx.array]) -> bool:
     return short and len(exact) == 2 and all(x.shape[3] % 8 == 0 for x in exact)
 
 
-def demands_of(
-    exact: list[mx.array], span: tuple[int, int], queries: mx.array, scale: float, mask: Any
-) -> tuple[mx.array, list[mx.array]]:
-    """:func:`.protection.error_demands` of keys and values (B, H, n, dim), and their means, lazily.
-
-    Those from ``span[0]`` on, ``span[1]`` in number, are to be quantized.
-    """
-    alike = len({x.shape for x in exact}) == 1
-    # Keys and values at once: half the launches.
-    groups = [x.astype(mx.float32) for x in ([mx.concatenate(exact)] if alike else exact)]
-    means, squared = zip(*(mean_and_deviations(x, *span) for x in groups))
-    parts = len(exact) // len(groups)
-    exact, means, squared = (
-        [part for x in arrays for part in mx.split(x, parts)] for arrays in (groups, means, squared)
-    )
-    ends = (squared[0], squared[-1])
-    return error_demands(queries, exact[0], exact[-1], ends, scale, mask), means
-
-
-def choose_bits(stores: list[PackedTokens], limits: Limits, demands: Demands, exact: list) -> None:
-    """Give the stores, which are empty, the bits that their first tokens demand."""
-    bits = limits.bits(demands, exact[0].shape[-1], exact[-1].shape[-1])
-    for store, chosen in zip(stores, bits if len(stores) == 2 else [max(bits)]):
-        store.bits = chosen
-
-
 def leaving_tokens(packed: int, exact: int, sink_tokens: int, window: int) -> int:
     """How many exact tokens have left the window, in whole blocks of packed tokens."""
     outside = exact - sink_tokens - window
@@ -610,15 +511,3 @@ def tokens_until_block(packed: int, exact: int, sink_tokens: int, window: int) -
 
 def _is_count(number: Any) -> bool:
     return type(number) is int and 0 <= number <= _LARGEST
-
-
-def _numbers(saved: Any, kind: type) -> Any:
-    """``kind`` of the numbers of a saved state, or None."""
-    if saved is None:
-        return None
-    fits = isinstance(saved, list | tuple) and len(saved) == len(kind._fields)
-    check_state(fits and all(type(x) in (int, float) for x in saved), "its limits are none")
-    numbers = kind(*saved)
-    if kind is Limits:
-        check_state(all(x in range(1, 9) for x in numbers[2:]), "its limits are none")
-    return numbers

@@ -86,6 +86,12 @@ def distortion(dim: int, levels: np.ndarray) -> float:
 
 
 @cache
+def relative_error(dim: int, bits: int) -> float:
+    """D(b): the mean squared error of a unit vector of ``dim`` values at ``bits`` bits."""
+    return distortion(dim, codebook(dim, bits).levels)
+
+
+@cache
 def level_polynomial(dim: int, bits: int) -> tuple[float, float, float]:
     """Coefficients (a, b, c) of the levels as an odd polynomial of an odd integer.
 

@@ -26,9 +26,11 @@ from mlx_lm.models.cache import (
 )
 
 from .attention import MAX_DECODE_ROWS
-from .integration import check_settings, make_prompt_cache, plain_caches
+from .compressible import plain_caches
+from .integration import make_cache_of
 from .needle import hide_codes
 from .report import bits_per_value, cache_size, flat_caches
+from .settings import AUTO, Settings
 from .texts import start_tokens
 
 _mlx_lm_generate = importlib.import_module("mlx_lm.generate")
@@ -36,7 +38,6 @@ _mlx_lm_generate = importlib.import_module("mlx_lm.generate")
 # mlx-lm reads prompts in chunks of this size, and quantizes its own cache in these groups.
 CHUNK = 2048
 GROUP_SIZE = 64
-_AUTO = "auto"
 # A reply may begin with some words before the code.
 REPLY_TOKENS = 32
 
@@ -46,13 +47,21 @@ class Codec(NamedTuple):
 
     name: str
     mlx_lm_bits: int | None = None
-    settings: dict[str, Any] | None = None
+    settings: Settings | None = None
+
+    @property
+    def needs_profile(self) -> bool:
+        """Whether bits are chosen by what calibration found out about the model."""
+        settings = self.settings
+        if settings is None or settings.codec is not None or settings.uniform:
+            return False
+        return None in (settings.key_bits, settings.value_bits)
 
     def make_cache(self, model: nn.Module) -> list[Any]:
         """An empty prompt cache."""
         if self.settings is None:
             return plain_caches(model)
-        return make_prompt_cache(model, **self.settings)
+        return make_cache_of(model, self.settings)
 
     def after_chunk(self, cache: list[Any]) -> None:
         """What mlx-lm does after every chunk of a prompt: its own cache is quantized then."""
@@ -103,7 +112,7 @@ def preset(name: str, **settings: Any) -> Codec:
     if split:
         key_bits, value_bits = map(int, split.groups())
         bits = {"key_bits": key_bits, "value_bits": value_bits}
-    elif bits_name == _AUTO:
+    elif bits_name == AUTO:
         bits = {"bits": bits_name}
     elif re.fullmatch(r"\d(\.\d*)?", bits_name):
         bits = {"bits": float(bits_name)}
@@ -112,14 +121,13 @@ def preset(name: str, **settings: Any) -> Codec:
             f"{name!r} is not a preset: use bits as 4 or 3.5, a split as K5V3, or auto, "
             "or another codec and its bits as prod:4."
         )
-    without = () if bits_name == _AUTO else ("kl_budget",)
+    without = () if bits_name == AUTO else ("kl_budget",)
     if colon:
         bits["codec"] = codec
-        without += ("protect",)
+        without += ("uniform",)
     settings = {key: value for key, value in settings.items() if key not in without}
-    check_settings(**bits, **settings)
-    label = bits_name if bits_name == _AUTO else bits_name.upper() if split else f"{bits_name} bits"
-    return Codec(f"{codec} {label}".strip(), settings={**bits, **settings})
+    label = bits_name if bits_name == AUTO else bits_name.upper() if split else f"{bits_name} bits"
+    return Codec(f"{codec} {label}".strip(), settings=Settings(**bits, **settings))
 
 
 @dataclass
@@ -264,11 +272,6 @@ class _FirstChunk:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         *_, fetched = [cache.update_and_fetch(keys, values) for cache in self.caches]
         return fetched
-
-    def protect(self, *arguments: Any) -> None:
-        for cache in self.caches:
-            if hasattr(cache, "protect"):
-                cache.protect(*arguments)
 
 
 def log_probabilities(

@@ -1,6 +1,5 @@
 """Prompt-cache files: mlx-lm's own format, checked before and after mlx-lm reads it."""
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,11 +7,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.models import cache as mlx_lm_cache
 
 from . import files
 from .cache import TurboQuantKVCache
+from .compressible import plain_caches
 from .files import (
     NO_CHECKSUM,
     check_versions,
@@ -22,13 +21,14 @@ from .files import (
     safetensors_path,
     write_whole,
 )
-from .integration import connect, enabled_settings, plain_caches
+from .integration import connect, enabled_settings
 from .latent_cache import TurboQuantLatentCache
+from .profile import fingerprint
 from .quantizer import CODEC_VERSION
 from .storage import check_state, check_vectors
 
 # Changes whenever the state of a cache is written in another way.
-FORMAT_VERSION = "2"
+FORMAT_VERSION = "3"
 
 _KNOWN_CACHES = {
     cache.__name__: cache
@@ -132,19 +132,6 @@ def check_fingerprint(file: str | Path, expected: str | None, model: nn.Module) 
         )
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A hash of the model's configuration and of its vectors (norm weights and biases).
-
-    The same for a model and its dequantized form, because vectors are not quantized.
-    """
-    digest = hashlib.sha256(repr(getattr(model, "args", type(model).__name__)).encode())
-    for name, parameter in sorted(tree_flatten(model.parameters())):
-        if parameter.ndim == 1:
-            digest.update(name.encode())
-            digest.update(bytes(memoryview(parameter.astype(mx.float32))))
-    return digest.hexdigest()
-
-
 def _saved_metadata(file: Path, header: dict[str, Any]) -> dict[str, str]:
     """The caller's metadata, of a file that this version can read."""
     texts = header["__metadata__"].items()
@@ -196,10 +183,10 @@ def _check_model(file: Path, cache: list[Any], seeds: str, model: nn.Module) -> 
     if len(cache) != len(expected):
         raise damaged(file, f"{len(cache)} caches for {len(expected)} layers")
     settings = enabled_settings(model)
-    if settings is not None and seeds not in ("", str(settings.get("seed", 0))):
+    if settings is not None and seeds not in ("", str(settings.seed)):
         raise ValueError(
             f"{file} was saved with seed {seeds}, the model is enabled with seed "
-            f"{settings.get('seed', 0)}: enable it with the seed of the file."
+            f"{settings.seed}: enable it with the seed of the file."
         )
 
 

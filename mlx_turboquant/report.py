@@ -3,8 +3,11 @@
 import logging
 from typing import Any, NamedTuple
 
+import mlx.nn as nn
+
+from .allocation import Layer, expected_divergence
+from .choice import choice_of
 from .kernels import BLOCK
-from .protection import relative_error
 
 _WHY_NOT = {
     "RotatingKVCache": "sliding window, bounded already",
@@ -38,34 +41,45 @@ class CacheSize(NamedTuple):
 
 
 class LayerKind(NamedTuple):
-    """Layers whose caches are of one kind. ``key_bits`` is None if they are not compressed."""
+    """Layers whose caches are of one class. ``bits`` is None if they are not compressed.
+
+    Otherwise it is the mean number of bits of their values, without scales.
+    """
 
     cache: str
     layers: int
-    key_bits: int | None
-    value_bits: int | None
+    bits: float | None
     remark: str
     nbytes: int
     fp16_nbytes: int
 
     def columns(self) -> tuple[str, ...]:
-        """As text: cache, layers, bits of keys and values, megabytes, those in 16 bits, remark."""
-        bits = "exact" if self.key_bits is None else f"K{self.key_bits} V{self.value_bits}"
+        """As text: cache, layers, bits, megabytes, those in 16 bits, remark."""
+        bits = "exact" if self.bits is None else f"{self.bits:.4g}"
         sizes = (f"{nbytes / 1e6:,.2f}" for nbytes in (self.nbytes, self.fp16_nbytes))
         return (self.cache, str(self.layers), bits, *sizes, self.remark)
 
 
 class CacheReport(NamedTuple):
-    """The size of a prompt cache, its layers by kind, and which have more bits than asked for."""
+    """The size of a prompt cache, its layers by kind, and the bits of the compressed ones.
+
+    ``token_nbytes`` is what one more token takes in compressed layers. ``divergence`` is what these
+    bits are expected to do to the output, in nats, and ``heaviest`` the sides of layers that make
+    most of it; both are empty without a profile of the model.
+    """
 
     size: CacheSize
     kinds: list[LayerKind]
-    raised: list[str]
+    key_bits: list[int]
+    value_bits: list[int]
+    token_nbytes: int
+    divergence: float | None = None
+    heaviest: list[str] | None = None
 
     @property
     def compressed_layers(self) -> int:
         """How many caches of layers are compressed."""
-        return sum(kind.layers for kind in self.kinds if kind.key_bits is not None)
+        return len(self.key_bits)
 
     def __str__(self) -> str:
         rows = [("cache", "layers", "bits", "MB", "MB in fp16", "")]
@@ -78,10 +92,15 @@ class CacheReport(NamedTuple):
             ).rstrip()
             for row in rows
         ]
-        lines += self.raised
         if not self.compressed_layers:
-            lines.append("Nothing is compressed.")
-        return "\n".join(lines)
+            return "\n".join([*lines, "Nothing is compressed."])
+        for name, bits in (("keys", self.key_bits), ("values", self.value_bits)):
+            lines.append(f"bits of {name:7} {' '.join(map(str, bits))}")
+        line = f"{self.token_nbytes:,} bytes a token"
+        if self.divergence is not None:
+            line += f", expected divergence {self.divergence:.2g} nats"
+            line += f", most of it from {', '.join(self.heaviest)}"
+        return "\n".join([*lines, line])
 
 
 def cache_size(cache: list[Any]) -> CacheSize:
@@ -105,59 +124,60 @@ def bits_per_value(cache: list[Any]) -> float:
     return 8 * sum(layer.token_nbytes for layer in layers) / max(values, 1)
 
 
-def cache_report(cache: list[Any]) -> CacheReport:
-    """What a prompt cache, a list of one cache per layer, holds; warns if nothing is compressed."""
-    groups: dict[tuple, list[Any]] = {}
+def cache_report(cache: list[Any], model: nn.Module | None = None) -> CacheReport:
+    """What a prompt cache, a list of one cache per layer, holds; warns if nothing is compressed.
+
+    With its ``model``, if that has a profile, also what its bits are expected to do to the output.
+    """
+    groups: dict[str, list[Any]] = {}
     for layer in flat_caches(cache):
-        bits = getattr(layer, "key_bits", None), getattr(layer, "value_bits", None)
-        groups.setdefault((type(layer).__name__, *bits), []).append(layer)
-    kinds = [_kind(*key, layers) for key, layers in groups.items()]
-    raised = [line for i, layer in enumerate(flat_caches(cache)) for line in _raised(i, layer)]
-    report = CacheReport(cache_size(cache), kinds, raised)
-    if not report.compressed_layers:
-        names = ", ".join(kind.cache for kind in kinds) or "none"
+        groups.setdefault(type(layer).__name__, []).append(layer)
+    compressed = [layer for layer in flat_caches(cache) if hasattr(layer, "packed_tokens")]
+    report = CacheReport(
+        cache_size(cache),
+        [_kind(name, layers) for name, layers in groups.items()],
+        [layer.key_bits for layer in compressed],
+        [layer.value_bits for layer in compressed],
+        sum(layer.token_nbytes for layer in compressed),
+    )
+    if not compressed:
+        names = ", ".join(groups) or "none"
         _log.warning("No layer of this cache is compressed (its caches: %s).", names)
-    return report
+    expected = None if model is None else choice_of(model).expected
+    if expected is None or len(expected) != len(compressed):
+        return report
+    bits = list(zip(report.key_bits, report.value_bits))
+    return report._replace(
+        divergence=expected_divergence(expected, bits), heaviest=_heaviest(expected, bits)
+    )
 
 
-def _kind(name: str, key_bits: int | None, value_bits: int | None, layers: list[Any]) -> LayerKind:
-    if key_bits is None:
-        remark = _WHY_NOT.get(name, "a kind that is left as it is")
-    else:
+def _kind(name: str, layers: list[Any]) -> LayerKind:
+    compressed = hasattr(layers[0], "packed_tokens")
+    if compressed:
         packed, exact = layers[-1].packed_tokens, layers[-1].exact_tokens
         remark = f"{packed:,} tokens a layer packed, {exact:,} exact"
+    else:
+        remark = _WHY_NOT.get(name, "a kind that is left as it is")
     size = cache_size(layers)
-    return LayerKind(name, len(layers), key_bits, value_bits, remark, size.nbytes, size.fp16_nbytes)
+    bits = _mean_bits(layers) if compressed else None
+    return LayerKind(name, len(layers), bits, remark, size.nbytes, size.fp16_nbytes)
 
 
-def _raised(index: int, layer: Any) -> list[str]:
-    """Why keys and values of a layer have more bits than the fewest, or need more than eight."""
-    if getattr(layer, "demands", None) is None:
-        return []
-    limits, demands, stores = layer.limits, layer.demands, layer._packed
-    sides = (
-        ("keys", "divergence of the weights", limits.key_bits, demands.keys, limits.keys),
-        ("values", "error of the outputs", limits.value_bits, demands.values, limits.values),
-    )
-    lines = []
-    for store, (side, what, least, demand, limit) in zip(stores, sides):
-        if store.codes is None:
-            continue
-        dim, bits = store.mean.shape[-1], store.bits
-        expected, remaining = (demand * relative_error(dim, b) for b in (least, bits))
-        if bits > least:
-            lines.append(
-                f"layer {index}: {side} have {bits} bits, not {least}, at which the expected "
-                f"{what} is {expected:.2g} and may be {limit:.2g}: "
-                f"{store.nbytes_above(least) / 1e6:,.2f} MB more"
-            )
-        if remaining > limit:
-            lines.append(
-                f"layer {index}: {side} are not good enough at {bits} bits either: the expected "
-                f"{what} is {remaining:.2g} and may be {limit:.2g}, so measure with "
-                "`mlx_turboquant evaluate` whether this model can be compressed"
-            )
-    return lines
+def _mean_bits(layers: list[Any]) -> float:
+    """The mean of key and value bits; layers of one model have as many keys as values."""
+    return sum(layer.key_bits + layer.value_bits for layer in layers) / (2 * len(layers))
+
+
+def _heaviest(layers: list[Layer], bits: list[tuple[int, int]]) -> list[str]:
+    """The three sides from which most of the expected divergence comes."""
+    shares = [
+        (side.divergences[b], f"{name} of layer {i}")
+        for i, (layer, pair) in enumerate(zip(layers, bits))
+        for name, side, b in zip(("keys", "values"), layer, pair)
+        if side is not None
+    ]
+    return [name for _, name in sorted(shares, reverse=True)[:3]]
 
 
 def flat_caches(cache: list[Any]) -> list[Any]:

@@ -46,17 +46,6 @@ def removable_mean(x: mx.array) -> mx.array:
     return mx.where(energy > _MEAN_ENERGY * variance, mean, 0)
 
 
-def mean_and_deviations(x: mx.array, start: int, count: int) -> tuple[mx.array, mx.array]:
-    """The :func:`removable_mean` c of ``count`` tokens of x (B, H, n, dim), and |x - c|^2 of them.
-
-    The tokens begin at ``start``. The deviations are float32 (B, H, n), zero for the others.
-    """
-    block = x[:, :, start : start + count].astype(mx.float32)
-    mean = removable_mean(block)
-    squared = _squared_distance(block, mean).sum(axis=-1)
-    return mean, mx.pad(squared, [(0, 0), (0, 0), (start, x.shape[2] - start - count)])
-
-
 @partial(mx.compile, shapeless=True)
 def _squared_distance(x: mx.array, y: mx.array) -> mx.array:
     difference = x - y
@@ -69,7 +58,7 @@ class PackedTokens:
     With ``interleaved`` (keys), ``codes`` are uint32 (B, H, capacity / 32, words, 32): 32 lanes
     that score one token each read 32 consecutive words. Without (values) they are
     (B, H, capacity, words). ``scales`` are (B, H, capacity) in bfloat16, which no finite
-    input can overflow. ``mean`` is float32 (B, H, 1, dim), fixed with the first tokens, or before.
+    input can overflow. ``mean`` is float32 (B, H, 1, dim), fixed with the first tokens.
     """
 
     def __init__(self, bits: int, seed: int, interleaved: bool):
@@ -113,13 +102,6 @@ class PackedTokens:
         """Bytes that one stored vector takes: the packed words and a bfloat16 scale."""
         return 4 * words_per_vector(dim, self.bits) + 2
 
-    def nbytes_above(self, bits: int) -> int:
-        """Bytes of the buffers that ``bits`` bits per value would not have taken."""
-        if self.codes is None:
-            return 0
-        fewer, more = (words_per_vector(self.mean.shape[-1], b) for b in (bits, self.bits))
-        return self.codes.nbytes * (more - fewer) // more
-
     def append(self, x: mx.array) -> None:
         """Quantize x (B, H, n, dim) and store it after the tokens that are there."""
         append_all([self], [x])
@@ -129,8 +111,7 @@ class PackedTokens:
         self._store(kernels.reference_quantize(*self._block(x, 0, x.shape[2])))
 
     def _block(self, x: mx.array, start: int, count: int) -> kernels.Block:
-        # Protection has found that of the first tokens; after a trim to nothing others are first.
-        if self.mean is None or (self.count == 0 and self.codes is not None):
+        if self.count == 0:
             self.mean = removable_mean(x[:, :, start : start + count])
         return kernels.Block(x, self.mean, self.quantizer, start, count)
 
@@ -180,21 +161,6 @@ class PackedTokens:
         """The reconstructed tokens (B, H, count, dim), in plain MLX."""
         restored = self.quantizer.rotation.invert(self.rotated_values()) + self.mean
         return restored.astype(dtype)
-
-    def at_bits(self, bits: int) -> "PackedTokens":
-        """These tokens at ``bits`` bits per value, quantized again if that is another number."""
-        changed = copy(self)
-        changed.bits = bits
-        if bits != self.bits and self.codes is not None:
-            x = self.quantizer.rotation.invert(self.rotated_values())
-            changed.codes = changed.scales = None
-            changed.count = 0
-            changed._reserve(self.count, x.shape[:2], words_per_vector(x.shape[-1], bits))
-            mean = mx.zeros_like(self.mean)
-            [packed] = kernels.quantize(kernels.Block(x, mean, changed.quantizer, 0, x.shape[2]))
-            changed._write(packed, 0)
-            changed.count = self.count
-        return changed
 
     def view(self) -> "PackedTokens":
         """The tokens of now: the same buffers, read up to the count of now."""
@@ -301,9 +267,7 @@ class BatchPackedTokens(PackedTokens):
 
     @classmethod
     def join(cls, stores: list[PackedTokens]) -> "BatchPackedTokens":
-        """The sequences of all ``stores``, which agree in seed and layout, at the most bits."""
-        bits = [store.bits for store in stores if store.codes is not None] or [stores[0].bits]
-        stores = [store.at_bits(max(bits)) for store in stores]
+        """The sequences of all ``stores``, which agree in bits, seed and layout."""
         joined = cls(stores[0].bits, stores[0].seed, stores[0].interleaved)
         joined._set_counts([count for store in stores for count in store.counts])
         for name in ("codes", "scales", "mean"):

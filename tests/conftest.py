@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,10 +14,16 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 from mlx_lm.models import llama
+from platformdirs import user_cache_path
 
 from mlx_turboquant import disable
 from mlx_turboquant.cli.loading import prepare_for_device
 from mlx_turboquant.turns import end_turns
+
+# Profiles of the user are not for tests, nor those of tests for the user.
+REAL_MODELS = user_cache_path("mlx_turboquant") / "models"
+_cache_folder = tempfile.TemporaryDirectory()
+os.environ["XDG_CACHE_HOME"] = _cache_folder.name
 
 # Examples are drawn anew at every run, but not in CI; no test depends on the machine's speed.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize="CI" in os.environ)

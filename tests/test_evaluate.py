@@ -20,6 +20,7 @@ from mlx_turboquant.evaluate import (
     preset,
     read_first_chunk,
 )
+from mlx_turboquant.settings import Settings
 
 TOKENS = mx.random.randint(0, 128, (301,), key=mx.random.key(5)).tolist()
 SHORT = {"window": 16}
@@ -55,7 +56,7 @@ def test_fewer_bits_are_farther_away(random_model):
     scores = compare(random_model, *presets)
     means = [each.summary()["kl_mean"] for each in scores]
     assert means == sorted(means) and means[0] == 0 and means[1] > 0
-    assert [each.bits for each in scores] == [16, 8.25, 4.75, 2.75, 1.25]
+    assert [each.bits for each in scores] == [16, 8.25, 4.25, 2.25, 1.25]
     values = 2 * 2 * 2 * 64  # keys and values of two heads in two layers
     assert [each.token_nbytes for each in scores] == [values * each.bits / 8 for each in scores]
     assert all(each.bits_in_all > each.bits for each in scores[1:])
@@ -84,7 +85,7 @@ def test_a_model_that_mlx_lm_cannot_quantize_fails_in_its_line_only(random_model
 def test_the_first_departure_is_where_generation_differs(tiny_lm):
     model, tokenizer = tiny_lm
     tokens = tokenizer.encode("def add(a, b):\n    return a + b\n" * 30)
-    codec = preset("K1V1", window=0, sink_tokens=0, protect=False)
+    codec = preset("K1V1", window=0, sink_tokens=0)
     comparison = Comparison(model, [codec])
     comparison.text(tokens, 1, 24)
     texts = []
@@ -164,14 +165,15 @@ def test_unknown_presets_are_refused(name):
 
 @pytest.mark.parametrize("name, bits", [("4", 4), ("3.5", 3.5), ("k5v3", None)])
 def test_presets_are_bits_or_a_split(name, bits):
-    assert preset(name).settings == ({"bits": bits} if bits else {"key_bits": 5, "value_bits": 3})
+    expected = Settings(bits) if bits else Settings(key_bits=5, value_bits=3)
+    assert preset(name).settings == expected
 
 
-def test_presets_of_other_codecs_have_no_protection():
-    codec = preset("qjl+affine:k3v2", protect=False, kl_budget=0.1, window=16)
+def test_presets_of_other_codecs_have_no_budget_of_layers():
+    codec = preset("qjl+affine:k3v2", uniform=True, kl_budget=0.1, window=16)
     assert codec.name == "qjl+affine K3V2"
     bits = {"key_bits": 3, "value_bits": 2}
-    assert codec.settings == {"codec": "qjl+affine", **bits, "window": 16}
+    assert codec.settings == Settings(codec="qjl+affine", window=16, **bits)
 
 
 def test_qjl_hurts_attention(tiny_lm):
@@ -179,7 +181,7 @@ def test_qjl_hurts_attention(tiny_lm):
     model, tokenizer = tiny_lm
     [tokens] = texts.contexts(tokenizer, texts.bundled_texts()[1:2], 600, 1)
     names = ("K3V3", "prod+turboquant:3", "qjl+turboquant:3")
-    comparison = Comparison(model, [preset(name, protect=False, **SHORT) for name in names])
+    comparison = Comparison(model, [preset(name, **SHORT) for name in names])
     comparison.text(tokens, 128)
     ours, prod, qjl = (scores.summary()["kl_mean"] for scores in comparison.scores[1:])
     # The variances of a product are as 1 : 5.6 : 16, and so are the divergences to second order.

@@ -6,7 +6,7 @@ from mlx_lm.models import gemma3_text
 from mlx_turboquant.evaluate import EXACT, MLX_LM, preset
 from mlx_turboquant.footprint import footprint
 
-CODECS = (EXACT, *MLX_LM, preset("4", protect=False), preset("K3V2", protect=False))
+CODECS = (EXACT, *MLX_LM, preset("4"), preset("K3V2"))
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=[codec.name for codec in CODECS])
@@ -34,7 +34,7 @@ def test_a_sliding_window_takes_no_more_than_its_tokens():
 
 
 def test_the_longest_context_is_the_last_that_fits(random_model):
-    foreseen = footprint(random_model, preset("4", protect=False))
+    foreseen = footprint(random_model, preset("4"))
     longest = foreseen.longest(1e8)
     assert foreseen.prompt_nbytes(longest) <= 1e8 < foreseen.prompt_nbytes(longest + 1)
     assert foreseen.longest(0) == 0

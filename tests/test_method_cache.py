@@ -111,7 +111,7 @@ def test_outlier_channels_are_those_of_the_first_tokens_of_each_head():
 
 def test_our_codec_through_the_reference_path_is_the_default_one(random_model):
     """Without the mean, which no head of random weights has."""
-    ours = make_prompt_cache(random_model, key_bits=3, value_bits=2, window=16, protect=False)
+    ours = make_prompt_cache(random_model, key_bits=3, value_bits=2, window=16)
     expected = logits(random_model, ours)
     cache = make_prompt_cache(random_model, key_bits=3, value_bits=2, window=16, codec="turboquant")
     measured = logits(random_model, cache)
@@ -169,7 +169,7 @@ def test_all_layers_have_the_bits_that_were_asked_for(random_model):
         ({"codec": "affine", "value_bits": 7}, "Affine rounding to 7 bits is not supported"),
         ({"codec": "qjl", "bits": "auto"}, "qjl cannot choose its bits: use a number"),
         ({"codec": "qjl", "max_size": 1000}, "codec qjl cannot be limited to 1000 tokens"),
-        ({"codec": "qjl", "kl_budget": 0.1}, "KL budget of 0.1 with 4 bits"),
+        ({"codec": "qjl", "kl_budget": 0.1}, "KL budget of 0.1 goes with auto"),
         ({"codec": "qjl", "window": -1}, "window of -1"),
     ],
 )

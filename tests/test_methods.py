@@ -19,6 +19,7 @@ from mlx_turboquant.methods import (
     QJL,
     Affine,
     ChannelSplit,
+    KVarN,
     PolarQuant,
     TurboQuantProd,
     drive,
@@ -417,3 +418,44 @@ def test_wrong_vectors_are_refused_by_every_method():
 def test_wrong_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("by_channel", [True, False])
+def test_kvarn_stores_three_eighths_of_a_bit_a_value_beside_the_codes(by_channel):
+    method = KVarN(128, 4, by_channel=by_channel)
+    packed = method.quantize(mx.random.normal((2, 256, 128), key=mx.random.key(1)))
+    assert method.bits_per_value == 4.375
+    assert 8 * stored_nbytes(packed) == 4.375 * 2 * 256 * 128
+
+
+@pytest.mark.parametrize("by_channel", [True, False])
+def test_kvarn_rounds_normal_values_to_even_steps_over_their_range(by_channel):
+    """128 normal values span 5.4 standard deviations on average, in 15 steps; an error is even."""
+    method = KVarN(128, 4, by_channel=by_channel)
+    x = mx.random.normal((64 * 128, 128), key=mx.random.key(1))
+    error = mx.square(method.dequantize(method.quantize(x)) - x).mean().item()
+    assert error == pytest.approx((5.4 / 15) ** 2 / 12, rel=0.1)
+
+
+@given(st.floats(0.5, 100), st.integers(1, 8))
+def test_kvarn_is_the_same_whatever_the_size_of_tokens(size, bits):
+    """Sizes of tokens are divided out; each of three bfloat16 factors is within 1/256."""
+    method = KVarN(64, bits, by_channel=True, tile=32)
+    x = mx.random.normal((32, 64), key=mx.random.key(1))
+    sizes = mx.where(mx.arange(32)[:, None] < 3, size, 1.0)
+    one, other = (method.dequantize(method.quantize(each)) for each in (x, sizes * x))
+    # A value between two levels may go to either, by rounding.
+    close = mx.abs(one - other / sizes) < 0.05 * mx.abs(x).max()
+    assert close.mean().item() > 0.9
+
+
+def test_kvarn_takes_whole_tiles():
+    with pytest.raises(ValueError, match="130 vectors are not whole tiles of 128: use a multiple"):
+        KVarN(64, 4, by_channel=True).quantize(mx.zeros((130, 64)))
+
+
+def test_kvarn_of_zeros_is_zeros():
+    method = KVarN(64, 2, by_channel=False)
+    assert mx.array_equal(
+        method.dequantize(method.quantize(mx.zeros((128, 64)))), mx.zeros((128, 64))
+    )

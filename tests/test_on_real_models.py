@@ -8,6 +8,7 @@ import mlx.nn as nn
 import mlx_lm
 import pytest
 from answers import long_prompt
+from conftest import REAL_MODELS
 from mlx_lm.models.cache import make_prompt_cache as make_exact_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from real_models import SOURCES, fetch
@@ -43,7 +44,7 @@ class Real(NamedTuple):
 
 @pytest.fixture(scope="module", params=SOURCES)
 def loaded(request) -> Real:
-    model, tokenizer = mlx_lm.load(str(fetch(request.param)))
+    model, tokenizer = mlx_lm.load(str(fetch(request.param, REAL_MODELS)))
     return Real(request.param, prepare_for_device(model), tokenizer)
 
 

@@ -4,7 +4,8 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
-from mlx_turboquant import TurboQuantKVCache, cache_report, cache_size
+from mlx_turboquant import TurboQuantKVCache, cache_report, cache_size, make_prompt_cache
+from mlx_turboquant.profile import Profile, fingerprint
 
 
 def filled(cache, count: int):
@@ -27,10 +28,10 @@ def mixed():
 def test_the_report_tells_layers_apart_and_why(mixed):
     kinds = {kind.cache: kind for kind in cache_report(mixed).kinds}
     assert kinds["TurboQuantKVCache"].layers == 2
-    assert (kinds["TurboQuantKVCache"].key_bits, kinds["TurboQuantKVCache"].value_bits) == (4, 2)
+    assert kinds["TurboQuantKVCache"].bits == 3  # the mean of 4 for keys and 2 for values
     assert kinds["TurboQuantKVCache"].nbytes == mixed[0].nbytes + mixed[1][1].nbytes
     assert kinds["TurboQuantKVCache"].remark == "256 tokens a layer packed, 44 exact"
-    assert kinds["RotatingKVCache"].key_bits is None
+    assert kinds["RotatingKVCache"].bits is None
     assert "sliding window" in kinds["RotatingKVCache"].remark
     assert "recurrent" in kinds["ArraysCache"].remark
 
@@ -57,9 +58,34 @@ def test_a_cache_of_which_nothing_is_packed_yet_says_how_many_tokens_stay_exact(
 
 def test_the_report_is_an_aligned_table(mixed):
     lines = str(cache_report(mixed)).splitlines()
-    assert len(lines) == 4
-    assert lines[1].split()[:4] == ["TurboQuantKVCache", "2", "K4", "V2"]
-    assert len({line.index(word) for line, word in zip(lines, ("bits", "K4", "exact"))}) == 1
+    assert len(lines) == 7
+    assert lines[1].split()[:3] == ["TurboQuantKVCache", "2", "3"]
+    columns = {line.index(word) for line, word in zip(lines, ("bits", " 3 ", " exact"))}
+    assert len(columns) == 2  # the heading, and the same column after a space
+
+
+def test_the_report_lists_the_bits_of_all_layers_and_the_bytes_of_a_token(mixed):
+    report = cache_report(mixed)
+    assert (report.key_bits, report.value_bits) == ([4, 4], [2, 2])
+    # Two layers of two heads of 64 values, and a scale in 16 bits.
+    assert report.token_nbytes == 2 * 2 * (64 * (4 + 2) // 8 + 2 * 2)
+    assert str(report).splitlines()[-3:] == [
+        "bits of keys    4 4",
+        "bits of values  2 2",
+        f"{report.token_nbytes} bytes a token",
+    ]
+
+
+def test_with_a_profile_the_report_says_what_to_expect_and_what_weighs_most(random_model):
+    keys, values = {2: (0.1,), 3: (0.02,)}, {1: (0.4,), 2: (0.001,)}
+    lighter = {2: (0.01,), 3: (0.002,)}
+    profile = Profile(fingerprint(random_model), ("text",), 9, (keys, lighter), (values, values))
+    cache = make_prompt_cache(random_model, key_bits=3, value_bits=2, profile=profile)
+    random_model(mx.ones((1, 3), mx.int32), cache=cache)
+    report = cache_report(cache, random_model)
+    assert report.divergence == pytest.approx(0.02 + 0.002 + 2 * 0.001)
+    assert report.heaviest == ["keys of layer 0", "keys of layer 1", "values of layer 1"]
+    assert "expected divergence 0.024 nats, most of it from keys of layer 0, " in str(report)
 
 
 def test_a_cache_of_which_nothing_is_compressed_is_reported_with_a_warning(caplog):
@@ -74,7 +100,7 @@ def test_a_batch_is_reported_as_its_sequences_are():
         [filled(TurboQuantKVCache(4, 4, window=16), count) for count in (100, 200)]
     )
     (kind,) = cache_report([batch]).kinds
-    assert (kind.key_bits, kind.nbytes) == (4, batch.nbytes)
+    assert (kind.bits, kind.nbytes) == (4, batch.nbytes)
     assert kind.remark == "224 tokens a layer packed, 76 exact"
     # 200 columns for two sequences.
     assert cache_size([batch]).fp16_nbytes == 2 * (2 * 200 * 2 * 2 * 64)

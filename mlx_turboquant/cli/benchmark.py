@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import mlx_lm
 
 from .. import texts
 from ..benchmark import LEAST_NEW_TOKENS, Measurement, measure, median
+from ..choice import treat_layers_alike
 from ..evaluate import EXACT, MLX_LM, Codec, preset
 from ..footprint import chunk_nbytes, footprint
 from ..shapes import SHAPES, random_model
+from .calibrate import ensure_profile
 from .loading import check_memory, device_nbytes, memory_nbytes, model_errors, prepare_for_device
-from .options import add_exact_token_options, add_protection_options, given_settings
+from .options import add_allocation_options, add_exact_token_options, given_settings
 from .results import drawing_tools, machine, write_results
 
 _PRESETS = ("4", "3")
@@ -29,16 +32,20 @@ def main(arguments: list[str]) -> None:
     """Run every cache at every context; prints a table and writes JSON and PNG."""
     args = _parser().parse_args(arguments)
     _check_numbers(args)
-    settings = given_settings(args, ("kv_window", "kv_sinks", "protect", "kl_budget"))
+    settings = given_settings(args, ("kv_window", "kv_sinks", "uniform", "kl_budget"))
     codecs = [EXACT, *MLX_LM, *(preset(name, **settings) for name in args.kv_bits)]
     with drawing_tools("benchmark"):
         from tqdm import tqdm
 
         from . import benchmark_pictures
     args.out.mkdir(parents=True, exist_ok=True)
-    model, tokens = _model_and_tokens(args)
+    model, tokenizer, tokens = _model_and_tokens(args)
     check_memory(model)
     prepare_for_device(model)
+    if tokenizer is None:
+        treat_layers_alike(model)
+    elif any(codec.needs_profile for codec in codecs):
+        ensure_profile(model, tokenizer, args, settings)
     runs = [(n, [c for c in codecs if _fits(model, c, n, args)]) for n in sorted(args.contexts)]
     if not runs[0][1]:
         raise ValueError(
@@ -99,7 +106,7 @@ class _Run:
             "new_tokens": args.new_tokens,
             "repeats": args.repeats,
             "caches": [codec.name for codec in codecs],
-            "settings": {codec.name: codec.settings for codec in codecs if codec.settings},
+            "settings": {codec.name: asdict(codec.settings) for codec in codecs if codec.settings},
             "failures": self.failures,
             "runs": [self._cell(codec, n) for n, fitting in runs for codec in fitting],
             "too_large": [
@@ -118,16 +125,19 @@ class _Run:
         return {"cache": codec.name, "context": context, **numbers, "repeats": repeats}
 
 
-def _model_and_tokens(args: argparse.Namespace) -> tuple[nn.Module, list[int]]:
-    """The model, not yet evaluated, and tokens of a text (random ones for random weights)."""
+def _model_and_tokens(args: argparse.Namespace) -> tuple[nn.Module, Any, list[int]]:
+    """The model, not yet evaluated, its tokenizer, and tokens of a text.
+
+    Random weights have random tokens and no tokenizer.
+    """
     if args.shape is not None:
         model = random_model(shape_config(args.shape))
         tokens = mx.random.randint(0, model.args.vocab_size, (8192,), key=mx.random.key(0))
-        return model, tokens.tolist()
+        return model, None, tokens.tolist()
     with model_errors(args.model):
         model, tokenizer = mlx_lm.load(args.model, lazy=True)
     encoded = texts.encode(tokenizer, texts.bundled_texts())
-    return model, [token for text in encoded for token in text]
+    return model, tokenizer, [token for text in encoded for token in text]
 
 
 def shape_config(shape: str) -> dict[str, Any]:
@@ -187,9 +197,9 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=_PRESETS,
         metavar="BITS",
-        help=f"Presets to measure, as 4, 3.5, K5V3 or auto (default: {' '.join(_PRESETS)})",
+        help=f"Bits to measure, as 4, 3.5, K5V3 or auto (default: {' '.join(_PRESETS)})",
     )
-    add_protection_options(parser)
+    add_allocation_options(parser)
     add_exact_token_options(parser)
     add("--batch", type=int, default=1, help="Sequences at once (default: %(default)s)")
     add(

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 from ..integration import make_prompt_cache
 from ..prompt_cache import check_target, save_prompt_cache
+from .calibrate import ensure_profile
 from .loading import model_errors, prepare_for_device
 from .options import add_cache_options, cache_settings, warn_without_effect
 from .replaced import replaced
@@ -29,6 +30,7 @@ def main(arguments: list[str]) -> None:
         with model_errors(positional[0]):
             model, *rest = _load(*positional, **keywords)
         models.append(prepare_for_device(model))
+        ensure_profile(model, rest[0], args, settings)
         return (model, *rest)
 
     def save(file, cache, metadata):

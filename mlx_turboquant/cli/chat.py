@@ -17,11 +17,12 @@ from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..integration import make_prompt_cache, split_bits
+from ..integration import make_prompt_cache
 from ..prompt_cache import load_prompt_cache, save_prompt_cache
 from ..report import cache_report, cache_size
+from .calibrate import ensure_profile
 from .loading import model_errors, prepare_for_device
-from .options import DEFAULT_BITS, add_cache_options, cache_settings, warn_without_effect
+from .options import add_cache_options, cache_settings, warn_without_effect
 
 _HELP = """  /help        this list
   /reset       forget the conversation
@@ -51,7 +52,9 @@ def main(arguments: list[str]) -> None:
             tokenizer_config={"trust_remote_code": args.trust_remote_code},
             trust_remote_code=args.trust_remote_code,
         )
-    conversation = Conversation(prepare_for_device(model), tokenizer, settings, args.system_prompt)
+    prepare_for_device(model)
+    ensure_profile(model, tokenizer, args, settings)
+    conversation = Conversation(model, tokenizer, settings, args.system_prompt)
     sampler = make_sampler(
         args.temp,
         args.top_p,
@@ -167,10 +170,9 @@ class Chat:
 
     def run(self, model_name: str) -> None:
         """Talk until Ctrl-D."""
-        settings = self.conversation.settings
-        sides = {name: value for name, value in settings.items() if name.endswith("bits")}
-        key_bits, value_bits = split_bits(**{"bits": DEFAULT_BITS, **sides})
-        cache = f"{key_bits}-bit keys, {value_bits}-bit values"
+        report = cache_report(self.conversation.cache, self.conversation.model)
+        mean = sum(report.key_bits + report.value_bits) / (2 * report.compressed_layers)
+        cache = f"{mean:.3g} bits per value"
         print_header_panel(
             self.console, "mlx_turboquant chat", [("model", model_name), ("cache", cache)]
         )
@@ -232,7 +234,7 @@ class Chat:
         self._note("the conversation is forgotten")
 
     def _stats(self, _: str) -> None:
-        report = cache_report(self.conversation.cache)
+        report = cache_report(self.conversation.cache, self.conversation.model)
         self._note(f"{len(self.conversation.messages)} messages, cache {report.size}")
         for line in str(report).splitlines():
             self._note(line)

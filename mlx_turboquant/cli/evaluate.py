@@ -9,9 +9,11 @@ import mlx_lm
 
 from .. import texts
 from ..evaluate import MLX_LM, REPLY_TOKENS, Comparison, Scores, passkey_prompt, preset
+from ..integration import check_compressible
 from ..methods import METHODS
+from .calibrate import ensure_profile
 from .loading import check_memory, model_errors, prepare_for_device
-from .options import add_exact_token_options, add_protection_options, given_settings
+from .options import add_allocation_options, add_exact_token_options, given_settings
 from .results import drawing_tools, machine, write_results
 
 _PRESETS = ("4", "3.5", "3", "2.5", "2")
@@ -21,7 +23,7 @@ def main(arguments: list[str]) -> None:
     """Compare caches on a model; prints a table and writes JSON and PNG."""
     args = _parser().parse_args(arguments)
     _check_numbers(args)
-    settings = given_settings(args, ("kv_window", "kv_sinks", "protect", "kl_budget"))
+    settings = given_settings(args, ("kv_window", "kv_sinks", "uniform", "kl_budget"))
     codecs = [preset(name, **settings) for name in args.kv_bits]
     contents = texts.read_texts(args.text) if args.text else texts.bundled_texts()
     with drawing_tools("evaluate"):
@@ -37,11 +39,14 @@ def main(arguments: list[str]) -> None:
     prompts = _passkey_prompts(tokenizer, contents, args)
     # The exact log-probabilities, those of a codec, and what is computed of both.
     check_memory(model, 12 * args.scored * tokenizer.vocab_size)
-    for codec in codecs:
-        codec.make_cache(model)  # refuses a model that it cannot have, before weights are read
+    check_compressible(model)  # before weights are read
     args.out.mkdir(parents=True, exist_ok=True)
     prepare_for_device(model)
     mx.eval(model.parameters())
+    if any(codec.needs_profile for codec in codecs):
+        ensure_profile(model, tokenizer, args, settings)
+    for codec in codecs:
+        codec.make_cache(model)  # refuses what it cannot have before anything is measured
     comparison = Comparison(model, [*MLX_LM, *codecs])
     steps = sum(len(context) + args.greedy for context in contexts)
     steps += sum(len(prompt) + REPLY_TOKENS for prompt, *_ in prompts)
@@ -65,10 +70,10 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=_PRESETS,
         metavar="BITS",
-        help=f"Presets to compare, as 4, 3.5, K5V3 or auto (default: {' '.join(_PRESETS)}); "
+        help=f"Bits to compare, as 4, 3.5, K5V3 or auto (default: {' '.join(_PRESETS)}); "
         f"other codecs, as prod:4 or qjl+affine:K3V2, of {', '.join(METHODS)}",
     )
-    add_protection_options(parser)
+    add_allocation_options(parser)
     add_exact_token_options(parser)
     add("--text", type=Path, nargs="+", help="Files to read in place of the bundled texts")
     add("--context", type=int, default=2048, help="Tokens of a text (default: %(default)s)")

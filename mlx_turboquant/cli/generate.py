@@ -8,6 +8,7 @@ from typing import Any
 from ..integration import make_prompt_cache
 from ..prompt_cache import check_fingerprint, load_prompt_cache
 from ..report import cache_report
+from .calibrate import ensure_profile
 from .loading import model_errors, prepare_for_device
 from .options import add_cache_options, cache_settings, warn_without_effect
 from .replaced import replaced
@@ -64,10 +65,13 @@ class _Run:
     def load(self, *positional, **keywords):
         with model_errors(positional[0]):
             model, *rest = self.load_model(*positional, **keywords)
+        prepare_for_device(model)
+        if self.args.prompt_cache_file is None:
+            ensure_profile(model, rest[0], self.args, self.settings)
         if self.fingerprint is not None:
             check_fingerprint(self.args.prompt_cache_file, self.fingerprint, model)
             self.fingerprint = None
-        return (prepare_for_device(model), *rest)
+        return (model, *rest)
 
     def load_prompt_cache(self, file: str, return_metadata: bool):
         """mlx-lm loads the cache before the model, so the model is checked later."""
@@ -92,7 +96,7 @@ class _Run:
             **keywords,
         )
         if verbose:
-            report = cache_report(prompt_cache)
+            report = cache_report(prompt_cache, model)
             if self.args.report:
                 print(report)
             print(f"Cache: {report.size}")

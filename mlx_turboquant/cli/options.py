@@ -3,10 +3,11 @@
 import argparse
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from ..cache import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW
-from ..integration import DEFAULT_KL_BUDGET, check_settings
+from ..settings import AUTO, DEFAULT_KL_BUDGET, Settings
 
 DEFAULT_BITS = 4.0
 _SETTINGS = {
@@ -16,7 +17,7 @@ _SETTINGS = {
     "kv_window": "window",
     "kv_sinks": "sink_tokens",
     "max_kv_size": "max_size",
-    "protect": "protect",
+    "uniform": "uniform",
     "kl_budget": "kl_budget",
 }
 
@@ -28,12 +29,12 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kv-bits",
         type=_bits,
-        help="Bits per value, 1 to 8 in half steps, or auto: each layer's own for --kl-budget "
+        help="Mean of bits per value, 2 to 8 in quarters, or auto: as few as keep to --kl-budget "
         f"(default: {DEFAULT_BITS:g})",
     )
-    group.add_argument("--key-bits", type=int, help="Bits per value of the keys, 1 to 8")
-    group.add_argument("--value-bits", type=int, help="Bits per value of the values, 1 to 8")
-    add_protection_options(group)
+    group.add_argument("--key-bits", type=int, help="Bits per value of all keys, 1 to 8")
+    group.add_argument("--value-bits", type=int, help="Bits per value of all values, 1 to 8")
+    add_allocation_options(group)
     add_exact_token_options(group)
     group.add_argument(
         "--max-kv-size",
@@ -42,25 +43,36 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_protection_options(group: argparse._ActionsContainer) -> None:
-    """Add the options of the bits that layers choose by themselves."""
+def add_allocation_options(group: argparse._ActionsContainer) -> None:
+    """Add the options of where the bits go."""
     group.add_argument(
-        "--no-protect",
-        dest="protect",
-        action="store_false",
+        "--uniform",
+        action="store_true",
         default=None,
-        help="Keep to the bits where the keys of a layer demand more",
+        help="Give all layers the same bits, for comparison",
     )
     group.add_argument(
         "--kl-budget",
         type=float,
         metavar="NATS",
-        help=f"KL divergence that auto aims at (default: {DEFAULT_KL_BUDGET})",
+        help=f"KL divergence that auto keeps to (default: {DEFAULT_KL_BUDGET})",
+    )
+    group.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FILE",
+        help="What `mlx_turboquant calibrate` wrote (default: that in the user's cache folder)",
+    )
+    group.add_argument(
+        "--no-calibrate",
+        dest="calibrate",
+        action="store_false",
+        help="Do without a profile if the model has none, rather than measure it",
     )
 
 
 def _bits(text: str) -> float | str:
-    return text if text == "auto" else float(text)
+    return text if text == AUTO else float(text)
 
 
 def add_exact_token_options(group: argparse._ActionsContainer) -> None:
@@ -90,7 +102,7 @@ def cache_settings(args: argparse.Namespace) -> dict[str, Any]:
         ValueError: a setting that is not possible.
     """
     given = given_settings(args)
-    check_settings(**given)  # before a model is loaded
+    Settings(**given)  # before a model is loaded
     return given
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.utils import _download, load_config
 
+from ..choice import treat_layers_alike
 from ..evaluate import EXACT, MLX_LM, preset
 from ..footprint import chunk_nbytes, footprint
 from ..shapes import random_model, unloaded_model
@@ -26,9 +27,10 @@ def main(arguments: list[str]) -> None:
     if args.batch < 1:
         raise ValueError(f"--batch is {args.batch}: use 1 or more.")
     settings = given_settings(args, ("kv_window", "kv_sinks"))
-    codecs = [EXACT, *MLX_LM, *(preset(n, protect=False, **settings) for n in args.kv_bits)]
+    codecs = [EXACT, *MLX_LM, *(preset(n, **settings) for n in args.kv_bits)]
     available, explanation = _available(args.memory)
     model, config = _model(args)
+    treat_layers_alike(model)
     # A Mac keeps the weights as they are; this machine may be a CPU.
     weights = weight_nbytes(model) if args.memory else device_nbytes(model)
     left = available - weights - args.batch * chunk_nbytes(model)
@@ -50,7 +52,7 @@ def main(arguments: list[str]) -> None:
         print(f"The model was trained for {trained:,} tokens.")
     print(
         "Counted: weights, the cache with its free space, one layer of dense tokens, and the "
-        "activations of a chunk of 2,048. Layers that protection raises take more."
+        "activations of a chunk of 2,048."
     )
 
 
@@ -106,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=_PRESETS,
         metavar="BITS",
-        help=f"Presets, as 4, 3.5 or K5V3 (default: {' '.join(_PRESETS)})",
+        help=f"Bits, as 4, 3.5 or K5V3 (default: {' '.join(_PRESETS)})",
     )
     parser.add_argument("--batch", type=int, default=1, help="Sequences at once (default: 1)")
     add_exact_token_options(parser)

@@ -17,6 +17,7 @@ from mlx_lm.models.cache import LRUPromptCache
 from mlx_lm.utils import _download, load, load_config, sharded_load
 
 from ..integration import enable
+from .calibrate import ensure_profile
 from .loading import model_errors, prepare_for_device
 from .options import add_cache_options, cache_settings, warn_without_effect
 from .replaced import replaced
@@ -54,6 +55,7 @@ class _Run:
 
     def __init__(self, arguments: list[str]):
         self.arguments = arguments
+        self.args = argparse.Namespace()
         self.settings: dict[str, Any] = {}
         self.max_bytes: int | None = None
 
@@ -66,7 +68,7 @@ class _Run:
 
     def _checked(self, parser, parse) -> argparse.Namespace:
         add_cache_options(parser)
-        args = parse()
+        args = self.args = parse()
         self.settings = cache_settings(args)
         self.max_bytes = args.prompt_cache_bytes
         defaults = ("kv_group_size", "quantized_kv_start")
@@ -87,7 +89,9 @@ class _Run:
         def load_enabled(*positional, **keywords):
             with model_errors(positional[0]):
                 model, *rest = load(*positional, **keywords)
-            return (enable(prepare_for_device(model), **self.settings), *rest)
+            prepare_for_device(model)
+            ensure_profile(model, rest[0], self.args, self.settings)
+            return (enable(model, **self.settings), *rest)
 
         return load_enabled
 

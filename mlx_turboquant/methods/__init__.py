@@ -10,6 +10,7 @@ import mlx.core as mx
 from ..quantizer import TurboQuantizer
 from .affine import Affine
 from .common import Method
+from .kvarn import KVarN
 from .polar import PolarQuant
 from .presets import drive, drive_biased, eden, eden_biased, norm_corrected, turboquant_mse
 from .prod import TurboQuantProd
@@ -20,6 +21,7 @@ __all__ = [
     "METHODS",
     "Affine",
     "ChannelSplit",
+    "KVarN",
     "Method",
     "PolarQuant",
     "QJL",

@@ -1,0 +1,187 @@
+"""How many bits the keys and the values of every layer get, so that a budget does the least harm.
+
+A budget is the mean number of bits of all values that are compressed. It is spent in whole bits,
+each where it lowers the expected divergence of the output most for the bytes that it takes.
+
+What a side of a layer costs at b bits is the KL divergence of the next-token distribution, in nats,
+when nothing else is quantized. :mod:`.calibrate` measures it at few bits. With more bits it falls
+with the squared error D(b) of the codec, to which it is proportional to second order. Divergences
+of several sides add up, because their errors are independent.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from .codebook import MAX_BITS, relative_error
+from .packing import words_per_vector
+
+# With one bit a key is little more than signs: the divergence is several times what is expected.
+MIN_KEY_BITS, MIN_VALUE_BITS = 2, 1
+BUDGETS = tuple(quarters / 4 for quarters in range(4 * 2, 4 * MAX_BITS + 1))
+
+
+class Vectors(NamedTuple):
+    """What one side of a layer stores for a token: ``heads`` vectors of ``dim`` values."""
+
+    heads: int
+    dim: int
+
+    def nbytes(self, bits: int) -> int:
+        """Bytes of the codes, without scales."""
+        return 4 * self.heads * words_per_vector(self.dim, bits)
+
+
+class Side(NamedTuple):
+    """Keys or values of one layer: their shape, and their expected divergence by bits.
+
+    ``divergences[b]`` is that at b bits, in nats or any unit that all sides share; 0 bits are not
+    possible, nor fewer than ``min_bits``.
+    """
+
+    vectors: Vectors
+    divergences: tuple[float, ...]
+    min_bits: int
+
+
+class Layer(NamedTuple):
+    """A compressed layer; one with latent attention has no values of its own."""
+
+    keys: Side
+    values: Side | None
+
+
+def check_budget(bits: float) -> None:
+    """Raise ValueError unless ``bits`` is a budget: 2 to 8 in quarters."""
+    if bits not in BUDGETS:
+        raise ValueError(
+            f"{bits} bits are not supported: use {BUDGETS[0]:g} to {MAX_BITS} in quarters."
+        )
+
+
+def divergences_by_bits(dim: int, measured: dict[int, float]) -> tuple[float, ...]:
+    """Divergences at 0 to 8 bits from those that were ``measured`` at some bits.
+
+    Between and beyond them they follow the error of the codec, from the nearest fewer bits that
+    were measured, or from the fewest.
+    """
+    divergences = [float("inf")]
+    for bits in range(1, MAX_BITS + 1):
+        base = max((b for b in measured if b <= bits), default=min(measured))
+        ratio = relative_error(dim, bits) / relative_error(dim, base)
+        divergences.append(measured[base] * ratio)
+    return tuple(divergences)
+
+
+def uniform_bits(bits: float) -> tuple[int, int]:
+    """Bits of keys and values that are the same in all layers, with a mean of at most ``bits``.
+
+    Keys have two bits more, or one at a half: they matter more in every model that was measured.
+    """
+    whole, half = int(bits), bits % 1 >= 0.5
+    key_bits = min(whole + 1, MAX_BITS)
+    return key_bits, min(int(2 * (whole + half / 2)) - key_bits, MAX_BITS)
+
+
+def allocate(
+    layers: Sequence[Layer],
+    bits: float,
+    key_bits: int | None = None,
+    value_bits: int | None = None,
+) -> list[tuple[int, int]]:
+    """The bits of keys and values of every layer, whose mean is at most the budget ``bits``.
+
+    ``key_bits`` and ``value_bits`` fix a side in all layers. A layer without values of its own gets
+    the bits of its keys for both.
+
+    Raises:
+        ValueError: a budget that the fewest possible bits exceed.
+    """
+    sides = [side for layer in layers for side in layer if side is not None]
+    is_key = [side is layer.keys for layer in layers for side in layer if side is not None]
+    fixed = [key_bits if key else value_bits for key in is_key]
+    worthwhile = [_worthwhile_bits(side) for side in sides]
+    chosen = [bits[0] if fix is None else fix for bits, fix in zip(worthwhile, fixed)]
+    room = _budget_nbytes(sides, bits) - _nbytes(sides, chosen)
+    if room < 0:
+        values = sum(side.vectors.heads * side.vectors.dim for side in sides)
+        least = 8 * _nbytes(sides, chosen) / values
+        raise ValueError(
+            f"A budget of {bits:g} bits is not possible: with the fewest bits that this model can "
+            f"have, or with those that are fixed, a value takes {least:.4g}: use a larger budget."
+        )
+    steps = [
+        (_gain(sides[i], *step), i, step)
+        for i, bits in enumerate(worthwhile)
+        if fixed[i] is None
+        for step in pairwise(bits)
+    ]
+    # The gains of a side fall, so that none of its steps comes before its turn.
+    for _, i, (before, after) in sorted(steps, reverse=True):
+        nbytes = sides[i].vectors.nbytes(after) - sides[i].vectors.nbytes(before)
+        if chosen[i] == before and nbytes <= room:
+            chosen[i] = after
+            room -= nbytes
+    remaining = iter(chosen)
+    pairs = []
+    for layer in layers:
+        key = next(remaining)
+        pairs.append((key, key if layer.values is None else next(remaining)))
+    return pairs
+
+
+def expected_divergence(layers: Sequence[Layer], bits: Sequence[tuple[int, int]]) -> float:
+    """The sum of the divergences of all sides, in nats if they were measured."""
+    return sum(
+        side.divergences[b]
+        for layer, pair in zip(layers, bits)
+        for side, b in zip(layer, pair)
+        if side is not None
+    )
+
+
+def mean_bits(layers: Sequence[Layer], bits: Sequence[tuple[int, int]]) -> float:
+    """The mean over all compressed values, by the bytes of their codes."""
+    pairs = [
+        (side, b)
+        for layer, pair in zip(layers, bits)
+        for side, b in zip(layer, pair)
+        if side is not None
+    ]
+    sides, chosen = zip(*pairs)
+    return 8 * _nbytes(sides, chosen) / sum(x.vectors.heads * x.vectors.dim for x in sides)
+
+
+def _worthwhile_bits(side: Side) -> list[int]:
+    """The bits that a side may have, ascending, each with a smaller gain than the one before.
+
+    Left out are those that take no fewer bytes than others with a smaller divergence (narrow
+    vectors are filled up to whole words), and those whose next ones gain more for their bytes.
+    """
+    nbytes = side.vectors.nbytes
+    cheapest_first = sorted(
+        range(side.min_bits, MAX_BITS + 1), key=lambda b: (nbytes(b), side.divergences[b])
+    )
+    corners: list[int] = []
+    for bits in cheapest_first:
+        if corners and side.divergences[bits] >= side.divergences[corners[-1]]:
+            continue
+        if corners and nbytes(bits) == nbytes(corners[-1]):
+            continue
+        while len(corners) > 1 and _gain(side, corners[-1], bits) >= _gain(side, *corners[-2:]):
+            corners.pop()
+        corners.append(bits)
+    return corners
+
+
+def _gain(side: Side, before: int, after: int) -> float:
+    nbytes = side.vectors.nbytes(after) - side.vectors.nbytes(before)
+    return (side.divergences[before] - side.divergences[after]) / nbytes
+
+
+def _budget_nbytes(sides: Sequence[Side], bits: float) -> float:
+    return bits / 8 * sum(side.vectors.heads * side.vectors.dim for side in sides)
+
+
+def _nbytes(sides: Sequence[Side], bits: Sequence[int]) -> int:
+    return sum(side.vectors.nbytes(b) for side, b in zip(sides, bits))

@@ -1,0 +1,242 @@
+"""Measures what an error in the keys or values of one layer does to the output of a model.
+
+A text is read exactly up to its second part. Then the second part is decoded once as it is, and for
+every compressed layer once more with one side of this layer quantized, at two numbers of bits. The
+KL divergence of the output is the cost of that side at these bits. The four of a layer are the
+rows of one batch, and the layers below it, whose output is the same, are not computed again.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .compressible import Compressible, compressible_caches, plain_caches
+from .profile import MEASURED_BITS, Divergences, Profile, at_least, fingerprint
+from .storage import PackedTokens
+from .texts import encode, start_tokens
+
+_FOLDER = Path(__file__).parent / "calibration"
+_SINKS = 4
+# A text is read up to so many tokens before those that are scored, of which there are as many as
+# all passes together may have: together they take less than reading 16 000 tokens.
+_PREFIX_TOKENS = 192
+_SCORED_TOKENS = range(24, 129)
+_PASSED_TOKENS = 12_000
+_LEAST_TOKENS = 64
+_ROWS = [(side, bits) for side, measured in MEASURED_BITS.items() for bits in measured]
+
+# Called with the number of finished passes and of all passes.
+Progress = Callable[[int, int], Any]
+
+
+def calibration_texts() -> dict[str, str]:
+    """The bundled texts: prose, code, other languages, and numbers."""
+    files = sorted(_FOLDER.glob("*.txt"))
+    return {file.stem: file.read_text(encoding="utf-8") for file in files}
+
+
+def calibrate(
+    model: nn.Module,
+    tokenizer,
+    texts: dict[str, str] | None = None,
+    progress: Progress = lambda finished, all: None,
+) -> Profile:
+    """The profile of a model, measured on ``texts`` (by name), or on the bundled ones.
+
+    Raises:
+        ValueError: a model that is spread over several machines or has no layer that could be
+            compressed, or a text of fewer than 64 tokens.
+    """
+    if mx.distributed.init().size() > 1:
+        raise ValueError(
+            "A model that is spread over several machines cannot be calibrated: "
+            "calibrate it on one machine and give the profile."
+        )
+    compressible = compressible_caches(model)
+    if not compressible:
+        raise ValueError("No layer of this model can be compressed: there is nothing to measure.")
+    texts = texts or calibration_texts()
+    start = start_tokens(tokenizer)
+    tokens = {name: start + part for name, part in zip(texts, encode(tokenizer, texts.values()))}
+    for name, part in tokens.items():
+        if len(part) < _LEAST_TOKENS:
+            raise ValueError(
+                f"The text {name} has {len(part)} tokens and calibration needs {_LEAST_TOKENS}: "
+                "give a longer text."
+            )
+    scored = _scored_tokens(len(compressible), len(texts))
+    measured = []
+    for i, part in enumerate(tokens.values()):
+        pass_ = _Text(model, part, min(scored, len(part) // 2))
+        rows = []
+        for j, place in enumerate(compressible):
+            rows.append(pass_.divergences(place))
+            progress(i * len(compressible) + j + 1, len(texts) * len(compressible))
+        measured.append(rows)
+        mx.clear_cache()
+    keys, values = [], []
+    for j, place in enumerate(compressible):
+        sides: dict[str, Divergences] = {"keys": {}, "values": {}}
+        for row, (side, bits) in enumerate(_ROWS):
+            sides[side][bits] = tuple(at_least(rows[j][row]) for rows in measured)
+        keys.append(sides["keys"])
+        values.append(None if place.values is None else sides["values"])
+    return Profile(
+        fingerprint=fingerprint(model),
+        texts=tuple(texts),
+        tokens=sum(min(scored, len(part) // 2) for part in tokens.values()),
+        keys=tuple(keys),
+        values=tuple(values),
+    )
+
+
+def _scored_tokens(layers: int, texts: int) -> int:
+    """Tokens of each text whose output is compared; half of the layers are computed on average."""
+    passes = layers * texts * len(_ROWS) / 2
+    wanted = int(_PASSED_TOKENS / passes) // 8 * 8
+    return min(max(wanted, _SCORED_TOKENS.start), _SCORED_TOKENS.stop - 1)
+
+
+class _Text:
+    """One text for one model: what is the same for all passes over its second part."""
+
+    def __init__(self, model: nn.Module, tokens: list[int], scored: int):
+        self.model = model
+        prefix = min(_PREFIX_TOKENS, len(tokens) - scored)
+        rows = mx.array([tokens[: prefix + scored]] * len(_ROWS))
+        self.scored = rows[:, prefix:]
+        self.caches = plain_caches(model)
+        model(rows[:, :prefix], cache=self.caches)
+        mx.eval([cache.state for cache in self.caches])
+        with _recorded_inputs(model) as self.inputs:
+            self.exact = _log_probabilities(self._logits(copy.deepcopy(self.caches))[:1])
+        mx.eval(self.exact, *self.inputs)
+        self.can_skip = self._skipping_changes_nothing()
+
+    def divergences(self, place: Compressible) -> list[float]:
+        """KL(exact || quantized), in nats, of a layer: for each of ``_ROWS``."""
+        caches = copy.deepcopy(self.caches)
+        cache = place.of(caches)
+        arrays = {"keys": cache.keys, "values": cache.values}
+        for side, array in arrays.items():
+            rows = [
+                _quantized(array[:1], cache.offset, bits)
+                if name == side and (side == "keys" or place.values is not None)
+                else array[:1]
+                for name, bits in _ROWS
+            ]
+            setattr(cache, side, mx.concatenate(rows))
+        logits = self._logits(caches, place.layer if self.can_skip else 0)
+        exact = mx.exp(self.exact[0])
+        divergences = [
+            (exact * (self.exact[0] - _log_probabilities(row))).sum(axis=-1).mean()
+            for row in logits
+        ]
+        mx.eval(divergences)
+        return [divergence.item() for divergence in divergences]
+
+    def _logits(self, caches: list[Any], layer: int = 0) -> mx.array:
+        """Of the scored tokens, from the recorded input of a ``layer`` on."""
+        if layer == 0:
+            return self.model(self.scored, cache=caches)
+        with _skipped_layers(self.model, layer, self.inputs[layer]):
+            return self.model(self.scored, cache=caches)
+
+    def _skipping_changes_nothing(self) -> bool:
+        """Whether the layers of the model are called one after the other, and nothing beside."""
+        last = len(self.inputs) - 1
+        if last < 1 or len(self.inputs) != len(self.caches):
+            return False
+        try:
+            logits = self._logits(copy.deepcopy(self.caches), last)[:1]
+        except Exception:  # whatever a model of its own kind raises
+            return False
+        return mx.allclose(_log_probabilities(logits), self.exact, atol=1e-3).item()
+
+
+def _quantized(x: mx.array, count: int, bits: int) -> mx.array:
+    """x (1, H, n, dim) with all but the sinks of its first ``count`` tokens quantized."""
+    packed = PackedTokens(bits, 0, interleaved=False)
+    packed.append_without_kernels(x[:, :, _SINKS:count])
+    return mx.concatenate([x[:, :, :_SINKS], packed.dense(x.dtype), x[:, :, count:]], axis=2)
+
+
+def _log_probabilities(logits: mx.array) -> mx.array:
+    logits = logits.astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+class _Wrapped:
+    """Stands for a layer of a model, whose attributes it has."""
+
+    def __init__(self, layer: nn.Module):
+        self.layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
+
+
+class _Recorder(_Wrapped):
+    """Keeps the first argument of a layer."""
+
+    input: mx.array | None = None
+
+    def __call__(self, x: mx.array, *arguments: Any, **keywords: Any) -> Any:
+        self.input = x
+        return self.layer(x, *arguments, **keywords)
+
+
+class _Skipped(_Wrapped):
+    """Returns what a later layer is to get."""
+
+    def __init__(self, layer: nn.Module, output: mx.array):
+        super().__init__(layer)
+        self.output = output
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> mx.array:
+        return self.output
+
+
+@contextmanager
+def _recorded_inputs(model: nn.Module) -> Iterator[list[mx.array]]:
+    """The inputs of all layers of the model that are called meanwhile, filled at the end."""
+    inputs: list[mx.array] = []
+    recorders = [_Recorder(layer) for layer in _layers(model)]
+    with _replaced_layers(model, recorders):
+        yield inputs
+    inputs += [each.input for each in recorders if each.input is not None]
+
+
+@contextmanager
+def _skipped_layers(model: nn.Module, count: int, output: mx.array) -> Iterator[None]:
+    skipped = [_Skipped(layer, output) for layer in _layers(model)[:count]]
+    with _replaced_layers(model, skipped):
+        yield
+
+
+@contextmanager
+def _replaced_layers(model: nn.Module, others: Sequence[Any]) -> Iterator[None]:
+    """The first layers of a model replaced, in the list that it goes through."""
+    layers = _layers(model)
+    originals = layers[: len(others)]
+    layers[: len(others)] = others
+    try:
+        yield
+    finally:
+        layers[: len(others)] = originals
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """The list itself, of which ``model.layers`` may be a copy; an empty one if there is none."""
+    layers = getattr(model, "layers", [])
+    for module in model.modules():
+        for value in module.values():
+            if isinstance(value, list) and len(value) == len(layers):
+                if all(one is other for one, other in zip(value, layers)):
+                    return value
+    return []

@@ -1,0 +1,138 @@
+"""The bits of the layers of one model, chosen by its profile or by what stands in for one."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import mlx.nn as nn
+
+from .allocation import (
+    BUDGETS,
+    MIN_KEY_BITS,
+    MIN_VALUE_BITS,
+    Layer,
+    Side,
+    allocate,
+    divergences_by_bits,
+    expected_divergence,
+)
+from .codebook import relative_error
+from .compressible import Compressible, compressible_caches
+from .demands import key_demands
+from .profile import Profile, find_profile, fingerprint
+from .settings import AUTO, DEFAULT_KL_BUDGET, Settings
+
+# What keys cost without a profile, when values cost 1: by the demand of their layer, and at least.
+# Chosen on three real models, see docs/quality.md.
+_KEY_WEIGHT_OF_DEMAND, _LEAST_KEY_WEIGHT = 2.0, 4.0
+# A divergence from which on the model says other things.
+_LARGE_DIVERGENCE = 0.05
+_ATTRIBUTE = "_mlx_turboquant_choice"
+
+_log = logging.getLogger("mlx_turboquant")
+
+
+@dataclass
+class ModelChoice:
+    """What bits are chosen by: ``weighed`` layers, and ``expected`` ones if there is a profile."""
+
+    compressible: list[Compressible]
+    weighed: list[Layer]
+    expected: list[Layer] | None
+    _chosen: dict[Settings, list[tuple[int, int]]] = field(default_factory=dict)
+
+    def bits(self, settings: Settings) -> list[tuple[int, int]]:
+        """The bits of keys and values of every layer, for a budget or for a divergence.
+
+        Raises:
+            ValueError: a budget that is too small, or "auto" without a profile.
+        """
+        if settings not in self._chosen:
+            self._chosen[settings] = self._choose(settings)
+        return self._chosen[settings]
+
+    def divergence(self, bits: Sequence[tuple[int, int]]) -> float | None:
+        """What is expected of these bits of the layers, in nats; None without a profile."""
+        return None if self.expected is None else expected_divergence(self.expected, bits)
+
+    def _choose(self, settings: Settings) -> list[tuple[int, int]]:
+        if settings.bits == AUTO:
+            return self._fewest(settings.kl_budget or DEFAULT_KL_BUDGET)
+        bits = allocate(self.weighed, settings.bits, settings.key_bits, settings.value_bits)
+        divergence = self.divergence(bits)
+        if divergence is None:
+            _log.info(
+                "This model has no profile: `mlx_turboquant calibrate` would measure where bits "
+                "matter, which lowers the divergence by a third and more at the same size."
+            )
+        elif divergence > _LARGE_DIVERGENCE:
+            _log.warning(
+                "With %g bits the expected divergence is %.2g nats: use %s.",
+                settings.bits,
+                divergence,
+                self._remedy(),
+            )
+        return bits
+
+    def _fewest(self, kl_budget: float) -> list[tuple[int, int]]:
+        if self.expected is None:
+            raise ValueError(
+                "auto needs a profile of the model: run `mlx_turboquant calibrate` first, "
+                "or use a number of bits."
+            )
+        for budget in BUDGETS:
+            bits = allocate(self.weighed, budget)
+            if self.divergence(bits) <= kl_budget:
+                return bits
+        raise ValueError(
+            f"A KL budget of {kl_budget} is not possible: with 8 bits the expected divergence is "
+            f"{self.divergence(bits):.2g}, so use a larger one."
+        )
+
+    def _remedy(self) -> str:
+        for budget in BUDGETS:
+            if self.divergence(allocate(self.weighed, budget)) <= _LARGE_DIVERGENCE:
+                return f"{budget:g} bits to stay below {_LARGE_DIVERGENCE}"
+        return "mlx_turboquant evaluate to see whether this model can be compressed"
+
+
+def choice_of(model: nn.Module, profile: Profile | None = None) -> ModelChoice:
+    """That of a model, which keeps it; with a ``profile``, a new one."""
+    known = getattr(model, _ATTRIBUTE, None)
+    if known is not None and profile is None:
+        return known
+    compressible = compressible_caches(model)
+    profile = profile or find_profile(fingerprint(model))
+    if profile is None:
+        demands = key_demands(model, compressible) if compressible else []
+        choice = ModelChoice(compressible, _weighed_by_demand(compressible, demands), None)
+    else:
+        layers = (profile.layers(compressible, geometric) for geometric in (True, False))
+        choice = ModelChoice(compressible, *layers)
+    setattr(model, _ATTRIBUTE, choice)
+    return choice
+
+
+def treat_layers_alike(model: nn.Module) -> None:
+    """Choose the bits of a model without computing anything with it: of one without weights."""
+    compressible = compressible_caches(model)
+    weighed = _weighed_by_demand(compressible, [0.0] * len(compressible))
+    setattr(model, _ATTRIBUTE, ModelChoice(compressible, weighed, None))
+
+
+def _weighed_by_demand(compressible: list[Compressible], demands: list[float]) -> list[Layer]:
+    layers = []
+    for place, demand in zip(compressible, demands):
+        # Not max(): a demand that is not a number says nothing.
+        weight = _KEY_WEIGHT_OF_DEMAND * demand
+        weight = weight if weight > _LEAST_KEY_WEIGHT else _LEAST_KEY_WEIGHT
+        keys = Side(place.keys, _unit_divergences(place.keys.dim, weight), MIN_KEY_BITS)
+        values = None
+        if place.values is not None:
+            values = Side(place.values, _unit_divergences(place.values.dim, 1.0), MIN_VALUE_BITS)
+        layers.append(Layer(keys, values))
+    return layers
+
+
+def _unit_divergences(dim: int, weight: float) -> tuple[float, ...]:
+    return divergences_by_bits(dim, {1: weight * relative_error(dim, 1)})

@@ -1,0 +1,138 @@
+"""``mlx_turboquant calibrate``: measures where in a model bits matter."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+from rich.box import SIMPLE
+from rich.table import Table
+from tqdm import tqdm
+
+from ..allocation import Layer, allocate, expected_divergence
+from ..calibrate import calibrate
+from ..choice import choice_of
+from ..profile import (
+    find_profile,
+    fingerprint,
+    load_profile,
+    profile_path,
+    save_profile,
+)
+from ..texts import read_texts
+from .loading import check_memory, model_errors, prepare_for_device
+from .results import print_rich
+
+_BUDGETS = (8, 6, 5, 4, 3.5, 3, 2.5, 2)
+# Of a vector of a layer: a scale in 16 bits.
+_SCALE_BYTES = 2
+
+
+def main(arguments: list[str]) -> None:
+    """Calibrate a model, keep the profile and print what to expect of budgets."""
+    args = _parser().parse_args(arguments)
+    texts = None
+    if args.text:
+        texts = dict(zip((path.name for path in args.text), read_texts(args.text)))
+    with model_errors(args.model):
+        model, tokenizer = mlx_lm.load(args.model, lazy=True)
+    check_memory(model)
+    prepare_for_device(model)
+    mx.eval(model.parameters())
+    with _progress_bar() as progress:
+        profile = calibrate(model, tokenizer, texts, progress)
+    file = save_profile(profile, args.out)
+    choice = choice_of(model, profile)
+    print_rich(_table(choice.weighed, choice.expected))
+    print(f"{profile.tokens:,} tokens scored of {', '.join(profile.texts)}. Wrote {file}")
+
+
+def ensure_profile(
+    model: nn.Module, tokenizer: Any, args: argparse.Namespace, settings: dict[str, Any]
+) -> None:
+    """Give a model the profile of ``--profile``, or calibrate it if it has none and needs one."""
+    if args.profile is not None:
+        choice_of(model, load_profile(args.profile, fingerprint(model)))
+        return
+    both = "key_bits" in settings and "value_bits" in settings
+    if both or settings.get("uniform") or not args.calibrate:
+        return
+    name = fingerprint(model)
+    if find_profile(name) is not None:
+        return
+    print(
+        "This model has no profile of where bits matter: it is calibrated once, which takes about "
+        "as long as reading 16 000 tokens (--no-calibrate does without).",
+        file=sys.stderr,
+    )
+    try:
+        with _progress_bar() as progress:
+            profile = calibrate(model, tokenizer, progress=progress)
+        save_profile(profile)
+    except Exception as error:  # whatever a model of its own kind raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"Bits are chosen without a profile, because of: {reason}", file=sys.stderr)
+        return
+    choice_of(model, profile)
+    print(f"Its profile is kept in {profile_path(name)}.", file=sys.stderr)
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Callable[[int, int], None]]:
+    with tqdm(unit="layers", desc="Calibrating") as bar:
+
+        def progress(finished: int, total: int) -> None:
+            bar.total = total
+            bar.update(finished - bar.n)
+
+        yield progress
+
+
+def _table(weighed: list[Layer], expected: list[Layer]) -> Table:
+    """What to expect of budgets."""
+    table = Table("--kv-bits", "bytes a token", "expected divergence", "bits", box=SIMPLE)
+    vectors = [side.vectors for layer in weighed for side in layer if side is not None]
+    scales = _SCALE_BYTES * sum(each.heads for each in vectors)
+    for budget in _BUDGETS:
+        bits = allocate(weighed, budget)
+        sides = [
+            (side, b)
+            for layer, pair in zip(weighed, bits)
+            for side, b in zip(layer, pair)
+            if side is not None
+        ]
+        nbytes = scales + sum(side.vectors.nbytes(b) for side, b in sides)
+        keys, values = zip(*bits)
+        table.add_row(
+            f"{budget:g}",
+            f"{nbytes:,}",
+            f"{expected_divergence(expected, bits):.2g} nats",
+            f"keys {min(keys)} to {max(keys)}, values {min(values)} to {max(values)}",
+        )
+    return table
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mlx_turboquant calibrate", description=__doc__)
+    add = parser.add_argument
+    add("--model", required=True, help="Folder of a model of mlx-lm, or its name on the hub")
+    add(
+        "--text",
+        type=Path,
+        nargs="+",
+        help="Files to measure on, each of them alone (default: bundled ones: prose, code, other "
+        "languages, numbers)",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="Where to write the profile (default: the user's cache folder, where all commands "
+        "look for it)",
+    )
+    return parser

@@ -1,0 +1,74 @@
+"""Which caches of a model can be compressed, and what vectors their layers store."""
+
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import cache as mlx_lm_cache
+
+from .allocation import Vectors
+
+HOOKED_NAME = "scaled_dot_product_attention"
+
+
+class Compressible(NamedTuple):
+    """One cache of a prompt cache that is compressed: that of a layer, or a part of it.
+
+    ``part`` is its place in a ``CacheList``, or None. ``values`` is None where attention is latent:
+    one vector a token is key and value.
+    """
+
+    layer: int
+    part: int | None
+    keys: Vectors
+    values: Vectors | None
+
+    def of(self, prompt_cache: list[Any]) -> Any:
+        """This cache in a prompt cache of the model."""
+        cache = prompt_cache[self.layer]
+        return cache if self.part is None else cache.caches[self.part]
+
+
+def plain_caches(model: nn.Module) -> list[Any]:
+    """The caches that mlx-lm makes for a model that is not enabled."""
+    maker = model.__dict__.get("make_cache")
+    if hasattr(maker, "plain_caches"):
+        return maker.plain_caches()
+    return mlx_lm_cache.make_prompt_cache(model)
+
+
+def compressible_caches(model: nn.Module) -> list[Compressible]:
+    """The caches of a model that are compressed, in the order of its layers.
+
+    Those are plain ``KVCache`` of mlx-lm, alone or in a ``CacheList``, but for layers that choose
+    tokens by an index of their own. A token goes through the model lazily: nothing is computed.
+    """
+    caches = plain_caches(model)
+    model(mx.zeros((1, 1), mx.int32), cache=caches)
+    found = []
+    for i, (cache, layer) in enumerate(zip(caches, layers_of(model, caches))):
+        modules = [module for _, module in layer.named_modules()]
+        if any("indexer" in module for module in modules):
+            continue
+        # Multi-head latent attention, with the projections of keys and values absorbed.
+        latent = any("embed_q" in module for module in modules)
+        for part, plain in enumerate(getattr(cache, "caches", (cache,))):
+            if type(plain) is not mlx_lm_cache.KVCache or plain.keys is None:
+                continue
+            keys, values = (Vectors(x.shape[1], x.shape[3]) for x in (plain.keys, plain.values))
+            place = part if hasattr(cache, "caches") else None
+            found.append(Compressible(i, place, keys, None if latent else values))
+    return found
+
+
+def layers_of(model: nn.Module, caches: list[Any]) -> list[nn.Module]:
+    """The layer of each cache, or the whole model where there are not as many."""
+    layers = getattr(model, "layers", [])
+    return layers if len(layers) == len(caches) else [model] * len(caches)
+
+
+def attention_scopes(model: nn.Module) -> list[dict[str, Any]]:
+    """The global scopes in which the layers of ``model`` look their attention function up."""
+    calls = {type(module).__call__ for module in model.modules()}
+    scopes = [getattr(call, "__globals__", {}) for call in calls]
+    return [scope for scope in scopes if HOOKED_NAME in scope]

@@ -1,0 +1,85 @@
+"""What quantizing keys does to the attention of each layer: a stand-in for calibration.
+
+The error of a quantized key k with mean c is spread evenly over the dimensions by the rotation, so
+a score of query q has noise of variance
+
+    scale^2 |q|^2 |k - c|^2 D(b) / d,
+
+D(b) being the relative mean squared error of b bits in d dimensions. To second order, noise of
+variance s_j in the scores moves a softmax p by a KL divergence of half of sum p_j (1 - p_j) s_j.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .compressible import HOOKED_NAME, Compressible, attention_scopes, plain_caches
+from .storage import removable_mean
+
+_TOKENS = 256
+# Queries that a demand is averaged over: the last ones, which have the most tokens to look at.
+_QUERIES = 16
+
+
+def key_demands(model: nn.Module, compressible: list[Compressible]) -> list[float]:
+    """KL divergence of the attention weights of each layer, in nats, for each unit of D.
+
+    The model reads pseudo-random tokens. Layers whose attention is not mlx-lm's have 0.
+    """
+    caches = plain_caches(model)
+    vocabulary = getattr(getattr(model, "args", None), "vocab_size", 128)
+    tokens = mx.random.randint(0, vocabulary, (1, _TOKENS), key=mx.random.key(0))
+    with _recorded_demands(model) as demands:
+        logits = model(tokens, cache=caches)
+    mx.eval(demands, [cache.state for cache in caches])
+    del logits
+    found = (demands.get(id(each.of(caches))) for each in compressible)
+    return [0.0 if demand is None else demand.item() for demand in found]
+
+
+@contextmanager
+def _recorded_demands(model: nn.Module) -> Iterator[dict[int, mx.array]]:
+    """The demands of all layers that attend meanwhile, by the ids of their caches."""
+    demands: dict[int, mx.array] = {}
+    scopes = attention_scopes(model)
+    originals = [scope[HOOKED_NAME] for scope in scopes]
+
+    def recording(original: Any) -> Any:
+        def attention(queries, keys, values, cache=None, scale=1.0, mask=None, **keywords):
+            if keys.shape[-1] == queries.shape[-1]:
+                demands[id(cache)] = key_demand(queries, keys, scale)
+            return original(queries, keys, values, cache=cache, scale=scale, mask=mask, **keywords)
+
+        return attention
+
+    for scope, original in zip(scopes, originals):
+        scope[HOOKED_NAME] = recording(original)
+    try:
+        yield demands
+    finally:
+        for scope, original in zip(scopes, originals):
+            scope[HOOKED_NAME] = original
+
+
+def key_demand(queries: mx.array, keys: mx.array, scale: float) -> mx.array:
+    """KL divergence of the weights for each unit of D: a float32 scalar, lazily.
+
+    Args:
+        queries: (B, query_heads, L, dim), the last of which sees all tokens.
+        keys: (B, H, n, dim).
+        scale: Factor of the scores.
+    """
+    batch, heads, count, dim = keys.shape
+    keys = keys.astype(mx.float32)
+    rows = min(_QUERIES, queries.shape[2])
+    queries = queries[:, :, -rows:].astype(mx.float32) * scale
+    visible = mx.arange(count) <= mx.arange(count - rows, count)[:, None]
+    scores = queries.reshape(batch, heads, -1, rows, dim) @ keys[:, :, None].swapaxes(-1, -2)
+    weights = mx.softmax(mx.where(visible, scores, -1e30), axis=-1)
+    deviations = ((keys - removable_mean(keys)) ** 2).sum(axis=-1)
+    noise = ((weights * (1 - weights)) * deviations[:, :, None, None]).sum(axis=-1)
+    squared = (queries.reshape(*noise.shape, dim) ** 2).sum(axis=-1)
+    return (noise * squared).mean() / (2 * dim)

@@ -1,0 +1,120 @@
+"""KVarN (arXiv 2606.03458): tiles of tokens, their variance evened out along both axes.
+
+In a tile of T tokens of a head, rotated by a Hadamard matrix, the channels are divided by their
+standard deviation, then the tokens, and so on in turns. Then keys are rounded channel by channel
+and values token by token, to even steps between the smallest and the largest value.
+"""
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from ..codebook import check_bits
+from ..packing import pack, unpack, words_per_vector
+from ..quantizer import check_vectors
+from ..rotation import Rotation
+
+_ROUNDS = 16
+_LEAST_DEVIATION = 1e-6
+
+
+class KVarNTiles(NamedTuple):
+    """Codes of tiles (..., tiles, T, words) uint32, and what undoes rounding and evening out.
+
+    ``scales`` and ``offsets`` are those of the axis that is rounded, ``deviations`` those of the
+    other: (..., tiles, 1, dim) for channels, (..., tiles, T, 1) for tokens, all in bfloat16.
+    """
+
+    codes: mx.array
+    scales: mx.array
+    offsets: mx.array
+    deviations: mx.array
+
+
+class KVarN:
+    """KVarN for the keys or the values of a head.
+
+    Args:
+        dim: Values per vector.
+        bits: Bits per value, 1 to 8, without what a tile stores besides.
+        by_channel: Round channel by channel, as keys are, and not token by token, as values are.
+        tile: Tokens of a tile.
+        seed: Of the random signs of the rotation.
+
+    Raises:
+        ValueError: bits or a dimension that cannot be.
+    """
+
+    def __init__(self, dim: int, bits: int, *, by_channel: bool, tile: int = 128, seed: int = 0):
+        check_bits(bits)
+        self.dim = dim
+        self.bits = bits
+        self.by_channel = by_channel
+        self.tile = tile
+        self.rotation = Rotation(dim, seed=seed)
+
+    @property
+    def bits_per_value(self) -> float:
+        """Bits that a value takes, with its share of all that is stored for a tile."""
+        words = 32 * words_per_vector(self.dim, self.bits) / self.dim
+        rounded, other = (self.tile, self.dim) if self.by_channel else (self.dim, self.tile)
+        return words + 32 / rounded + 16 / other
+
+    def quantize(self, x: mx.array) -> KVarNTiles:
+        """Pack vectors (..., n, dim), n a multiple of the tile."""
+        check_vectors(x, self.dim)
+        if x.shape[-2] % self.tile:
+            raise ValueError(
+                f"{x.shape[-2]} vectors are not whole tiles of {self.tile}: use a multiple of that."
+            )
+        tiles = mx.unflatten(self.rotation.apply(x.astype(mx.float32)), -2, (-1, self.tile))
+        of_channels, of_tokens = _even_deviations(tiles)
+        even = tiles / (of_channels * of_tokens)
+        axis = -2 if self.by_channel else -1
+        low, high = even.min(axis=axis, keepdims=True), even.max(axis=axis, keepdims=True)
+        steps = 2**self.bits - 1
+        scales = mx.maximum((high - low) / steps, _LEAST_DEVIATION)
+        codes = mx.clip(mx.round((even - low) / scales), 0, steps)
+        own, other = (of_channels, of_tokens) if self.by_channel else (of_tokens, of_channels)
+        numbers = (scales * own, low * own, other)
+        return KVarNTiles(pack(codes, self.bits), *(each.astype(mx.bfloat16) for each in numbers))
+
+    def dequantize(self, packed: KVarNTiles, dtype: mx.Dtype = mx.float32) -> mx.array:
+        """The reconstructed vectors (..., n, dim) in ``dtype``."""
+        codes = unpack(packed.codes, self.bits, self.dim).astype(mx.float32)
+        scales, offsets, deviations = (part.astype(mx.float32) for part in packed[1:])
+        tiles = (codes * scales + offsets) * deviations
+        return self.rotation.invert(tiles.flatten(-3, -2)).astype(dtype)
+
+    def inner_product(self, queries: mx.array, packed: KVarNTiles) -> mx.array:
+        """Products of queries (..., q, dim) with packed vectors (..., n): float32 (..., q, n)."""
+        check_vectors(queries, self.dim)
+        return queries.astype(mx.float32) @ self.dequantize(packed).swapaxes(-1, -2)
+
+
+def _even_deviations(tiles: mx.array) -> tuple[mx.array, mx.array]:
+    """Factors of channels (..., 1, dim) and of tokens (..., T, 1) of tiles (..., T, dim).
+
+    Divided by them, all channels and all tokens have about the same standard deviation: of the
+    rounds, the one after which the largest is nearest to the smallest.
+    """
+    of_channels = mx.ones_like(tiles[..., :1, :])
+    of_tokens = mx.ones_like(tiles[..., :, :1])
+    best = (of_channels, of_tokens)
+    least = mx.full((*tiles.shape[:-2], 1, 1), mx.inf)
+    for _ in range(_ROUNDS):
+        of_channels = of_channels * _deviation(tiles / (of_channels * of_tokens), axis=-2)
+        of_tokens = of_tokens * _deviation(tiles / (of_channels * of_tokens), axis=-1)
+        even = tiles / (of_channels * of_tokens)
+        channels, tokens = _deviation(even, axis=-2), _deviation(even, axis=-1)
+        spread = channels.max(axis=-1, keepdims=True) / channels.min(axis=-1, keepdims=True)
+        spread = spread + tokens.max(axis=-2, keepdims=True) / tokens.min(axis=-2, keepdims=True)
+        better = spread < least
+        least = mx.where(better, spread, least)
+        pairs = zip(best, (of_channels, of_tokens))
+        best = tuple(mx.where(better, new, old) for old, new in pairs)
+    return best
+
+
+def _deviation(x: mx.array, axis: int) -> mx.array:
+    return mx.maximum(mx.std(x, axis=axis, keepdims=True), _LEAST_DEVIATION)

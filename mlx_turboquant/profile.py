@@ -1,0 +1,216 @@
+"""What calibration found out about a model, as a file in the user's cache folder."""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from platformdirs import user_cache_path
+
+from .allocation import (
+    MIN_KEY_BITS,
+    MIN_VALUE_BITS,
+    Layer,
+    Side,
+    divergences_by_bits,
+)
+from .compressible import Compressible
+from .quantizer import CODEC_VERSION
+
+FORMAT_VERSION = "1"
+# The bits at which a side is quantized to measure what that does.
+MEASURED_BITS = {"keys": (2, 3), "values": (1, 2)}
+# A divergence that is lost in rounding.
+_LEAST_DIVERGENCE = 1e-9
+_MAX_FILE_BYTES = 1 << 24
+
+_log = logging.getLogger("mlx_turboquant")
+
+# The divergences of one side of a layer: by bits, one for each text.
+Divergences = dict[int, tuple[float, ...]]
+
+
+class Profile(NamedTuple):
+    """Divergences of the output of a model, when one side of one layer is quantized.
+
+    ``keys`` and ``values`` have one entry for each compressed layer, in the order of the layers;
+    that of values is None where attention is latent. ``tokens`` are those that were scored, of all
+    ``texts`` together.
+    """
+
+    fingerprint: str
+    texts: tuple[str, ...]
+    tokens: int
+    keys: tuple[Divergences, ...]
+    values: tuple[Divergences | None, ...]
+
+    def layers(self, compressible: Sequence[Compressible], geometric: bool) -> list[Layer]:
+        """The layers of the model, with divergences that are means over the texts.
+
+        Bits are chosen by ``geometric`` means, because a text that hardly uses a layer says little
+        about it; what is expected of a choice are arithmetic means.
+
+        Raises:
+            ValueError: a profile of another number of layers.
+        """
+        if len(compressible) != len(self.keys):
+            raise ValueError(
+                f"The profile has {len(self.keys)} layers and the model {len(compressible)}: "
+                "calibrate the model again."
+            )
+        average = _geometric_mean if geometric else np.mean
+        layers = []
+        for part, keys, values in zip(compressible, self.keys, self.values):
+            pairs = ((part.keys, keys, MIN_KEY_BITS), (part.values, values, MIN_VALUE_BITS))
+            layers.append(Layer(*(_side(*pair, average) for pair in pairs)))
+        return layers
+
+
+def _side(vectors, divergences: Divergences | None, min_bits: int, average) -> Side | None:
+    if vectors is None or divergences is None:
+        return None
+    measured = {bits: float(average(texts)) for bits, texts in divergences.items()}
+    return Side(vectors, divergences_by_bits(vectors.dim, measured), min_bits)
+
+
+def _geometric_mean(numbers: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, numbers)) / len(numbers))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of the model's configuration and of its vectors (norm weights and biases).
+
+    The same for a model and its dequantized form, because vectors are not quantized.
+    """
+    digest = hashlib.sha256(repr(getattr(model, "args", type(model).__name__)).encode())
+    for name, parameter in sorted(tree_flatten(model.parameters())):
+        if parameter.ndim == 1:
+            digest.update(name.encode())
+            digest.update(bytes(memoryview(parameter.astype(mx.float32))))
+    return digest.hexdigest()
+
+
+def profile_path(fingerprint: str) -> Path:
+    """Where the profile of a model is kept."""
+    return user_cache_path("mlx_turboquant") / "profiles" / f"{fingerprint[:24]}.json"
+
+
+def save_profile(profile: Profile, file: Path | None = None) -> Path:
+    """Write a profile whole: to a temporary name, then renamed. Returns its path.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    file = file or profile_path(profile.fingerprint)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    layers = [
+        {
+            name: {str(bits): list(texts) for bits, texts in side.items()}
+            for name, side in (("keys", keys), ("values", values))
+            if side is not None
+        }
+        for keys, values in zip(profile.keys, profile.values)
+    ]
+    contents = {
+        "format": FORMAT_VERSION,
+        "codec": CODEC_VERSION,
+        "fingerprint": profile.fingerprint,
+        "texts": profile.texts,
+        "tokens": profile.tokens,
+        "layers": layers,
+    }
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}-") as folder:
+        complete = Path(folder) / file.name
+        complete.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+        os.replace(complete, file)
+    return file
+
+
+def load_profile(file: Path, model_fingerprint: str) -> Profile:
+    """The profile in a file, which must be of the model with this fingerprint.
+
+    Raises:
+        ValueError: not a profile, damaged, of another model or of another version.
+        OSError: a file that cannot be read.
+    """
+    with file.open("rb") as content:
+        text = content.read(_MAX_FILE_BYTES)
+    try:
+        contents = json.loads(text)
+        versions = contents["format"], contents["codec"]
+        found = contents["fingerprint"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{file} is not a profile: calibrate the model again.") from error
+    if versions != (FORMAT_VERSION, CODEC_VERSION):
+        raise ValueError(
+            f"{file} is a profile of version {versions}, this is version "
+            f"{(FORMAT_VERSION, CODEC_VERSION)}: calibrate the model again."
+        )
+    if found != model_fingerprint:
+        raise ValueError(
+            f"{file} is the profile of another model (fingerprint {str(found)[:12]}, this model "
+            f"has {model_fingerprint[:12]}): calibrate this model."
+        )
+    try:
+        return _checked(contents)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged ({error}): calibrate the model again.") from error
+
+
+def find_profile(model_fingerprint: str) -> Profile | None:
+    """The profile of a model in the user's cache folder; None, with a warning, if it is no good."""
+    file = profile_path(model_fingerprint)
+    try:
+        return load_profile(file, model_fingerprint)
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        _log.warning("A profile is not used: %s", error)
+        return None
+
+
+def _checked(contents: dict[str, Any]) -> Profile:
+    texts, tokens = tuple(contents["texts"]), contents["tokens"]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError("its texts have no names")
+    if type(tokens) is not int or tokens < 1:
+        raise ValueError(f"{tokens} tokens were scored")
+    sides = {
+        name: tuple(
+            _checked_side(layer.get(name), MEASURED_BITS[name], len(texts))
+            for layer in contents["layers"]
+        )
+        for name in ("keys", "values")
+    }
+    if not sides["keys"] or None in sides["keys"]:
+        raise ValueError("a layer has no keys")
+    return Profile(contents["fingerprint"], texts, tokens, **sides)
+
+
+def _checked_side(
+    side: dict[str, list[float]] | None, bits: tuple[int, ...], texts: int
+) -> Divergences | None:
+    if side is None:
+        return None
+    if set(side) != set(map(str, bits)):
+        raise ValueError(f"a side was measured at {sorted(side)} bits")
+    for numbers in side.values():
+        if len(numbers) != texts or not all(type(x) is float for x in numbers):
+            raise ValueError("a side has not one divergence for each text")
+        if not all(math.isfinite(x) and x > 0 for x in numbers):
+            raise ValueError("a divergence is not a positive number")
+    return {b: tuple(side[str(b)]) for b in bits}
+
+
+def at_least(divergence: float) -> float:
+    """A divergence that a profile can hold: rounding can leave nothing, or less, of a small one."""
+    return max(divergence, _LEAST_DIVERGENCE)

@@ -1,0 +1,105 @@
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import variant
+from tiny_families import FAMILIES, tiny_model
+
+from mlx_turboquant import make_prompt_cache
+from mlx_turboquant.calibrate import _Text, calibrate, calibration_texts
+from mlx_turboquant.compressible import compressible_caches
+from mlx_turboquant.evaluate import divergence
+from mlx_turboquant.profile import fingerprint
+
+TOKENS = mx.random.randint(0, 128, (256,), key=mx.random.key(7)).tolist()
+
+
+class Numbers:
+    """A tokenizer of characters below 128, as the vocabulary of the random model has them."""
+
+    def encode(self, text, add_special_tokens=True, verbose=True):
+        return [ord(character) % 128 for character in text]
+
+
+def log_probabilities(logits: mx.array) -> mx.array:
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def test_the_bundled_texts_are_of_four_kinds_and_long_enough(tiny_lm):
+    texts = calibration_texts()
+    assert list(texts) == ["code", "languages", "numbers", "prose"]
+    assert all(len(tiny_lm[1].encode(text)) >= 512 for text in texts.values())
+
+
+def test_a_divergence_is_that_of_the_output_with_one_side_of_one_layer_quantized(random_model):
+    """Beside the cache itself, whose other layer has eight bits, which are not quite exact."""
+    [place, _] = compressible_caches(random_model)
+    measured = _Text(random_model, TOKENS, scored=64).divergences(place)
+    exact = log_probabilities(random_model(mx.array([TOKENS]))[0, 192:])
+    for (key_bits, value_bits), found in zip(((2, 8), (3, 8), (8, 1), (8, 2)), measured):
+        cache = make_prompt_cache(random_model, 8, window=0)
+        cache[0] = type(cache[0])(key_bits, value_bits, window=0)
+        random_model(mx.array([TOKENS[:192]]), cache=cache)
+        # All at once, so that they see each other as they are, and of the prefix what is packed.
+        logits = random_model(mx.array([TOKENS[192:]]), cache=cache)[0]
+        expected = divergence(exact, log_probabilities(logits)).mean().item()
+        # The last 28 tokens of the prefix are not a whole block, and stay exact in the cache.
+        assert 0.6 * found < expected < 1.4 * found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_below_are_skipped_only_where_that_changes_nothing(family):
+    model = tiny_model(family)
+    places = compressible_caches(model)
+    if not places:
+        return
+    text = _Text(model, [4 * token % 512 for token in TOKENS], scored=24)
+    # Gemma 3n and 4 hand more from layer to layer than their first argument.
+    assert text.can_skip == (family not in ("gemma3n", "gemma4"))
+    skipping = [text.divergences(place) for place in places]
+    text.can_skip = False
+    computing = [text.divergences(place) for place in places]
+    assert np.allclose(skipping, computing, rtol=1e-3, atol=1e-6)
+    assert max(map(max, computing)) > 0
+
+
+def test_calibrating_changes_nothing_of_the_model(random_model):
+    layers, before = list(random_model.layers), random_model(mx.array([TOKENS[:20]]))
+    calibrate(random_model, Numbers(), {"a": "some text " * 20})
+    assert list(random_model.layers) == layers and "make_cache" not in vars(random_model)
+    assert mx.array_equal(random_model(mx.array([TOKENS[:20]])), before)
+
+
+def test_a_profile_has_both_sides_of_all_layers_for_every_text(random_model):
+    seen = []
+    texts = {"one": "a text of the caller " * 20, "other": "another one " * 10}
+    profile = calibrate(random_model, Numbers(), texts, lambda *progress: seen.append(progress))
+    assert profile.fingerprint == fingerprint(random_model)
+    assert profile.texts == ("one", "other") and profile.tokens == 128 + 60
+    assert len(profile.keys) == len(profile.values) == 2
+    for keys, values in zip(profile.keys, profile.values):
+        # More bits, less divergence, by a factor of 3 to 4 of the squared error.
+        assert all(two > 2 * three > 0 for two, three in zip(keys[2], keys[3]))
+        assert all(one > 2 * two > 0 for one, two in zip(values[1], values[2]))
+    assert seen == [(i, 4) for i in range(1, 5)]
+
+
+def test_latent_attention_has_no_values_of_its_own():
+    profile = calibrate(tiny_model("deepseek_v3"), Numbers(), {"a": "some text " * 20})
+    assert profile.values == (None,) * 4 and len(profile.keys) == 4
+
+
+def test_a_layer_that_matters_more_weighs_more(random_model):
+    """The second layer's output is a hundredth of what it was, and so is what goes wrong in it."""
+    model = variant(random_model)
+    projection = model.layers[1].self_attn.o_proj
+    projection.weight = projection.weight / 100
+    profile = calibrate(model, Numbers(), {"a": "some text " * 20})
+    for side in (profile.keys, profile.values):
+        assert side[0][2][0] > 1000 * side[1][2][0]
+
+
+def test_bad_input_is_refused(random_model):
+    with pytest.raises(ValueError, match="The text book has 63 tokens and calibration needs 64"):
+        calibrate(random_model, Numbers(), {"book": "x" * 63})
+    with pytest.raises(ValueError, match="No layer of this model can be compressed"):
+        calibrate(tiny_model("deepseek_v32"), Numbers())
