@@ -7,6 +7,7 @@ leave the window.
 
 import copy
 import importlib
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -138,7 +139,9 @@ class Scores:
     one more token; ``bits_in_all`` what a value of this text took, exact tokens and free space
     included (0 for the caches of mlx-lm).
     ``positions`` are those of the scored tokens in their text; ``departures`` has for every text
-    the first of ``greedy`` tokens that is not that of the exact cache, or None.
+    the first of ``greedy`` tokens that is not that of the exact cache, or None. ``overlaps`` are 1
+    less the total variation between the distributions, which is the share of tokens drafted by
+    one of them that the other accepts.
     """
 
     codec: Codec
@@ -149,8 +152,10 @@ class Scores:
     divergences: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     agreements: list[bool] = field(default_factory=list)
+    overlaps: list[float] = field(default_factory=list)
     departures: list[int | None] = field(default_factory=list)
     needles: list["Needle"] = field(default_factory=list)
+    generations: list["Generation"] = field(default_factory=list)
     failure: str | None = None
 
     def summary(self) -> dict[str, Any]:
@@ -171,10 +176,13 @@ class Scores:
                 "kl_p99": float(p99),
                 "perplexity": float(np.exp(np.mean(self.losses))),
                 "top1_agreement": float(np.mean(self.agreements)),
+                "overlap": float(np.mean(self.overlaps)),
             }
         if self.needles and self.failure is None:
             measured["needles_found"] = sum(needle.found for needle in self.needles)
             measured["needles"] = [needle._asdict() for needle in self.needles]
+        if self.generations and self.failure is None:
+            measured["generations"] = [each.summary() for each in self.generations]
         return measured
 
     def by_position(self, bins: int = 8) -> list[dict[str, float]]:
@@ -200,6 +208,29 @@ class Needle(NamedTuple):
     length: int
     depth: float
     found: bool
+
+
+class Generation(NamedTuple):
+    """What a cache wrote after a prompt, greedily or with random numbers that all caches share.
+
+    ``losses`` are those of its tokens, in nats, under the model with the exact cache: they rise if
+    errors feed on themselves. ``departure`` is the first token that is not that of the exact cache.
+    """
+
+    is_sampled: bool
+    tokens: list[int]
+    losses: list[float]
+    departure: int | None
+
+    def summary(self, bins: int = 10) -> dict[str, Any]:
+        """Numbers for a file: mean losses of stretches of the tokens."""
+        parts = np.array_split(np.array(self.losses), bins)
+        return {
+            "sampled": self.is_sampled,
+            "tokens": len(self.tokens),
+            "departure": self.departure,
+            "losses": [float(part.mean()) for part in parts if part.size],
+        }
 
 
 Progress = Callable[[int], Any]
@@ -299,6 +330,23 @@ def greedy_tokens(model: nn.Module, cache: list[Any], token: int) -> Iterator[in
         yield token
 
 
+def sampled_tokens(model: nn.Module, cache: list[Any], token: int, seed: int) -> Iterator[int]:
+    """Random tokens after ``token``, the same for logits that are the same, without end.
+
+    Each is that of the largest logit with Gumbel noise, which follows the model's distribution.
+    """
+    for key in map(mx.random.key, itertools.count(seed * 2**20)):
+        logits = model(mx.array([[token]]), cache=cache)[0, -1].astype(mx.float32)
+        token = (logits + mx.random.gumbel(logits.shape, key=key)).argmax().item()
+        yield token
+
+
+def first_difference(one: Iterable[int], other: Iterable[int]) -> int | None:
+    """The first place at which two sequences differ, as far as both go."""
+    pairs = enumerate(zip(one, other))
+    return next((i for i, (first, second) in pairs if first != second), None)
+
+
 class Comparison:
     """Runs the exact cache and ``codecs``, one cache at a time, and keeps the ``scores`` of each.
 
@@ -355,9 +403,11 @@ class Comparison:
             targets = tokens[1 + i * MAX_DECODE_ROWS :][: len(rows), None]
             losses = -mx.take_along_axis(rows, targets, axis=-1)[:, 0]
             agreements = rows.argmax(axis=-1) == exact[i].argmax(axis=-1)
+            overlaps = mx.minimum(mx.exp(rows), mx.exp(exact[i])).sum(axis=-1)
             scores.divergences += divergence(exact[i], rows).tolist()
             scores.losses += losses.tolist()
             scores.agreements += agreements.tolist()
+            scores.overlaps += overlaps.tolist()
 
     def _depart(
         self, scores: Scores, cache: list[Any], token: int, continuation: list[int], greedy: int
@@ -365,9 +415,26 @@ class Comparison:
         tokens = islice(greedy_tokens(self.model, cache, token), greedy)
         if scores.codec is EXACT:
             continuation += tokens
-        differs = (one != other for one, other in zip(continuation, tokens))
-        scores.departures.append(next((i for i, is_other in enumerate(differs) if is_other), None))
+        scores.departures.append(first_difference(continuation, tokens))
         self.progress(greedy)
+
+    def generation(self, prompt: list[int], count: int, is_sampled: bool, seed: int = 0) -> None:
+        """Let every codec write ``count`` tokens after a prompt, and score them exactly."""
+        tokens = mx.array(prompt[:-1])
+        exact: list[int] = []
+        for scores, cache in self._first_chunk(tokens):
+            with _failure_of(scores):
+                read_on(self.model, scores.codec, cache, tokens, self.progress)
+                arguments = self.model, cache, prompt[-1]
+                endless = (
+                    sampled_tokens(*arguments, seed) if is_sampled else greedy_tokens(*arguments)
+                )
+                written = list(islice(endless, count))
+                exact = exact or written
+                losses = exact_losses(self.model, prompt, written)
+                departure = first_difference(exact, written)
+                scores.generations.append(Generation(is_sampled, written, losses, departure))
+                self.progress(count)
 
     def needle(self, tokenizer, prompt: list[int], code: str, length: int, depth: float) -> None:
         """Let every codec go on after a passkey prompt; the first six digits must be the code.
@@ -386,6 +453,15 @@ class Comparison:
                     unread = max(len(tokens) - CHUNK, 0) + REPLY_TOKENS
                     self.progress((len(self.scores) - 1) * unread)
                     return
+
+
+def exact_losses(model: nn.Module, prompt: list[int], following: list[int]) -> list[float]:
+    """Of tokens after a prompt, in nats, with the exact cache."""
+    tokens = mx.array(prompt + following)
+    cache = read_prompt(model, EXACT, tokens[: len(prompt) - 1], lambda count: None)
+    logits = model(tokens[None, len(prompt) - 1 : -1], cache=cache)[0].astype(mx.float32)
+    rows = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return (-mx.take_along_axis(rows, tokens[len(prompt) :, None], axis=-1)[:, 0]).tolist()
 
 
 def passkey_prompt(

@@ -19,6 +19,7 @@ from mlx_turboquant.evaluate import (
     passkey_prompt,
     preset,
     read_first_chunk,
+    sampled_tokens,
 )
 from mlx_turboquant.settings import Settings
 
@@ -84,7 +85,7 @@ def test_a_model_that_mlx_lm_cannot_quantize_fails_in_its_line_only(random_model
 
 def test_the_first_departure_is_where_generation_differs(tiny_lm):
     model, tokenizer = tiny_lm
-    tokens = tokenizer.encode("def add(a, b):\n    return a + b\n" * 30)
+    tokens = tokenizer.encode("import os\n\nclass A:\n    def f(self, x):\n" * 30)
     codec = preset("K1V1", window=0, sink_tokens=0)
     comparison = Comparison(model, [codec])
     comparison.text(tokens, 1, 24)
@@ -134,6 +135,43 @@ def test_a_question_in_a_chat_is_the_message_of_a_user(tiny_lm):
     prompt, code = passkey_prompt(Chat(), text, 500, 0.5, 0, chat=True)
     message = tokenizer.decode(prompt)
     assert message.startswith("<user>") and f"is {code}." in message and message.endswith("?")
+
+
+def test_the_overlap_is_one_less_the_total_variation(random_model):
+    exact, ours = compare(random_model, preset("K1V1", window=0))
+    assert exact.overlaps == pytest.approx([1.0] * 100, abs=1e-5)  # float32 sums of 128 numbers
+    # Pinsker's inequality: the total variation is at most the root of half of the divergence.
+    bounds = [1 - (kl / 2) ** 0.5 for kl in ours.divergences]
+    assert all(bound <= overlap < 1 for bound, overlap in zip(bounds, ours.overlaps))
+    assert ours.summary()["overlap"] == pytest.approx(np.mean(ours.overlaps))
+
+
+@pytest.mark.parametrize("is_sampled", [False, True])
+def test_what_a_cache_writes_is_scored_with_the_exact_one(random_model, is_sampled):
+    comparison = Comparison(random_model, [preset("8"), preset("K1V1", window=0, sink_tokens=0)])
+    comparison.generation(TOKENS, 50, is_sampled, seed=3)
+    exact, eight, one = (scores.generations[0] for scores in comparison.scores)
+    assert exact.departure is None and len(exact.tokens) == len(one.losses) == 50
+    assert eight.tokens == exact.tokens
+    # Greedily, this model repeats a few tokens whatever the cache is.
+    assert (one.tokens != exact.tokens) == is_sampled
+    assert one.departure == next((i for i in range(50) if one.tokens[i] != exact.tokens[i]), None)
+    logits = random_model(mx.array([TOKENS + one.tokens[:-1]]))[0, len(TOKENS) - 1 :]
+    losses = nn.losses.cross_entropy(logits, mx.array(one.tokens))
+    assert mx.allclose(losses, mx.array(one.losses), atol=1e-3)  # float32, sums in another order
+    assert one.summary(bins=5)["losses"] == pytest.approx(
+        losses.reshape(5, 10).mean(1).tolist(), 1e-3
+    )
+
+
+def test_samples_follow_the_distribution_of_the_model(random_model):
+    """Of 128 tokens after the same one, with different random numbers."""
+    logits = random_model(mx.array([[5]]))[0, -1]
+    first = [next(sampled_tokens(random_model, None, 5, seed)) for seed in range(400)]
+    counts = np.bincount(first, minlength=128)
+    expected = 400 * np.array(mx.softmax(logits))
+    # A chi-squared statistic of 127 degrees of freedom has a mean of 127 and a deviation of 16.
+    assert ((counts - expected) ** 2 / expected).sum() < 127 + 5 * 16
 
 
 def test_progress_counts_every_token_of_a_text(random_model):

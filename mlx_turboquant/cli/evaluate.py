@@ -50,12 +50,15 @@ def main(arguments: list[str]) -> None:
     comparison = Comparison(model, [*MLX_LM, *codecs])
     steps = sum(len(context) + args.greedy for context in contexts)
     steps += sum(len(prompt) + REPLY_TOKENS for prompt, *_ in prompts)
+    steps += 2 * (len(contexts[0]) + args.generate) if args.generate else 0
     with tqdm(total=steps * len(comparison.scores), unit="tokens", unit_scale=True) as bar:
         comparison.progress = bar.update
         for context in contexts:
             comparison.text(context, args.scored, args.greedy)
         for prompt in prompts:
             comparison.needle(tokenizer, *prompt)
+        for is_sampled in (False, True) if args.generate else ():
+            comparison.generation(contexts[0], args.generate, is_sampled)
     result = _result(args, contexts, comparison.scores)
     pictures.print_table(result)
     write_results(args.out, "evaluation", result, pictures.draw)
@@ -91,6 +94,14 @@ def _parser() -> argparse.ArgumentParser:
         help="Tokens after a text in which to look for the first departure (default: %(default)s)",
     )
     add(
+        "--generate",
+        type=int,
+        default=0,
+        metavar="TOKENS",
+        help="Tokens to write after the first text, greedily and sampled, and to score with the "
+        "exact cache (default: none)",
+    )
+    add(
         "--needle-lengths",
         type=int,
         nargs="*",
@@ -113,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
 def _check_numbers(args: argparse.Namespace) -> None:
     if args.needle_lengths is None:
         args.needle_lengths = [args.context // 2, args.context]
-    least = {"context": 2, "samples": 1, "scored": 1, "greedy": 0}
+    least = {"context": 2, "samples": 1, "scored": 1, "greedy": 0, "generate": 0}
     least |= {"needle_depths": 1, "needle_trials": 1}
     for name, limit in least.items():
         if getattr(args, name) < limit:

@@ -14,7 +14,7 @@ from .results import print_rich
 
 _COLUMNS = (
     *("cache", "bits", "bytes/token", "KL mean", "median", "99 %", "perplexity", "top-1"),
-    *("departs", "codes found"),
+    *("overlap", "departs", "codes found"),
 )
 
 
@@ -27,7 +27,8 @@ def print_table(result: dict[str, Any]) -> None:
         title=f"{result['texts']} texts of {result['context']:,} tokens, "
         f"the last {result['scored']} decoded; KL in nats",
         caption="bits, bytes: of one more value and token, scales included. top-1: same most "
-        "probable token. departs: first greedy token that is not that of the exact cache.",
+        "probable token. overlap: 1 - total variation. departs: first greedy token that is not "
+        "that of the exact cache.",
         box=SIMPLE,
     )
     for column in _COLUMNS:
@@ -39,6 +40,30 @@ def print_table(result: dict[str, Any]) -> None:
         else:
             table.add_row(*_cells(codec, result["greedy"]))
     print_rich(table)
+    _print_generations(result["codecs"])
+
+
+def _print_generations(codecs: list[dict[str, Any]]) -> None:
+    """What was written, stretch by stretch: the loss of its tokens under the exact model."""
+    for i, exact in enumerate(codecs[0].get("generations", [])):
+        kind = "Sampled" if exact["sampled"] else "Greedy"
+        table = Table(
+            title=f"{kind}: {exact['tokens']:,} tokens; their loss with the exact cache, in nats",
+            box=SIMPLE,
+        )
+        table.add_column("cache", no_wrap=True)
+        for column in (
+            "departs",
+            *(f"{n + 1}/{len(exact['losses'])}" for n in range(len(exact["losses"]))),
+        ):
+            table.add_column(column, justify="right")
+        for codec in codecs:
+            if codec["failure"] is None:
+                written = codec["generations"][i]
+                departure = "never" if written["departure"] is None else str(written["departure"])
+                losses = (f"{loss:.2f}" for loss in written["losses"])
+                table.add_row(codec["codec"], departure, *losses)
+        print_rich(table)
 
 
 def _cells(codec: dict[str, Any], greedy: int) -> list[str]:
@@ -51,6 +76,7 @@ def _cells(codec: dict[str, Any], greedy: int) -> list[str]:
         *(f"{codec[key]:.5f}" for key in ("kl_mean", "kl_median", "kl_p99")),
         f"{codec['perplexity']:.3f}",
         f"{codec['top1_agreement']:.1%}",
+        f"{codec['overlap']:.1%}",
         f"{min(departures)}" if departures else f"> {greedy}",
         "" if found is None else f"{found} of {len(codec['needles'])}",
     ]
