@@ -71,6 +71,7 @@ def calibrate(
             )
     scored = _scored_tokens(len(compressible), len(texts))
     measured = []
+    progress(0, len(texts) * len(compressible))
     for i, part in enumerate(tokens.values()):
         pass_ = _Text(model, part, min(scored, len(part) // 2))
         rows = []
@@ -123,10 +124,11 @@ class _Text:
         caches = copy.deepcopy(self.caches)
         cache = place.of(caches)
         arrays = {"keys": cache.keys, "values": cache.values}
+        is_latent = place.values is None
         for side, array in arrays.items():
             rows = [
-                _quantized(array[:1], cache.offset, bits)
-                if name == side and (side == "keys" or place.values is not None)
+                _quantized(array[:1], cache.offset, bits, side == "keys" and not is_latent)
+                if name == side and (side == "keys" or not is_latent)
                 else array[:1]
                 for name, bits in _ROWS
             ]
@@ -159,9 +161,9 @@ class _Text:
         return mx.allclose(_log_probabilities(logits), self.exact, atol=1e-3).item()
 
 
-def _quantized(x: mx.array, count: int, bits: int) -> mx.array:
+def _quantized(x: mx.array, count: int, bits: int, are_keys: bool) -> mx.array:
     """x (1, H, n, dim) with all but the sinks of its first ``count`` tokens quantized."""
-    packed = PackedTokens(bits, 0, interleaved=False)
+    packed = PackedTokens(bits, 0, interleaved=are_keys)
     packed.append_without_kernels(x[:, :, _SINKS:count])
     return mx.concatenate([x[:, :, :_SINKS], packed.dense(x.dtype), x[:, :, count:]], axis=2)
 

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from .batch_cache import BatchTurboQuantKVCache
 from .cache import CompressedArray, CompressedTokens, TurboQuantKVCache, fetch
-from .storage import BatchPackedTokens, check_state, check_vectors
+from .storage import VALUE_MEAN_ENERGY, BatchPackedTokens, check_state, check_vectors
 
 # The buffer of rotary parts grows by this many tokens.
 _STEP = 256
@@ -31,6 +31,7 @@ class TurboQuantLatentCache(TurboQuantKVCache):
                 "leave the limit out."
             )
         self._packed = self._packed[:1]
+        self._packed[0].least_mean_energy = VALUE_MEAN_ENERGY  # they are values as well
         self._rotary: mx.array | None = None
 
     @property

@@ -17,8 +17,9 @@ CAPACITY_UNIT = 2 * BLOCK
 # Buffers grow by this part of their size, at least by so many tokens: to copy them takes at most
 # 1/64 of what attention reads meanwhile.
 GROWTH, LEAST_GROWTH = 1 / 512, 128
-# The mean of a head is removed where its energy is at least this multiple of the variance.
-_MEAN_ENERGY = 2.0
+# The mean of values is removed where its energy is at least this multiple of the variance: tokens
+# that are looked at most often have small values, whose error would then be that of the mean.
+VALUE_MEAN_ENERGY = 2.0
 
 
 @cache
@@ -27,14 +28,14 @@ def shared_quantizer(dim: int, bits: int, seed: int) -> TurboQuantizer:
     return TurboQuantizer(dim, bits, seed=seed)
 
 
-def removable_mean(x: mx.array) -> mx.array:
+def removable_mean(x: mx.array, least_energy: float = 0.0) -> mx.array:
     """The mean over the tokens of each head of x (B, H, n, dim), where it pays to remove it.
 
     Subtracting one vector from all keys of a head leaves softmax attention unchanged, and for
     values it is added back once, so only what remains has to be quantized. A head whose mean has
-    less than twice the energy of the deviations from it gets zeros, and so does one with a
-    non-finite value, which belongs to its token alone, or with a single token. Returns float32
-    (B, H, 1, dim).
+    less than ``least_energy`` times the energy of the deviations from it gets zeros, and so does
+    one with a non-finite value, which belongs to its token alone, or with a single token. Returns
+    float32 (B, H, 1, dim).
     """
     x = x.astype(mx.float32)
     mean = x.mean(axis=-2, keepdims=True)
@@ -43,7 +44,7 @@ def removable_mean(x: mx.array) -> mx.array:
     variance = _squared_distance(x, mean).sum(axis=(-2, -1), keepdims=True) / (x.shape[2] - 1)
     energy = (mean * mean).sum(axis=-1, keepdims=True)
     # False where a value is not finite, because the variance is then not a number.
-    return mx.where(energy > _MEAN_ENERGY * variance, mean, 0)
+    return mx.where(energy > least_energy * variance, mean, 0)
 
 
 @partial(mx.compile, shapeless=True)
@@ -65,6 +66,7 @@ class PackedTokens:
         self.bits = bits
         self.seed = seed
         self.interleaved = interleaved
+        self.least_mean_energy = 0.0 if interleaved else VALUE_MEAN_ENERGY
         self.count = 0
         # With a limit, the place of the oldest token, which the next one takes.
         self.most: int | None = None
@@ -112,7 +114,8 @@ class PackedTokens:
 
     def _block(self, x: mx.array, start: int, count: int) -> kernels.Block:
         if self.count == 0:
-            self.mean = removable_mean(x[:, :, start : start + count])
+            tokens = x[:, :, start : start + count]
+            self.mean = removable_mean(tokens, self.least_mean_energy)
         return kernels.Block(x, self.mean, self.quantizer, start, count)
 
     def _store(self, packed: QuantizedVectors) -> None:
@@ -269,6 +272,7 @@ class BatchPackedTokens(PackedTokens):
     def join(cls, stores: list[PackedTokens]) -> "BatchPackedTokens":
         """The sequences of all ``stores``, which agree in bits, seed and layout."""
         joined = cls(stores[0].bits, stores[0].seed, stores[0].interleaved)
+        joined.least_mean_energy = stores[0].least_mean_energy
         joined._set_counts([count for store in stores for count in store.counts])
         for name in ("codes", "scales", "mean"):
             parts = [(getattr(store, name), len(store.counts)) for store in stores]
@@ -289,6 +293,7 @@ class BatchPackedTokens(PackedTokens):
     def row(self, index: int) -> PackedTokens:
         """One sequence alone."""
         row = PackedTokens(self.bits, self.seed, self.interleaved)
+        row.least_mean_energy = self.least_mean_energy
         taken = self.take([index])
         row.count, row.codes, row.scales, row.mean = (
             *(taken.count, taken.codes, taken.scales, taken.mean),
@@ -306,7 +311,7 @@ class BatchPackedTokens(PackedTokens):
         if self.mean is None:
             self.mean = mx.zeros((len(self.counts), x.shape[1], 1, x.shape[-1]))
         if self.counts[rows.start] == 0:
-            self.mean[rows] = removable_mean(x)
+            self.mean[rows] = removable_mean(x, self.least_mean_energy)
         return kernels.Block(x, self.mean[rows], self.quantizer, 0, x.shape[2])
 
     def _store_rows(self, rows: slice, packed: QuantizedVectors) -> None:
