@@ -2,7 +2,8 @@
 
     python examples/broken_models.py --model examples/tiny-lm
 
-prints the KL divergence of each at 4 bits: of the plain codec, with mean removal, with protection.
+prints the KL divergence of each at a mean of 4 bits: of the plain codec, with the mean of keys
+removed, and with allocated bits, without a profile and by one that is measured on other texts.
 
 Each function changes a ``llama`` of mlx-lm in place, or returns a new model. What the first three
 do to keys, the queries undo, so that the model with an exact cache is what it was.
@@ -16,11 +17,15 @@ import mlx.nn as nn
 import mlx_lm
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama, qwen3
-from simulated_cache import SimulatedCache, turboquant
+from simulated_cache import SimulatedCache, turboquant_without_mean
 
-from mlx_turboquant import cache_report, texts
+from mlx_turboquant import texts
+from mlx_turboquant.calibrate import calibrate
+from mlx_turboquant.choice import choice_of
 from mlx_turboquant.cli.loading import prepare_for_device
-from mlx_turboquant.evaluate import Codec, Comparison, preset, read_prompt
+from mlx_turboquant.evaluate import Codec, Comparison, preset
+from mlx_turboquant.profile import find_profile, fingerprint, profile_path
+from mlx_turboquant.settings import Settings
 
 
 def add_key_offsets(model: nn.Module, size: float) -> nn.Module:
@@ -131,8 +136,8 @@ class Plain(Codec):
 
     def make_cache(self, model: nn.Module) -> list[SimulatedCache]:
         """An empty prompt cache."""
-        rounding = (turboquant(4, remove_mean=False) for _ in range(2 * len(model.layers)))
-        return [SimulatedCache(*pair, window=64, sinks=4) for pair in zip(rounding, rounding)]
+        rounding = turboquant_without_mean(4)
+        return [SimulatedCache(rounding, rounding, window=128, sinks=4) for _ in model.layers]
 
 
 def variants(head_dim: int) -> dict[str, Callable[[nn.Module], nn.Module]]:
@@ -171,32 +176,31 @@ def main() -> None:
         return prepare_for_device(model), tokenizer
 
     model, tokenizer = load()
+    if find_profile(fingerprint(model)) is not None:
+        parser.error(
+            f"Remove {profile_path(fingerprint(model))}: it would be used for all of them."
+        )
     contexts = texts.contexts(tokenizer, texts.bundled_texts(), args.context + 1, args.samples)
-    codecs = [
-        Plain("plain", settings={}),
-        preset("K4V4", window=64),
-        preset("4", window=64),
-    ]
-    print(
-        "| model | perplexity | plain K4 V4 | mean removal | --kv-bits 4 | bits | raised layers |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    print("| model | perplexity | plain K4 V4 | K4 V4 | 4 bits without a profile | 4 bits |")
+    print("|---|---|---|---|---|---|")
     for name, change in variants(model.args.head_dim).items():
         changed = change(load()[0])
-        comparison = Comparison(changed, codecs)
-        for context in contexts:
-            comparison.text(context, args.scored)
-        exact, *others = (scores.summary() for scores in comparison.scores)
+        codecs = [Plain("plain", settings=Settings()), preset("K4V4"), preset("4")]
+        exact, *others = compare(changed, codecs, contexts, args.scored)
+        choice_of(changed, calibrate(changed, tokenizer))
+        others.append(compare(changed, [preset("4")], contexts, args.scored)[1])
         cells = " | ".join(f"{each['kl_mean']:.5f}" for each in others)
-        raised = cache_report(
-            read_prompt(changed, codecs[-1], mx.array(contexts[0]), lambda tokens: None)
-        ).raised
-        layers = ", ".join(line.split(" have")[0].removeprefix("layer ") for line in raised)
-        print(
-            f"| {name} | {exact['perplexity']:.2f} | {cells} | {others[-1]['bits_per_value']:.2f} "
-            f"| {layers or 'none'} |",
-            flush=True,
-        )
+        print(f"| {name} | {exact['perplexity']:.2f} | {cells} |", flush=True)
+
+
+def compare(
+    model: nn.Module, codecs: list[Codec], contexts: list[list[int]], scored: int
+) -> list[dict]:
+    """The summaries of the exact cache and of all codecs."""
+    comparison = Comparison(model, codecs)
+    for context in contexts:
+        comparison.text(context, scored)
+    return [scores.summary() for scores in comparison.scores]
 
 
 if __name__ == "__main__":

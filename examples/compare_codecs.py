@@ -1,70 +1,164 @@
-"""Our codec beside mlx's affine one and the paper's TurboQuant_mse, at the same bits.
+"""Our codec beside others, and with a mean for every tile of keys, at the same bits in all of them.
 
-    python examples/compare_codecs.py --model examples/tiny-lm --context 4096
+    python examples/compare_codecs.py --model examples/tiny-lm --kv-bits K4V4 K3V3
 
-All are simulated alike: 4 sinks and a window of 64 stay exact, keys and values have the same bits.
-Prints the mean KL divergence to the exact cache at decode.
+All are simulated alike: 4 sinks and a window of 128 stay exact, and blocks of 128 tokens leave it.
+``--kv-bits`` with one number allocates bits to the layers by the profile of the model, if it has
+one. Prints the mean KL divergence to the exact cache at decode.
 """
 
 import argparse
+import copy
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
+import numpy as np
 from simulated_cache import (
     Rounding,
     SimulatedCache,
     affine,
-    filled_caches,
+    kvarn,
     turboquant,
     turboquant_mse,
+    turboquant_with_tile_means,
 )
-from sweep_presets import measure
+from tqdm import tqdm
 
 from mlx_turboquant import texts
+from mlx_turboquant.choice import choice_of
 from mlx_turboquant.cli.loading import prepare_for_device
+from mlx_turboquant.evaluate import (
+    CHUNK,
+    EXACT,
+    divergence,
+    log_probabilities,
+    preset,
+    read_prompt,
+)
+
+WINDOW, SINKS, BLOCK = 128, 4, 128
 
 
 class Arm(NamedTuple):
-    """A codec for all layers; ``bits`` are those of a value with its share of scales."""
+    """A codec: a rounding of keys and one of values for so many bits.
+
+    ``extra`` are the bits that it stores besides, for each value of vectors of a dimension.
+    """
 
     name: str
-    bits: str
-    rounding: Callable[[], Rounding]
-
-    def filled_cache(self, prompt: list[list[mx.array]]) -> list[SimulatedCache]:
-        """A cache that holds the keys and values of a prompt."""
-        roundings = ((self.rounding(), self.rounding()) for _ in prompt)
-        return filled_caches(prompt, roundings, window=64, sinks=4)
+    keys: Callable[[int], Rounding]
+    values: Callable[[int], Rounding]
+    extra: Callable[[int], float]
 
 
-def arms(bits: int) -> list[Arm]:
-    """The codecs at so many bits."""
-    return [
-        Arm("affine, group 64", f"{bits}.5", lambda: affine(bits)),
-        Arm("TurboQuant_mse", f"{bits} + 16 / dim", lambda: turboquant_mse(bits)),
-        Arm("mlx_turboquant", f"{bits} + 16 / dim", lambda: turboquant(bits)),
-    ]
+def _tile_means(tile: int, mean_bits: int) -> Arm:
+    return Arm(
+        f"mean of {tile} keys in {mean_bits} bits",
+        lambda bits: turboquant_with_tile_means(bits, tile, mean_bits),
+        partial(turboquant, are_keys=False),
+        lambda dim: 16 / dim + (mean_bits + 16 / dim) / tile / 2,
+    )
+
+
+ARMS = (
+    Arm("affine, group 64", affine, affine, lambda dim: 0.5),
+    Arm("TurboQuant_mse", turboquant_mse, turboquant_mse, lambda dim: 16 / dim),
+    Arm(
+        "mlx_turboquant",
+        partial(turboquant, are_keys=True),
+        partial(turboquant, are_keys=False),
+        lambda dim: 16 / dim,
+    ),
+    *(_tile_means(tile, 8) for tile in (128, 64, 32)),
+    _tile_means(128, 4),
+    Arm(
+        "KVarN, tiles of 128",
+        partial(kvarn, by_channel=True),
+        partial(kvarn, by_channel=False),
+        lambda dim: 24 / dim + 24 / BLOCK,
+    ),
+)
+
+
+class Candidate(NamedTuple):
+    """An arm with the bits of keys and values of every compressed layer."""
+
+    arm: Arm
+    name: str
+    bits: list[tuple[int, int]]
+
+    def filled_cache(self, model: nn.Module, read: list[Any]) -> list[Any]:
+        """A prompt cache with the tokens of the exact one ``read``."""
+        caches = copy.deepcopy(read)
+        for place, bits in zip(choice_of(model).compressible, self.bits):
+            pair = (side(b) for side, b in zip((self.arm.keys, self.arm.values), bits))
+            simulated = SimulatedCache(*pair, WINDOW, SINKS, BLOCK)
+            exact = place.of(read)
+            keys, values = (x[:, :, : exact.offset] for x in (exact.keys, exact.values))
+            simulated.update_and_fetch(keys, values)
+            caches[place.layer] = simulated
+        return caches
+
+    def bits_per_value(self, model: nn.Module) -> float:
+        """All that is stored for a value of a token, on average."""
+        layers = choice_of(model).compressible
+        dims = [side.dim for layer in layers for side in (layer.keys, layer.values)]
+        bits = [b for pair in self.bits for b in pair]
+        return np.average([b + self.arm.extra(dim) for b, dim in zip(bits, dims)], weights=dims)
+
+
+def candidates(model: nn.Module, names: list[str]) -> list[Candidate]:
+    """All arms, with bits as ``evaluate`` names them."""
+    chosen = {name: choice_of(model).bits(preset(name).settings) for name in names}
+    return [Candidate(arm, name, bits) for name, bits in chosen.items() for arm in ARMS]
+
+
+def measure(
+    model: nn.Module, contexts: list[list[int]], scored: int, candidates: list[Candidate]
+) -> list[float]:
+    """The mean divergence over all texts of each candidate."""
+    total = np.zeros(len(candidates))
+    bar = tqdm(total=len(contexts) * len(candidates), unit="texts")
+    for context in map(mx.array, contexts):
+        start = len(context) - scored
+        read = read_prompt(model, EXACT, context[:start], lambda tokens: None)
+        decode = partial(log_probabilities, model, tokens=context[start:], progress=lambda n: None)
+        exact = list(decode(cache=copy.deepcopy(read)))
+        for i, candidate in enumerate(candidates):
+            pairs = zip(exact, decode(cache=candidate.filled_cache(model, read)))
+            divergences = mx.concatenate([divergence(a, b) for a, b in pairs])
+            total[i] += divergences.mean().item() / len(contexts)
+            bar.update()
+    bar.close()
+    return total.tolist()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", required=True)
-    add("--bits", type=int, nargs="+", default=[4, 3, 2])
-    add("--context", type=int, default=2048, help="tokens per text")
+    add("--kv-bits", nargs="+", default=["K4V4", "K3V3", "K2V2"], help="as 4 or K4V4")
+    add("--text", nargs="+", type=Path, help="files to measure on (default: bundled ones)")
+    add("--context", type=int, default=CHUNK, help=f"tokens per text, at most {CHUNK}")
     add("--scored", type=int, default=256, help="last tokens to compare")
     add("--samples", type=int, default=4, help="texts")
     args = parser.parse_args()
 
     model, tokenizer = mlx_lm.load(args.model)
     prepare_for_device(model)
-    contexts = texts.contexts(tokenizer, texts.bundled_texts(), args.context, args.samples)
-    candidates = [arm for bits in args.bits for arm in arms(bits)]
-    print("| codec | bits a value | KL |\n|---|---|---|")
-    for arm, kl in zip(candidates, measure(model, contexts, args.scored, candidates)):
-        print(f"| {arm.name} | {arm.bits} | {kl:.5f} |")
+    source = texts.read_texts(args.text) if args.text else texts.bundled_texts()
+    contexts = texts.contexts(tokenizer, source, args.context, args.samples)
+    all_candidates = candidates(model, args.kv_bits)
+    divergences = measure(model, contexts, args.scored, all_candidates)
+    print("| codec | bits | bits a value | KL |\n|---|---|---|---|")
+    for candidate, kl in zip(all_candidates, divergences):
+        stored = candidate.bits_per_value(model)
+        print(f"| {candidate.arm.name} | {candidate.name} | {stored:.3f} | {kl:.5f} |")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def test_generate_holds_no_more_tokens_than_it_is_told():
     arguments = ("--max-kv-size", "300", "--kv-window", "64", "--prompt", "-", "-v")
     result = generate(*arguments, input="import os\n" * 400)
     assert int(re.search(r"Cache: ([\d,]+) tokens", result.stdout)[1]) <= 300
-    assert re.search(r"TurboQuantKVCache +\d+ +K4 V4 .* 192 tokens a layer packed", result.stdout)
+    assert re.search(r"TurboQuantKVCache +\d+ +[\d.]+ .* 192 tokens a layer packed", result.stdout)
 
 
 def test_speculative_decoding_gives_the_same_text():
@@ -121,7 +121,7 @@ def test_a_cache_of_another_model_is_refused(random_model, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--kv-bits", "9"], "9 bits are not supported: use 1 to 8"),
+        (["--kv-bits", "9"], "9.0 bits are not supported: use 2 to 8 in quarters"),
         (["--kv-bits", "3.3"], "3.3 bits are not supported"),
         (["--key-bits", "0"], "0 bits per value are not supported"),
         (["--kv-window", "-1"], "A window of -1 is not possible"),
@@ -157,6 +157,61 @@ def test_doctor_says_where_kernels_run():
     assert_refused(result, "MLX_TURBOQUANT_BACKEND is 'fpga'")
 
 
+def test_a_model_is_calibrated_once_and_then_every_command_uses_its_profile(tmp_path):
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    first = generate("--kv-bits", "3", env=env)
+    assert "is calibrated once" in first.stderr and "%|" in first.stderr  # a progress bar
+    (file,) = (tmp_path / "mlx_turboquant" / "profiles").iterdir()
+    assert f"kept in {file}" in first.stderr
+    second = generate("--kv-bits", "3", "-v", env=env)
+    assert second.returncode == 0 and "calibrated" not in second.stderr
+    assert "expected divergence" in second.stdout
+    moved = file.rename(tmp_path / "profile.json")
+    third = generate("--kv-bits", "3", "-v", "--profile", str(moved), env=env)
+    assert "calibrated" not in third.stderr and "expected divergence" in third.stdout
+    assert not list(file.parent.iterdir())
+
+
+def test_without_calibration_nothing_is_measured_or_written(tmp_path):
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    result = generate("--no-calibrate", "-v", env=env)
+    assert result.returncode == 0 and "calibrated" not in result.stderr
+    assert "bytes a token" in result.stdout and "expected divergence" not in result.stdout
+    assert not list(tmp_path.iterdir())
+    result = generate("--no-calibrate", "--kv-bits", "auto", env=env)
+    assert_refused(result, "auto needs a profile of the model: run `mlx_turboquant calibrate`")
+
+
+def test_calibrate_prints_what_to_expect_of_budgets_and_writes_the_profile(tmp_path):
+    text, out = tmp_path / "some.txt", tmp_path / "profile.json"
+    text.write_text("def add(a, b):\n    return a + b\n" * 20)
+    arguments = ("calibrate", "--model", TINY_LM, "--out", str(out))
+    result = run(*arguments, "--text", str(text))
+    assert result.returncode == 0, result.stderr
+    rows = [line.split() for line in result.stdout.splitlines()]
+    budgets = {row[0]: row for row in rows if len(row) > 8 and row[3] == "nats"}
+    assert list(budgets) == ["8", "6", "5", "4", "3.5", "3", "2.5", "2"]
+    assert int(budgets["4"][1]) == 528  # 1 024 values of 4 bits and 8 scales of 16
+    divergences = [float(row[2]) for row in budgets.values()]
+    assert divergences == sorted(divergences) and divergences[-1] > 10 * divergences[0]
+    assert f"tokens scored of some.txt. Wrote {out}" in " ".join(result.stdout.split())
+    assert json.loads(out.read_text())["texts"] == ["some.txt"]
+
+
+def test_calibrate_refuses_bad_input_and_writes_nothing(tmp_path):
+    text, out = tmp_path / "short.txt", tmp_path / "profile.json"
+    text.write_text("import os\n")
+    arguments = ("calibrate", "--model", TINY_LM, "--out", str(out))
+    assert_refused(run(*arguments, "--text", str(text)), "short.txt has 3 tokens")
+    assert_refused(run(*arguments, "--text", "missing"), "No such file or directory: 'missing'")
+    assert not out.exists()
+    foreign = tmp_path / "foreign.json"
+    foreign.write_text('{"format": "1", "codec": "?", "fingerprint": "?"}')
+    assert_refused(generate("--profile", str(foreign)), "calibrate the model again")
+    foreign.write_text("[")
+    assert_refused(generate("--profile", str(foreign)), "foreign.json is not a profile")
+
+
 def test_a_chat_streams_stops_saves_and_leaves(tmp_path):
     arguments = ["-m", "mlx_turboquant", "chat", "--model", TINY_LM, "--max-tokens", "3000"]
     chat = pexpect.spawn(sys.executable, arguments, encoding="utf-8", timeout=60)
@@ -166,7 +221,7 @@ def test_a_chat_streams_stops_saves_and_leaves(tmp_path):
         chat.sendline(line)
         chat.expect(expected)
 
-    chat.expect("4-bit keys, 4-bit values")
+    chat.expect("4 bits per value")
     say("/help", "Ctrl-D +leave")
     say("def add(a, b):", r"b\):")
     chat.expect("[a-z]{3}")  # the reply has begun
@@ -201,13 +256,13 @@ def test_evaluate_prints_a_table_and_writes_json_and_pictures(tmp_path):
     result = run(*EVALUATE, *SHORT, *options, "--out", str(out))
     assert result.returncode == 0, result.stderr
     lines = [re.split(r"  +", line.strip()) for line in result.stdout.splitlines()]
-    table = {line[0]: line[1:] for line in lines if len(line) == 10}
+    table = {line[0]: line[1:] for line in lines if len(line) == 11}
     names = ["exact", "mlx-lm 8 bits", "mlx-lm 4 bits", "4 bits", "K3V2", "prod 4 bits"]
     assert list(table) == ["cache", *names]
-    bits = ["16.00", "8.50", "4.50", "4.38", "2.62", "4.25"]
+    bits = ["16.00", "8.50", "4.50", "4.12", "2.62", "4.25"]
     assert [row[0] for row in table.values()][1:] == bits
     # One head of 128 in four layers: 1 024 values a token.
-    assert [row[1] for row in table.values()][1:5] == ["2,048", "1,088", "576", "560"]
+    assert [row[1] for row in table.values()][1:5] == ["2,048", "1,088", "576", "528"]
     assert all(row[-1] == "4 of 4" for row in list(table.values())[1:])
     assert "100%" in result.stderr  # the progress bar
     written = json.loads((out / "evaluation.json").read_text())

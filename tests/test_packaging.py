@@ -7,6 +7,8 @@ import zipfile
 import pytest
 from conftest import REPOSITORY
 
+from mlx_turboquant.calibrate import calibration_texts
+
 KERNEL_FILES = sorted(
     path.name for path in (REPOSITORY / "metal").iterdir() if path.suffix in (".metal", ".h", ".md")
 )
@@ -43,6 +45,11 @@ def test_a_wheel_contains_every_module(wheel):
         path.relative_to(REPOSITORY) for path in (REPOSITORY / "mlx_turboquant").rglob("*.py")
     )
     assert set(map(str, modules)) <= set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_a_wheel_contains_the_texts_of_calibration(wheel):
+    texts = [f"mlx_turboquant/calibration/{name}.txt" for name in calibration_texts()]
+    assert len(texts) == 4 and set(texts) <= set(zipfile.ZipFile(wheel).namelist())
 
 
 def test_a_package_from_the_wheel_finds_its_kernel_files(wheel, tmp_path):

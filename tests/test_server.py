@@ -185,7 +185,7 @@ def test_a_server_that_was_killed_while_it_answered_starts_again_on_its_port():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--kv-bits", "9"], "9 bits are not supported"),
+        (["--kv-bits", "9"], "9.0 bits are not supported"),
         (["--model", "no/such/folder"], "'no/such/folder' cannot be loaded"),
         (["--kv-window", "-3"], "A window of -3 is not possible"),
     ],

@@ -84,13 +84,20 @@ def ensure_profile(
 
 @contextmanager
 def _progress_bar() -> Iterator[Callable[[int, int], None]]:
-    with tqdm(unit="layers", desc="Calibrating") as bar:
+    """None is shown before the first step, so that an error before it is one line."""
+    bar = None
 
-        def progress(finished: int, total: int) -> None:
-            bar.total = total
-            bar.update(finished - bar.n)
+    def progress(finished: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=total, unit="layers", desc="Calibrating")
+        bar.update(finished - bar.n)
 
+    try:
         yield progress
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 def _table(weighed: list[Layer], expected: list[Layer]) -> Table:
