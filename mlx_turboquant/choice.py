@@ -20,7 +20,7 @@ from .codebook import relative_error
 from .compressible import Compressible, compressible_caches
 from .demands import key_demands
 from .profile import Profile, find_profile, fingerprint
-from .settings import AUTO, DEFAULT_KL_BUDGET, Settings
+from .settings import Settings
 
 # What keys cost without a profile, when values cost 1: by the demand of their layer, and at least.
 # Chosen on three real models, see docs/quality.md.
@@ -42,10 +42,10 @@ class ModelChoice:
     _chosen: dict[Settings, list[tuple[int, int]]] = field(default_factory=dict)
 
     def bits(self, settings: Settings) -> list[tuple[int, int]]:
-        """The bits of keys and values of every layer, for a budget or for a divergence.
+        """The bits of keys and values of every layer, for a budget.
 
         Raises:
-            ValueError: a budget that is too small, or "auto" without a profile.
+            ValueError: a budget that is too small.
         """
         if settings not in self._chosen:
             self._chosen[settings] = self._choose(settings)
@@ -56,8 +56,6 @@ class ModelChoice:
         return None if self.expected is None else expected_divergence(self.expected, bits)
 
     def _choose(self, settings: Settings) -> list[tuple[int, int]]:
-        if settings.bits == AUTO:
-            return self._fewest(settings.kl_budget or DEFAULT_KL_BUDGET)
         bits = allocate(self.weighed, settings.bits, settings.key_bits, settings.value_bits)
         divergence = self.divergence(bits)
         if divergence is None:
@@ -73,21 +71,6 @@ class ModelChoice:
                 self._remedy(),
             )
         return bits
-
-    def _fewest(self, kl_budget: float) -> list[tuple[int, int]]:
-        if self.expected is None:
-            raise ValueError(
-                "auto needs a profile of the model: run `mlx_turboquant calibrate` first, "
-                "or use a number of bits."
-            )
-        for budget in BUDGETS:
-            bits = allocate(self.weighed, budget)
-            if self.divergence(bits) <= kl_budget:
-                return bits
-        raise ValueError(
-            f"A KL budget of {kl_budget} is not possible: with 8 bits the expected divergence is "
-            f"{self.divergence(bits):.2g}, so use a larger one."
-        )
 
     def _remedy(self) -> str:
         for budget in BUDGETS:

@@ -31,7 +31,7 @@ from .compressible import plain_caches
 from .integration import make_cache_of
 from .needle import hide_codes
 from .report import bits_per_value, cache_size, flat_caches
-from .settings import AUTO, Settings
+from .settings import Settings
 from .texts import start_tokens
 
 _mlx_lm_generate = importlib.import_module("mlx_lm.generate")
@@ -100,7 +100,7 @@ def _token_values(layer: Any) -> int:
 
 
 def preset(name: str, **settings: Any) -> Codec:
-    """Our codec of a setting as ``4``, ``3.5`` (bits), ``K5V3`` (of keys and values) or ``auto``.
+    """Our codec of a setting as ``4``, ``3.5`` (bits) or ``K5V3`` (of keys and values).
 
     With the name of a method before it, as ``prod:4`` or ``qjl+affine:K3V2``, a cache of that
     ``codec``. ``settings`` are further arguments of :func:`.integration.make_prompt_cache`.
@@ -113,21 +113,17 @@ def preset(name: str, **settings: Any) -> Codec:
     if split:
         key_bits, value_bits = map(int, split.groups())
         bits = {"key_bits": key_bits, "value_bits": value_bits}
-    elif bits_name == AUTO:
-        bits = {"bits": bits_name}
     elif re.fullmatch(r"\d(\.\d*)?", bits_name):
         bits = {"bits": float(bits_name)}
     else:
         raise ValueError(
-            f"{name!r} is not a preset: use bits as 4 or 3.5, a split as K5V3, or auto, "
+            f"{name!r} is not a preset: use bits as 4 or 3.5, a split as K5V3, "
             "or another codec and its bits as prod:4."
         )
-    without = () if bits_name == AUTO else ("kl_budget",)
     if colon:
         bits["codec"] = codec
-        without += ("uniform",)
-    settings = {key: value for key, value in settings.items() if key not in without}
-    label = bits_name if bits_name == AUTO else bits_name.upper() if split else f"{bits_name} bits"
+        settings.pop("uniform", None)
+    label = bits_name.upper() if split else f"{bits_name} bits"
     return Codec(f"{codec} {label}".strip(), settings=Settings(**bits, **settings))
 
 

@@ -37,12 +37,11 @@ _log = logging.getLogger("mlx_turboquant")
 
 def make_prompt_cache(
     model: nn.Module,
-    bits: float | str = 4,
+    bits: float = 4,
     *,
     key_bits: int | None = None,
     value_bits: int | None = None,
     uniform: bool = False,
-    kl_budget: float | None = None,
     profile: Profile | Path | str | None = None,
     window: int = DEFAULT_WINDOW,
     sink_tokens: int = DEFAULT_SINK_TOKENS,
@@ -61,12 +60,10 @@ def make_prompt_cache(
     Args:
         model: A model of mlx-lm.
         bits: Mean of bits per value, 2 to 8 in quarters, which are spent where the profile of the
-            model says that they matter. Or "auto": as few as keep to a ``kl_budget``.
+            model says that they matter.
         key_bits: Bits per value of all keys.
         value_bits: Bits per value of all values.
         uniform: Give all layers the same bits, for comparison.
-        kl_budget: KL divergence of the next-token distribution, in nats, that "auto" keeps to;
-            .005 if it is None.
         profile: What calibration found out about the model, or the file of it. None takes that in
             the user's cache folder; without one, bits follow what quantizing does to the attention
             of the model on pseudo-random tokens.
@@ -90,7 +87,6 @@ def make_prompt_cache(
         key_bits=key_bits,
         value_bits=value_bits,
         uniform=uniform,
-        kl_budget=kl_budget,
         window=window,
         sink_tokens=sink_tokens,
         max_size=max_size,
@@ -130,7 +126,7 @@ def _profile_of(model: nn.Module, profile: Profile | Path | str | None) -> Profi
 
 def enable(
     model: nn.Module,
-    bits: float | str = 4,
+    bits: float = 4,
     *,
     tokenizer: Any = None,
     profile: Profile | Path | str | None = None,

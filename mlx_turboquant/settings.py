@@ -8,9 +8,6 @@ from .cache import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW, TurboQuantKVCache
 from .codebook import check_bits
 from .method_cache import MethodKVCache
 
-AUTO = "auto"
-DEFAULT_KL_BUDGET = 0.005
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -20,11 +17,10 @@ class Settings:
         ValueError: arguments that are out of range or do not fit together.
     """
 
-    bits: float | str = 4
+    bits: float = 4
     key_bits: int | None = None
     value_bits: int | None = None
     uniform: bool = False
-    kl_budget: float | None = None
     window: int = DEFAULT_WINDOW
     sink_tokens: int = DEFAULT_SINK_TOKENS
     max_size: int | None = None
@@ -35,17 +31,8 @@ class Settings:
         for bits in (self.key_bits, self.value_bits):
             if bits is not None:
                 check_bits(bits)
-        if self.bits == AUTO:
-            self._check_auto()
-        else:
-            if self.codec is None:
-                check_budget(self.bits)
-            if self.kl_budget is not None:
-                raise ValueError(
-                    f"A KL budget of {self.kl_budget} goes with auto, not with {self.bits:g} bits: "
-                    "use one of them."
-                )
         if self.codec is None:
+            check_budget(self.bits)
             TurboQuantKVCache(**self.of_cache)
         else:
             MethodKVCache(*self.even_bits, codec=self.codec, **self.of_cache)
@@ -61,15 +48,3 @@ class Settings:
         """Bits of keys and values for other codecs: the same, or one more of keys at a half."""
         key_bits, value_bits = int(self.bits + 0.5), int(self.bits)
         return self.key_bits or key_bits, self.value_bits or value_bits
-
-    def _check_auto(self) -> None:
-        if (self.key_bits, self.value_bits, self.uniform) != (None, None, False):
-            raise ValueError("auto chooses the bits of keys and values: leave them out.")
-        if self.codec is not None:
-            raise ValueError(
-                f"Codec {self.codec} cannot choose its bits: use a number of bits with it."
-            )
-        if self.kl_budget is not None and not self.kl_budget > 0:
-            raise ValueError(
-                f"A KL budget of {self.kl_budget} is not possible: use a positive number of nats."
-            )

@@ -91,23 +91,6 @@ def test_a_budget_that_is_expected_to_harm_is_warned_of_with_one_that_would_do(
     assert line.endswith("nats: use 3 bits to stay below 0.05.")
 
 
-def test_auto_takes_the_smallest_budget_that_is_expected_to_keep_to_the_divergence(random_model):
-    choice = choice_of(random_model, profile_of(random_model, 0.2, 0.2))
-    fewest = choice.bits(Settings("auto", kl_budget=0.02))
-    assert choice.divergence(fewest) <= 0.02
-    mean = mean_bits(choice.weighed, fewest)
-    assert choice.divergence(choice.bits(Settings(mean - 0.25))) > 0.02
-    assert bits(make_prompt_cache(random_model, "auto", kl_budget=0.02)) == fewest
-
-
-def test_auto_needs_a_profile_and_a_divergence_that_is_possible(random_model):
-    with pytest.raises(ValueError, match="auto needs a profile of the model: run `mlx_turboquant"):
-        make_prompt_cache(random_model, "auto")
-    profile = profile_of(random_model, 0.2, 0.2)
-    with pytest.raises(ValueError, match="A KL budget of 1e-09 is not possible: with 8 bits"):
-        make_prompt_cache(random_model, "auto", kl_budget=1e-9, profile=profile)
-
-
 def test_the_same_bits_in_all_layers_need_nothing_of_the_model(random_model):
     assert bits(make_prompt_cache(random_model, 4, uniform=True)) == [(5, 3)] * 2
     assert bits(make_prompt_cache(random_model, key_bits=6, value_bits=2)) == [(6, 2)] * 2
@@ -134,11 +117,6 @@ def test_layers_that_are_treated_alike_are_not_computed(random_model):
     [
         ({"bits": 3.1}, "3.1 bits are not supported: use 2 to 8 in quarters"),
         ({"bits": "four"}, "four bits are not supported"),
-        ({"bits": "auto", "key_bits": 4}, "auto chooses the bits of keys and values"),
-        ({"bits": "auto", "uniform": True}, "auto chooses the bits of keys and values"),
-        ({"bits": "auto", "kl_budget": 0.0}, "A KL budget of 0.0 is not possible"),
-        ({"bits": "auto", "kl_budget": float("nan")}, "A KL budget of nan is not possible"),
-        ({"kl_budget": 0.1}, "A KL budget of 0.1 goes with auto, not with 4 bits"),
         ({"value_bits": 9}, "9 bits per value are not supported"),
         ({"window": -1}, "A window of -1 is not possible"),
     ],

@@ -208,7 +208,7 @@ def test_presets_are_bits_or_a_split(name, bits):
 
 
 def test_presets_of_other_codecs_have_no_budget_of_layers():
-    codec = preset("qjl+affine:k3v2", uniform=True, kl_budget=0.1, window=16)
+    codec = preset("qjl+affine:k3v2", uniform=True, window=16)
     assert codec.name == "qjl+affine K3V2"
     bits = {"key_bits": 3, "value_bits": 2}
     assert codec.settings == Settings(codec="qjl+affine", window=16, **bits)

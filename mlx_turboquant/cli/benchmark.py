@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> None:
     """Run every cache at every context; prints a table and writes JSON and PNG."""
     args = _parser().parse_args(arguments)
     _check_numbers(args)
-    settings = given_settings(args, ("kv_window", "kv_sinks", "uniform", "kl_budget"))
+    settings = given_settings(args, ("kv_window", "kv_sinks", "uniform"))
     codecs = [EXACT, *MLX_LM, *(preset(name, **settings) for name in args.kv_bits)]
     with drawing_tools("benchmark"):
         from tqdm import tqdm
@@ -197,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=_PRESETS,
         metavar="BITS",
-        help=f"Bits to measure, as 4, 3.5, K5V3 or auto (default: {' '.join(_PRESETS)})",
+        help=f"Bits to measure, as 4, 3.5 or K5V3 (default: {' '.join(_PRESETS)})",
     )
     add_allocation_options(parser)
     add_exact_token_options(parser)

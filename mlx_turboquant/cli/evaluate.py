@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> None:
     """Compare caches on a model; prints a table and writes JSON and PNG."""
     args = _parser().parse_args(arguments)
     _check_numbers(args)
-    settings = given_settings(args, ("kv_window", "kv_sinks", "uniform", "kl_budget"))
+    settings = given_settings(args, ("kv_window", "kv_sinks", "uniform"))
     codecs = [preset(name, **settings) for name in args.kv_bits]
     contents = texts.read_texts(args.text) if args.text else texts.bundled_texts()
     with drawing_tools("evaluate"):
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=_PRESETS,
         metavar="BITS",
-        help=f"Bits to compare, as 4, 3.5, K5V3 or auto (default: {' '.join(_PRESETS)}); "
+        help=f"Bits to compare, as 4, 3.5 or K5V3 (default: {' '.join(_PRESETS)}); "
         f"other codecs, as prod:4 or qjl+affine:K3V2, of {', '.join(METHODS)}",
     )
     add_allocation_options(parser)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cache import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW
-from ..settings import AUTO, DEFAULT_KL_BUDGET, Settings
+from ..settings import Settings
 
 DEFAULT_BITS = 4.0
 _SETTINGS = {
@@ -18,7 +18,6 @@ _SETTINGS = {
     "kv_sinks": "sink_tokens",
     "max_kv_size": "max_size",
     "uniform": "uniform",
-    "kl_budget": "kl_budget",
 }
 
 
@@ -28,9 +27,8 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("compressed cache")
     group.add_argument(
         "--kv-bits",
-        type=_bits,
-        help="Mean of bits per value, 2 to 8 in quarters, or auto: as few as keep to --kl-budget "
-        f"(default: {DEFAULT_BITS:g})",
+        type=float,
+        help=f"Mean of bits per value, 2 to 8 in quarters (default: {DEFAULT_BITS:g})",
     )
     group.add_argument("--key-bits", type=int, help="Bits per value of all keys, 1 to 8")
     group.add_argument("--value-bits", type=int, help="Bits per value of all values, 1 to 8")
@@ -52,12 +50,6 @@ def add_allocation_options(group: argparse._ActionsContainer) -> None:
         help="Give all layers the same bits, for comparison",
     )
     group.add_argument(
-        "--kl-budget",
-        type=float,
-        metavar="NATS",
-        help=f"KL divergence that auto keeps to (default: {DEFAULT_KL_BUDGET})",
-    )
-    group.add_argument(
         "--profile",
         type=Path,
         metavar="FILE",
@@ -69,10 +61,6 @@ def add_allocation_options(group: argparse._ActionsContainer) -> None:
         action="store_false",
         help="Do without a profile if the model has none, rather than measure it",
     )
-
-
-def _bits(text: str) -> float | str:
-    return text if text == AUTO else float(text)
 
 
 def add_exact_token_options(group: argparse._ActionsContainer) -> None:

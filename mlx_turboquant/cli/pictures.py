@@ -13,8 +13,8 @@ from rich.table import Table
 from .results import print_rich
 
 _COLUMNS = (
-    *("cache", "bits", "bytes/token", "KL mean", "median", "99 %", "perplexity", "top-1"),
-    *("overlap", "departs", "codes found"),
+    *("cache", "bits", "bytes", "KL mean", "median", "99 %", "ppl", "top-1"),
+    *("overlap", "departs", "codes"),
 )
 
 
@@ -36,10 +36,13 @@ def print_table(result: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if is_name else "right", no_wrap=is_name)
     for codec in result["codecs"]:
         if codec["failure"] is not None:
-            table.add_row(codec["codec"], f"not possible: {codec['failure']}")
+            table.add_row(codec["codec"], "-")
         else:
             table.add_row(*_cells(codec, result["greedy"]))
     print_rich(table)
+    for codec in result["codecs"]:
+        if codec["failure"] is not None:
+            print(f"{codec['codec']} is not possible: {codec['failure']}")
     _print_generations(result["codecs"])
 
 
