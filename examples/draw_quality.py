@@ -40,24 +40,33 @@ def method_of(codec: dict[str, Any]) -> tuple[str, str]:
 
 
 def table(name: str, result: dict[str, Any]) -> str:
-    """The caches of one model in Markdown; perplexity as its change."""
+    """The caches of one model in Markdown."""
     exact, *others = result["codecs"]
-    lines = [
-        f"| {name} | KL | 99 % | perplexity (exact {exact['perplexity']:.2f}) | top-1 "
-        f"| bytes a token (fp16 {exact['token_nbytes']:,.0f}) |",
-        "|---|---|---|---|---|---|",
+    heads = [
+        name,
+        "KL",
+        "99 %",
+        f"perplexity (exact {exact['perplexity']:.2f})",
+        "top-1",
+        f"bytes a token (fp16 {exact['token_nbytes']:,.0f})",
     ]
+    if exact.get("needles"):
+        heads.append("codes found")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for codec in others:
         method, bits = method_of(codec)
+        cells = [f"{method} {bits} bits"]
         if codec["failure"] is not None:
-            lines.append(f"| {method} {bits} bits | not possible: {codec['failure']} | | | | |")
-            continue
-        change = codec["perplexity"] / exact["perplexity"] - 1
-        numbers = (f"{codec[key]:.2g}" for key in ("kl_mean", "kl_p99"))
-        cells = (*numbers, f"{change:+.1%}", f"{codec['top1_agreement']:.1%}")
-        lines.append(
-            f"| {method} {bits} bits | {' | '.join(cells)} | {codec['token_nbytes']:,.0f} |"
-        )
+            cells += ["not possible", *[""] * (len(heads) - 2)]
+        else:
+            change = codec["perplexity"] / exact["perplexity"] - 1
+            cells += [f"{codec['kl_mean']:.5f}", f"{codec['kl_p99']:.4f}"]
+            cells += [f"{codec['perplexity']:.2f} ({change:+.1%})"]
+            cells += [f"{codec['top1_agreement']:.1%}", f"{codec['token_nbytes']:,.0f}"]
+        if codec["failure"] is None and exact.get("needles"):
+            found = [needle["found"] for needle in codec["needles"]]
+            cells.append(f"{sum(found)} of {len(found)}")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
