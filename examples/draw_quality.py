@@ -92,7 +92,7 @@ def _panel(axis: Axes, name: str, result: dict[str, Any], theme: Theme) -> None:
         width, size = (3, 9) if ours else (1.8, 8)
         axis.plot(sizes, divergences, "o-", color=colour, lw=width, ms=size, label=method)
         for codec, x, y in zip(codecs, sizes, divergences):
-            offset, align = ((-9, -9), "right") if ours else ((9, 4), "left")
+            offset, align = ((9, 4), "left") if method == "mlx-lm" else ((-9, -9), "right")
             axis.annotate(
                 method_of(codec)[1],
                 (x, y),
