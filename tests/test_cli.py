@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pexpect
@@ -15,7 +16,9 @@ from conftest import REPOSITORY
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
-from mlx_turboquant import make_prompt_cache, save_prompt_cache
+from mlx_turboquant import make_prompt_cache, profile, save_prompt_cache
+from mlx_turboquant.choice import choice_of
+from mlx_turboquant.cli.calibrate import ensure_profile
 
 TINY_LM = str(REPOSITORY / "examples" / "tiny-lm")
 PROMPT = ("--prompt", "def add(a, b):\n    return", "--max-tokens", "12")
@@ -208,6 +211,23 @@ def test_calibrate_refuses_bad_input_and_writes_nothing(tmp_path):
     assert_refused(generate("--profile", str(foreign)), "calibrate the model again")
     foreign.write_text("[")
     assert_refused(generate("--profile", str(foreign)), "foreign.json is not a profile")
+
+
+def test_what_cannot_be_calibrated_or_kept_is_named_and_the_command_goes_on(
+    tiny_lm, monkeypatch, capsys, tmp_path
+):
+    model, tokenizer = tiny_lm
+    monkeypatch.setattr(model, "_mlx_turboquant_choice", None, raising=False)
+    arguments = Namespace(profile=None, calibrate=True)
+    ensure_profile(model, None, arguments, {})  # a tokenizer that fails
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("Bits are chosen without a profile: The model cannot be calibrated (")
+    assert message.endswith("): use --no-calibrate with the other commands.")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(profile, "profile_path", lambda name: tmp_path / "file" / "folder" / name)
+    ensure_profile(model, tokenizer, arguments, {})
+    assert "Its profile cannot be kept: [Errno 20]" in capsys.readouterr().err
+    assert choice_of(model).expected is not None
 
 
 def test_a_chat_streams_stops_saves_and_leaves(tmp_path):

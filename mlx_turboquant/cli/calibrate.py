@@ -18,10 +18,10 @@ from ..allocation import Layer, allocate, expected_divergence
 from ..calibrate import calibrate
 from ..choice import choice_of
 from ..profile import (
+    Profile,
     find_profile,
     fingerprint,
     load_profile,
-    profile_path,
     save_profile,
 )
 from ..texts import read_texts
@@ -44,8 +44,7 @@ def main(arguments: list[str]) -> None:
     check_memory(model)
     prepare_for_device(model)
     mx.eval(model.parameters())
-    with _progress_bar() as progress:
-        profile = calibrate(model, tokenizer, texts, progress)
+    profile = _measured(model, tokenizer, texts)
     file = save_profile(profile, args.out)
     choice = choice_of(model, profile)
     print_rich(_table(choice.weighed, choice.expected))
@@ -62,8 +61,7 @@ def ensure_profile(
     both = "key_bits" in settings and "value_bits" in settings
     if both or settings.get("uniform") or not args.calibrate:
         return
-    name = fingerprint(model)
-    if find_profile(name) is not None:
+    if find_profile(fingerprint(model)) is not None:
         return
     print(
         "This model has no profile of where bits matter: it is calibrated once, which takes about "
@@ -71,15 +69,30 @@ def ensure_profile(
         file=sys.stderr,
     )
     try:
-        with _progress_bar() as progress:
-            profile = calibrate(model, tokenizer, progress=progress)
-        save_profile(profile)
-    except Exception as error:  # whatever a model of its own kind raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"Bits are chosen without a profile, because of: {reason}", file=sys.stderr)
+        profile = _measured(model, tokenizer)
+    except ValueError as error:
+        print(f"Bits are chosen without a profile: {error}", file=sys.stderr)
         return
     choice_of(model, profile)
-    print(f"Its profile is kept in {profile_path(name)}.", file=sys.stderr)
+    try:
+        print(f"Its profile is kept in {save_profile(profile)}.", file=sys.stderr)
+    except OSError as error:
+        print(f"Its profile cannot be kept: {error}", file=sys.stderr)
+
+
+def _measured(model: nn.Module, tokenizer: Any, texts: dict[str, str] | None = None) -> Profile:
+    """:func:`.calibrate` with a progress bar; whatever the model raises becomes a ValueError."""
+    with _progress_bar() as progress:
+        try:
+            return calibrate(model, tokenizer, texts, progress)
+        except ValueError:
+            raise
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"The model cannot be calibrated ({reason}): use --no-calibrate with the other "
+                "commands."
+            ) from error
 
 
 @contextmanager
