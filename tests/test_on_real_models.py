@@ -29,12 +29,12 @@ from mlx_turboquant.evaluate import Comparison, greedy_tokens, passkey_prompt, p
 pytestmark = pytest.mark.real
 
 QUESTION = "Explain in detail what this text is about."
-# KL divergence at 4 and 3 bits on one text: twice what was measured (docs/quality.md), because
-# texts differ by a third and more.
+# KL divergence at 4 and 3 bits on one text: two and a half times what four texts have in the mean
+# (docs/quality.md), because texts differ by a third and more.
 DIVERGENCES = {
-    "smollm2-135m": (0.005, 0.013),
-    "qwen2.5-coder-0.5b": (0.003, 0.01),
-    "gemma-3-270m": (0.004, 0.02),
+    "smollm2-135m": (0.0026, 0.013),
+    "qwen2.5-coder-0.5b": (0.0029, 0.0144),
+    "gemma-3-270m": (0.0086, 0.034),
 }
 
 
@@ -115,7 +115,7 @@ def test_codes_in_four_thousand_tokens_are_found_where_the_exact_cache_finds_the
     [text] = texts.encode(real.tokenizer, texts.bundled_texts()[:1])
     chat = real.tokenizer.has_chat_template
     comparison = Comparison(real.model, [preset("4"), preset("3")])
-    for seed, depth in enumerate((0.0, 0.25, 0.5, 0.75, 1.0)):
+    for seed, depth in enumerate((0.0, 0.5, 1.0)):
         prompt, code = passkey_prompt(real.tokenizer, text, 4000, depth, seed, chat)
         comparison.needle(real.tokenizer, prompt, code, 4000, depth)
     exact, *ours = ([needle.found for needle in each.needles] for each in comparison.scores)
