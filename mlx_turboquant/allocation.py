@@ -9,7 +9,7 @@ with the squared error D(b) of the codec, to which it is proportional to second 
 of several sides add up, because their errors are independent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -80,7 +80,7 @@ def uniform_bits(bits: float) -> tuple[int, int]:
     """
     whole, half = int(bits), bits % 1 >= 0.5
     key_bits = min(whole + 1, MAX_BITS)
-    return key_bits, min(int(2 * (whole + half / 2)) - key_bits, MAX_BITS)
+    return key_bits, min(2 * whole + half - key_bits, MAX_BITS)
 
 
 def allocate(
@@ -102,10 +102,10 @@ def allocate(
     fixed = [key_bits if key else value_bits for key in is_key]
     worthwhile = [_worthwhile_bits(side) for side in sides]
     chosen = [bits[0] if fix is None else fix for bits, fix in zip(worthwhile, fixed)]
-    room = _budget_nbytes(sides, bits) - _nbytes(sides, chosen)
+    values = sum(side.vectors.heads * side.vectors.dim for side in sides)
+    room = bits / 8 * values - sum(side.vectors.nbytes(b) for side, b in zip(sides, chosen))
     if room < 0:
-        values = sum(side.vectors.heads * side.vectors.dim for side in sides)
-        least = 8 * _nbytes(sides, chosen) / values
+        least = mean_bits(layers, _pairs(layers, chosen))
         raise ValueError(
             f"A budget of {bits:g} bits is not possible: with the fewest bits that this model can "
             f"have, or with those that are fixed, a value takes {least:.4g}: use a larger budget."
@@ -122,34 +122,39 @@ def allocate(
         if chosen[i] == before and nbytes <= room:
             chosen[i] = after
             room -= nbytes
+    return _pairs(layers, chosen)
+
+
+def chosen_sides(
+    layers: Sequence[Layer], bits: Sequence[tuple[int, int]]
+) -> Iterator[tuple[Side, int]]:
+    """Every side that the layers have, with its bits of those of keys and values."""
+    for layer, pair in zip(layers, bits):
+        for side, b in zip(layer, pair):
+            if side is not None:
+                yield side, b
+
+
+def expected_divergence(layers: Sequence[Layer], bits: Sequence[tuple[int, int]]) -> float:
+    """The sum of the divergences of all sides, in nats if they were measured."""
+    return sum(side.divergences[b] for side, b in chosen_sides(layers, bits))
+
+
+def mean_bits(layers: Sequence[Layer], bits: Sequence[tuple[int, int]]) -> float:
+    """The mean over all compressed values, by the bytes of their codes."""
+    sides = [(side.vectors, b) for side, b in chosen_sides(layers, bits)]
+    nbytes = sum(vectors.nbytes(b) for vectors, b in sides)
+    return 8 * nbytes / sum(vectors.heads * vectors.dim for vectors, _ in sides)
+
+
+def _pairs(layers: Sequence[Layer], chosen: Sequence[int]) -> list[tuple[int, int]]:
+    """Bits of keys and values of every layer from those of all sides in their order."""
     remaining = iter(chosen)
     pairs = []
     for layer in layers:
         key = next(remaining)
         pairs.append((key, key if layer.values is None else next(remaining)))
     return pairs
-
-
-def expected_divergence(layers: Sequence[Layer], bits: Sequence[tuple[int, int]]) -> float:
-    """The sum of the divergences of all sides, in nats if they were measured."""
-    return sum(
-        side.divergences[b]
-        for layer, pair in zip(layers, bits)
-        for side, b in zip(layer, pair)
-        if side is not None
-    )
-
-
-def mean_bits(layers: Sequence[Layer], bits: Sequence[tuple[int, int]]) -> float:
-    """The mean over all compressed values, by the bytes of their codes."""
-    pairs = [
-        (side, b)
-        for layer, pair in zip(layers, bits)
-        for side, b in zip(layer, pair)
-        if side is not None
-    ]
-    sides, chosen = zip(*pairs)
-    return 8 * _nbytes(sides, chosen) / sum(x.vectors.heads * x.vectors.dim for x in sides)
 
 
 def _worthwhile_bits(side: Side) -> list[int]:
@@ -177,11 +182,3 @@ def _worthwhile_bits(side: Side) -> list[int]:
 def _gain(side: Side, before: int, after: int) -> float:
     nbytes = side.vectors.nbytes(after) - side.vectors.nbytes(before)
     return (side.divergences[before] - side.divergences[after]) / nbytes
-
-
-def _budget_nbytes(sides: Sequence[Side], bits: float) -> float:
-    return bits / 8 * sum(side.vectors.heads * side.vectors.dim for side in sides)
-
-
-def _nbytes(sides: Sequence[Side], bits: Sequence[int]) -> int:
-    return sum(side.vectors.nbytes(b) for side, b in zip(sides, bits))

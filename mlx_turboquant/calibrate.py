@@ -16,7 +16,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from .compressible import Compressible, compressible_caches, plain_caches
+from .compressible import (
+    Compressible,
+    check_compressible,
+    compressible_caches,
+    plain_caches,
+)
 from .profile import MEASURED_BITS, Divergences, Profile, at_least, fingerprint
 from .storage import PackedTokens
 from .texts import encode, start_tokens
@@ -61,8 +66,7 @@ def calibrate(
             "calibrate it on one machine and give the profile."
         )
     compressible = compressible_caches(model)
-    if not compressible:
-        raise ValueError("No layer of this model can be compressed: there is nothing to measure.")
+    check_compressible(model, compressible)
     texts = texts or calibration_texts()
     start = start_tokens(tokenizer)
     tokens = {name: start + part for name, part in zip(texts, encode(tokenizer, texts.values()))}
@@ -72,11 +76,12 @@ def calibrate(
                 f"The text {name} has {len(part)} tokens and calibration needs {_LEAST_TOKENS}: "
                 "give a longer text."
             )
-    scored = _scored_tokens(len(compressible), len(texts))
+    most = _scored_tokens(len(compressible), len(texts))
+    scored = [min(most, len(part) // 2) for part in tokens.values()]
     measured = []
     progress(0, len(texts) * len(compressible))
     for i, part in enumerate(tokens.values()):
-        pass_ = _Text(model, part, min(scored, len(part) // 2))
+        pass_ = _Text(model, part, scored[i])
         rows = []
         for j, place in enumerate(compressible):
             rows.append(pass_.divergences(place))
@@ -93,10 +98,15 @@ def calibrate(
     return Profile(
         fingerprint=fingerprint(model),
         texts=tuple(texts),
-        tokens=sum(min(scored, len(part) // 2) for part in tokens.values()),
+        tokens=sum(scored),
         keys=tuple(keys),
         values=tuple(values),
     )
+
+
+def divergence(exact: mx.array, other: mx.array) -> mx.array:
+    """KL(exact || other) in nats of log-probabilities (..., vocabulary): float32 (...)."""
+    return (mx.exp(exact) * (exact - other)).sum(axis=-1)
 
 
 def _scored_tokens(layers: int, texts: int) -> int:
@@ -119,7 +129,7 @@ class _Text:
             cache.state = tree_map(_as_rows, cache.state)
         mx.eval([cache.state for cache in self.caches])
         with _recorded_inputs(model) as self.inputs:
-            self.exact = _log_probabilities(self._logits(copy.deepcopy(self.caches))[:1])
+            self.exact = self._log_probabilities(copy.deepcopy(self.caches))[0]
         mx.eval(self.exact, *self.inputs)
         self.can_skip = self._skipping_changes_nothing()
 
@@ -127,31 +137,23 @@ class _Text:
         """KL(exact || quantized), in nats, of a layer: for each of ``_ROWS``."""
         caches = copy.deepcopy(self.caches)
         cache = place.of(caches)
-        arrays = {"keys": cache.keys, "values": cache.values}
         is_latent = place.values is None
-        for side, array in arrays.items():
+        for side in ("keys",) if is_latent else ("keys", "values"):
+            exact = getattr(cache, side)[:1]
+            are_keys = side == "keys" and not is_latent
             rows = [
-                _quantized(array[:1], cache.offset, bits, side == "keys" and not is_latent)
-                if name == side and (side == "keys" or not is_latent)
-                else array[:1]
+                _quantized(exact, cache.offset, bits, are_keys) if name == side else exact
                 for name, bits in _ROWS
             ]
             setattr(cache, side, mx.concatenate(rows))
-        logits = self._logits(caches, place.layer if self.can_skip else 0)
-        exact = mx.exp(self.exact[0])
-        divergences = [
-            (exact * (self.exact[0] - _log_probabilities(row))).sum(axis=-1).mean()
-            for row in logits
-        ]
-        mx.eval(divergences)
-        return [divergence.item() for divergence in divergences]
+        rows = self._log_probabilities(caches, place.layer if self.can_skip else 0)
+        return divergence(self.exact, rows).mean(axis=-1).tolist()
 
-    def _logits(self, caches: list[Any], layer: int = 0) -> mx.array:
-        """Of the scored tokens, from the recorded input of a ``layer`` on."""
-        if layer == 0:
-            return self.model(self.scored, cache=caches)
-        with _skipped_layers(self.model, layer, self.inputs[layer]):
-            return self.model(self.scored, cache=caches)
+    def _log_probabilities(self, caches: list[Any], layer: int = 0) -> mx.array:
+        """Of the scored tokens in all rows, from the recorded input of a ``layer`` on."""
+        with _skipped_layers(self.model, layer, self.inputs[layer] if layer else None):
+            logits = self.model(self.scored, cache=caches)
+        return nn.log_softmax(logits.astype(mx.float32), axis=-1)
 
     def _skipping_changes_nothing(self) -> bool:
         """Whether the layers of the model are called one after the other, and nothing beside."""
@@ -159,10 +161,10 @@ class _Text:
         if last < 1 or len(self.inputs) != len(self.caches):
             return False
         try:
-            logits = self._logits(copy.deepcopy(self.caches), last)[:1]
+            rows = self._log_probabilities(copy.deepcopy(self.caches), last)
         except Exception:  # whatever a model of its own kind raises
             return False
-        return mx.allclose(_log_probabilities(logits), self.exact, atol=1e-3).item()
+        return mx.allclose(rows[0], self.exact, atol=1e-3).item()
 
 
 def _as_rows(x: Any) -> Any:
@@ -177,11 +179,6 @@ def _quantized(x: mx.array, count: int, bits: int, are_keys: bool) -> mx.array:
     packed = PackedTokens(bits, 0, interleaved=are_keys)
     packed.append(x[:, :, _SINKS:end])
     return mx.concatenate([x[:, :, :_SINKS], packed.dense(x.dtype), x[:, :, end:]], axis=2)
-
-
-def _log_probabilities(logits: mx.array) -> mx.array:
-    logits = logits.astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 class _Wrapped:

@@ -61,6 +61,16 @@ def compressible_caches(model: nn.Module) -> list[Compressible]:
     return found
 
 
+def check_compressible(model: nn.Module, compressible: list[Compressible]) -> None:
+    """Raise ValueError if a model has none."""
+    if not compressible:
+        kinds = ", ".join(sorted({type(cache).__name__ for cache in plain_caches(model)})) or "none"
+        raise ValueError(
+            f"No layer of this model can be compressed (its caches: {kinds}): "
+            "use a model with plain KVCache layers."
+        )
+
+
 def layers_of(model: nn.Module, caches: list[Any]) -> list[nn.Module]:
     """The layer of each cache, or the whole model where there are not as many."""
     layers = getattr(model, "layers", [])

@@ -27,6 +27,7 @@ from mlx_lm.models.cache import (
 )
 
 from .attention import MAX_DECODE_ROWS
+from .calibrate import divergence
 from .compressible import plain_caches
 from .integration import make_cache_of
 from .needle import hide_codes
@@ -53,10 +54,7 @@ class Codec(NamedTuple):
     @property
     def needs_profile(self) -> bool:
         """Whether bits are chosen by what calibration found out about the model."""
-        settings = self.settings
-        if settings is None or settings.codec is not None or settings.uniform:
-            return False
-        return None in (settings.key_bits, settings.value_bits)
+        return self.settings is not None and not self.settings.is_fixed
 
     def make_cache(self, model: nn.Module) -> list[Any]:
         """An empty prompt cache."""
@@ -307,16 +305,15 @@ def log_probabilities(
     """Log-probabilities (up to 8, vocabulary) after each of the tokens (n,), some at a time."""
     for start in range(0, len(tokens), MAX_DECODE_ROWS):
         step = tokens[None, start : start + MAX_DECODE_ROWS]
-        logits = model(step, cache=cache)[0].astype(mx.float32)
-        rows = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        rows = nn.log_softmax(model(step, cache=cache)[0].astype(mx.float32), axis=-1)
         mx.eval(rows)
         progress(step.size)
         yield rows
 
 
-def divergence(exact: mx.array, other: mx.array) -> mx.array:
-    """KL(exact || other) in nats of log-probabilities (n, vocabulary): float32 (n,)."""
-    return (mx.exp(exact) * (exact - other)).sum(axis=-1)
+def token_losses(rows: mx.array, tokens: mx.array) -> list[float]:
+    """Those of tokens (n,), in nats, under log-probabilities (n, vocabulary)."""
+    return (-mx.take_along_axis(rows, tokens[:, None], axis=-1)[:, 0]).tolist()
 
 
 def greedy_tokens(model: nn.Module, cache: list[Any], token: int) -> Iterator[int]:
@@ -396,12 +393,11 @@ class Comparison:
         for i, rows in enumerate(steps):
             if scores.codec is EXACT:
                 exact.append(rows)
-            targets = tokens[1 + i * MAX_DECODE_ROWS :][: len(rows), None]
-            losses = -mx.take_along_axis(rows, targets, axis=-1)[:, 0]
+            targets = tokens[1 + i * MAX_DECODE_ROWS :][: len(rows)]
             agreements = rows.argmax(axis=-1) == exact[i].argmax(axis=-1)
             overlaps = mx.minimum(mx.exp(rows), mx.exp(exact[i])).sum(axis=-1)
             scores.divergences += divergence(exact[i], rows).tolist()
-            scores.losses += losses.tolist()
+            scores.losses += token_losses(rows, targets)
             scores.agreements += agreements.tolist()
             scores.overlaps += overlaps.tolist()
 
@@ -453,11 +449,12 @@ class Comparison:
 
 def exact_losses(model: nn.Module, prompt: list[int], following: list[int]) -> list[float]:
     """Of tokens after a prompt, in nats, with the exact cache."""
-    tokens = mx.array(prompt + following)
-    cache = read_prompt(model, EXACT, tokens[: len(prompt) - 1], lambda count: None)
-    logits = model(tokens[None, len(prompt) - 1 : -1], cache=cache)[0].astype(mx.float32)
-    rows = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    return (-mx.take_along_axis(rows, tokens[len(prompt) :, None], axis=-1)[:, 0]).tolist()
+    tokens, start = mx.array(prompt + following), len(prompt)
+    cache = read_prompt(model, EXACT, tokens[: start - 1], lambda count: None)
+    losses: list[float] = []
+    for rows in log_probabilities(model, cache, tokens[start - 1 : -1], lambda count: None):
+        losses += token_losses(rows, tokens[start + len(losses) :][: len(rows)])
+    return losses
 
 
 def passkey_prompt(

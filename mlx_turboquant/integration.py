@@ -21,7 +21,7 @@ from .compressible import (
     HOOKED_NAME,
     Compressible,
     attention_scopes,
-    compressible_caches,
+    check_compressible,
     plain_caches,
 )
 from .kernels import BLOCK
@@ -102,20 +102,11 @@ def make_cache_of(
     model: nn.Module, settings: Settings, profile: Profile | Path | str | None = None
 ) -> list[Any]:
     """:func:`make_prompt_cache` of settings that have been checked."""
-    check_compressible(model)
-    compressed = _compressed(model, choice_of(model, _profile_of(model, profile)), settings)
+    choice = choice_of(model, _profile_of(model, profile))
+    check_compressible(model, choice.compressible)
+    compressed = _compressed(model, choice, settings)
     connect(model, compressed)
     return compressed
-
-
-def check_compressible(model: nn.Module) -> None:
-    """Raise ValueError unless a layer of the model can be compressed."""
-    if not compressible_caches(model):
-        kinds = ", ".join(sorted({type(cache).__name__ for cache in plain_caches(model)})) or "none"
-        raise ValueError(
-            f"No layer of this model can be compressed (its caches: {kinds}): "
-            "use a model with plain KVCache layers."
-        )
 
 
 def _profile_of(model: nn.Module, profile: Profile | Path | str | None) -> Profile | None:
@@ -217,7 +208,7 @@ def _bits_of_layers(choice: ModelChoice, settings: Settings) -> list[tuple[int, 
                 )
             check_codec(settings.codec, *settings.even_bits, (place.keys.dim, place.values.dim))
         return [settings.even_bits] * len(choice.compressible)
-    if settings.uniform or None not in (settings.key_bits, settings.value_bits):
+    if settings.is_fixed:
         key_bits, value_bits = uniform_bits(settings.bits)
         pair = (settings.key_bits or key_bits, settings.value_bits or value_bits)
         return [pair] * len(choice.compressible)

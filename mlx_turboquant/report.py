@@ -153,20 +153,20 @@ def cache_report(cache: list[Any], model: nn.Module | None = None) -> CacheRepor
 
 
 def _kind(name: str, layers: list[Any]) -> LayerKind:
-    compressed = hasattr(layers[0], "packed_tokens")
-    if compressed:
+    if hasattr(layers[0], "packed_tokens"):
         packed, exact = layers[-1].packed_tokens, layers[-1].exact_tokens
         remark = f"{packed:,} tokens a layer packed, {exact:,} exact"
+        bits = mean_of_bits([x.key_bits for x in layers], [x.value_bits for x in layers])
     else:
         remark = _WHY_NOT.get(name, "a kind that is left as it is")
+        bits = None
     size = cache_size(layers)
-    bits = _mean_bits(layers) if compressed else None
     return LayerKind(name, len(layers), bits, remark, size.nbytes, size.fp16_nbytes)
 
 
-def _mean_bits(layers: list[Any]) -> float:
-    """The mean of key and value bits; layers of one model have as many keys as values."""
-    return sum(layer.key_bits + layer.value_bits for layer in layers) / (2 * len(layers))
+def mean_of_bits(key_bits: list[int], value_bits: list[int]) -> float:
+    """That of all compressed layers, for as many keys as values."""
+    return sum(key_bits + value_bits) / (2 * len(key_bits))
 
 
 def _heaviest(layers: list[Layer], bits: list[tuple[int, int]]) -> list[str]:

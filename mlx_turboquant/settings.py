@@ -44,6 +44,12 @@ class Settings:
         return {name: getattr(self, name) for name in names}
 
     @property
+    def is_fixed(self) -> bool:
+        """Whether all layers have the same bits, so that nothing of the model is needed."""
+        split = None not in (self.key_bits, self.value_bits)
+        return self.codec is not None or self.uniform or split
+
+    @property
     def even_bits(self) -> tuple[int, int]:
         """Bits of keys and values for other codecs: the same, or one more of keys at a half."""
         key_bits, value_bits = int(self.bits + 0.5), int(self.bits)

@@ -14,6 +14,8 @@ from .quantizer import QuantizedVectors, TurboQuantizer
 
 # The attention kernel reads steps of two blocks, the last one whole.
 CAPACITY_UNIT = 2 * BLOCK
+# A scale is a bfloat16.
+SCALE_NBYTES = 2
 # Buffers grow by this part of their size, at least by so many tokens: to copy them takes at most
 # 1/64 of what attention reads meanwhile.
 GROWTH, LEAST_GROWTH = 1 / 512, 128
@@ -102,7 +104,7 @@ class PackedTokens:
 
     def vector_nbytes(self, dim: int) -> int:
         """Bytes that one stored vector takes: the packed words and a bfloat16 scale."""
-        return 4 * words_per_vector(dim, self.bits) + 2
+        return 4 * words_per_vector(dim, self.bits) + SCALE_NBYTES
 
     def append(self, x: mx.array) -> None:
         """Quantize x (B, H, n, dim) and store it after the tokens that are there."""

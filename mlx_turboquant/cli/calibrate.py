@@ -14,7 +14,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 from tqdm import tqdm
 
-from ..allocation import Layer, allocate, expected_divergence
+from ..allocation import Layer, allocate, chosen_sides, expected_divergence
 from ..calibrate import calibrate
 from ..choice import choice_of
 from ..profile import (
@@ -24,13 +24,13 @@ from ..profile import (
     load_profile,
     save_profile,
 )
+from ..settings import Settings
+from ..storage import SCALE_NBYTES
 from ..texts import read_texts
 from .loading import check_memory, model_errors, prepare_for_device
 from .results import print_rich
 
 _BUDGETS = (8, 6, 5, 4, 3.5, 3, 2.5, 2)
-# Of a vector of a layer: a scale in 16 bits.
-_SCALE_BYTES = 2
 
 
 def main(arguments: list[str]) -> None:
@@ -58,10 +58,11 @@ def ensure_profile(
     if args.profile is not None:
         choice_of(model, load_profile(args.profile, fingerprint(model)))
         return
-    both = "key_bits" in settings and "value_bits" in settings
-    if both or settings.get("uniform") or not args.calibrate:
+    if Settings(**settings).is_fixed or not args.calibrate:
         return
-    if find_profile(fingerprint(model)) is not None:
+    found = find_profile(fingerprint(model))
+    if found is not None:
+        choice_of(model, found)
         return
     print(
         "This model has no profile of where bits matter: it is calibrated once, which takes about "
@@ -116,17 +117,12 @@ def _progress_bar() -> Iterator[Callable[[int, int], None]]:
 def _table(weighed: list[Layer], expected: list[Layer]) -> Table:
     """What to expect of budgets."""
     table = Table("--kv-bits", "bytes a token", "expected divergence", "bits", box=SIMPLE)
-    vectors = [side.vectors for layer in weighed for side in layer if side is not None]
-    scales = _SCALE_BYTES * sum(each.heads for each in vectors)
     for budget in _BUDGETS:
         bits = allocate(weighed, budget)
-        sides = [
-            (side, b)
-            for layer, pair in zip(weighed, bits)
-            for side, b in zip(layer, pair)
-            if side is not None
-        ]
-        nbytes = scales + sum(side.vectors.nbytes(b) for side, b in sides)
+        nbytes = sum(
+            side.vectors.nbytes(b) + SCALE_NBYTES * side.vectors.heads
+            for side, b in chosen_sides(weighed, bits)
+        )
         keys, values = zip(*bits)
         table.add_row(
             f"{budget:g}",

@@ -19,7 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..integration import make_prompt_cache
 from ..prompt_cache import load_prompt_cache, save_prompt_cache
-from ..report import cache_report, cache_size
+from ..report import cache_report, cache_size, mean_of_bits
 from .calibrate import ensure_profile
 from .loading import model_errors, prepare_for_device
 from .options import add_cache_options, cache_settings, warn_without_effect
@@ -171,8 +171,7 @@ class Chat:
     def run(self, model_name: str) -> None:
         """Talk until Ctrl-D."""
         report = cache_report(self.conversation.cache, self.conversation.model)
-        mean = sum(report.key_bits + report.value_bits) / (2 * report.compressed_layers)
-        cache = f"{mean:.3g} bits per value"
+        cache = f"{mean_of_bits(report.key_bits, report.value_bits):.3g} bits per value"
         print_header_panel(
             self.console, "mlx_turboquant chat", [("model", model_name), ("cache", cache)]
         )

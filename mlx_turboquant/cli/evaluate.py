@@ -8,8 +8,8 @@ import mlx.core as mx
 import mlx_lm
 
 from .. import texts
+from ..compressible import check_compressible, compressible_caches
 from ..evaluate import MLX_LM, REPLY_TOKENS, Comparison, Scores, passkey_prompt, preset
-from ..integration import check_compressible
 from ..methods import METHODS
 from .calibrate import ensure_profile
 from .loading import check_memory, model_errors, prepare_for_device
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
     prompts = _passkey_prompts(tokenizer, contents, args)
     # The exact log-probabilities, those of a codec, and what is computed of both.
     check_memory(model, 12 * args.scored * tokenizer.vocab_size)
-    check_compressible(model)  # before weights are read
+    check_compressible(model, compressible_caches(model))  # before weights are read
     args.out.mkdir(parents=True, exist_ok=True)
     prepare_for_device(model)
     mx.eval(model.parameters())

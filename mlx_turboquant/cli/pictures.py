@@ -55,11 +55,10 @@ def _print_generations(codecs: list[dict[str, Any]]) -> None:
             box=SIMPLE,
         )
         table.add_column("cache", no_wrap=True)
-        for column in (
-            "departs",
-            *(f"{n + 1}/{len(exact['losses'])}" for n in range(len(exact["losses"]))),
-        ):
-            table.add_column(column, justify="right")
+        table.add_column("departs", justify="right")
+        stretches = len(exact["losses"])
+        for number in range(1, stretches + 1):
+            table.add_column(f"{number}/{stretches}", justify="right")
         for codec in codecs:
             if codec["failure"] is None:
                 written = codec["generations"][i]
