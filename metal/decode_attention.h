@@ -75,20 +75,3 @@ METAL_FUNC void store_words(threadgroup uint4* words, int at, const thread uint*
     }
   }
 }
-
-// Copies `sinks` vectors of DIM values and those from `recent` on, behind which comes `token`, the vector
-// with the number `at`; what follows is undefined. Takes every `step`-th piece of 16 bytes from
-// `first` on. DIM is a multiple of eight.
-template <int DIM, typename T>
-METAL_FUNC void copy_with_token(const device T* from, const device T* token, device T* to, int sinks,
-    int recent, int at, int capacity, int first, int step) {
-  constexpr int PIECES = DIM * int(sizeof(T)) / 16;
-  const device uint4* pieces = (const device uint4*)from;
-  const device uint4* token_pieces = (const device uint4*)token;
-  device uint4* out = (device uint4*)to;
-  for (int i = first; i < capacity * PIECES; i += step) {
-    const int number = i / PIECES < sinks ? i / PIECES : i / PIECES + recent - sinks;
-    const int piece = i % PIECES;
-    out[i] = number == at ? token_pieces[piece] : pieces[min(number, capacity - 1) * PIECES + piece];
-  }
-}

@@ -14,13 +14,8 @@
 //                  the values, signs and matrix of the rotation of the keys, see rotation.h
 //   sizes          int32 (8 + 3, or 8 + 3 for each sequence), see below
 //   mask           with MASK_ARRAY: bool or float (batch or 1, query heads or 1, rows, tokens)
-//   new_keys       (batch, heads, 1, DIM), new_values likewise, with NEW_TOKEN: the last exact token, which is
-//                  not in the exact buffers yet
 //   partial        float32 (batch * heads * GROUP_ROWS, splits, VALUE_DIM + 2): output, maximum and sum;
 //                  the maximum is a reference for the exponentials that no score exceeds by much
-//   next_keys      with NEW_TOKEN the sinks, the recent keys behind them and the new one, next_values
-//                  likewise: the exact buffers of the next step. Two launches fewer a layer are worth
-//                  the copy of a short window.
 //
 // Tokens are ordered: sinks, packed tokens, recent tokens. Sequences may differ in length: each has its
 // numbers of packed tokens and sinks, and the place in the exact buffers where its recent tokens begin;
@@ -117,18 +112,6 @@ const int sink_count = sizes[extent + 1];
 const int first_recent = sizes[extent + 2];
 const int last_column = exact_count + recent_shift - 1;
 const bool exact = split >= packed_splits;
-#if NEW_TOKEN
-const int stored = exact_count - 1;
-if (exact && first_row == 0) {
-  const int first = ((split - packed_splits) * SIMDS + simd) * 32 + lane;
-  const int step = (splits - packed_splits) * SIMDS * 32;
-  const long start = long(head) * exact_capacity;
-  copy_with_token<DIM>(exact_keys + start * DIM, new_keys + long(head) * DIM, next_keys + start * DIM,
-      sink_count, first_recent, stored, exact_capacity, first, step);
-  copy_with_token<VALUE_DIM>(exact_values + start * VALUE_DIM, new_values + long(head) * VALUE_DIM,
-      next_values + start * VALUE_DIM, sink_count, first_recent, stored, exact_capacity, first, step);
-}
-#endif
 
 half2 key_coefficients[4];
 half2 value_coefficients[4];
@@ -266,9 +249,6 @@ for (int block = first_block; block * block_size < token_count; block += block_s
     for (int first = 0; first < EXACT_TOKENS; first += 4) {
       const int token = min(first_token + first + lane / 8, exact_count - 1);
       device const KEY_T* exact_key = exact_keys + (long(head) * exact_capacity + token) * DIM;
-#if NEW_TOKEN
-      exact_key = token < stored ? exact_key : new_keys + long(head) * DIM;
-#endif
       float products[ROWS];
       for (int r = 0; r < ROWS; r++) {
         products[r] = 0.0f;
@@ -409,9 +389,6 @@ for (int block = first_block; block * block_size < token_count; block += block_s
       const int token = min(first_token + t, exact_count - 1);
       device const VALUE_T* exact_value =
           exact_values + (long(head) * exact_capacity + token) * VALUE_DIM;
-#if NEW_TOKEN
-      exact_value = token < stored ? exact_value : new_values + long(head) * VALUE_DIM;
-#endif
       uint pairs[ROWS];
       load_words<ROWS>(weights, (simd * BLOCK_TOKENS + t) * ROWS, pairs);
       for (int k = 0; k < PIECES * 8; k++) {

@@ -1,8 +1,7 @@
 // Dense keys and values to packed ones: subtract the mean, rotate, find the gain with the largest cosine,
 // encode, pack, and scale so that inner products are unbiased.
 //
-//   keys            T (batch, heads, capacity, DIM), of which `count` tokens from `first` on are quantized;
-//                   values likewise with VALUE_DIM
+//   keys            T (rows, count, DIM), values likewise with VALUE_DIM
 //   key_mean        float32 (rows, DIM)
 //   key_levels      float32, see level_of in levels.h
 //   key_thresholds  float32 (2^KEY_BITS - 1), ascending
@@ -10,7 +9,7 @@
 //   key_signs       float32 (DIM), of the randomized Hadamard matrix; ones for a dense rotation
 //   key_matrix      float32 (ORDER, ORDER), see matrix_row in rotation.h
 //   value_mean to value_matrix likewise
-//   sizes           int32 (8): rows, count, first
+//   sizes           int32 (8): rows, count
 //   key_codes       uint32 (rows, count, WORDS), value_codes likewise
 //   key_scales      bfloat16 (rows, count), value_scales likewise
 //
@@ -33,7 +32,6 @@ threadgroup float floats[FLOATS > VALUE_FLOATS ? FLOATS : VALUE_FLOATS];
 threadgroup float2 cells[CELLS];
 
 const int count = sizes[1];
-const int first = sizes[2];
 const long vectors = long(sizes[0]) * count;
 const int thread_index = int(simdgroup_index_in_threadgroup) * 32 + int(thread_index_in_simdgroup);
 if (threadgroup_position_in_grid.y == 0) {
@@ -42,8 +40,8 @@ if (threadgroup_position_in_grid.y == 0) {
   const bool inside = vector < vectors;
   const long at = inside ? vector : 0;
   quantize_vector<DIM, KEY_BITS, ORDER, POWER, KEY_GAINS, LANES>(
-      keys + (at / count * keys_shape[2] + first + at % count) * DIM, key_mean + at / count * DIM, key_levels, key_thresholds, key_gains, key_signs,
-      key_matrix, key_codes + at * words, key_scales + at, floats + group * DIM, cells, inside,
+      keys + at * DIM, key_mean + at / count * DIM, key_levels, key_thresholds, key_gains, key_signs, key_matrix,
+      key_codes + at * words, key_scales + at, floats + group * DIM, cells, inside,
       thread_index % LANES, thread_index, GROUPS * 32);
 } else {
   const int group = thread_index / VALUE_LANES;
@@ -51,8 +49,7 @@ if (threadgroup_position_in_grid.y == 0) {
   const bool inside = vector < vectors;
   const long at = inside ? vector : 0;
   quantize_vector<VALUE_DIM, VALUE_BITS, VALUE_ORDER, VALUE_POWER, VALUE_GAINS, VALUE_LANES>(
-      values + (at / count * values_shape[2] + first + at % count) * VALUE_DIM,
-      value_mean + at / count * VALUE_DIM, value_levels, value_thresholds,
+      values + at * VALUE_DIM, value_mean + at / count * VALUE_DIM, value_levels, value_thresholds,
       value_gains, value_signs, value_matrix, value_codes + at * value_words, value_scales + at,
       floats + group * VALUE_DIM, cells, inside, thread_index % VALUE_LANES, thread_index, GROUPS * 32);
 }

@@ -10,7 +10,6 @@ import mlx.nn as nn
 import numpy as np
 
 from .evaluate import CHUNK, Codec
-from .turns import end_turns
 
 # Tokens that are decoded before the clock starts.
 _WARM_UP_TOKENS = 8
@@ -51,7 +50,6 @@ def measure(
     tokens of one sequence, after each chunk and at the end.
     """
     # What earlier work left would be given back in between, and be missing from what is held.
-    end_turns()
     gc.collect()
     mx.synchronize()
     mx.clear_cache()

@@ -22,8 +22,9 @@ from .compressible import (
     compressible_caches,
     plain_caches,
 )
+from .kernels.quantize import quantize
+from .kernels.storage import VALUE_MEAN_ENERGY, removable_mean, shared_quantizer
 from .profile import MEASURED_BITS, Divergences, Profile, at_least, fingerprint
-from .storage import PackedTokens
 from .texts import encode, start_tokens
 
 _FOLDER = Path(__file__).parent / "calibration"
@@ -176,9 +177,12 @@ def _as_rows(x: Any) -> Any:
 def _quantized(x: mx.array, count: int, bits: int, are_keys: bool) -> mx.array:
     """x (1, H, n, dim) with ``count`` tokens quantized, but for the sinks and the last of them."""
     end = count - int(_EXACT_PART * count)
-    packed = PackedTokens(bits, 0, interleaved=are_keys)
-    packed.append(x[:, :, _SINKS:end])
-    return mx.concatenate([x[:, :, :_SINKS], packed.dense(x.dtype), x[:, :, end:]], axis=2)
+    middle = x[:, :, _SINKS:end]
+    quantizer = shared_quantizer(x.shape[3], bits, 0)
+    mean = removable_mean(middle, 0.0 if are_keys else VALUE_MEAN_ENERGY)
+    [packed] = quantize([middle], [mean], [quantizer])
+    restored = (quantizer.dequantize(packed) + mean).astype(x.dtype)
+    return mx.concatenate([x[:, :, :_SINKS], restored, x[:, :, end:]], axis=2)
 
 
 class _Wrapped:

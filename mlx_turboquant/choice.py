@@ -15,6 +15,7 @@ from .allocation import (
     allocate,
     divergences_by_bits,
     expected_divergence,
+    uniform_bits,
 )
 from .codebook import relative_error
 from .compressible import Compressible, compressible_caches
@@ -47,6 +48,10 @@ class ModelChoice:
         Raises:
             ValueError: a budget that is too small.
         """
+        if settings.is_fixed:
+            key_bits, value_bits = uniform_bits(settings.bits)
+            pair = (settings.key_bits or key_bits, settings.value_bits or value_bits)
+            return [pair] * len(self.compressible)
         if settings not in self._chosen:
             self._chosen[settings] = self._choose(settings)
         return self._chosen[settings]

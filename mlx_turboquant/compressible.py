@@ -7,6 +7,9 @@ import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
 from .allocation import Vectors
+from .cache.latent import TurboQuantLatentCache
+from .cache.single import TurboQuantKVCache
+from .settings import Settings
 
 HOOKED_NAME = "scaled_dot_product_attention"
 
@@ -59,6 +62,38 @@ def compressible_caches(model: nn.Module) -> list[Compressible]:
             place = part if hasattr(cache, "caches") else None
             found.append(Compressible(i, place, keys, None if latent else values))
     return found
+
+
+def compressed_caches(
+    model: nn.Module,
+    places: list[Compressible],
+    bits: list[tuple[int, int]],
+    settings: Settings,
+) -> list[Any]:
+    """A new prompt cache with these bits of keys and values in the compressed ``places``."""
+    caches = plain_caches(model)
+    for place, (key_bits, value_bits) in zip(places, bits):
+        cache_class = TurboQuantLatentCache if place.values is None else TurboQuantKVCache
+        compressed = cache_class(
+            key_bits,
+            value_bits,
+            window=settings.window,
+            sink_tokens=settings.sink_tokens,
+            max_size=settings.max_size,
+            seed=settings.seed,
+        )
+        if place.part is None:
+            caches[place.layer] = compressed
+        else:
+            parts = list(caches[place.layer].caches)
+            parts[place.part] = compressed
+            caches[place.layer] = mlx_lm_cache.CacheList(*parts)
+    return caches
+
+
+def flat_caches(cache: list[Any]) -> list[Any]:
+    """The caches of all layers, those within a ``CacheList`` one by one."""
+    return [part for layer in cache for part in getattr(layer, "caches", (layer,))]
 
 
 def check_compressible(model: nn.Module, compressible: list[Compressible]) -> None:

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .compressible import HOOKED_NAME, Compressible, attention_scopes, plain_caches
-from .storage import removable_mean
+from .kernels.storage import removable_mean
 
 _TOKENS = 256
 # Queries that a demand is averaged over: the last ones, which have the most tokens to look at.

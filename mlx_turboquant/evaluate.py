@@ -26,12 +26,12 @@ from mlx_lm.models.cache import (
     RotatingKVCache,
 )
 
-from .attention import MAX_DECODE_ROWS
 from .calibrate import divergence
-from .compressible import plain_caches
-from .integration import make_cache_of
+from .compressible import flat_caches, plain_caches
+from .enable import make_prompt_cache
+from .kernels.attention import MAX_DECODE_ROWS
 from .needle import hide_codes
-from .report import bits_per_value, cache_size, flat_caches
+from .report import bits_per_value, cache_size
 from .settings import Settings
 from .texts import start_tokens
 
@@ -60,7 +60,7 @@ class Codec(NamedTuple):
         """An empty prompt cache."""
         if self.settings is None:
             return plain_caches(model)
-        return make_cache_of(model, self.settings)
+        return make_prompt_cache(model, self.settings)
 
     def after_chunk(self, cache: list[Any]) -> None:
         """What mlx-lm does after every chunk of a prompt: its own cache is quantized then."""

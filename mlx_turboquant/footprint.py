@@ -6,10 +6,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
-from .cache import TurboQuantKVCache
+from .cache.single import TurboQuantKVCache
+from .compressible import flat_caches
 from .evaluate import CHUNK, GROUP_SIZE, Codec
-from .report import flat_caches
-from .storage import GROWTH, LEAST_GROWTH
+from .kernels.storage import GROWTH, LEAST_GROWTH
 
 # For heads of other widths, MLX's attention over many queries has all scores in memory at once.
 _FUSED_DIMS = (64, 80, 128)

@@ -10,8 +10,10 @@ import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
 from . import files
-from .cache import TurboQuantKVCache
+from .cache.latent import TurboQuantLatentCache
+from .cache.single import TurboQuantKVCache
 from .compressible import plain_caches
+from .enable import enabled_settings
 from .files import (
     NO_CHECKSUM,
     check_versions,
@@ -21,11 +23,10 @@ from .files import (
     safetensors_path,
     write_whole,
 )
-from .integration import connect, enabled_settings
-from .latent_cache import TurboQuantLatentCache
+from .hook import connect
+from .kernels.storage import check_state, check_vectors
 from .profile import fingerprint
 from .quantizer import CODEC_VERSION
-from .storage import check_state, check_vectors
 
 # Changes whenever the state of a cache is written in another way.
 FORMAT_VERSION = "3"

@@ -7,7 +7,8 @@ import mlx.nn as nn
 
 from .allocation import Layer, expected_divergence
 from .choice import choice_of
-from .kernels import BLOCK
+from .compressible import flat_caches
+from .kernels.tokens import BLOCK
 
 _WHY_NOT = {
     "RotatingKVCache": "sliding window, bounded already",
@@ -178,8 +179,3 @@ def _heaviest(layers: list[Layer], bits: list[tuple[int, int]]) -> list[str]:
         if side is not None
     ]
     return [name for _, name in sorted(shares, reverse=True)[:3]]
-
-
-def flat_caches(cache: list[Any]) -> list[Any]:
-    """The caches of all layers, those within a ``CacheList`` one by one."""
-    return [part for layer in cache for part in getattr(layer, "caches", (layer,))]

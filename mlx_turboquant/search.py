@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from . import kernels
 from .files import (
     NO_CHECKSUM,
     check_target,
@@ -19,6 +18,7 @@ from .files import (
     safetensors_path,
     write_whole,
 )
+from .kernels.quantize import inner_product
 from .packing import words_per_vector
 from .quantizer import CODEC_VERSION, QuantizedVectors, TurboQuantizer, check_vectors
 
@@ -344,7 +344,7 @@ class VectorIndex:
         packed = QuantizedVectors(
             self._buffers["codes"][start:stop], self._buffers["scales"][start:stop]
         )
-        products = kernels.inner_product(queries, packed, self.quantizer)
+        products = inner_product(queries, packed, self.quantizer)
         if self.metric != "l2":
             return products
         squared = queries.square().sum(axis=-1, keepdims=True)

@@ -1,20 +1,42 @@
-"""The settings of a compressed cache."""
+"""The settings of the compressed caches of a model."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 from .allocation import check_budget
-from .cache import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW, TurboQuantKVCache
+from .cache.blocks import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW, check_token_counts
 from .codebook import check_bits
-from .method_cache import MethodKVCache
+
+
+class CacheOptions(TypedDict, total=False):
+    """The fields of :class:`Settings` besides ``bits``, as keyword arguments."""
+
+    key_bits: int | None
+    value_bits: int | None
+    uniform: bool
+    window: int
+    sink_tokens: int
+    max_size: int | None
+    seed: int
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of :func:`.integration.make_prompt_cache` that are not about one model.
+    """How the caches of a model are compressed.
+
+    Attributes:
+        bits: Mean of bits per value, 2 to 8 in quarters, which are spent where the profile of the
+            model says that they matter.
+        key_bits: Bits per value of all keys, 1 to 8.
+        value_bits: Bits per value of all values, 1 to 8.
+        uniform: Give all layers the same bits, for comparison.
+        window: Recent tokens that stay exact.
+        sink_tokens: First tokens that stay exact.
+        max_size: Tokens that a layer holds at most, after which the oldest are forgotten.
+        seed: Of the random rotation.
 
     Raises:
-        ValueError: arguments that are out of range or do not fit together.
+        ValueError: a field that is out of range, or fields that do not fit together.
     """
 
     bits: float = 4
@@ -25,32 +47,15 @@ class Settings:
     sink_tokens: int = DEFAULT_SINK_TOKENS
     max_size: int | None = None
     seed: int = 0
-    codec: str | None = None
 
     def __post_init__(self):
+        check_budget(self.bits)
         for bits in (self.key_bits, self.value_bits):
             if bits is not None:
                 check_bits(bits)
-        if self.codec is None:
-            check_budget(self.bits)
-            TurboQuantKVCache(**self.of_cache)
-        else:
-            MethodKVCache(*self.even_bits, codec=self.codec, **self.of_cache)
-
-    @property
-    def of_cache(self) -> dict[str, Any]:
-        """The arguments of the cache of a layer, besides its bits."""
-        names = ("window", "sink_tokens", "max_size", "seed")
-        return {name: getattr(self, name) for name in names}
+        check_token_counts(self.window, self.sink_tokens, self.max_size)
 
     @property
     def is_fixed(self) -> bool:
         """Whether all layers have the same bits, so that nothing of the model is needed."""
-        split = None not in (self.key_bits, self.value_bits)
-        return self.codec is not None or self.uniform or split
-
-    @property
-    def even_bits(self) -> tuple[int, int]:
-        """Bits of keys and values for other codecs: the same, or one more of keys at a half."""
-        key_bits, value_bits = int(self.bits + 0.5), int(self.bits)
-        return self.key_bits or key_bits, self.value_bits or value_bits
+        return self.uniform or None not in (self.key_bits, self.value_bits)

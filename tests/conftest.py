@@ -18,7 +18,6 @@ from platformdirs import user_cache_path
 
 from mlx_turboquant import disable
 from mlx_turboquant.cli.loading import prepare_for_device
-from mlx_turboquant.turns import end_turns
 
 # Profiles of the user are not for tests, nor those of tests for the user.
 REAL_MODELS = user_cache_path("mlx_turboquant") / "models"
@@ -52,8 +51,6 @@ def variant(model, **arguments) -> llama.Model:
 
 def peak_of_growth(caches, rows: int, chunks: tuple[int, ...]) -> float:
     """Peak memory while chunks make the packed buffers of all layers grow, to what is held."""
-    for layer, cache in enumerate(caches):
-        cache.layer = layer
 
     def read(count: int) -> None:
         for cache in caches:
@@ -62,14 +59,12 @@ def peak_of_growth(caches, rows: int, chunks: tuple[int, ...]) -> float:
             cache.update_and_fetch(new, new)
         mx.eval([cache.state for cache in caches])
 
-    read(4096 + cache.sink_tokens)
-    end_turns()
-    before, capacity = mx.get_active_memory(), cache._packed[0].capacity
+    read(4096 + caches[0].sink_tokens)
+    before, capacity = mx.get_active_memory(), caches[0]._packed.capacity
     mx.reset_peak_memory()
     for count in chunks:
         read(count)
-    end_turns()
-    assert cache._packed[0].capacity > capacity
+    assert caches[0]._packed.capacity > capacity
     return (mx.get_peak_memory() - before) / sum(cache.nbytes for cache in caches)
 
 

@@ -1,8 +1,10 @@
 import mlx.core as mx
 import pytest
 
-from mlx_turboquant.attention import CachedTokens, decode_attention
-from mlx_turboquant.storage import PackedTokens
+from mlx_turboquant.kernels.attention import decode_attention
+from mlx_turboquant.kernels.quantize import dense
+from mlx_turboquant.kernels.storage import PackedTokens, layouts_of
+from mlx_turboquant.kernels.tokens import CachedTokens
 
 BATCH, SINKS, PACKED, RECENT = 2, 4, 70, 11
 COUNT = SINKS + PACKED + RECENT
@@ -15,16 +17,16 @@ def random(shape, seed, dtype=mx.float32) -> mx.array:
 
 
 def cached_tokens(heads=2, dim=64, value_dim=64, dtype=mx.float32, mean=0.0) -> CachedTokens:
-    keys, values = PackedTokens(4, 0, interleaved=True), PackedTokens(3, 0, interleaved=False)
-    keys.append(random((BATCH, heads, PACKED, dim), 1) + mean)
-    values.append(random((BATCH, heads, PACKED, value_dim), 2) + mean)
+    packed = PackedTokens(layouts_of(4, 3), seed=0)
+    vectors = [(dim, 1), (value_dim, 2)]
+    packed.append([random((BATCH, heads, PACKED, width), i) + mean for width, i in vectors])
     # Free space behind the exact tokens holds values that must not be read.
-    exact = [random((BATCH, heads, 40, d), d, dtype) for d in (dim, value_dim)]
-    return CachedTokens(keys, values, *exact, SINKS + RECENT, SINKS, recent_start=SINKS)
+    exact = [random((BATCH, heads, 40, width), width, dtype) for width, _ in vectors]
+    return CachedTokens(*packed.sides, PACKED, *exact, SINKS + RECENT, SINKS, recent_start=SINKS)
 
 
 def dense_attention(queries, tokens, scale, mask=None, sinks=None) -> mx.array:
-    keys, values = (x.astype(mx.float32) for x in tokens.dense())
+    keys, values = (x.astype(mx.float32) for x in dense(tokens))
     return mx.fast.scaled_dot_product_attention(
         queries.astype(mx.float32), keys, values, scale=scale, mask=mask, sinks=sinks
     )

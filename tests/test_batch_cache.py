@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from mlx_lm import batch_generate
 
-from mlx_turboquant import TurboQuantKVCache, batch_cache, enable, make_prompt_cache
-from mlx_turboquant.attention import decode_attention
-from mlx_turboquant.batch_cache import BatchTurboQuantKVCache
+from mlx_turboquant import TurboQuantKVCache, enable, make_prompt_cache
+from mlx_turboquant.cache.batch import BatchTurboQuantKVCache
+from mlx_turboquant.cache.fetched import Link
+from mlx_turboquant.kernels.attention import decode_attention
+from mlx_turboquant.kernels.quantize import dense
+from mlx_turboquant.kernels.tokens import BLOCK, CAPACITY_UNIT
 
 # The package mlx_lm hides the module behind the function of the same name.
 generate = importlib.import_module("mlx_lm.generate")
@@ -31,18 +34,12 @@ def random_tokens(rows: int, count: int, seed: int) -> tuple[mx.array, mx.array]
     return tuple(mx.random.normal(shape, key=mx.random.key(seed)))
 
 
-def dense(cache: TurboQuantKVCache) -> list[mx.array]:
-    """All keys and values of a cache."""
-    tokens = cache._tokens(cache._exact)
-    return tokens.dense()
-
-
 class Batches(RuleBasedStateMachine):
     """Any sequence of calls, beside a list of all tokens that each sequence should have."""
 
     def __init__(self):
         super().__init__()
-        self.batch = BatchTurboQuantKVCache.merge([new_cache()])
+        self.batch = TurboQuantKVCache.merge([new_cache()])
         self.expected = [random_tokens(1, 0, 0)]
         self.seed = 0
 
@@ -93,7 +90,7 @@ class Batches(RuleBasedStateMachine):
                 queries, mx.array(keys), mx.array(values), scale=DIM**-0.5, mask=mask
             )
         ]
-        if count <= 8 and keys.tokens.keys.count:
+        if count <= 8 and keys.tokens.packed_count:
             kind = None if count == 1 else "causal"
             outputs.append(decode_attention(queries, keys.tokens, DIM**-0.5, kind))
         self.compare_outputs(queries, outputs, real)
@@ -136,7 +133,7 @@ class Batches(RuleBasedStateMachine):
             if length:
                 cache.update_and_fetch(*new)
             self.expected.append(new)
-        self.batch.extend(BatchTurboQuantKVCache.merge(caches))
+        self.batch.extend(TurboQuantKVCache.merge(caches))
 
     @rule(data=st.data())
     def leave_and_come_back(self, data):
@@ -161,7 +158,7 @@ class Batches(RuleBasedStateMachine):
             assert cache.offset == tokens[0].shape[2]
             packed, exact = cache.packed_tokens, cache.exact_tokens
             sinks = min(exact, SINKS)
-            for restored, x in zip(dense(cache), tokens):
+            for restored, x in zip(dense(cache._tokens()), tokens):
                 assert mx.array_equal(restored[:, :, :sinks], x[:, :, :sinks])
                 assert mx.array_equal(restored[:, :, sinks + packed :], x[:, :, sinks + packed :])
                 assert mx.allclose(restored, x, atol=0.1)  # 8 bits: .5 % on average
@@ -176,14 +173,14 @@ def test_sinks_that_a_trim_has_left_stay_in_front_of_new_ones():
 
 
 TestBatches = Batches.TestCase
-TestBatches.settings = settings(max_examples=60, stateful_step_count=12, deadline=None)
+TestBatches.settings = settings(stateful_step_count=12, deadline=None)
 
 
 def test_packed_tokens_of_a_batch_are_those_of_the_caches_alone():
     caches = [new_cache(key_bits=3, value_bits=2) for _ in range(3)]
     for row, cache in enumerate(caches):
         cache.update_and_fetch(*random_tokens(1, 50 + 40 * row, row))
-    batch = BatchTurboQuantKVCache.merge(caches)
+    batch = TurboQuantKVCache.merge(caches)
     for row, cache in enumerate(caches):
         extracted = batch.extract(row)
         assert extracted.packed_tokens == cache.packed_tokens > 0
@@ -192,12 +189,16 @@ def test_packed_tokens_of_a_batch_are_those_of_the_caches_alone():
             assert same
 
 
-@pytest.mark.parametrize("chunks, fused", [((64,), set()), ((1,) * 33, set()), ((1,) * 33, {1})])
-def test_growing_buffers_of_all_layers_are_not_twice_in_memory(chunks, fused, monkeypatch):
-    monkeypatch.setattr(batch_cache, "fused_models", fused)
-    batches = [BatchTurboQuantKVCache.merge([TurboQuantKVCache()] * 2) for _ in range(16)]
+READS_TOKENS = Link(is_hooked=True, needs_arrays=False)
+
+
+@pytest.mark.parametrize(
+    "chunks, link", [((64,), Link()), ((1,) * 33, Link()), ((1,) * 33, READS_TOKENS)]
+)
+def test_growing_buffers_of_all_layers_are_not_twice_in_memory(chunks, link):
+    batches = [TurboQuantKVCache.merge([TurboQuantKVCache()] * 2) for _ in range(16)]
     for batch in batches:
-        batch.model_id = 1
+        batch.link = link
     # A quarter and more if they were; those of few layers are an eighth.
     assert peak_of_growth(batches, 2, chunks) < 0.2
 
@@ -207,7 +208,7 @@ def test_a_batch_takes_the_memory_of_its_longest_sequence_times_their_number():
     caches = [new_cache(key_bits=4, value_bits=4) for _ in range(4)]
     for cache in caches:
         cache.update_and_fetch(*random_tokens(1, 2000, 1))
-    batch = BatchTurboQuantKVCache.merge(caches)
+    batch = TurboQuantKVCache.merge(caches)
     dense = 4 * 2 * HEADS * 2000 * DIM * 2
     assert batch.nbytes == pytest.approx(sum(cache.nbytes for cache in caches), rel=0.2)
     assert batch.nbytes < dense * 0.5
@@ -222,13 +223,14 @@ def test_caches_with_different_settings_are_not_batched():
         {"window": 1},
         {"sink_tokens": 0},
         {"seed": 1},
+        {"max_size": 500},
     ):
         with pytest.raises(ValueError, match="different settings cannot be batched"):
-            BatchTurboQuantKVCache.merge([new_cache(), new_cache(**change)])
+            TurboQuantKVCache.merge([new_cache(), new_cache(**change)])
 
 
 def test_padding_on_the_left_is_refused():
-    batch = BatchTurboQuantKVCache.merge([new_cache(), new_cache()])
+    batch = TurboQuantKVCache.merge([new_cache(), new_cache()])
     batch.prepare(left_padding=[0, 0])
     with pytest.raises(ValueError, match=r"\[0, 3\] on the left is not possible"):
         batch.prepare(left_padding=[0, 3])
@@ -337,14 +339,13 @@ def decoded(batches, steps: int) -> None:
         lambda batches: batches.filter_rows([1]),
     ],
 )
-def test_a_step_that_reuses_the_one_before_sees_what_happened_in_between(monkeypatch, change):
-    monkeypatch.setattr(batch_cache, "fused_models", {1})
+def test_a_step_that_reuses_the_one_before_sees_what_happened_in_between(change):
     batches = Batches()
     batches.extend([60, 66])
     batches.filter_rows([1, 2])
-    batches.batch.model_id = 1
+    batches.batch.link = READS_TOKENS
     decoded(batches, 3)
-    assert batches.batch._steady > 3
+    assert batches.batch._step.left > 3
     change(batches)
     decoded(batches, 80)  # blocks leave the windows, and the exact buffers are used up
     batches.every_sequence_has_its_tokens()

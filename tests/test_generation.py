@@ -9,7 +9,8 @@ from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models.cache import make_prompt_cache as make_exact_cache
 from mlx_lm.models.cache import trim_prompt_cache
 
-from mlx_turboquant import cache, make_prompt_cache
+from mlx_turboquant import make_prompt_cache
+from mlx_turboquant.kernels.storage import PackedTokens
 
 CODE = (
     "import os\n\n\ndef read(path):\n    with open(path) as file:\n        return file.read()\n\n\n"
@@ -53,14 +54,14 @@ def test_speculative_decoding_says_what_the_plain_run_says(
 def test_no_token_is_quantized_twice_while_drafts_are_taken_back(tiny_lm, prompt, monkeypatch):
     model, quantized = tiny_lm[0], []
 
-    def counting(stores, arrays, start, count):
-        quantized.append(count)
-        append_all(stores, arrays, start, count)
+    def counting(packed, new):
+        quantized.append(new[0].shape[2])
+        return append(packed, new)
 
     drafting = variant(model)
     caches = [make_prompt_cache(m, 8, window=8) for m in (model, drafting)]
-    append_all = cache.append_all
-    monkeypatch.setattr(cache, "append_all", counting)
+    append = PackedTokens.append
+    monkeypatch.setattr(PackedTokens, "append", counting)
     options = {"max_tokens": 80, "num_draft_tokens": 4, "prompt_cache": sum(caches, [])}
     list(speculative_generate_step(prompt, model, drafting, **options))
     # A window of 8 is longer than any draft, so nothing that was packed is ever taken back.

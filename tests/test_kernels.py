@@ -9,18 +9,29 @@ import copy
 import itertools
 import platform
 import random
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
 
-from mlx_turboquant import VectorIndex, attention, enable, kernels, make_prompt_cache
-from mlx_turboquant.attention import CachedTokens, Extent
+from mlx_turboquant import VectorIndex, enable, make_prompt_cache
 from mlx_turboquant.cli import doctor
+from mlx_turboquant.kernels import attention, reference, runtime
+from mlx_turboquant.kernels.attention import DecodeAttention
+from mlx_turboquant.kernels.quantize import (
+    Dequantize,
+    InnerProduct,
+    Quantize,
+    dense,
+    inner_product,
+    quantize,
+)
+from mlx_turboquant.kernels.storage import shared_quantizer
+from mlx_turboquant.kernels.tokens import CachedTokens, Extent
 from mlx_turboquant.packing import unpack
-from mlx_turboquant.quantizer import TurboQuantizer
-from mlx_turboquant.storage import PackedTokens, shared_quantizer
+from mlx_turboquant.quantizer import QuantizedVectors, TurboQuantizer
 
-ON_EXECUTOR = platform.system() == "Linux" and kernels.backend() == "reference"
+ON_EXECUTOR = platform.system() == "Linux" and runtime.backend() == "reference"
 if ON_EXECUTOR:
     import metal_on_linux
 
@@ -55,7 +66,7 @@ def kernels_run(monkeypatch):
 
     if ON_EXECUTOR:
         monkeypatch.setattr(mx.fast, "metal_kernel", recording(metal_on_linux.metal_kernel))
-        monkeypatch.setattr(kernels, "_checked_backend", lambda name, origin: name or "metal")
+        monkeypatch.setattr(runtime, "_checked_backend", lambda name, origin: name or "metal")
     else:
         for maker in ("metal_kernel", "cuda_kernel"):
             monkeypatch.setattr(mx.fast, maker, recording(getattr(mx.fast, maker)))
@@ -65,10 +76,8 @@ def kernels_run(monkeypatch):
 
 
 def forget_kernels() -> None:
-    kernels.force_backend(None)
-    plans = (kernels._quantize_plan, kernels.attention_plan, attention._checked_plan)
-    found = (kernels._built_kernel, kernels._agrees, kernels._machine_backend)
-    for remembered in (*plans, kernels._attention_launches, *found):
+    runtime.force_backend(None)
+    for remembered in (runtime._checked, runtime._built, runtime._machine_backend):
         remembered.cache_clear()
 
 
@@ -108,8 +117,9 @@ def normal(shape, seed, dtype=mx.float32) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
 
 
-def block_of(x, mean, quantizer) -> kernels.Block:
-    return kernels.Block(x, mean, quantizer, 0, x.shape[2])
+def quantized(x, mean, quantizer) -> QuantizedVectors:
+    """By the kernel, whatever its check says."""
+    return Quantize((x.dtype,), (quantizer,))([x], [mean])[0]
 
 
 def squared_errors(quantizer, packed, x) -> mx.array:
@@ -120,8 +130,8 @@ def squared_errors(quantizer, packed, x) -> mx.array:
 def test_quantize_finds_the_codes_of_the_reference(dim, bits, dtype):
     quantizer = TurboQuantizer(dim, bits)
     x, mean = normal((2, 1, 37, dim), 1, dtype), normal((2, 1, 1, dim), 2)
-    (packed,) = kernels._launch_quantize(block_of(x, mean, quantizer))
-    expected = kernels.reference_quantize(*block_of(x, mean, quantizer))
+    packed = quantized(x, mean, quantizer)
+    expected = reference.quantize(x, mean, quantizer)
     different = (packed.codes != expected.codes).any(axis=-1)
     # Of 74 vectors; test_few_codes_differ says why, and how many.
     assert different.sum() <= {6: 2, 7: 8, 8: 25}.get(bits, 1)
@@ -142,8 +152,8 @@ def test_few_codes_differ(kernels_run, bits, fraction):
     """
     quantizer = shared_quantizer(128, bits, 0)
     x, mean = normal((1, 2, 1000, 128), 1), mx.zeros((1, 2, 1, 128))
-    (packed,) = kernels._launch_quantize(block_of(x, mean, quantizer))
-    expected = kernels.reference_quantize(*block_of(x, mean, quantizer))
+    packed = quantized(x, mean, quantizer)
+    expected = reference.quantize(x, mean, quantizer)
     assert (packed.codes != expected.codes).any(axis=-1).mean() <= fraction
     errors = [squared_errors(quantizer, p, x).mean().item() for p in (packed, expected)]
     assert errors[0] == pytest.approx(errors[1], rel=0.01)
@@ -154,7 +164,7 @@ def test_quantize_packs_every_code_where_the_layout_says():
     for bits in BITS:
         quantizer = TurboQuantizer(72, bits, rotation="haar", gain_search=False)
         x = normal((1, 1, 9, 72), bits)
-        (packed,) = kernels._launch_quantize(block_of(x, mx.zeros((1, 1, 1, 72)), quantizer))
+        packed = quantized(x, mx.zeros((1, 1, 1, 72)), quantizer)
         expected = quantizer.quantize(x)
         codes = unpack(packed.codes, bits, 72), unpack(expected.codes, bits, 72)
         assert (codes[0] != codes[1]).mean() < 0.01  # ties with a threshold, within rounding
@@ -166,7 +176,7 @@ def test_quantize_keeps_zeros_and_large_values_and_isolates_nan():
     x = mx.concatenate([x, mx.zeros((1, 1, 1, 128)), x[:, :, :1] * 1e30], axis=2)
     x[0, 0, 1, 5] = mx.nan
     x[0, 0, 2, 5] = mx.inf
-    (packed,) = kernels._launch_quantize(block_of(x, mx.zeros((1, 1, 1, 128)), quantizer))
+    packed = quantized(x, mx.zeros((1, 1, 1, 128)), quantizer)
     restored = quantizer.dequantize(packed)[0, 0]
     assert not mx.isfinite(restored[1:3]).any()
     assert mx.array_equal(restored[4], mx.zeros(128))
@@ -190,22 +200,21 @@ def test_dequantize_restores_the_tokens_of_the_reference(
     dim, value_dim, key_bits, value_bits, dtype
 ):
     quantizers = shared_quantizer(dim, key_bits, 0), shared_quantizer(value_dim, value_bits, 0)
-    assert attention.check_dequantize(dtype, dtype, *quantizers).holds
+    assert Dequantize((dtype, dtype), quantizers).check().holds
 
 
 def test_dequantize_restores_keys_that_are_the_values(kernels_run):
-    assert attention.check_dequantize(mx.float16, shared_quantizer(512, 4, 0)).holds
+    assert Dequantize((mx.float16,), (shared_quantizer(512, 4, 0),)).check().holds
 
 
 def test_dense_tokens_are_one_launch_and_skip_what_lies_between(kernels_run):
-    tokens = cached_tokens(mean=5.0)
-    tokens.recent_start = 7
+    tokens = replace(cached_tokens(mean=5.0), recent_start=7)
     tokens.exact_keys[:, :, 4:7] = mx.nan
-    dense = tokens.dense()
+    restored = dense(tokens)
     if ON_EXECUTOR:
         assert names_of(kernels_run).count("dequantize") == 2  # one of them is the check
-    for restored, expected in zip(dense, tokens.reference_dense()):
-        assert kernels.compare(restored, expected, mx.float32).holds
+    for pair in zip(restored, reference.dense(tokens)):
+        assert runtime.compare(*pair, mx.float32).holds
 
 
 @pytest.mark.parametrize("dim, bits, query_count", pairwise((*DIMS, 72, 1536), BITS, (1, 5, 8, 9)))
@@ -213,9 +222,9 @@ def test_inner_products_are_those_of_the_reference(dim, bits, query_count):
     quantizer = shared_quantizer(dim, bits, 0)
     packed = quantizer.quantize(normal((2, 150, dim), 1))
     queries = normal((2, query_count, dim), 2)
-    output = kernels._launch_inner_product(queries, packed, quantizer)
+    output = InnerProduct(quantizer)(queries, packed)
     expected = quantizer.inner_product(queries, packed)
-    assert kernels.compare(output, expected, mx.float32).holds
+    assert runtime.compare(output, expected, mx.float32).holds
 
 
 def test_inner_products_need_the_same_leading_axes():
@@ -223,12 +232,12 @@ def test_inner_products_need_the_same_leading_axes():
     packed = quantizer.quantize(normal((2, 150, 64), 1))
     queries = normal((2, 3, 64), 2)
     assert mx.allclose(
-        kernels.inner_product(queries, packed, quantizer),
+        inner_product(queries, packed, quantizer),
         quantizer.inner_product(queries, packed),
         atol=1e-4,  # products of 64 values of size 1
     )
     with pytest.raises(ValueError, match="different leading axes"):
-        kernels.inner_product(queries[0], packed, quantizer)
+        inner_product(queries[0], packed, quantizer)
 
 
 @pytest.mark.parametrize("metric", ["cosine", "l2"])
@@ -240,10 +249,10 @@ def test_an_index_is_searched_by_the_kernel(kernels_run, monkeypatch, metric):
     found = index.search(queries, 20)
     # Three tiles, after the comparison with plain MLX.
     assert len(kernels_run) == 4
-    kernels.force_backend("reference")
+    runtime.force_backend("reference")
     expected = index.search(queries, 20)
     assert len(kernels_run) == 4
-    assert kernels.compare(found.scores, expected.scores, mx.float32).holds
+    assert runtime.compare(found.scores, expected.scores, mx.float32).holds
     assert mx.array_equal(found.ids, expected.ids)
 
 
@@ -262,11 +271,13 @@ def cached_tokens(
     dim=64, value_dim=64, key_bits=4, value_bits=4, dtype=mx.float32, packed=70, mean=0.0
 ) -> CachedTokens:
     """Two sequences of two heads: 4 sinks, ``packed`` tokens, 11 recent ones, and free space."""
-    keys, values = PackedTokens(key_bits, 0, True), PackedTokens(value_bits, 0, False)
-    keys.append_without_kernels(normal((2, 2, packed, dim), 1) + mean)
-    values.append_without_kernels(normal((2, 2, packed, value_dim), 2) + mean)
-    exact = [normal((2, 2, 24, width), width, dtype) for width in (dim, value_dim)]
-    return CachedTokens(keys, values, *exact, exact_count=15, sink_count=4, recent_start=4)
+    sides, exact = [], []
+    for seed, width, bits in ((1, dim, key_bits), (2, value_dim, value_bits)):
+        x, quantizer = normal((2, 2, packed, width), seed) + mean, shared_quantizer(width, bits, 0)
+        means = x.mean(axis=2, keepdims=True)
+        sides.append(reference.packed_vectors(x, means, quantizer, interleaved=seed == 1))
+        exact.append(normal((2, 2, 24, width), width, dtype))
+    return CachedTokens(*sides, packed, *exact, exact_count=15, sink_count=4, recent_start=4)
 
 
 def attention_arguments(tokens, group, rows, dtype, mask="none", sinks=False):
@@ -286,20 +297,22 @@ def attention_arguments(tokens, group, rows, dtype, mask="none", sinks=False):
     return queries, tokens, queries.shape[-1] ** -0.5, masks[mask], logits
 
 
-def planned_attention(queries, tokens, scale, mask, sinks) -> kernels.AttentionPlan:
-    configuration = kernels.attention_configuration(queries, tokens, mask, sinks)
-    return kernels.attention_plan(kernels.backend(), scale, configuration)
+def attention_kernel(queries, tokens, scale, mask, sinks) -> DecodeAttention:
+    """Whatever its check says."""
+    return DecodeAttention(*DecodeAttention.configuration(queries, tokens, mask, sinks))
 
 
-def launched_attention(queries, tokens, scale, mask, sinks, plan=None) -> mx.array:
-    plan = plan or planned_attention(queries, tokens, scale, mask, sinks)
-    return kernels.launch_decode_attention(plan, queries, tokens, mask, sinks)
+def launched_attention(*arguments) -> mx.array:
+    return attention_kernel(*arguments)(*arguments)
 
 
-def assert_attention_agrees(*arguments, plan=None) -> None:
-    output = launched_attention(*arguments, plan)
-    expected = attention.reference_decode_attention(*arguments)
-    agreement = kernels.compare(output, expected, arguments[0].dtype, attention.HALF_ARITHMETIC)
+def assert_attention_agrees(*arguments) -> None:
+    assert_is_attention(launched_attention(*arguments), *arguments)
+
+
+def assert_is_attention(output, *arguments) -> None:
+    expected = reference.decode_attention(*arguments)
+    agreement = runtime.compare(output, expected, arguments[0].dtype, attention.HALF_ARITHMETIC)
     assert agreement.holds, agreement
 
 
@@ -322,27 +335,27 @@ def test_attention_takes_eight_query_rows_at_once(
     monkeypatch, dim, key_bits, value_bits, dtype, group, rows, mask
 ):
     """As on CUDA, on the executor too, where there are many packed tokens."""
-    monkeypatch.setattr(kernels, "_MANY_ROWS", {"cuda": 8, "metal": 8})
+    monkeypatch.setattr(attention, "_MANY_ROWS", {"cuda": 8, "metal": 8})
     tokens = cached_tokens(dim, dim, key_bits, value_bits, dtype, packed=300)
     arguments = attention_arguments(tokens, group, rows, dtype, mask)
-    few, many = planned_attention(*arguments).variants()
-    for plan, tile in ((few, 4), (many, 8)):
-        assert plan.shape.tiles == (tile, tile)
-        assert_attention_agrees(*arguments, plan=plan)
+    kernel = attention_kernel(*arguments)
+    assert kernel.check().holds
+    for many_tokens in (0, 2 * 2 * 300 + 1):
+        monkeypatch.setattr(attention, "_MANY_TOKENS", many_tokens)
+        assert_is_attention(kernel(*arguments), *arguments)
 
 
 def test_many_packed_tokens_in_all_heads_take_eight_query_rows(kernels_run, monkeypatch):
     """With the kernel that the check before the first use has compiled."""
-    monkeypatch.setattr(kernels, "_MANY_ROWS", {"cuda": 8, "metal": 8})
-    monkeypatch.setattr(kernels, "_MANY_TOKENS", 2 * 2 * 300)
+    monkeypatch.setattr(attention, "_MANY_ROWS", {"cuda": 8, "metal": 8})
+    monkeypatch.setattr(attention, "_MANY_TOKENS", 2 * 2 * 300)
     threadgroups, checks = [], []
     for packed in (299, 300):
         arguments = attention_arguments(cached_tokens(packed=packed), 8, 1, mx.float32)
         output = attention.decode_attention(*arguments)
         threadgroups.append(kernels_run[-2][1]["grid"][2])
-        checks.append(kernels._agrees.cache_info().misses)
-        expected = attention.reference_decode_attention(*arguments)
-        assert kernels.compare(output, expected, mx.float32, attention.HALF_ARITHMETIC).holds
+        checks.append(runtime._checked.cache_info().misses)
+        assert_is_attention(output, *arguments)
     assert threadgroups == [2, 1]  # for eight query heads
     assert checks[0] == checks[1]
 
@@ -357,9 +370,8 @@ def test_attention_takes_any_number_of_packed_tokens(packed):
 @pytest.mark.parametrize("mask", ["none", "causal", "boolean per head", "additive"])
 def test_attention_reads_sequences_of_different_length(mask):
     """Keys that lie between the tokens of a sequence are not a number here."""
-    tokens = cached_tokens(packed=300)
-    tokens.recent_start = 7
-    tokens.extents = (Extent(300, 4, 7), Extent(33, 0, 12))
+    extents = (Extent(300, 4, 7), Extent(33, 0, 12))
+    tokens = replace(cached_tokens(packed=300), recent_start=7, extents=extents)
     tokens.exact_keys[:, :, 4:7] = mx.nan
     tokens.exact_keys[1, :, :12] = mx.nan
     if mask == "none":
@@ -371,7 +383,7 @@ def test_attention_reads_sequences_of_different_length(mask):
 @pytest.mark.parametrize("dim, bits", [(512, 4), (512, 3), (128, 6), (256, 8)])
 def test_attention_reads_one_latent_vector_as_key_and_value(dim, bits):
     tokens = cached_tokens(dim, dim, bits, bits)
-    tokens.values, tokens.exact_values = tokens.keys, tokens.exact_keys
+    tokens = replace(tokens, values=tokens.keys, exact_values=tokens.exact_keys)
     assert_attention_agrees(*attention_arguments(tokens, 4, 1, mx.float32, "additive"))
 
 
@@ -386,26 +398,6 @@ def test_attention_reads_queries_and_exact_tokens_of_different_types():
     assert_attention_agrees(*attention_arguments(tokens, 2, 1, mx.float32))
 
 
-@pytest.mark.parametrize(
-    "dim, value_dim, dtype, group, mask",
-    pairwise(DIMS, (64, 72, 128), DTYPES, (1, 4, 8), ("none", "additive")),
-)
-def test_attention_stores_a_new_token(dim, value_dim, dtype, group, mask):
-    """In copies of the exact buffers, which the check compares with those of plain MLX."""
-    quantizers = shared_quantizer(dim, 4, 0), shared_quantizer(value_dim, 3, 0)
-    configuration = (*quantizers, *[dtype] * 3, group, 1, mask, False, False, True)
-    assert attention.check_decode_attention(*configuration).holds
-
-
-@pytest.mark.skipif(not ON_EXECUTOR, reason="a GPU does not say what was not written")
-def test_attention_that_stores_nothing_is_wrong(monkeypatch, tmp_path):
-    plant(monkeypatch, tmp_path, decode_attention=("(exact && first_row == 0)", "(false)"))
-    quantizers = [shared_quantizer(64, 4, 0)] * 2
-    configuration = (*quantizers, *[mx.float32] * 3, 1, 1, "none", False, False, True)
-    with pytest.raises(metal_on_linux.KernelReport, match="never written"):
-        attention.check_decode_attention(*configuration)
-
-
 def test_attention_is_two_launches_with_whole_buffers(kernels_run):
     tokens = cached_tokens()
     launched_attention(*attention_arguments(tokens, 2, 1, mx.float32))
@@ -414,7 +406,8 @@ def test_attention_is_two_launches_with_whole_buffers(kernels_run):
         inputs = kernels_run[0][1]["inputs"]
         assert any(array is tokens.keys.codes for array in inputs)
         assert any(array is tokens.values.codes for array in inputs)
-        tokens.exact_count += 1  # the number of tokens is data: the kernels are the same
+        # The number of tokens is data: the kernels are the same.
+        tokens = replace(tokens, exact_count=16)
         launched_attention(*attention_arguments(tokens, 2, 1, mx.float32))
         assert [kernel for kernel, _ in kernels_run[2:]] == [
             kernel for kernel, _ in kernels_run[:2]
@@ -428,9 +421,9 @@ def test_attention_is_two_launches_with_whole_buffers(kernels_run):
 )
 def test_the_text_is_what_metal_accepts(kernels_run, dim, bits, dtype):
     quantizer = shared_quantizer(dim, bits, 0)
-    kernels.check_quantize(dtype, quantizer)
-    attention.check_dequantize(dtype, dtype, quantizer, quantizer)
-    kernels.check_inner_product(quantizer)
+    Quantize((dtype,), (quantizer,)).check()
+    Dequantize((dtype, dtype), (quantizer, quantizer)).check()
+    InnerProduct(quantizer).check()
     tokens = cached_tokens(dim, dim, bits, bits, dtype)
     for mask in ("none", "boolean", "additive"):
         arguments = attention_arguments(tokens, 2, 1, dtype, mask, mask == "none")
@@ -455,8 +448,7 @@ def test_a_cache_uses_the_kernels_it_has_checked(kernels_run):
     arguments = attention_arguments(tokens, 2, 1, mx.float32)
     output = attention.decode_attention(*arguments)
     assert kernels_run
-    expected = attention.reference_decode_attention(*arguments)
-    assert kernels.compare(output, expected, mx.float32, attention.HALF_ARITHMETIC).holds
+    assert_is_attention(output, *arguments)
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
@@ -474,7 +466,7 @@ def test_a_cache_that_has_been_read_can_be_copied(kernels_run, random_model, bac
 def test_a_compiler_that_reads_no_files_gets_the_text(kernels_run, monkeypatch):
     arguments = attention_arguments(cached_tokens(), 2, 1, mx.float32)
     expected = launched_attention(*arguments)
-    monkeypatch.setattr(kernels, "_metal_reads_files", lambda: False)
+    monkeypatch.setattr(runtime, "_metal_reads_files", lambda: False)
     forget_kernels()
     assert mx.array_equal(launched_attention(*arguments), expected)
     named, whole = (kernel for kernel, _ in kernels_run if "decode" in kernel.name)
@@ -491,19 +483,19 @@ def test_enabling_a_model_runs_the_kernels_that_it_needs(kernels_run, random_mod
             "decode_attention",
             "combine",
         }
-    checked = kernels._agrees.cache_info().misses
+    checked = runtime._checked.cache_info().misses
     cache = random_model.make_cache()
     for count in (200, 1, 9):
         random_model(mx.ones((1, count), mx.int32), cache=cache)
-    assert kernels._agrees.cache_info().misses == checked
+    assert runtime._checked.cache_info().misses == checked
 
 
 def test_dimensions_that_no_kernel_takes_are_logged_once(kernels_run, caplog):
-    kernels.supports.cache_clear()
+    runtime.supports.cache_clear()
     quantizer = TurboQuantizer(1100, 2, rotation="haar")
     x = normal((1, 1, 3, 1100), 1)
     for _ in range(2):
-        (packed,) = kernels.quantize(block_of(x, mx.zeros((1, 1, 1, 1100)), quantizer))
+        [packed] = quantize([x], [mx.zeros((1, 1, 1, 1100))], [quantizer])
     assert not kernels_run
     assert mx.array_equal(packed.codes, quantizer.quantize(x).codes)
     messages = [record.message for record in caplog.records]
@@ -514,22 +506,20 @@ def test_dimensions_that_no_kernel_takes_are_logged_once(kernels_run, caplog):
 
 def test_keys_and_values_are_quantized_in_one_launch(kernels_run):
     quantizers = TurboQuantizer(128, 4), TurboQuantizer(320, 3)
-    blocks = [
-        block_of(normal((1, 2, 33, q.dim), q.dim), normal((1, 2, 1, q.dim), 1), q)
-        for q in quantizers
-    ]
-    both = kernels._launch_quantize(*blocks)
+    vectors = [normal((1, 2, 33, q.dim), q.dim) for q in quantizers]
+    means = [normal((1, 2, 1, q.dim), 1) for q in quantizers]
+    both = Quantize((mx.float32,) * 2, quantizers)(vectors, means)
     if ON_EXECUTOR:
         assert len(kernels_run) == 1
-    for packed, block in zip(both, blocks):
-        (alone,) = kernels._launch_quantize(block)
+    for packed, *each in zip(both, vectors, means, quantizers):
+        alone = quantized(*each)
         assert mx.array_equal(packed.codes, alone.codes)
         assert mx.array_equal(packed.scales, alone.scales)
 
 
 def plant(monkeypatch, folder, **replacements):
     """Has kernels built from a text in which a string of theirs is replaced by another."""
-    right = kernels._file
+    right = runtime._file
     for kernel, (old, new) in replacements.items():
         text = right(f"{kernel}.metal").read_text()
         assert old in text
@@ -538,22 +528,23 @@ def plant(monkeypatch, folder, **replacements):
     def planted(name):
         return folder / name if (folder / name).exists() else right(name)
 
-    monkeypatch.setattr(kernels, "_file", planted)
+    monkeypatch.setattr(runtime, "_file", planted)
 
 
 def test_a_wrong_kernel_is_replaced_with_a_warning(monkeypatch, caplog, tmp_path):
     plant(
-        *(monkeypatch, tmp_path),
+        monkeypatch,
+        tmp_path,
         dequantize=("key_mean + row * DIM", "key_mean"),
         quantize=("const int count", "const int count +"),
     )
     quantizer = shared_quantizer(64, 4, 0)
     x, mean = normal((1, 1, 40, 64), 1), mx.ones((1, 1, 1, 64))
-    (packed,) = kernels.quantize(block_of(x, mean, quantizer))  # does not compile
-    expected = kernels.reference_quantize(*block_of(x, mean, quantizer))
+    [packed] = quantize([x], [mean], [quantizer])  # does not compile
+    expected = reference.quantize(x, mean, quantizer)
     assert mx.array_equal(packed.codes, expected.codes)
     tokens = cached_tokens()
-    for restored, expected in zip(tokens.dense(), tokens.reference_dense()):  # runs, and is wrong
+    for restored, expected in zip(dense(tokens), reference.dense(tokens)):  # runs, and is wrong
         assert mx.array_equal(restored, expected)
     messages = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert len(messages) == 2
@@ -569,14 +560,13 @@ def test_shapes_and_counts_that_do_not_fit_are_refused():
         attention.decode_attention(queries[..., :32], *rest)
     with pytest.raises(ValueError, match="do not fit 2 heads"):
         attention.decode_attention(queries[:, :3], *rest)
-    tokens.exact_count = 25
+    tokens, *rest = rest
     with pytest.raises(ValueError, match="25 exact and 70 packed tokens"):
-        attention.decode_attention(queries, *rest)
-    store = tokens.keys
-    tokens.exact_count = 15
-    store.codes, store.scales = store.codes[:, :, :3], store.scales[..., :96]
+        attention.decode_attention(queries, replace(tokens, exact_count=25), *rest)
+    keys = tokens.keys
+    keys = keys._replace(codes=keys.codes[:, :, :3], scales=keys.scales[..., :96])
     with pytest.raises(ValueError, match="96 packed tokens .* use a multiple of 64"):
-        attention.decode_attention(queries, *rest)
+        attention.decode_attention(queries, replace(tokens, keys=keys), *rest)
 
 
 def test_a_mask_that_does_not_fit_is_refused():
@@ -590,14 +580,14 @@ def test_a_mask_that_does_not_fit_is_refused():
 def test_a_backend_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ValueError, match="backend is 'metal': use reference on this machine"):
-        kernels.force_backend("metal")
-    monkeypatch.setenv(kernels.BACKEND_VARIABLE, "cuda")
-    kernels._machine_backend.cache_clear()
+        runtime.force_backend("metal")
+    monkeypatch.setenv(runtime.BACKEND_VARIABLE, "cuda")
+    runtime._machine_backend.cache_clear()
     with pytest.raises(ValueError, match="MLX_TURBOQUANT_BACKEND is 'cuda'"):
-        kernels.backend()
-    kernels._machine_backend.cache_clear()
-    monkeypatch.setenv(kernels.BACKEND_VARIABLE, "reference")
-    assert kernels.backend() == "reference"
+        runtime.backend()
+    runtime._machine_backend.cache_clear()
+    monkeypatch.setenv(runtime.BACKEND_VARIABLE, "reference")
+    assert runtime.backend() == "reference"
 
 
 @pytest.fixture
@@ -605,17 +595,17 @@ def few_checks(monkeypatch):
     """The doctor with two checks, so that it takes a second."""
     quantizer = shared_quantizer(64, 4, 0)
     checks = [
-        (kernels.check_quantize, (mx.float16, quantizer), "64 values"),
-        (attention.check_dequantize, (mx.float16, quantizer), "64 values"),
+        (Quantize, ((mx.float16,), (quantizer,)), "64 values"),
+        (Dequantize, ((mx.float16,), (quantizer,)), "64 values"),
     ]
     monkeypatch.setattr(doctor, "_configurations", lambda: iter(checks))
 
 
 def test_the_doctor_checks_every_kernel_with_what_it_takes():
     configurations = reversed(list(doctor._configurations()))
-    first = {check: configuration for check, configuration, _ in configurations}
+    first = {kernel: configuration for kernel, configuration, _ in configurations}
     assert len(first) == 4
-    assert all(check(*configuration).holds for check, configuration in first.items())
+    assert all(kernel(*configuration).check().holds for kernel, configuration in first.items())
 
 
 def test_doctor_prints_a_verdict_for_every_check(few_checks, capsys):

@@ -3,7 +3,7 @@
 import importlib
 from types import SimpleNamespace
 
-from ..integration import make_prompt_cache
+from ..enable import make_prompt_cache
 from ..prompt_cache import check_target, save_prompt_cache
 from .calibrate import ensure_profile
 from .loading import model_errors, prepare_for_device

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ..allocation import Layer, allocate, chosen_sides, expected_divergence
 from ..calibrate import calibrate
 from ..choice import choice_of
+from ..kernels.storage import SCALE_NBYTES
 from ..profile import (
     Profile,
     find_profile,
@@ -25,7 +26,6 @@ from ..profile import (
     save_profile,
 )
 from ..settings import Settings
-from ..storage import SCALE_NBYTES
 from ..texts import read_texts
 from .loading import check_memory, model_errors, prepare_for_device
 from .results import print_rich

@@ -17,7 +17,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..integration import make_prompt_cache
+from ..enable import make_prompt_cache
 from ..prompt_cache import load_prompt_cache, save_prompt_cache
 from ..report import cache_report, cache_size, mean_of_bits
 from .calibrate import ensure_profile

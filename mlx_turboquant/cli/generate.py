@@ -5,7 +5,7 @@ from argparse import Namespace
 from types import SimpleNamespace
 from typing import Any
 
-from ..integration import make_prompt_cache
+from ..enable import make_prompt_cache
 from ..prompt_cache import check_fingerprint, load_prompt_cache
 from ..report import cache_report
 from .calibrate import ensure_profile

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..cache import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW
+from ..cache.blocks import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW
 from ..settings import Settings
 
 DEFAULT_BITS = 4.0

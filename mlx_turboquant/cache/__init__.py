@@ -1,0 +1,1 @@
+"""The compressed caches of an attention layer: of one sequence, of several, of latent vectors."""

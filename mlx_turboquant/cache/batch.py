@@ -1,0 +1,442 @@
+"""The compressed KV cache of one attention layer for sequences of different length.
+
+The cache owns two stores, as the cache of one sequence does:
+
+    _packed  row b of the buffers begins with the packed tokens of sequence b
+    _exact   (B, H, capacity, dim): the sinks come first, and the recent tokens of all sequences end
+             at the same place, ``_end``, so that a step writes one column
+
+The sinks of a sequence are among its recent tokens until its first block is packed. What lies
+between belongs to no token.
+"""
+
+from functools import lru_cache
+from itertools import groupby
+from typing import Any
+
+import mlx.core as mx
+
+from ..constants import constant
+from ..kernels.attention import MAX_DECODE_ROWS
+from ..kernels.storage import PackedTokens
+from ..kernels.tokens import CachedTokens, Extent, visible_columns
+from .blocks import leaving_tokens, tokens_until_block
+from .fetched import Fetched, Link, Step, fetch
+
+# Room for this many new tokens in the exact buffers, which are copied when it is used up.
+_ROOM = 64
+
+
+class CausalMask(mx.array):
+    """A boolean mask that says no more than that a query does not see later tokens.
+
+    Which tokens a sequence has, the compressed tokens know themselves.
+    """
+
+
+class BatchTurboQuantKVCache:
+    """Sequences of :class:`.TurboQuantKVCache` that grow, join and leave.
+
+    Implements the interface of mlx-lm's ``BatchKVCache``. Prompts of different length are padded
+    on the right, which :meth:`prepare` announces. ``single_class`` is the class of the caches that
+    the sequences come from and become when they leave.
+    """
+
+    def __init__(
+        self,
+        single_class: type,
+        packed: PackedTokens,
+        *,
+        window: int,
+        sink_tokens: int,
+        max_size: int | None,
+        link: Link,
+    ):
+        rows = len(packed.counts)
+        self.window = window
+        self.sink_tokens = sink_tokens
+        self.max_size = max_size
+        self.link = link
+        self.forgotten = [0] * rows
+        self._single_class = single_class
+        self._packed = packed
+        self._exact: list[mx.array] = []
+        self._end = sink_tokens
+        self._sinks = [0] * rows
+        self._recent = [0] * rows
+        # How many tokens of each sequence are still to come while a padded prompt is read.
+        self._expected: list[int] | None = None
+        # What the last call returned, for layers that share it.
+        self._fetched: Fetched | None = None
+        self._step: Step | None = None
+
+    def hold_one(self, exact: list[mx.array], forgotten: int) -> None:
+        """Begin with the exact tokens (1, H, n, dim) of one sequence, sinks before the others."""
+        self.forgotten = [forgotten]
+        if exact:
+            held = exact[0].shape[2]
+            self._sinks = [self.sink_tokens if self._packed.count else 0]
+            self._recent = [held - self._sinks[0]]
+            exact = [_padded(x, self.sink_tokens - self._sinks[0], 0) for x in exact]
+            self._keep(exact, [self.sink_tokens + self._recent[0]])
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence that are held."""
+        parts = zip(self._sinks, self._packed.counts, self._recent)
+        return [sum(part) for part in parts]
+
+    @property
+    def _offsets(self) -> list[int]:
+        return [sum(pair) for pair in zip(self.lengths, self.forgotten)]
+
+    @property
+    def offset(self) -> mx.array:
+        """Tokens of each sequence that have come, int32 (B,): the position of its next one."""
+        return _as_array(*self._offsets)
+
+    @property
+    def keys(self) -> mx.array | None:
+        """The exact keys, to which runs over several machines tie what they wait for."""
+        return self._exact[0] if self._exact else None
+
+    @keys.setter
+    def keys(self, keys: mx.array) -> None:
+        self._exact[0] = keys
+        self._step = None
+
+    @property
+    def key_bits(self) -> int:
+        """Bits per value of the packed keys."""
+        return self._packed.layouts[0].bits
+
+    @property
+    def value_bits(self) -> int:
+        """Bits per value of the packed values."""
+        return self._packed.layouts[-1].bits
+
+    @property
+    def packed_tokens(self) -> int:
+        """Tokens of all sequences that are quantized."""
+        return sum(self._packed.counts)
+
+    @property
+    def exact_tokens(self) -> int:
+        """Tokens of all sequences that are held in the model's dtype."""
+        return sum(self._sinks) + sum(self._recent)
+
+    def prepare(
+        self,
+        *,
+        left_padding: list[int] | None = None,
+        lengths: list[int] | None = None,
+        right_padding: list[int] | None = None,
+    ) -> None:
+        """Expect a prompt of ``lengths[b]`` tokens of sequence b, then padding.
+
+        Raises:
+            ValueError: padding on the left.
+        """
+        if left_padding is not None and any(left_padding):
+            raise ValueError(
+                f"Padding of {left_padding} on the left is not possible: pad prompts on the right."
+            )
+        if right_padding is not None and any(right_padding):
+            self._expected = list(lengths)
+            self._step = None
+
+    def finalize(self) -> None:
+        """The padded prompt has been read; nothing was kept of the padding."""
+        self._expected = None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Fetched:
+        """Append keys (B, H, n, dim) and values (B, H, n, value_dim) and return all tokens.
+
+        The new tokens and all that were exact before the call are seen exactly by its queries.
+        """
+        fetched = self._append([keys, values])
+        self._fetched = fetched if self.link.shares_layers else None
+        return fetched
+
+    def keys_and_values(self) -> Fetched:
+        """What the last :meth:`update_and_fetch` returned, for layers without keys of their own."""
+        return self._fetched
+
+    def _append(self, new: list[mx.array]) -> Fetched:
+        """Hold keys and values (B, H, n, dim), fetch all, then pack what has left the windows."""
+        count = new[0].shape[2]
+        if count == 1 and self._step is not None and self._step.left:
+            self._write(new)
+            return self._step.repeat()
+        is_chunk = count > MAX_DECODE_ROWS
+        if is_chunk:
+            self.link.submit_keys(new)
+        added = self._take_expected(count)
+        self._hold(new, is_chunk)
+        fetched = fetch(self._tokens(), count, self.link)
+        # Padding was among the columns of this call, and is not among what is held.
+        padding = [count - real for real in added]
+        self._recent = [recent - more for recent, more in zip(self._recent, padding)]
+        ends = [self._end - more for more in padding]
+        self._step = Step.of(fetched, self._steps_alike())
+        if self._pack(ends) or any(padding):
+            self._step = None
+        if is_chunk or any(padding):
+            self._keep(self._exact, ends)
+        if is_chunk:
+            # Left to the end of the chunk, all layers would grow their packed buffers at once.
+            mx.async_eval(self.state)
+        return fetched
+
+    def _take_expected(self, count: int) -> list[int]:
+        """How many of ``count`` new tokens are no padding, for each sequence."""
+        if self._expected is None:
+            return [count] * len(self._recent)
+        added = [min(count, expected) for expected in self._expected]
+        self._expected = [expected - new for expected, new in zip(self._expected, added)]
+        return added
+
+    def _hold(self, new: list[mx.array], is_chunk: bool) -> None:
+        """Write tokens behind the exact ones, in place where there is room."""
+        count = new[0].shape[2]
+        if not self._exact:
+            self._exact = [_padded(x[:, :, :0], self.sink_tokens, 0) for x in new]
+        elif not is_chunk and self._end + count > self._exact[0].shape[2]:
+            self._keep(self._exact, [self._end])
+        if self._end + count > self._exact[0].shape[2]:
+            room = (0, count if is_chunk else _ROOM)
+            self._exact = [_padded(x[:, :, : self._end], *room) for x in self._exact]
+        self._write(new)
+        if not is_chunk:
+            self._packed.reserve_block()
+
+    def _write(self, new: list[mx.array]) -> None:
+        count = new[0].shape[2]
+        start, self._end = self._end, self._end + count
+        for buffer, x in zip(self._exact, new):
+            buffer[:, :, start : self._end] = x
+        self._recent = [recent + count for recent in self._recent]
+
+    def _steps_alike(self) -> int:
+        """Steps of one token before one that packs a block or finds the exact buffers full."""
+        until_block = min(
+            tokens_until_block(packed, sinks + recent, self.sink_tokens, self.window)
+            for packed, sinks, recent in zip(self._packed.counts, self._sinks, self._recent)
+        )
+        return min(until_block - 1, self._exact[0].shape[2] - self._end)
+
+    def _tokens(self) -> CachedTokens:
+        """All tokens, as attention reads them."""
+        sides = self._packed.sides
+        return CachedTokens(
+            keys=sides[0] if sides else None,
+            values=sides[-1] if sides else None,
+            packed_count=self._packed.count,
+            exact_keys=self._exact[0],
+            exact_values=self._exact[-1],
+            exact_count=self._end,
+            sink_count=max(self._sinks),
+            recent_start=self._end - max(self._recent),
+            extents=self._extents(self._end, self._recent),
+        )
+
+    def _extents(self, end: int, recent: list[int]) -> tuple[Extent, ...]:
+        """One for each sequence, or none where they are all the same."""
+        parts = zip(self._packed.counts, self._sinks, recent)
+        extents = tuple(Extent(packed, sinks, end - count) for packed, sinks, count in parts)
+        return extents if len(set(extents)) > 1 else ()
+
+    def _pack(self, ends: list[int]) -> bool:
+        """Quantize the blocks that have left the windows; returns whether there were any.
+
+        Sequence b ends at ``ends[b]`` of the exact tokens. Neighbours in the same state are packed
+        together.
+        """
+        has_packed = False
+        parts = list(zip(self._packed.counts, self._sinks, self._recent, ends))
+        for (packed, sinks, recent, end), group in groupby(range(len(parts)), parts.__getitem__):
+            leaving = leaving_tokens(packed, sinks + recent, self.sink_tokens, self.window)
+            if not leaving:
+                continue
+            group = list(group)
+            rows = slice(group[0], group[-1] + 1)
+            new_sinks = self.sink_tokens - sinks
+            start = end - recent + new_sinks
+            if new_sinks:
+                for x in self._exact:
+                    x[rows, :, sinks : self.sink_tokens] = x[rows, :, start - new_sinks : start]
+            new = [x[rows, :, start : start + leaving] for x in self._exact]
+            forgotten = self._packed.append(new, rows)
+            self._sinks[rows] = [self.sink_tokens] * len(group)
+            self._recent[rows] = [recent - new_sinks - leaving] * len(group)
+            self.forgotten[rows] = [count + forgotten for count in self.forgotten[rows]]
+            has_packed = True
+        return has_packed
+
+    def _keep(self, exact: list[mx.array], ends: list[int]) -> None:
+        """Hold sinks and recent tokens, which end at ``ends`` (one for each or for all), anew."""
+        most = max(self._recent)
+        kept = ([x[:, :, : self.sink_tokens], _last(x, ends, most)] for x in exact)
+        self._exact = [_padded(mx.concatenate(parts, axis=2), 0, _ROOM) for parts in kept]
+        self._end = self.sink_tokens + most
+
+    def make_mask(
+        self, n: int, return_array: bool = False, window_size: int | None = None
+    ) -> None | str | mx.array:
+        """The mask for n new tokens: boolean (B, 1, n, columns) unless all lengths are the same."""
+        end, recent = self._end + n, [count + n for count in self._recent]
+        extents = self._extents(end, recent)
+        if not extents and window_size is None and (n == 1 or not return_array):
+            return None if n == 1 else "causal"
+        queries = mx.array(self._offsets)[:, None] + mx.arange(n)
+        distance = queries[:, None, :, None] - self._columns(n)[:, None, None]
+        mask = distance >= 0
+        if extents:
+            columns = (max(self._sinks), self._packed.count, end - max(recent), end)
+            mask = mask & visible_columns(extents, *columns)
+        return CausalMask(mask) if window_size is None else mask & (distance < window_size)
+
+    def _columns(self, n: int) -> mx.array:
+        """The position of each column after n new ones: int32 (B, columns), any where is none."""
+        offsets, sinks, forgotten = (
+            mx.array(x)[:, None] for x in (self._offsets, self._sinks, self.forgotten)
+        )
+        sink_columns = mx.arange(max(self._sinks))
+        parts = [
+            mx.broadcast_to(sink_columns, (len(self._sinks), sink_columns.size)),
+            sinks + forgotten + mx.arange(self._packed.count),
+            offsets + mx.arange(-max(self._recent), n),
+        ]
+        return mx.concatenate(parts, axis=-1)
+
+    def filter(self, rows: list[int]) -> None:
+        """Keep only the sequences ``rows``."""
+        self._step = None
+        self._packed = self._packed.take(rows)
+        self._sinks, self._recent, self.forgotten = (
+            [x[row] for row in rows] for x in (self._sinks, self._recent, self.forgotten)
+        )
+        if self._exact:
+            self._keep([x[rows] for x in self._exact], [self._end])
+
+    def extend(self, other: "BatchTurboQuantKVCache") -> None:
+        """Add the sequences of another batch.
+
+        Raises:
+            ValueError: a batch with different settings.
+        """
+        settings, others = self._settings, other._settings
+        if settings != others:
+            raise ValueError(
+                f"Caches with different settings cannot be batched: {others} beside {settings} "
+                "(bits of keys and values, window, sinks, seed, limit): use the same."
+            )
+        self._step = None
+        end = max(self._end, other._end)
+        exact = []
+        for i, like in enumerate(self._exact or other._exact):
+            exact.append(mx.concatenate([batch._ending(end, i, like) for batch in (self, other)]))
+        self._packed = PackedTokens.join([self._packed, other._packed])
+        self._sinks, self._recent = self._sinks + other._sinks, self._recent + other._recent
+        self.forgotten = self.forgotten + other.forgotten
+        if exact:
+            self._keep(exact, [end])
+
+    @property
+    def _settings(self) -> tuple[int | None, ...]:
+        return (
+            self.key_bits,
+            self.value_bits,
+            self.window,
+            self.sink_tokens,
+            self._packed.seed,
+            self.max_size,
+        )
+
+    def _ending(self, end: int, side: int, like: mx.array) -> mx.array:
+        """The exact keys or values, moved to end at ``end``; if there are none, zeros."""
+        if not self._exact:
+            return mx.zeros((len(self._recent), like.shape[1], end, like.shape[3]), like.dtype)
+        x = self._exact[side]
+        sinks, recent = x[:, :, : self.sink_tokens], x[:, :, self.sink_tokens : self._end]
+        return mx.concatenate([sinks, _padded(recent, end - self._end, 0)], axis=2)
+
+    def extract(self, row: int) -> Any:
+        """The cache of one sequence alone."""
+        return self._single_class.of_row(self, row)
+
+    def exact_row(self, row: int) -> list[mx.array]:
+        """The exact keys and values (1, H, n, dim) of one sequence, sinks before the others."""
+        sinks, recent, rows = self._sinks[row], self._recent[row], slice(row, row + 1)
+        return [
+            mx.concatenate([x[rows, :, :sinks], _last(x[rows], [self._end], recent)], axis=2)
+            for x in self._exact
+        ]
+
+    def packed_row(self, row: int) -> PackedTokens:
+        """The packed tokens of one sequence."""
+        return self._packed.take([row])
+
+    def trim(self, n: int) -> int:
+        """Forget the last n tokens of each sequence (at most all). Returns how many."""
+        self._step = None
+        n = min(n, max(self.lengths)) if self.is_trimmable() else 0
+        recent = [min(n, count) for count in self._recent]
+        packed = [min(n - gone, count) for gone, count in zip(recent, self._packed.counts)]
+        sinks = zip(recent, packed, self._sinks)
+        self._sinks = [count - min(n - a - b, count) for a, b, count in sinks]
+        self._recent = [count - gone for count, gone in zip(self._recent, recent)]
+        self._packed.trim(packed)
+        self._end = max(self._end - n, self.sink_tokens)
+        return n
+
+    def is_trimmable(self) -> bool:
+        """Whether any number of tokens can be taken back: until the oldest were forgotten."""
+        return not any(self.forgotten)
+
+    def size(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.lengths)
+
+    def empty(self) -> bool:
+        """Whether no token was ever stored."""
+        return not self._exact
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is held, free space in the buffers included."""
+        return sum(x.nbytes for x in self._exact) + self._packed.nbytes
+
+    @property
+    def fp16_nbytes(self) -> int:
+        """Bytes that a dense 16-bit cache, as long as the longest sequence, takes."""
+        return sum(2 * x.size // x.shape[2] * self.size() for x in self._exact)
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes that one more packed token of a sequence takes."""
+        pairs = zip(self._exact, self._packed.layouts)
+        return sum(x.shape[1] * side.vector_nbytes(x.shape[3]) for x, side in pairs)
+
+    @property
+    def state(self) -> tuple[mx.array, ...]:
+        """All arrays, for ``mx.eval``."""
+        return (*self._exact, *self._packed.arrays)
+
+
+@lru_cache(maxsize=64)
+def _as_array(*numbers: int) -> mx.array:
+    """One array for all layers of a step."""
+    return constant(list(numbers))
+
+
+def _padded(x: mx.array, before: int, after: int) -> mx.array:
+    return mx.pad(x, [(0, 0), (0, 0), (before, after), (0, 0)])
+
+
+def _last(x: mx.array, ends: list[int], count: int) -> mx.array:
+    """The last ``count`` tokens of x (B, H, n, dim) before ``ends``, one for all rows or each."""
+    if len(set(ends)) == 1:
+        return x[:, :, ends[0] - count : ends[0]]
+    index = mx.array(ends)[:, None] + mx.arange(-count, 0)
+    return mx.take_along_axis(x, mx.maximum(index, 0)[:, None, :, None], axis=2)

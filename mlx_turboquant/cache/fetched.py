@@ -1,0 +1,124 @@
+"""What a cache returns to a model: keys and values that hooked attention reads as packed tokens."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..kernels.quantize import dense
+from ..kernels.tokens import CachedTokens
+
+
+@dataclass(eq=False)
+class Link:
+    """All that the caches of a model know of it; one object for all its layers.
+
+    ``is_hooked`` says that its attention reads :class:`.CachedTokens`, ``needs_arrays`` that other
+    code of it wants arrays of keys and values as well, and ``shares_layers`` that layers without
+    keys of their own ask for those of this one.
+
+    Left to itself, MLX computes the dense tokens of many layers of a chunk in advance, because they
+    need nothing but packed ones. So the attention of a layer is submitted when that of the layer
+    before has ended, while the GPU still has the rest of that layer to do.
+    """
+
+    is_hooked: bool = False
+    needs_arrays: bool = True
+    shares_layers: bool = False
+    # A number of the last attention that was submitted, and whether a layer has submitted its own.
+    _attended: mx.array | None = None
+    _is_attended: bool = False
+
+    def submit_keys(self, new: list[mx.array]) -> None:
+        """Compute the keys and values (B, H, n, dim) of a layer of a chunk."""
+        if self._is_attended:
+            mx.async_eval(new)
+        else:
+            mx.eval(new)  # no hook saw the attention of the layer before: its end is seen here
+        self._is_attended = False
+
+    def submit_attention(self, output: mx.array) -> None:
+        """Compute the attention (B, query_heads, n, dim) of a layer of a chunk."""
+        if self._attended is not None:
+            mx.eval(self._attended)
+        self._attended = output[0, 0, 0, 0] * 1  # which holds nothing else
+        mx.async_eval(output, self._attended)
+        self._is_attended = True
+
+    def __deepcopy__(self, memo: dict) -> "Link":
+        return self  # the model is not copied with its caches
+
+
+class CompressedArray(mx.array):
+    """Keys or values as an ordinary, lazily dequantized array that knows where they came from.
+
+    Attention that recognises it reads ``tokens`` and never evaluates the array; any other code
+    gets correct dense values.
+    """
+
+    tokens: CachedTokens
+    link: Link
+
+
+class CompressedTokens:
+    """Keys or values for attention that reads ``tokens``: there is no array.
+
+    A lazy array costs the host as much as the attention itself. Any use but for ``shape`` and
+    ``dtype`` raises a TypeError or an AttributeError.
+    """
+
+    __slots__ = ("tokens", "_exact")
+
+    def __init__(self, tokens: CachedTokens, exact: mx.array):
+        self.tokens = tokens
+        self._exact = exact
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the dense array, (B, H, count, dim)."""
+        batch, heads, _, dim = self._exact.shape
+        return batch, heads, self.tokens.count, dim
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The dtype of the dense array."""
+        return self._exact.dtype
+
+
+Fetched = tuple[CompressedArray | CompressedTokens, ...]
+
+
+@dataclass(slots=True)
+class Step:
+    """What the last step of one token returned, and for how many more steps it holds.
+
+    Until then nothing changes but the exact buffers of ``tokens``, which get one token, and their
+    count: it saves the host of a fast GPU half of its work between the layers.
+    """
+
+    returned: Fetched
+    tokens: CachedTokens
+    left: int
+
+    @classmethod
+    def of(cls, fetched: Fetched, left: int) -> "Step | None":
+        """There is none if other code than attention was given arrays of all tokens."""
+        if type(fetched[0]) is CompressedArray:
+            return None
+        return cls(fetched, fetched[0].tokens, left)
+
+    def repeat(self) -> Fetched:
+        """Count one more token, which has been written."""
+        self.left -= 1
+        self.tokens.exact_count += 1
+        return self.returned
+
+
+def fetch(tokens: CachedTokens, new: int, link: Link) -> Fetched:
+    """All keys and all values, or all latent vectors, after ``new`` tokens have come."""
+    only_attention_reads = link.is_hooked and not link.needs_arrays
+    if new == 1 and only_attention_reads and tokens.packed_count:
+        return tuple([CompressedTokens(tokens, exact) for _, exact in tokens.sides])
+    arrays = tuple(map(CompressedArray, dense(tokens)))
+    for array in arrays:
+        array.tokens, array.link = tokens, link
+    return arrays

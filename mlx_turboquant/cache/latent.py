@@ -1,0 +1,165 @@
+"""The compressed cache of absorbed latent attention (MLA): one vector a token is key and value."""
+
+from typing import Any
+
+import mlx.core as mx
+
+from ..kernels.storage import check_state, check_vectors
+from .batch import BatchTurboQuantKVCache
+from .fetched import CompressedArray, CompressedTokens
+from .single import TurboQuantKVCache
+
+# The buffer of rotary parts grows by this many tokens.
+_STEP = 256
+
+Latents = CompressedArray | CompressedTokens
+
+
+class BatchTurboQuantLatentCache(BatchTurboQuantKVCache):
+    """What :class:`TurboQuantLatentCache` holds, for a batch of sequences.
+
+    The rotary parts of sequence b begin at the start of row b of their buffer.
+    """
+
+    rotary: mx.array | None = None
+
+    def update_and_fetch(self, latents: mx.array, rotary: mx.array) -> tuple[Latents, mx.array]:
+        """Append latents (B, 1, n, rank) and rotary parts (B, 1, n, dim) and return all of both."""
+        count, lengths = rotary.shape[2], self.lengths
+        columns = mx.maximum(self._columns(count), 0)
+        [fetched] = self._append([latents])
+        self.rotary = _with_room(self.rotary, rotary, max(lengths) + count)
+        places = mx.array(lengths)[:, None] + mx.arange(count)
+        self.rotary = mx.put_along_axis(self.rotary, _index(places), rotary, axis=2)
+        return fetched, mx.take_along_axis(self.rotary, _index(columns), axis=2)
+
+    def filter(self, rows: list[int]) -> None:
+        """Keep only the sequences ``rows``."""
+        super().filter(rows)
+        if self.rotary is not None:
+            self.rotary = self.rotary[rows, :, : max(self.lengths)]
+
+    def extend(self, other: "BatchTurboQuantLatentCache") -> None:
+        """Add the sequences of another batch with the same settings."""
+        parts = [(self.rotary, len(self.lengths)), (other.rotary, len(other.lengths))]
+        super().extend(other)
+        like = next((x for x, _ in parts if x is not None), None)
+        if like is not None:
+            rotary = [
+                mx.zeros((count, *like.shape[1:]), like.dtype) if x is None else x
+                for x, count in parts
+            ]
+            longest = max(x.shape[2] for x in rotary)
+            self.rotary = mx.concatenate([_padded(x, longest) for x in rotary])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is held, free space in the buffers included."""
+        return super().nbytes + (0 if self.rotary is None else self.rotary.nbytes)
+
+    @property
+    def fp16_nbytes(self) -> int:
+        """Bytes that a dense 16-bit cache, as long as the longest sequence, takes."""
+        if self.rotary is None:
+            return 0
+        rotary_values = self.rotary.size // self.rotary.shape[2]
+        return super().fp16_nbytes + 2 * rotary_values * self.size()
+
+    @property
+    def state(self) -> tuple[mx.array | None, ...]:
+        """All arrays, for ``mx.eval``."""
+        return (*super().state, self.rotary)
+
+
+class TurboQuantLatentCache(TurboQuantKVCache):
+    """Latent vectors in ``key_bits`` bits per value, their rotary parts in the model's dtype.
+
+    A latent vector (512 values in DeepSeek's models) is stored once and read as key and as value;
+    the rotary part of the key (64 values) stays exact. Takes the arguments of
+    :class:`.TurboQuantKVCache`; ``value_bits`` is without effect.
+
+    Raises:
+        ValueError: an argument out of range, or a ``max_size``.
+    """
+
+    _batch_class = BatchTurboQuantLatentCache
+    _is_latent = True
+
+    def __init__(self, *bits: int, max_size: int | None = None, **settings: int):
+        super().__init__(*bits, max_size=max_size, **settings)
+        if max_size is not None:
+            raise ValueError(
+                f"A cache of latent vectors cannot be limited to {max_size} tokens: "
+                "leave the limit out."
+            )
+        self._rotary: mx.array | None = None
+
+    @classmethod
+    def of_row(cls, batch: BatchTurboQuantLatentCache, row: int) -> "TurboQuantLatentCache":
+        """The cache of one sequence of a batch."""
+        cache = super().of_row(batch, row)
+        if batch.rotary is not None:
+            cache._rotary = batch.rotary[row : row + 1, :, : cache.offset]
+        return cache
+
+    def _as_batch(self) -> BatchTurboQuantLatentCache:
+        batch = super()._as_batch()
+        batch.rotary = None if self.empty() else self._rotary[:, :, : self.offset]
+        return batch
+
+    def update_and_fetch(self, latents: mx.array, rotary: mx.array) -> tuple[Latents, mx.array]:
+        """Append latents (B, 1, n, rank) and rotary parts (B, 1, n, dim) and return all of both."""
+        start = self.offset
+        [fetched] = self._append([latents])
+        self._rotary = _with_room(self._rotary, rotary, self.offset)
+        self._rotary[:, :, start : self.offset] = rotary
+        return fetched, self._rotary[:, :, : self.offset]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is held, free space in the buffers included."""
+        return super().nbytes + (0 if self._rotary is None else self._rotary.nbytes)
+
+    @property
+    def token_values(self) -> int:
+        """Values of one token: of the latent vector and of the rotary part."""
+        return super().token_values + self._rotary_values
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes that one more packed token takes, with its rotary part."""
+        return super().token_nbytes + 2 * self._rotary_values
+
+    @property
+    def _rotary_values(self) -> int:
+        return 0 if self._rotary is None else self._rotary.size // self._rotary.shape[2]
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """The state of a :class:`.TurboQuantKVCache`, then the rotary parts."""
+        rotary = None if self._rotary is None else self._rotary[:, :, : self.offset]
+        return (*TurboQuantKVCache.state.fget(self), rotary)
+
+    @state.setter
+    def state(self, state: tuple[Any, ...]) -> None:
+        *state, rotary = state
+        TurboQuantKVCache.state.fset(self, state)
+        check_state((rotary is None) == self.empty(), "rotary parts without latent vectors")
+        if rotary is not None:
+            check_vectors(rotary, self.offset, self._exact[0])
+        self._rotary = rotary
+
+
+def _with_room(buffer: mx.array | None, like: mx.array, count: int) -> mx.array:
+    """The buffer, or a larger one that has room for ``count`` tokens."""
+    if buffer is None:
+        buffer = like[:, :, :0]
+    return buffer if count <= buffer.shape[2] else _padded(buffer, -(-count // _STEP) * _STEP)
+
+
+def _padded(x: mx.array, length: int) -> mx.array:
+    return mx.pad(x, [(0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)])
+
+
+def _index(tokens: mx.array) -> mx.array:
+    return tokens[:, None, :, None]

@@ -1,0 +1,382 @@
+"""The compressed KV cache of one attention layer, for one sequence or for rows of equal length.
+
+The cache owns two stores, and every token it holds is in one of them:
+
+    _exact   sinks, then recent tokens, in the model's dtype, with free space behind them
+    _packed  the tokens between them, quantized
+
+After each call
+
+ 1. ``offset`` tokens have come, the oldest ``forgotten`` of them after the sinks are gone;
+ 2. if any token is packed, all sinks are there; what is packed is older than what is recent;
+ 3. what is not yet packed is the window and fewer than 32 more tokens.
+
+It holds all tokens exactly until the first block has left the window; from then on blocks are
+packed as they leave. Attention reads the arrays that it is given and changes none.
+"""
+
+import math
+from typing import Any
+
+import mlx.core as mx
+
+from ..codebook import check_bits
+from ..kernels.attention import MAX_DECODE_ROWS
+from ..kernels.storage import PackedTokens, check_state, check_vectors, layouts_of
+from ..kernels.tokens import CachedTokens
+from .batch import BatchTurboQuantKVCache
+from .blocks import (
+    DEFAULT_SINK_TOKENS,
+    DEFAULT_WINDOW,
+    LARGEST,
+    check_token_counts,
+    leaving_tokens,
+    most_exact_tokens,
+    tokens_until_block,
+)
+from .fetched import Fetched, Link, Step, fetch
+
+# The exact buffers of a short conversation grow by this many tokens.
+_STEP = 64
+
+
+class TurboQuantKVCache:
+    """Keys and values in ``key_bits`` and ``value_bits`` bits per value.
+
+    The first ``sink_tokens`` and the last ``window`` tokens stay in the model's dtype (up to 31
+    more, because tokens are quantized in blocks of 32). Implements the cache interface of mlx-lm.
+
+    Args:
+        key_bits: Bits per value of the keys, 1 to 8.
+        value_bits: Bits per value of the values, 1 to 8.
+        window: Recent tokens that stay exact, 0 or more.
+        sink_tokens: First tokens that stay exact, 0 or more.
+        max_size: Tokens to hold at most: then the oldest blocks after the sinks are forgotten. None
+            keeps all.
+        seed: Of the random rotation.
+
+    Raises:
+        ValueError: an argument outside these ranges.
+    """
+
+    _batch_class: type[BatchTurboQuantKVCache] = BatchTurboQuantKVCache
+    _is_latent = False
+
+    def __init__(
+        self,
+        key_bits: int = 4,
+        value_bits: int = 4,
+        *,
+        window: int = DEFAULT_WINDOW,
+        sink_tokens: int = DEFAULT_SINK_TOKENS,
+        max_size: int | None = None,
+        seed: int = 0,
+    ):
+        check_bits(key_bits)
+        check_bits(value_bits)
+        limit = check_token_counts(window, sink_tokens, max_size)
+        self.window = window
+        self.sink_tokens = sink_tokens
+        self.max_size = max_size
+        self.offset = 0
+        self.forgotten = 0
+        self.link = Link()
+        self._exact: list[mx.array] = []
+        layouts = layouts_of(key_bits, None if self._is_latent else value_bits)
+        self._packed = PackedTokens(layouts, seed, limit)
+        # What the last call returned, for layers that share it.
+        self._fetched: Fetched | None = None
+        self._step: Step | None = None
+
+    @classmethod
+    def of_row(cls, batch: BatchTurboQuantKVCache, row: int) -> "TurboQuantKVCache":
+        """The cache of one sequence of a batch."""
+        exact, packed = batch.exact_row(row), batch.packed_row(row)
+        bits = (layout.bits for layout in (packed.layouts[0], packed.layouts[-1]))
+        cache = cls(
+            *bits,
+            window=batch.window,
+            sink_tokens=batch.sink_tokens,
+            max_size=batch.max_size,
+            seed=packed.seed,
+        )
+        cache.link, cache._packed, cache._exact = batch.link, packed, exact
+        cache.forgotten = batch.forgotten[row]
+        held = exact[0].shape[2] if exact else 0
+        cache.offset = cache.forgotten + packed.count + held
+        return cache
+
+    @classmethod
+    def merge(cls, caches: "list[TurboQuantKVCache]") -> BatchTurboQuantKVCache:
+        """The sequences of ``caches``, one each, as a batch.
+
+        Raises:
+            ValueError: caches with different settings.
+        """
+        batch, *others = (cache._as_batch() for cache in caches)
+        for other in others:
+            batch.extend(other)
+        return batch
+
+    def _as_batch(self) -> BatchTurboQuantKVCache:
+        batch = self._batch_class(
+            type(self),
+            PackedTokens.join([self._packed]),
+            window=self.window,
+            sink_tokens=self.sink_tokens,
+            max_size=self.max_size,
+            link=self.link,
+        )
+        batch.hold_one(self._held_exact(), self.forgotten)
+        return batch
+
+    @property
+    def keys(self) -> mx.array | None:
+        """The exact keys. Runs over several machines tie what they wait for to this array."""
+        return self._exact[0] if self._exact else None
+
+    @keys.setter
+    def keys(self, keys: mx.array) -> None:
+        self._exact[0] = keys
+        self._step = None
+
+    @property
+    def seed(self) -> int:
+        """Seed of the random rotation."""
+        return self._packed.seed
+
+    @property
+    def key_bits(self) -> int:
+        """Bits per value of the packed keys."""
+        return self._packed.layouts[0].bits
+
+    @property
+    def value_bits(self) -> int:
+        """Bits per value of the packed values."""
+        return self._packed.layouts[-1].bits
+
+    @property
+    def packed_tokens(self) -> int:
+        """Tokens that are quantized."""
+        return self._packed.count
+
+    @property
+    def exact_tokens(self) -> int:
+        """Tokens that are held in the model's dtype: sinks and recent ones."""
+        return self.offset - self.forgotten - self._packed.count
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Fetched:
+        """Append keys (B, H, n, dim) and values (B, H, n, value_dim) and return all tokens.
+
+        The new tokens and all that were exact before the call are seen exactly by its queries.
+        """
+        fetched = self._append([keys, values])
+        self._fetched = fetched if self.link.shares_layers else None
+        return fetched
+
+    def keys_and_values(self) -> Fetched:
+        """What the last :meth:`update_and_fetch` returned, for layers without keys of their own."""
+        return self._fetched or fetch(self._tokens(), 0, self.link)
+
+    def _append(self, new: list[mx.array]) -> Fetched:
+        """Hold keys and values (B, H, n, dim), fetch all, then pack what has left the window."""
+        count = new[0].shape[2]
+        if count == 1 and self._step is not None and self._step.left:
+            self._write(new, self._step.tokens.exact_count)
+            self.offset += 1
+            return self._step.repeat()
+        is_chunk = count > MAX_DECODE_ROWS
+        if is_chunk:
+            self.link.submit_keys(new)
+        self._hold(new, is_chunk)
+        fetched = fetch(self._tokens(), count, self.link)
+        self._step = Step.of(fetched, self._steps_alike())
+        if self._pack():
+            self._step = None
+            if is_chunk:
+                # Left to the end of the chunk, all layers would grow their buffers at once.
+                mx.async_eval(self._exact, self._packed.arrays)
+        return fetched
+
+    def _hold(self, new: list[mx.array], is_chunk: bool) -> None:
+        """Write tokens behind the exact ones, in place where there is room."""
+        start = self.exact_tokens
+        stop = start + new[0].shape[2]
+        if self._exact and stop <= self._exact[0].shape[2]:
+            self._write(new, start)
+        else:
+            exact = self._exact or [x[:, :, :0] for x in new]
+            free = 0 if is_chunk else max(0, min(_STEP, self._most_exact - stop))
+            self._exact = [_joined(x[:, :, :start], y, free) for x, y in zip(exact, new)]
+        if not is_chunk:
+            self._packed.reserve_block()
+        self.offset += stop - start
+
+    def _write(self, new: list[mx.array], start: int) -> None:
+        stop = start + new[0].shape[2]
+        for buffer, x in zip(self._exact, new):
+            buffer[:, :, start:stop] = x
+
+    def _steps_alike(self) -> int:
+        """Steps of one token before one that packs a block or finds the exact buffers full."""
+        held, packed = self.exact_tokens, self._packed.count
+        until_block = tokens_until_block(packed, held, self.sink_tokens, self.window)
+        return min(until_block - 1, self._exact[0].shape[2] - held)
+
+    def _pack(self) -> bool:
+        """Quantize the blocks that have left the window; returns whether there were any."""
+        held = self.exact_tokens
+        leaving = leaving_tokens(self._packed.count, held, self.sink_tokens, self.window)
+        if not leaving:
+            return False
+        start, stop = self.sink_tokens, self.sink_tokens + leaving
+        self.forgotten += self._packed.append([x[:, :, start:stop] for x in self._exact])
+        free = self._most_exact - self.exact_tokens
+        self._exact = [_joined(x[:, :, :start], x[:, :, stop:held], free) for x in self._exact]
+        return True
+
+    def _tokens(self) -> CachedTokens:
+        """All tokens, as attention reads them."""
+        count, sides = self.exact_tokens, self._packed.sides
+        sinks = min(count, self.sink_tokens)
+        return CachedTokens(
+            keys=sides[0] if sides else None,
+            values=sides[-1] if sides else None,
+            packed_count=self._packed.count,
+            exact_keys=self._exact[0],
+            exact_values=self._exact[-1],
+            exact_count=count,
+            sink_count=sinks,
+            recent_start=sinks,
+        )
+
+    @property
+    def _most_exact(self) -> int:
+        return most_exact_tokens(self.sink_tokens, self.window)
+
+    def _held_exact(self) -> list[mx.array]:
+        return [x[:, :, : self.exact_tokens] for x in self._exact]
+
+    def trim(self, n: int) -> int:
+        """Forget the last n tokens (at most all); packed tokens stay packed. Returns how many."""
+        self._step = None
+        n = min(n, self.offset) if self.is_trimmable() else 0
+        recent = max(self.exact_tokens - self.sink_tokens, 0)
+        self._packed.trim([min(max(n - recent, 0), self._packed.count)])
+        self.offset -= n
+        return n
+
+    def is_trimmable(self) -> bool:
+        """Whether any number of tokens can be taken back: until the oldest were forgotten."""
+        return self.forgotten == 0
+
+    def size(self) -> int:
+        """Tokens in the cache."""
+        return self.offset - self.forgotten
+
+    def empty(self) -> bool:
+        """Whether no token was ever stored."""
+        return not self._exact
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is held, free space in the buffers included."""
+        return sum(x.nbytes for x in self._exact) + self._packed.nbytes
+
+    @property
+    def fp16_nbytes(self) -> int:
+        """Bytes that the same tokens take in a dense 16-bit cache."""
+        return 2 * self.token_values * self.size()
+
+    @property
+    def token_values(self) -> int:
+        """Values of one token: of keys and values of all heads and rows."""
+        return sum(x.size // x.shape[2] for x in self._exact)
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes that one more packed token takes."""
+        pairs = zip(self._exact, self._packed.layouts)
+        return sum(math.prod(x.shape[:2]) * side.vector_nbytes(x.shape[3]) for x, side in pairs)
+
+    @property
+    def exact_nbytes(self) -> int:
+        """Bytes that the exact tokens of a long text take."""
+        return self._most_exact * sum(x.nbytes // x.shape[2] for x in self._exact)
+
+    def make_mask(
+        self, n: int, return_array: bool = False, window_size: int | None = None
+    ) -> None | str | mx.array:
+        """The mask for n new tokens, as mlx-lm's caches return it."""
+        if window_size is None and (n == 1 or not return_array):
+            return None if n == 1 else "causal"
+        sinks = min(self.exact_tokens, self.sink_tokens)
+        end = self.offset + n
+        positions = [mx.arange(sinks), mx.arange(sinks + self.forgotten, end)]
+        distance = mx.arange(self.offset, end)[:, None] - mx.concatenate(positions)
+        mask = distance >= 0
+        return mask if window_size is None else mask & (distance < window_size)
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """All settings, counts and arrays, without free space; what ``from_state`` takes."""
+        return (
+            self.key_bits,
+            self.value_bits,
+            self.window,
+            self.sink_tokens,
+            self.seed,
+            self.max_size,
+            self.link.shares_layers,
+            self.offset,
+            self.forgotten,
+            self._packed.count,
+            0,  # the place of the oldest packed token
+            *(self._held_exact() or [None] * len(self._packed.layouts)),
+            *self._packed.used(),
+        )
+
+    @state.setter
+    def state(self, state: tuple[Any, ...]) -> None:
+        settings, counts, arrays = state[:7], state[7:11], list(state[11:])
+        check_state(len(settings) == 7 and len(counts) == 4, f"it has {len(state)} parts")
+        *bits, window, sink_tokens, seed, max_size, shares_layers = settings
+        numbers = (*bits, window, sink_tokens, *counts, *([] if max_size is None else [max_size]))
+        check_state(all(map(_is_count, numbers)), "a number is none of tokens or bits")
+        check_state(type(seed) is int and seed >= 0, f"a seed of {seed}")
+        self.__init__(*bits, window=window, sink_tokens=sink_tokens, max_size=max_size, seed=seed)
+        self.link.shares_layers = bool(shares_layers)
+        sides = len(self._packed.layouts)
+        check_state(len(arrays) == 4 * sides, f"it has {len(state)} parts")
+        self.offset, self.forgotten, packed, oldest = counts
+        held = self.size() - packed
+        check_state(held >= (sink_tokens if packed else 0), f"{held} exact tokens")
+        check_state(max_size is not None or not self.forgotten, "tokens forgotten without a limit")
+        self._exact = [x for x in arrays[:sides] if x is not None]
+        check_state(bool(self._exact) or not self.offset, "tokens without arrays")
+        check_state(len(self._exact) in (0, sides), "an array is missing")
+        shapes = []
+        for x in self._exact:
+            shapes.append((*check_vectors(x, held, self._exact[0]), x.shape[3]))
+        self._packed.restore(packed, oldest, shapes, arrays[sides:])
+
+    @classmethod
+    def from_state(cls, state: tuple[Any, ...]) -> "TurboQuantKVCache":
+        """A cache with the ``state`` of another one.
+
+        Raises:
+            ValueError: a state that no cache can have.
+        """
+        cache = cls.__new__(cls)
+        cache.state = state
+        return cache
+
+
+def _joined(x: mx.array, y: mx.array, free: int) -> mx.array:
+    """Tokens (B, H, n, dim) one after the other, with free space behind them."""
+    joined = mx.concatenate([x, y], axis=2)
+    return mx.pad(joined, [(0, 0), (0, 0), (0, free), (0, 0)]) if free else joined
+
+
+def _is_count(number: Any) -> bool:
+    return type(number) is int and 0 <= number <= LARGEST

@@ -1,0 +1,79 @@
+"""What kernels take besides tokens: levels, rotations and sizes, as arrays that are made once."""
+
+from functools import cache, lru_cache
+
+import mlx.core as mx
+
+from ..codebook import POLYNOMIAL_BITS, level_polynomial
+from ..constants import constant
+from ..quantizer import TurboQuantizer
+
+
+@cache
+def levels(quantizer: TurboQuantizer) -> mx.array:
+    """The levels, or the coefficients of their polynomial, as ``levels.h`` takes them: float32."""
+    if quantizer.bits > POLYNOMIAL_BITS:
+        return quantizer.levels
+    polynomial = level_polynomial(quantizer.dim, quantizer.bits)
+    return constant((*polynomial, *_half_coefficients(polynomial, quantizer.bits)))
+
+
+def _half_coefficients(polynomial: tuple[float, float, float], bits: int) -> tuple[float, ...]:
+    """For ``level_pair`` of levels.h: two coefficients, an offset, a power of two, the unit."""
+    power = 2.0**bits
+    first, second, fifth = (x * power**n for x, n in zip(polynomial, (1, 3, 5)))
+    base, unit = 128 / power, 1.0
+    if bits > 2:
+        # The square is completed: a + b s + c s^2 = c ((s + q)^2 + p).
+        unit, q = fifth, second / (2 * fifth)
+        first, second = q, first / unit - q * q
+    return first, second, 1 / power - 1 - base, base, unit
+
+
+@cache
+def gains(quantizer: TurboQuantizer) -> mx.array:
+    """The gains that are tried, ascending: float32."""
+    return constant(quantizer.gains)
+
+
+@cache
+def signs(quantizer: TurboQuantizer) -> mx.array:
+    """The signs of the randomized Hadamard matrix, ones for a dense rotation: float32 (dim,)."""
+    if quantizer.rotation.factors is None:
+        return constant(mx.ones(quantizer.dim))
+    return quantizer.rotation.signs
+
+
+def order_and_power(quantizer: TurboQuantizer) -> tuple[int, int]:
+    """ORDER and POWER of ``rotation.h``, whose product is the dimension."""
+    return quantizer.rotation.factors or (quantizer.dim, 1)
+
+
+@cache
+def rotation(quantizer: TurboQuantizer) -> mx.array:
+    """Signs and matrix of the rotation in one array, see ``rotation.h``: float32."""
+    return constant(mx.concatenate([signs(quantizer), quantizer.rotation.matrix.flatten()]))
+
+
+@cache
+def levels_and_rotation(quantizer: TurboQuantizer) -> mx.array:
+    """The constants of ``dequantize.metal`` for keys or values: float32."""
+    return constant(mx.concatenate([levels(quantizer), rotation(quantizer)]))
+
+
+@cache
+def attention(keys: TurboQuantizer, values: TurboQuantizer, scale: float) -> mx.array:
+    """All that a layer's attention needs and no token changes, in one array: float32."""
+    factor = mx.full((8,), scale, mx.float32)
+    return constant(mx.concatenate([factor, levels(keys), levels(values), rotation(keys)]))
+
+
+@lru_cache(maxsize=64)
+def sizes(*numbers: int) -> mx.array:
+    """One int32 array for all layers of a step, because the host pays for each new one.
+
+    At least eight numbers: MLX keeps arrays of up to 8 bytes in pages that CPU and GPU share, and a
+    kernel that reads one may wait for a page to move.
+    """
+    padding = (0,) * (8 - len(numbers))
+    return constant((*numbers, *padding))

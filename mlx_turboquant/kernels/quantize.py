@@ -1,0 +1,285 @@
+"""Packing, restoring and multiplying vectors: three kernels, and where plain MLX replaces them."""
+
+import math
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from ..packing import words_per_vector
+from ..quantizer import QuantizedVectors, TurboQuantizer
+from . import arguments, reference
+from .runtime import (
+    LANES,
+    SIMDS,
+    THREADGROUP_BYTES,
+    Agreement,
+    Constant,
+    build,
+    checked,
+    compare,
+    supports,
+    worst,
+)
+from .tokens import BLOCK, CachedTokens
+
+_PARAMETERS = ("mean", "levels", "thresholds", "gains", "signs", "matrix")
+_RESTORED = ("codes", "scales", "mean", "constants")
+# Tokens that a SIMD group of dequantize.metal restores.
+_RESTORED_TOKENS = 32
+
+
+def quantize(
+    vectors: Sequence[mx.array], means: Sequence[mx.array], quantizers: Sequence[TurboQuantizer]
+) -> list[QuantizedVectors]:
+    """Pack keys and values of the same tokens, or one of the two, in one launch.
+
+    Vectors are (B, H, n, dim), from which float32 means (B, H, 1, dim) are subtracted. The scale of
+    the quantizers must be "unbiased". Codes are (B, H, n, words), scales bfloat16 (B, H, n).
+    """
+    kernel = Quantize.of([x.dtype for x in vectors], quantizers)
+    if kernel is None:
+        return [reference.quantize(*each) for each in zip(vectors, means, quantizers)]
+    return kernel(vectors, means)
+
+
+def dense(tokens: CachedTokens) -> list[mx.array]:
+    """All keys and all values, or all latent vectors: (B, H, count, dim) in the model's dtype.
+
+    They are lazy, and what is evaluated is one launch.
+    """
+    if tokens.packed_count == 0:
+        return [_exact_tokens(tokens, exact) for _, exact in tokens.sides]
+    kernel = Dequantize.of(tokens)
+    return reference.dense(tokens) if kernel is None else kernel(tokens)
+
+
+def _exact_tokens(tokens: CachedTokens, exact: mx.array) -> mx.array:
+    if tokens.recent_start == tokens.sink_count:
+        return exact[:, :, : tokens.exact_count]
+    return mx.concatenate(tokens.split(exact), axis=2)
+
+
+def inner_product(
+    queries: mx.array, packed: QuantizedVectors, quantizer: TurboQuantizer
+) -> mx.array:
+    """:meth:`.TurboQuantizer.inner_product` without unpacking the vectors to memory.
+
+    Queries are (..., q, dim), packed vectors (..., n) with the same leading axes: float32
+    (..., q, n).
+
+    Raises:
+        ValueError: leading axes that differ.
+    """
+    if queries.shape[:-2] != packed.scales.shape[:-1]:
+        raise ValueError(
+            f"Queries of shape {queries.shape} and packed vectors of shape {packed.scales.shape} "
+            "have different leading axes: use the same."
+        )
+    kernel = InnerProduct.of(quantizer)
+    if kernel is None:
+        return quantizer.inner_product(queries, packed)
+    return kernel(queries, packed)
+
+
+class Quantize:
+    """``quantize.metal`` for keys and values of these dtypes; alone, keys are packed twice."""
+
+    name = "quantize"
+    # The coordinates of a vector are in the registers of one SIMD group.
+    _MAX_DIM = 1024
+
+    def __init__(self, dtypes: tuple[mx.Dtype, ...], quantizers: tuple[TurboQuantizer, ...]):
+        self._dtypes = dtypes
+        self._quantizers = quantizers
+        constants: dict[str, Constant] = {"GROUPS": SIMDS}
+        self._most_lanes = 0
+        for name, dtype, quantizer in zip(("", "VALUE_"), _both(dtypes), _both(quantizers)):
+            dim, bits = quantizer.dim, quantizer.bits
+            order, power = arguments.order_and_power(quantizer)
+            lanes = 32 if dim > 256 else 16 if dim > 128 else 8
+            constants |= {f"{name}T": dtype, f"{name}DIM": dim, f"{name}ORDER": order}
+            constants |= {f"{name}POWER": power, f"{name}LANES": lanes}
+            constants |= {f"{name or 'KEY_'}BITS": bits}
+            constants |= {f"{name or 'KEY_'}GAINS": len(quantizer.gains)}
+            self._most_lanes = max(self._most_lanes, lanes)
+        inputs = [
+            name
+            for side in ("key", "value")
+            for name in (f"{side}s", *(f"{side}_{parameter}" for parameter in _PARAMETERS))
+        ]
+        outputs = ("key_codes", "key_scales", "value_codes", "value_scales")
+        self._launch = build(self.name, (*inputs, "sizes"), outputs, constants)
+
+    @classmethod
+    def of(
+        cls, dtypes: Sequence[mx.Dtype], quantizers: Sequence[TurboQuantizer]
+    ) -> "Quantize | None":
+        """The kernel for vectors of these dtypes; None where plain MLX takes its place."""
+        if not supports(cls.name, max(each.dim for each in quantizers), cls._MAX_DIM):
+            return None
+        return checked(cls, tuple(dtypes), tuple(quantizers))
+
+    def check(self) -> Agreement:
+        """Compares squared errors: codes may differ where values or gains tie within rounding."""
+        vectors = [_example(q, dtype) for q, dtype in zip(self._quantizers, self._dtypes)]
+        means = [x[:, :, :1].astype(mx.float32) for x in vectors]
+        agreements = []
+        for packed, *each in zip(self(vectors, means), vectors, means, self._quantizers):
+            x, mean, quantizer = each
+            x = x.astype(mx.float32) - mean
+            error, expected = (
+                ((quantizer.dequantize(p) - x) ** 2).mean().item()
+                for p in (packed, reference.quantize(*each))
+            )
+            agreements.append(Agreement(abs(error / expected - 1), 0.02))
+        return worst(agreements)
+
+    def __call__(
+        self, vectors: Sequence[mx.array], means: Sequence[mx.array]
+    ) -> list[QuantizedVectors]:
+        """Codes uint32 (B, H, n, words) and scales bfloat16 (B, H, n) of each side."""
+        batch, heads, count, _ = vectors[0].shape
+        inputs, shapes = [], []
+        for x, mean, quantizer in zip(_both(vectors), _both(means), _both(self._quantizers)):
+            inputs += [
+                x,
+                mean,
+                arguments.levels(quantizer),
+                quantizer.thresholds,
+                arguments.gains(quantizer),
+                arguments.signs(quantizer),
+                quantizer.rotation.matrix,
+            ]
+            words = words_per_vector(quantizer.dim, quantizer.bits)
+            shapes += [(batch, heads, count, words), (batch, heads, count)]
+        threads = LANES * SIMDS
+        threadgroups = -(-batch * heads * count * self._most_lanes // threads)
+        outputs = self._launch(
+            inputs=[*inputs, arguments.sizes(batch * heads, count)],
+            grid=(threadgroups * threads, 2, 1),
+            threadgroup=(threads, 1, 1),
+            output_shapes=shapes,
+            output_dtypes=[mx.uint32, mx.bfloat16] * 2,
+        )
+        packed = [QuantizedVectors(*outputs[:2]), QuantizedVectors(*outputs[2:])]
+        return packed[: len(vectors)]
+
+
+class Dequantize:
+    """``dequantize.metal`` for tokens whose exact keys and values have these dtypes."""
+
+    name = "dequantize"
+
+    def __init__(self, dtypes: tuple[mx.Dtype, ...], quantizers: tuple[TurboQuantizer, ...]):
+        self._dtypes = dtypes
+        self._quantizers = quantizers
+        longest = max(quantizer.dim for quantizer in quantizers)
+        self._groups = min(4, THREADGROUP_BYTES // (4 * longest))
+        constants: dict[str, Constant] = {"KINDS": len(quantizers)}
+        for name, dtype, quantizer in zip(("", "VALUE_"), _both(dtypes), _both(quantizers)):
+            order, power = arguments.order_and_power(quantizer)
+            constants |= {f"{name}T": dtype, f"{name}DIM": quantizer.dim, f"{name}ORDER": order}
+            constants |= {f"{name}POWER": power, f"{name or 'KEY_'}BITS": quantizer.bits}
+        inputs = [
+            name
+            for side in ("key", "value")
+            for name in (*(f"{side}_{part}" for part in _RESTORED), f"exact_{side}s")
+        ]
+        constants |= {"GROUPS": self._groups}
+        self._launch = build(self.name, (*inputs, "sizes"), ("keys", "values"), constants)
+
+    @classmethod
+    def of(cls, tokens: CachedTokens) -> "Dequantize | None":
+        """The kernel for such tokens; None where plain MLX takes its place."""
+        dtypes = tuple(exact.dtype for _, exact in tokens.sides)
+        return checked(cls, dtypes, tuple(packed.quantizer for packed, _ in tokens.sides))
+
+    def check(self) -> Agreement:
+        """Compares dense keys and values of 90 tokens."""
+        tokens = reference.example_tokens(self._dtypes, self._quantizers, mean=2.0)
+        pairs = zip(self(tokens), reference.dense(tokens))
+        return worst([compare(*pair, dtype) for pair, dtype in zip(pairs, self._dtypes)])
+
+    def __call__(self, tokens: CachedTokens) -> list[mx.array]:
+        """Dense keys and values, or latent vectors: (B, H, count, dim) each."""
+        inputs, shapes = [], []
+        for packed, exact in _both(tokens.sides):
+            constants = arguments.levels_and_rotation(packed.quantizer)
+            inputs += [packed.codes, packed.scales, packed.mean, constants, exact]
+            batch, heads, _, dim = exact.shape
+            shapes.append((batch, heads, tokens.count, dim))
+        sides = len(tokens.sides)
+        runs = math.prod(shapes[0][:2]) * -(-tokens.count // _RESTORED_TOKENS)
+        sizes = arguments.sizes(
+            tokens.sink_count, tokens.packed_count, tokens.recent_start, tokens.count
+        )
+        return self._launch(
+            inputs=[*inputs, sizes],
+            grid=(-(-runs // self._groups) * LANES * self._groups, sides, 1),
+            threadgroup=(LANES * self._groups, 1, 1),
+            output_shapes=shapes if sides == 2 else [shapes[0], (1,)],
+            output_dtypes=list(_both(self._dtypes)),
+        )[:sides]
+
+
+class InnerProduct:
+    """``inner_product.metal`` for vectors of one quantizer."""
+
+    name = "inner_product"
+
+    def __init__(self, quantizer: TurboQuantizer):
+        self._quantizer = quantizer
+        self._queries = max(1, min(8, THREADGROUP_BYTES // (4 * quantizer.dim)))
+        constants: dict[str, Constant] = {
+            "DIM": quantizer.dim,
+            "BITS": quantizer.bits,
+            "QUERIES": self._queries,
+            "SIMDS": SIMDS,
+        }
+        inputs = ("queries", "codes", "scales", "levels", "sizes")
+        self._launch = build(self.name, inputs, ("out",), constants)
+
+    @classmethod
+    def of(cls, quantizer: TurboQuantizer) -> "InnerProduct | None":
+        """The kernel for a quantizer; None where plain MLX takes its place."""
+        return checked(cls, quantizer)
+
+    def check(self) -> Agreement:
+        """Compares the products of five queries."""
+        x = _example(self._quantizer, mx.float32)
+        packed, queries = self._quantizer.quantize(x), x[:, :, :5]
+        expected = self._quantizer.inner_product(queries, packed)
+        return compare(self(queries, packed), expected, mx.float32)
+
+    def __call__(self, queries: mx.array, packed: QuantizedVectors) -> mx.array:
+        """Products float32 (..., q, n) of queries (..., q, dim) with packed vectors (..., n)."""
+        *leading, query_count, _ = queries.shape
+        count = packed.scales.shape[-1]
+        threads = LANES * SIMDS
+        threadgroups = -(-count // threads)
+        rows, tiles = packed.scales.size // count, -(-query_count // self._queries)
+        inputs = [
+            self._quantizer.rotation.apply(queries),
+            packed.codes,
+            packed.scales,
+            arguments.levels(self._quantizer),
+            arguments.sizes(query_count, count),
+        ]
+        return self._launch(
+            inputs=inputs,
+            grid=(threadgroups * threads, rows, tiles),
+            threadgroup=(threads, 1, 1),
+            output_shapes=[(*leading, query_count, count)],
+            output_dtypes=[mx.float32],
+        )[0]
+
+
+def _both(sides: Sequence) -> Sequence:
+    """Keys and values; one side alone, which the text of the kernels does not know, twice."""
+    return sides if len(sides) == 2 else (sides[0], sides[0])
+
+
+def _example(quantizer: TurboQuantizer, dtype: mx.Dtype) -> mx.array:
+    return mx.random.normal((1, 2, 3 * BLOCK + 5, quantizer.dim), key=mx.random.key(0)).astype(
+        dtype
+    )

@@ -1,0 +1,156 @@
+"""The meaning of every kernel, in plain MLX: what runs without a GPU, and what kernels agree with.
+
+The products of ``inner_product.metal`` are :meth:`.TurboQuantizer.inner_product`.
+"""
+
+import mlx.core as mx
+
+from ..quantizer import QuantizedVectors, TurboQuantizer
+from .tokens import BLOCK, CAPACITY_UNIT, CachedTokens, PackedVectors, visible_columns
+
+
+def quantize(x: mx.array, mean: mx.array, quantizer: TurboQuantizer) -> QuantizedVectors:
+    """x (B, H, n, dim) less the float32 mean (B, H, 1, dim): codes, and scales in bfloat16."""
+    packed = quantizer.quantize(x.astype(mx.float32) - mean)
+    return QuantizedVectors(packed.codes, packed.scales.astype(mx.bfloat16))
+
+
+def packed_vectors(
+    x: mx.array, mean: mx.array, quantizer: TurboQuantizer, interleaved: bool
+) -> PackedVectors:
+    """:func:`quantize` in buffers that end with a whole step of the attention kernel."""
+    codes, scales = quantize(x, mean, quantizer)
+    free = -x.shape[2] % CAPACITY_UNIT
+    codes = mx.pad(codes, [(0, 0), (0, 0), (0, free), (0, 0)])
+    if interleaved:
+        codes = interleave(codes)
+    return PackedVectors(
+        quantizer, interleaved, codes, mx.pad(scales, [(0, 0), (0, 0), (0, free)]), mean
+    )
+
+
+def interleave(codes: mx.array) -> mx.array:
+    """Codes (B, H, n, words) of whole blocks as (B, H, n / 32, words, 32)."""
+    # A transposed view would be copied by every kernel that reads it.
+    return mx.contiguous(mx.unflatten(codes, 2, (-1, BLOCK)).swapaxes(-1, -2))
+
+
+def token_major(packed: PackedVectors, count: int) -> QuantizedVectors:
+    """The first ``count`` vectors: codes (B, H, count, words) and scales (B, H, count)."""
+    codes = packed.codes
+    if packed.interleaved:
+        codes = codes[:, :, : -(-count // BLOCK)].swapaxes(-1, -2).flatten(2, 3)
+    return QuantizedVectors(codes[:, :, :count], packed.scales[..., :count])
+
+
+def restored(packed: PackedVectors, count: int, dtype: mx.Dtype) -> mx.array:
+    """The first ``count`` vectors (B, H, count, dim)."""
+    return (packed.quantizer.dequantize(token_major(packed, count)) + packed.mean).astype(dtype)
+
+
+def dense(tokens: CachedTokens) -> list[mx.array]:
+    """All keys and all values, or all latent vectors: (B, H, count, dim) in the model's dtype."""
+    arrays = []
+    for packed, exact in tokens.sides:
+        sinks, recent = tokens.split(exact)
+        middle = restored(packed, tokens.packed_count, exact.dtype)
+        arrays.append(mx.concatenate([sinks, middle, recent], axis=2))
+    return arrays
+
+
+def decode_attention(
+    queries: mx.array,
+    tokens: CachedTokens,
+    scale: float,
+    mask: None | str | mx.array = None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """:func:`.attention.decode_attention` in the rotated domain and in float32.
+
+    The queries are rotated once and the output is rotated back once, so that no packed token is.
+    The means of keys and values enter as one product with the query and one with the total weight
+    of the packed tokens.
+    """
+    batch, query_heads, rows, _ = queries.shape
+    heads = tokens.exact_keys.shape[1]
+    grouped = (queries.astype(mx.float32) * scale).reshape(
+        batch, heads, query_heads // heads * rows, -1
+    )
+    keys, values = tokens.keys, tokens.values
+    quantizer = keys.quantizer
+    rotated = quantizer.stored_order(quantizer.rotation.apply(grouped))
+    # The scales multiply scores and weights, of which there are fewer than values. With the long
+    # matrix in front a CPU takes half the time.
+    codes = token_major(keys, tokens.packed_count)
+    levels = quantizer.stored_levels(codes)
+    packed = (levels @ rotated.swapaxes(-1, -2)).swapaxes(-1, -2) * codes.scales[:, :, None]
+    packed = packed + grouped @ keys.mean.swapaxes(-1, -2)
+    sink, recent = (
+        grouped @ exact.astype(mx.float32).swapaxes(-1, -2)
+        for exact in tokens.split(tokens.exact_keys)
+    )
+    scores = mx.concatenate([sink, packed, recent], axis=-1)
+    scores = _masked(scores.reshape(batch, query_heads, rows, tokens.count), mask)
+    if tokens.extents:
+        scores = _masked(scores, _visible(tokens))
+    weights = _softmax(scores, sinks).reshape(batch, heads, -1, tokens.count)
+    start, stop = tokens.sink_count, tokens.sink_count + tokens.packed_count
+    sink, packed, recent = mx.split(weights, [start, stop], axis=-1)
+    codes, quantizer = token_major(values, tokens.packed_count), values.quantizer
+    levels = quantizer.stored_levels(codes)
+    output = quantizer.from_stored_order(packed * codes.scales[:, :, None] @ levels)
+    output = quantizer.rotation.invert(output)
+    output = output + packed.sum(axis=-1, keepdims=True) * values.mean
+    for part, exact in zip((sink, recent), tokens.split(tokens.exact_values)):
+        output = output + part @ exact.astype(mx.float32)
+    return output.reshape(batch, query_heads, rows, -1).astype(queries.dtype)
+
+
+def _visible(tokens: CachedTokens) -> mx.array:
+    return visible_columns(
+        tokens.extents,
+        tokens.sink_count,
+        tokens.packed_count,
+        tokens.recent_start,
+        tokens.exact_count,
+    )
+
+
+def _masked(scores: mx.array, mask: None | str | mx.array) -> mx.array:
+    if mask is None:
+        return scores
+    if isinstance(mask, str):
+        rows, count = scores.shape[-2:]
+        mask = mx.arange(count) <= mx.arange(count - rows, count)[:, None]
+    if mask.dtype == mx.bool_:
+        return mx.where(mask, scores, mx.finfo(scores.dtype).min)
+    return scores + mask
+
+
+def _softmax(scores: mx.array, sinks: mx.array | None) -> mx.array:
+    if sinks is None:
+        return mx.softmax(scores, axis=-1)
+    column = mx.broadcast_to(
+        sinks.astype(scores.dtype).reshape(1, -1, 1, 1), (*scores.shape[:-1], 1)
+    )
+    return mx.softmax(mx.concatenate([column, scores], axis=-1), axis=-1)[..., 1:]
+
+
+def example_tokens(
+    dtypes: tuple[mx.Dtype, ...], quantizers: tuple[TurboQuantizer, ...], mean: float = 0.0
+) -> CachedTokens:
+    """For checks: 70 packed and 20 exact tokens of two heads, 4 of them sinks, and free space.
+
+    With one dtype and one quantizer the tokens are latent vectors.
+    """
+    packed, exact = [], []
+    for i, (dtype, quantizer) in enumerate(zip(dtypes, quantizers)):
+        x = _normal((1, 2, 70, quantizer.dim), i) + mean
+        means = x.mean(axis=2, keepdims=True)
+        packed.append(packed_vectors(x, means, quantizer, interleaved=i == 0))
+        exact.append(_normal((1, 2, 24, quantizer.dim), 2 + i).astype(dtype))
+    return CachedTokens(packed[0], packed[-1], 70, exact[0], exact[-1], 20, 4, 4)
+
+
+def _normal(shape: tuple[int, ...], seed: int) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed))

@@ -1,0 +1,349 @@
+"""The owner of the packed tokens of one layer: quantizes new ones and keeps them in buffers."""
+
+from collections.abc import Sequence
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from ..codebook import check_dim
+from ..packing import words_per_vector
+from ..quantizer import QuantizedVectors, TurboQuantizer
+from .quantize import quantize
+from .reference import interleave
+from .tokens import BLOCK, CAPACITY_UNIT, PackedVectors
+
+# A scale is a bfloat16.
+SCALE_NBYTES = 2
+# Buffers grow by this part of their size, at least by so many tokens: to copy them takes at most
+# 1/64 of what attention reads meanwhile.
+GROWTH, LEAST_GROWTH = 1 / 512, 128
+# The mean of values is removed where its energy is at least this multiple of the variance: tokens
+# that are looked at most often have small values, whose error would then be that of the mean.
+VALUE_MEAN_ENERGY = 2.0
+
+ALL_ROWS = slice(None)
+
+
+@cache
+def shared_quantizer(dim: int, bits: int, seed: int) -> TurboQuantizer:
+    """One quantizer for all layers: it is stateless, and caches must stay cheap to copy."""
+    return TurboQuantizer(dim, bits, seed=seed)
+
+
+def removable_mean(x: mx.array, least_energy: float = 0.0) -> mx.array:
+    """The mean over the tokens of each head of x (B, H, n, dim), where it pays to remove it.
+
+    Subtracting one vector from all keys of a head leaves softmax attention unchanged, and for
+    values it is added back once, so only what remains has to be quantized. A head whose mean has
+    less than ``least_energy`` times the energy of the deviations from it gets zeros, and so does
+    one with a non-finite value, which belongs to its token alone, or with a single token. Returns
+    float32 (B, H, 1, dim).
+    """
+    x = x.astype(mx.float32)
+    mean = x.mean(axis=-2, keepdims=True)
+    if x.shape[2] == 1:
+        return mx.zeros_like(mean)
+    variance = _squared_distance(x, mean).sum(axis=(-2, -1), keepdims=True) / (x.shape[2] - 1)
+    energy = (mean * mean).sum(axis=-1, keepdims=True)
+    # False where a value is not finite, because the variance is then not a number.
+    return mx.where(energy > least_energy * variance, mean, 0)
+
+
+@partial(mx.compile, shapeless=True)
+def _squared_distance(x: mx.array, y: mx.array) -> mx.array:
+    difference = x - y
+    return difference * difference
+
+
+class Layout(NamedTuple):
+    """How the vectors of one side are stored, see :class:`.PackedVectors`.
+
+    A mean is removed where it has ``least_mean_energy``, see :func:`removable_mean`.
+    """
+
+    bits: int
+    interleaved: bool
+    least_mean_energy: float
+
+    def vector_nbytes(self, dim: int) -> int:
+        """Bytes that one stored vector takes: the packed words and a bfloat16 scale."""
+        return 4 * words_per_vector(dim, self.bits) + SCALE_NBYTES
+
+
+def layouts_of(key_bits: int, value_bits: int | None) -> list[Layout]:
+    """Those of keys and values; without bits for values, of vectors that are both."""
+    if value_bits is None:
+        return [Layout(key_bits, True, VALUE_MEAN_ENERGY)]
+    return [Layout(key_bits, True, 0.0), Layout(value_bits, False, VALUE_MEAN_ENERGY)]
+
+
+class PackedTokens:
+    """Quantized keys and values of the same tokens, or latent vectors that are both.
+
+    Sequence b has ``counts[b]`` tokens, from the start of row b of the buffers on; a single count
+    is that of all rows. ``sides`` are the vectors of keys and of values; there are none before the
+    first tokens, which also decide what mean is removed from all later ones. With a ``limit``, a
+    multiple of 64, the oldest tokens make room for new ones, an eighth of the limit at a time.
+
+    Buffers are written only behind the tokens that they hold. What has to move old tokens makes
+    new buffers, so that an attention that was given ``sides`` sees what was there.
+    """
+
+    def __init__(self, layouts: list[Layout], seed: int, limit: int | None = None):
+        self.layouts = layouts
+        self.seed = seed
+        self.limit = limit
+        self.sides: list[PackedVectors] = []
+        self.counts = [0]
+
+    @property
+    def count(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.counts)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of a sequence that the buffers have room for."""
+        return self.sides[0].capacity if self.sides else 0
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Codes, scales and means of all sides, whole."""
+        return [x for side in self.sides for x in (side.codes, side.scales, side.mean)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers and the means, free space included."""
+        return sum(x.nbytes for x in self.arrays)
+
+    def append(self, new: list[mx.array], rows: slice = ALL_ROWS) -> int:
+        """Quantize keys and values (rows, H, n, dim) of some sequences of the same length.
+
+        Returns how many of their oldest tokens were forgotten for them.
+        """
+        held, added = self.counts[rows][0], new[0].shape[2]
+        forgotten = self._forgotten_for(held, added)
+        if forgotten > held:
+            new = [x[:, :, forgotten - held :] for x in new]
+        if held == 0:
+            self._fix_means(new, rows)
+        means = [side.mean[rows] for side in self.sides]
+        packed = quantize(new, means, [side.quantizer for side in self.sides])
+        if held and forgotten:
+            self._move(rows, min(forgotten, held))
+        start = max(held - forgotten, 0)
+        self._reserve(start + new[0].shape[2])
+        for side, vectors in zip(self.sides, packed):
+            _write(side, vectors, start, rows)
+        self.counts[rows] = [start + new[0].shape[2]] * len(self.counts[rows])
+        return forgotten
+
+    def _forgotten_for(self, held: int, added: int) -> int:
+        """How many of the oldest tokens make room for new ones."""
+        if self.limit is None or held + added <= self.limit:
+            return 0
+        if added >= self.limit:
+            return held + added - self.limit
+        unit = max(self.limit // 8 // BLOCK, 1) * BLOCK
+        return min(-(-(held + added - self.limit) // unit) * unit, held)
+
+    def _fix_means(self, new: list[mx.array], rows: slice) -> None:
+        """Choose the means of sequences by their first tokens."""
+        if not self.sides:
+            batch = new[0].shape[0] if rows == ALL_ROWS else len(self.counts)
+            self.sides = [
+                _empty(layout, (batch, *x.shape[1:2]), x.shape[3], self.seed)
+                for layout, x in zip(self.layouts, new)
+            ]
+        for layout, side, x in zip(self.layouts, self.sides, new):
+            side.mean[rows] = removable_mean(x, layout.least_mean_energy)
+
+    def reserve_block(self) -> None:
+        """Grow for one more block, before an attention is given buffers that will be too small."""
+        if self.sides:
+            self._reserve(self.count + BLOCK)
+
+    def _reserve(self, count: int) -> None:
+        """Make room for ``count`` tokens in each sequence, at most for as many as there may be."""
+        capacity, limit = self.capacity, self.limit or count
+        if min(count, limit) <= capacity:
+            return
+        grown = max(count, capacity + max(LEAST_GROWTH, int(GROWTH * capacity)))
+        grown = grown if self.limit is None else min(grown, limit)
+        self.sides = [_resized(side, _whole_steps(grown)) for side in self.sides]
+        if count - self.count <= BLOCK:
+            # A decode step, whose host is ahead of it: the old and the larger buffers of all
+            # layers would be there at once. A chunk of a prompt is one layer after the other.
+            mx.eval([(side.codes, side.scales) for side in self.sides])
+
+    def _move(self, rows: slice, forgotten: int) -> None:
+        """Forget the oldest tokens of some sequences: all of them, or a multiple of 32."""
+        moved = []
+        for side in self.sides:
+            arrays = []
+            for x, count in ((side.codes, _slots(side, forgotten)), (side.scales, forgotten)):
+                later, x = x[rows, :, count:], mx.array(x)
+                x[rows, :, : later.shape[2]] = later
+                arrays.append(x)
+            moved.append(side._replace(codes=arrays[0], scales=arrays[1]))
+        self.sides = moved
+        mx.eval([(side.codes, side.scales) for side in moved])  # see _reserve
+
+    def trim(self, tokens: list[int]) -> None:
+        """Forget the last ``tokens[b]`` of sequence b."""
+        self.counts = [count - n for count, n in zip(self.counts, tokens)]
+
+    def take(self, rows: list[int]) -> "PackedTokens":
+        """Some of the sequences, in buffers of the size that these need."""
+        taken = PackedTokens(self.layouts, self.seed, self.limit)
+        taken.counts = [self.counts[row] for row in rows]
+        capacity = _whole_steps(taken.count + 1)
+        for side in self.sides:
+            codes = side.codes[rows, :, : _slots(side, capacity)]
+            arrays = {"codes": codes, "scales": side.scales[rows, :, :capacity]}
+            taken.sides.append(side._replace(**arrays, mean=side.mean[rows]))
+        return taken
+
+    @classmethod
+    def join(cls, parts: "Sequence[PackedTokens]") -> "PackedTokens":
+        """The sequences of all ``parts``, which agree in layouts, seed and limit."""
+        joined = cls(parts[0].layouts, parts[0].seed, parts[0].limit)
+        joined.counts = [count for part in parts for count in part.counts]
+        filled = [part for part in parts if part.sides]
+        capacity = max((part.capacity for part in filled), default=0)
+        for i, like in enumerate(filled[0].sides if filled else ()):
+            sides = []
+            for part in parts:
+                heads, dim = (len(part.counts), *like.mean.shape[1:2]), like.mean.shape[3]
+                empty = _empty(part.layouts[i], heads, dim, part.seed)
+                sides.append(_resized(part.sides[i] if part.sides else empty, capacity))
+            names = ("codes", "scales", "mean")
+            joined.sides.append(
+                like._replace(**{x: mx.concatenate([getattr(s, x) for s in sides]) for x in names})
+            )
+        return joined
+
+    def used(self) -> list[mx.array | None]:
+        """Codes, scales and mean of each side without the free space behind the last token."""
+        if self.count == 0:
+            return [None] * 3 * len(self.layouts)
+        arrays = []
+        for side in self.sides:
+            codes = side.codes[:, :, : _slots(side, self.count)]
+            arrays += [codes, side.scales[..., : self.count], side.mean]
+        return arrays
+
+    def restore(
+        self, count: int, oldest: int, shapes: list[tuple[int, int, int]], used: list[Any]
+    ) -> None:
+        """Hold ``count`` tokens, whose :meth:`used` arrays these are; sides are (B, H, dim).
+
+        ``oldest`` is 0, or in old files the place at which limited buffers begin, cyclically.
+
+        Raises:
+            ValueError: numbers or arrays that no tokens can have.
+        """
+        is_place = self.limit == count > oldest and oldest % BLOCK == 0
+        check_state(oldest == 0 or is_place, f"token {oldest} is the oldest")
+        check_state(self.limit is None or count <= self.limit, f"{count} tokens are too many")
+        self.counts = [count]
+        for layout, (*heads, dim), arrays in zip(
+            self.layouts, shapes, (used[i : i + 3] for i in range(0, len(used), 3))
+        ):
+            check_dim(dim)
+            if count == 0:
+                check_state(all(x is None for x in arrays), "codes of no tokens")
+                continue
+            expected = (
+                (_codes_shape(layout, tuple(heads), dim, count), mx.uint32),
+                ((*heads, count), mx.bfloat16),
+                ((*heads, 1, dim), mx.float32),
+            )
+            what = f"codes, scales and means of {count} tokens are not of their shape"
+            for x, (shape, dtype) in zip(arrays, expected):
+                check_state(isinstance(x, mx.array) and x.shape == shape and x.dtype == dtype, what)
+            quantizer = shared_quantizer(dim, layout.bits, self.seed)
+            side = PackedVectors(quantizer, layout.interleaved, *arrays)
+            if oldest:
+                codes = mx.roll(side.codes, -_slots(side, oldest), axis=2)
+                side = side._replace(codes=codes, scales=mx.roll(side.scales, -oldest, axis=2))
+            self.sides.append(_resized(side, _whole_steps(count)))
+
+
+def _empty(layout: Layout, heads: tuple[int, ...], dim: int, seed: int) -> PackedVectors:
+    """Vectors of a side of (B, H) heads that hold no token; the mean is zeros."""
+    return PackedVectors(
+        shared_quantizer(dim, layout.bits, seed),
+        layout.interleaved,
+        mx.zeros(_codes_shape(layout, heads, dim, 0), mx.uint32),
+        mx.zeros((*heads, 0), mx.bfloat16),
+        mx.zeros((*heads, 1, dim)),
+    )
+
+
+def _codes_shape(layout: Layout, heads: tuple[int, ...], dim: int, tokens: int) -> tuple[int, ...]:
+    words = words_per_vector(dim, layout.bits)
+    if layout.interleaved:
+        return (*heads, -(-tokens // BLOCK), words, BLOCK)
+    return (*heads, tokens, words)
+
+
+def _resized(side: PackedVectors, capacity: int) -> PackedVectors:
+    """The vectors in new, larger buffers."""
+    codes, scales = (
+        _longer(side.codes, _slots(side, capacity)),
+        _longer(side.scales, capacity),
+    )
+    return side._replace(codes=codes, scales=scales)
+
+
+def _longer(x: mx.array, length: int) -> mx.array:
+    padding = [(0, 0)] * x.ndim
+    padding[2] = (0, length - x.shape[2])
+    return mx.pad(x, padding)
+
+
+def _slots(side: PackedVectors, tokens: int) -> int:
+    """Places along the third axis of the codes that so many tokens take."""
+    return -(-tokens // BLOCK) if side.interleaved else tokens
+
+
+def _whole_steps(tokens: int) -> int:
+    return -(-tokens // CAPACITY_UNIT) * CAPACITY_UNIT
+
+
+def _write(side: PackedVectors, packed: QuantizedVectors, start: int, rows: slice) -> None:
+    """Store vectors of some rows from the token ``start`` on, in place."""
+    codes, stop = packed.codes, start + packed.scales.shape[2]
+    side.scales[rows, :, start:stop] = packed.scales
+    if not side.interleaved:
+        side.codes[rows, :, start:stop] = codes
+        return
+    if lane := start % BLOCK:
+        # Trimming can leave a block that is partly filled.
+        head, codes = codes[:, :, : BLOCK - lane], codes[:, :, BLOCK - lane :]
+        lanes = slice(lane, lane + head.shape[2])
+        side.codes[rows, :, start // BLOCK, :, lanes] = head.swapaxes(-1, -2)
+        start += head.shape[2]
+    if codes.shape[2]:
+        # Where they fill the whole buffer they become it.
+        blocks = interleave(_longer(codes, -(-codes.shape[2] // BLOCK) * BLOCK))
+        first = start // BLOCK
+        side.codes[rows, :, first : first + blocks.shape[2]] = blocks
+
+
+def check_state(holds: bool, what: str) -> None:
+    """Raise ValueError, of a saved state in which ``what`` is wrong, unless it ``holds``."""
+    if not holds:
+        raise ValueError(f"The state of a cache is damaged ({what}): use one that was saved.")
+
+
+def check_vectors(x: mx.array, count: int, like: mx.array) -> tuple[int, int]:
+    """The (B, H) of ``like``; ValueError unless x is (B, H, count, dim) and a model's dtype."""
+    arrays = all(isinstance(array, mx.array) and array.ndim == 4 for array in (x, like))
+    what = f"the vectors of {count} tokens are not of their shape"
+    check_state(arrays and all(x.shape[:2]) and x.shape[3] > 0, what)
+    check_state(x.shape[:3] == (*like.shape[:2], count), what)
+    check_state(mx.issubdtype(x.dtype, mx.floating), f"vectors are {x.dtype}")
+    return like.shape[:2]

@@ -1,0 +1,106 @@
+"""What one attention call sees: packed and exact tokens of a layer, as plain data.
+
+All of it belongs to a cache. Attention only reads it, the arrays up to the counts beside them.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from ..quantizer import TurboQuantizer
+
+# Tokens of a block: those of keys lie word by word beside each other, one in each lane.
+BLOCK = 32
+# The attention kernel reads steps of two blocks, the last one whole.
+CAPACITY_UNIT = 2 * BLOCK
+
+
+class PackedVectors(NamedTuple):
+    """Packed keys or values of one layer, in buffers that are larger than their number.
+
+    With ``interleaved`` (keys), ``codes`` are uint32 (B, H, capacity / 32, words, 32): 32 lanes
+    that score one token each read 32 consecutive words. Without (values) they are
+    (B, H, capacity, words). ``scales`` are bfloat16 (B, H, capacity), which no finite input can
+    overflow, and ``mean`` is float32 (B, H, 1, dim).
+    """
+
+    quantizer: TurboQuantizer
+    interleaved: bool
+    codes: mx.array
+    scales: mx.array
+    mean: mx.array
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the buffers have room for."""
+        return self.scales.shape[2]
+
+
+class Extent(NamedTuple):
+    """What one sequence has in shared buffers; its recent tokens begin at ``recent_start``."""
+
+    packed: int
+    sinks: int
+    recent_start: int
+
+
+@dataclass(slots=True)
+class CachedTokens:
+    """The tokens that one attention call sees, in order: sinks, packed tokens, recent tokens.
+
+    ``keys`` and ``values`` have ``packed_count`` packed tokens; they are None if there are none.
+    ``exact_keys`` and ``exact_values`` are (B, H, capacity, dim) in the model's dtype: first come
+    the ``sink_count`` sinks, and from ``recent_start`` to ``exact_count`` the recent tokens. In
+    latent attention the values are the keys, the same objects.
+
+    Sequences of different length share these buffers and end at the same ``exact_count``.
+    ``extents`` has then one entry for each; a column that a sequence has no token in belongs to
+    none.
+    """
+
+    keys: PackedVectors | None
+    values: PackedVectors | None
+    packed_count: int
+    exact_keys: mx.array
+    exact_values: mx.array
+    exact_count: int
+    sink_count: int
+    recent_start: int
+    extents: tuple[Extent, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """All columns: sinks, packed and recent tokens of the longest sequence of each."""
+        return self.sink_count + self.packed_count + self.exact_count - self.recent_start
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether one vector a token is key and value."""
+        return self.exact_values is self.exact_keys
+
+    @property
+    def sides(self) -> list[tuple[PackedVectors | None, mx.array]]:
+        """Packed and exact vectors: of keys and of values, or of latent vectors alone."""
+        keys, values = (self.keys, self.exact_keys), (self.values, self.exact_values)
+        return [keys] if self.is_latent else [keys, values]
+
+    def split(self, exact: mx.array) -> tuple[mx.array, mx.array]:
+        """Sinks and recent tokens of an exact buffer."""
+        return exact[:, :, : self.sink_count], exact[:, :, self.recent_start : self.exact_count]
+
+
+def visible_columns(
+    extents: tuple[Extent, ...], sinks: int, packed: int, recent_start: int, end: int
+) -> mx.array:
+    """Which columns hold a token of each sequence: boolean (B, 1, 1, columns).
+
+    There are ``sinks`` columns, then ``packed`` ones, then those from ``recent_start`` to ``end``.
+    """
+    packed_counts, sink_counts, starts = (mx.array(x)[:, None] for x in zip(*extents))
+    parts = [
+        mx.arange(sinks) < sink_counts,
+        mx.arange(packed) < packed_counts,
+        mx.arange(recent_start, end) >= starts,
+    ]
+    return mx.concatenate(parts, axis=-1)[:, None, None]
