@@ -28,6 +28,14 @@ class Compressible(NamedTuple):
         cache = prompt_cache[self.layer]
         return cache if self.part is None else cache.caches[self.part]
 
+    def put(self, prompt_cache: list[Any], cache: Any) -> None:
+        """Put another cache in its place in a prompt cache of the model."""
+        if self.part is not None:
+            parts = list(prompt_cache[self.layer].caches)
+            parts[self.part] = cache
+            cache = mlx_lm_cache.CacheList(*parts)
+        prompt_cache[self.layer] = cache
+
 
 def plain_caches(model: nn.Module) -> list[Any]:
     """The caches that mlx-lm makes for a model that is not enabled."""

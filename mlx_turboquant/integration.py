@@ -26,7 +26,6 @@ from .compressible import (
 )
 from .kernels import BLOCK
 from .latent_cache import TurboQuantLatentCache
-from .method_cache import MethodKVCache, check_codec
 from .profile import Profile, find_profile, fingerprint, load_profile, save_profile
 from .report import flat_caches
 from .settings import Settings
@@ -48,7 +47,6 @@ def make_prompt_cache(
     max_size: int | None = None,
     seed: int = 0,
     backend: str | None = None,
-    codec: str | None = None,
 ) -> list[Any]:
     """A compressed ``prompt_cache`` for mlx-lm: one cache per layer of ``model``.
 
@@ -73,10 +71,6 @@ def make_prompt_cache(
         seed: Of the random rotation.
         backend: "metal", "cuda" or "reference" (plain MLX operations), for the whole process; None
             leaves the choice to ``MLX_TURBOQUANT_BACKEND`` and the machine.
-        codec: One of :data:`.methods.METHODS` in place of ours, or two for keys and values, as
-            "qjl+affine". For study: keys and values of all layers have the same bits (keys one more
-            at a half), attention gets dequantized tokens, and there is neither a ``max_size`` nor
-            batches nor files.
 
     Raises:
         ValueError: a setting out of range, a profile of another model, or no layer that could be
@@ -91,7 +85,6 @@ def make_prompt_cache(
         sink_tokens=sink_tokens,
         max_size=max_size,
         seed=seed,
-        codec=codec,
     )
     if backend is not None:
         kernels.force_backend(backend)
@@ -200,14 +193,6 @@ def _compressed(model: nn.Module, choice: ModelChoice, settings: Settings) -> li
 
 def _bits_of_layers(choice: ModelChoice, settings: Settings) -> list[tuple[int, int]]:
     """The bits of keys and values of every compressed layer."""
-    if settings.codec is not None:
-        for place in choice.compressible:
-            if place.values is None:
-                raise ValueError(
-                    f"Codec {settings.codec} is not for latent attention: leave it out."
-                )
-            check_codec(settings.codec, *settings.even_bits, (place.keys.dim, place.values.dim))
-        return [settings.even_bits] * len(choice.compressible)
     if settings.is_fixed:
         key_bits, value_bits = uniform_bits(settings.bits)
         pair = (settings.key_bits or key_bits, settings.value_bits or value_bits)
@@ -218,8 +203,6 @@ def _bits_of_layers(choice: ModelChoice, settings: Settings) -> list[tuple[int, 
 def _compressed_cache(
     place: Compressible, bits: tuple[int, int], settings: Settings
 ) -> TurboQuantKVCache:
-    if settings.codec is not None:
-        return MethodKVCache(*bits, codec=settings.codec, **settings.of_cache)
     kind = TurboQuantLatentCache if place.values is None else TurboQuantKVCache
     return kind(*bits, **settings.of_cache)
 

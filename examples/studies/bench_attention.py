@@ -1,14 +1,14 @@
 """Time of one layer's decode attention: MLX's own caches and ours, in one run.
 
-    python examples/bench_attention.py --tokens 4096 32768 131072
-    python examples/bench_attention.py --groups 1 4 8 --head-dims 64 128 256 --batches 1 8
+    python examples/studies/bench_attention.py --tokens 4096 32768 131072
+    python examples/studies/bench_attention.py --groups 1 4 8 --head-dims 64 128 256 --batches 1 8
 
 The arms alternate. A measurement is a chain of independent calls in one evaluation, which hides the
 gaps between launches; where a call is shorter than the time that MLX takes to launch it, the chain
 shows that time. For the kernels alone, run one call of each arm under a profiler:
 
     ncu -k regex:"turboquant|sdpa" --metrics gpu__time_duration.sum \
-        python examples/bench_attention.py --once
+        python examples/studies/bench_attention.py --once
 """
 
 import argparse
