@@ -30,6 +30,7 @@ def main(arguments: list[str]) -> None:
     available, explanation = _available(args.memory)
     model, config = _model(args)
     treat_layers_alike(model)
+    footprints = [footprint(model, contender) for contender in contenders]
     # A Mac keeps the weights as they are; this machine may be a CPU.
     weights = weight_nbytes(model) if args.memory else device_nbytes(model)
     left = available - weights - args.batch * chunk_nbytes(model)
@@ -42,8 +43,7 @@ def main(arguments: list[str]) -> None:
     trained = config.get("max_position_embeddings")
     sequences = f", each of {args.batch} sequences" if args.batch > 1 else ""
     print(f"{'cache':15} {'bytes a token':>14} {'longest context':>16}{sequences}")
-    for contender in contenders:
-        cache = footprint(model, contender)
+    for contender, cache in zip(contenders, footprints):
         longest = cache.longest(left / args.batch)
         beyond = "  more than it was trained for" if trained and longest > trained else ""
         print(f"{contender.name:15} {cache.per_token:14,.0f} {_tokens(longest):>16}{beyond}")
