@@ -16,9 +16,10 @@ import mlx_lm
 from rich.box import SIMPLE
 from rich.table import Table
 
-from mlx_turboquant.cli.loading import prepare_for_device
 from mlx_turboquant.cli.results import print_rich
-from mlx_turboquant.evaluate import EXACT, MLX_LM, greedy_tokens, preset, read_first_chunk, read_on
+from mlx_turboquant.contenders import EXACT, MLX_LM, preset
+from mlx_turboquant.evaluate import greedy_tokens, read_first_chunk, read_on
+from mlx_turboquant.loading import prepare_for_device
 from mlx_turboquant.needle import answer, hide_codes
 
 TINY_LM = Path(__file__).parent / "tiny-lm"
@@ -50,17 +51,17 @@ def main() -> None:
     prepare_for_device(model)
     text = standard_library_tokens(tokenizer, args.tokens)
     prompt, code = hide_codes(tokenizer, text, args.tokens, seed=args.seed)
-    codecs = {"exact": EXACT, MLX_LM[1].name: MLX_LM[1], f"mlx_turboquant {ours.name}": ours}
+    contenders = [EXACT, MLX_LM[1], ours._replace(name=f"mlx_turboquant {ours.name}")]
     print(f"Reading {len(prompt):,} tokens of Python, in which four codes are hidden ...")
     print(f"The last line: {tokenizer.decode(prompt).splitlines()[-1]}", flush=True)
 
     tokens = mx.array(prompt[:-1])
     headers = ("cache", "bytes a token", "code", "as the exact cache", "the words there")
     table = Table(*headers, box=SIMPLE)
-    caches = read_first_chunk(model, list(codecs.values()), tokens, lambda count: None)
+    caches = read_first_chunk(model, contenders, tokens)
     exact: list[int] = []
-    for (name, codec), cache in zip(codecs.items(), caches):
-        read_on(model, codec, cache, tokens, lambda count: None)
+    for contender, cache in zip(contenders, caches):
+        read_on(model, contender, cache, tokens)
         reply = list(islice(greedy_tokens(model, cache, prompt[-1]), _REPLY_TOKENS))
         exact = exact or reply
         found = tokenizer.decode(reply).startswith(answer(code))
@@ -68,8 +69,8 @@ def main() -> None:
         same = next((i for i, is_other in enumerate(differs) if is_other), len(reply))
         shown = tokenizer.decode(reply[-_SHOWN_TOKENS:]).strip()
         table.add_row(
-            name,
-            f"{codec.token_nbytes(cache):,.0f}",
+            contender.name,
+            f"{contender.token_nbytes(cache):,.0f}",
             "found" if found else "lost",
             f"for {same} tokens",
             shown,

@@ -84,10 +84,7 @@ def uniform_bits(bits: float) -> tuple[int, int]:
 
 
 def allocate(
-    layers: Sequence[Layer],
-    bits: float,
-    key_bits: int | None = None,
-    value_bits: int | None = None,
+    layers: Sequence[Layer], bits: float, key_bits: int | None = None, value_bits: int | None = None
 ) -> list[tuple[int, int]]:
     """The bits of keys and values of every layer, whose mean is at most the budget ``bits``.
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .evaluate import CHUNK, Codec
+from .contenders import CHUNK, Contender
 
 # Tokens that are decoded before the clock starts.
 _WARM_UP_TOKENS = 8
@@ -39,7 +39,7 @@ class Measurement(NamedTuple):
 
 def measure(
     model: nn.Module,
-    codec: Codec,
+    contender: Contender,
     prompts: mx.array,
     new_tokens: int,
     progress: Callable[[int], Any] = lambda tokens: None,
@@ -56,20 +56,20 @@ def measure(
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     begin = time.perf_counter()
-    cache = codec.make_cache(model)
+    cache = contender.make_cache(model)
     length = prompts.shape[1]
     for start in range(0, length - 1, CHUNK):
         chunk = prompts[:, start : min(start + CHUNK, length - 1)]
         model(chunk, cache=cache)
-        codec.after_chunk(cache)
+        contender.after_chunk(cache)
         mx.eval([layer.state for layer in cache])
         mx.clear_cache()
         progress(chunk.shape[1])
     prefill = time.perf_counter() - begin
-    decoder = _Decoder(model, codec, cache, prompts[:, -1:])
+    decoder = _Decoder(model, contender, cache, prompts[:, -1:])
     decoder.step()
     first_token = time.perf_counter() - begin
-    prefill_memory = mx.get_active_memory() - before, mx.get_peak_memory() - before
+    prefill_active, prefill_peak = mx.get_active_memory() - before, mx.get_peak_memory() - before
     mx.reset_peak_memory()
     for _ in range(_WARM_UP_TOKENS):
         decoder.step()
@@ -79,19 +79,23 @@ def measure(
     mx.synchronize()
     progress(new_tokens + 1)
     return Measurement(
-        *(prefill, first_token, decode, float(np.median(graphs))),
-        sum(layer.nbytes for layer in cache),
-        *prefill_memory,
-        mx.get_active_memory() - before,
-        mx.get_peak_memory() - before,
+        prefill,
+        first_token,
+        decode,
+        graph=float(np.median(graphs)),
+        cache_nbytes=sum(layer.nbytes for layer in cache),
+        prefill_active=prefill_active,
+        prefill_peak=prefill_peak,
+        decode_active=mx.get_active_memory() - before,
+        decode_peak=mx.get_peak_memory() - before,
     )
 
 
 class _Decoder:
     """Greedy decoding one step ahead of what is known, as in mlx-lm's ``generate_step``."""
 
-    def __init__(self, model: nn.Module, codec: Codec, cache: list[Any], tokens: mx.array):
-        self.model, self.codec, self.cache = model, codec, cache
+    def __init__(self, model: nn.Module, contender: Contender, cache: list[Any], tokens: mx.array):
+        self.model, self.contender, self.cache = model, contender, cache
         self.next = self._submit(tokens)[0]
 
     def step(self) -> float:
@@ -104,7 +108,7 @@ class _Decoder:
     def _submit(self, tokens: mx.array) -> tuple[mx.array, float]:
         begin = time.perf_counter()
         logits = self.model(tokens, cache=self.cache)[:, -1]
-        self.codec.after_chunk(self.cache)
+        self.contender.after_chunk(self.cache)
         following = logits.argmax(axis=-1, keepdims=True)
         seconds = time.perf_counter() - begin
         mx.async_eval(following)

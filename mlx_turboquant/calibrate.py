@@ -16,12 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from .compressible import (
-    Compressible,
-    check_compressible,
-    compressible_caches,
-    plain_caches,
-)
+from .compressible import Compressible, check_compressible, compressible_caches, plain_caches
 from .kernels.quantize import quantize
 from .kernels.storage import VALUE_MEAN_ENERGY, removable_mean, shared_quantizer
 from .profile import MEASURED_BITS, Divergences, Profile, at_least, fingerprint
@@ -79,30 +74,22 @@ def calibrate(
             )
     most = _scored_tokens(len(compressible), len(texts))
     scored = [min(most, len(part) // 2) for part in tokens.values()]
-    measured = []
+    measured = [[] for _ in compressible]
     progress(0, len(texts) * len(compressible))
-    for i, part in enumerate(tokens.values()):
-        pass_ = _Text(model, part, scored[i])
-        rows = []
-        for j, place in enumerate(compressible):
-            rows.append(pass_.divergences(place))
-            progress(i * len(compressible) + j + 1, len(texts) * len(compressible))
-        measured.append(rows)
+    for part, count in zip(tokens.values(), scored):
+        text = _Text(model, part, count)
+        for of_layer, place in zip(measured, compressible):
+            of_layer.append(text.divergences(place))
+            progress(sum(map(len, measured)), len(texts) * len(compressible))
         mx.clear_cache()
     keys, values = [], []
-    for j, place in enumerate(compressible):
+    for of_layer, place in zip(measured, compressible):
         sides: dict[str, Divergences] = {"keys": {}, "values": {}}
-        for row, (side, bits) in enumerate(_ROWS):
-            sides[side][bits] = tuple(at_least(rows[j][row]) for rows in measured)
+        for (side, bits), of_texts in zip(_ROWS, zip(*of_layer)):
+            sides[side][bits] = tuple(map(at_least, of_texts))
         keys.append(sides["keys"])
         values.append(None if place.values is None else sides["values"])
-    return Profile(
-        fingerprint=fingerprint(model),
-        texts=tuple(texts),
-        tokens=sum(scored),
-        keys=tuple(keys),
-        values=tuple(values),
-    )
+    return Profile(fingerprint(model), tuple(texts), sum(scored), tuple(keys), tuple(values))
 
 
 def divergence(exact: mx.array, other: mx.array) -> mx.array:
@@ -129,8 +116,10 @@ class _Text:
         for cache in self.caches:
             cache.state = tree_map(_as_rows, cache.state)
         mx.eval([cache.state for cache in self.caches])
-        with _recorded_inputs(model) as self.inputs:
+        recorders = [_Recorder(layer) for layer in _layers(model)]
+        with _replaced_layers(model, recorders):
             self.exact = self._log_probabilities(copy.deepcopy(self.caches))[0]
+        self.inputs = [each.input for each in recorders if each.input is not None]
         mx.eval(self.exact, *self.inputs)
         self.can_skip = self._skipping_changes_nothing()
 
@@ -152,7 +141,8 @@ class _Text:
 
     def _log_probabilities(self, caches: list[Any], layer: int = 0) -> mx.array:
         """Of the scored tokens in all rows, from the recorded input of a ``layer`` on."""
-        with _skipped_layers(self.model, layer, self.inputs[layer] if layer else None):
+        skipped = [_Skipped(each, self.inputs[layer]) for each in _layers(self.model)[:layer]]
+        with _replaced_layers(self.model, skipped):
             logits = self.model(self.scored, cache=caches)
         return nn.log_softmax(logits.astype(mx.float32), axis=-1)
 
@@ -214,23 +204,6 @@ class _Skipped(_Wrapped):
 
     def __call__(self, *arguments: Any, **keywords: Any) -> mx.array:
         return self.output
-
-
-@contextmanager
-def _recorded_inputs(model: nn.Module) -> Iterator[list[mx.array]]:
-    """The inputs of all layers of the model that are called meanwhile, filled at the end."""
-    inputs: list[mx.array] = []
-    recorders = [_Recorder(layer) for layer in _layers(model)]
-    with _replaced_layers(model, recorders):
-        yield inputs
-    inputs += [each.input for each in recorders if each.input is not None]
-
-
-@contextmanager
-def _skipped_layers(model: nn.Module, count: int, output: mx.array) -> Iterator[None]:
-    skipped = [_Skipped(layer, output) for layer in _layers(model)[:count]]
-    with _replaced_layers(model, skipped):
-        yield
 
 
 @contextmanager

@@ -31,6 +31,14 @@ class Compressible(NamedTuple):
         cache = prompt_cache[self.layer]
         return cache if self.part is None else cache.caches[self.part]
 
+    def put(self, prompt_cache: list[Any], cache: Any) -> None:
+        """Put another cache in its place in a prompt cache of the model."""
+        if self.part is not None:
+            parts = list(prompt_cache[self.layer].caches)
+            parts[self.part] = cache
+            cache = mlx_lm_cache.CacheList(*parts)
+        prompt_cache[self.layer] = cache
+
 
 def plain_caches(model: nn.Module) -> list[Any]:
     """The caches that mlx-lm makes for a model that is not enabled."""
@@ -82,12 +90,7 @@ def compressed_caches(
             max_size=settings.max_size,
             seed=settings.seed,
         )
-        if place.part is None:
-            caches[place.layer] = compressed
-        else:
-            parts = list(caches[place.layer].caches)
-            parts[place.part] = compressed
-            caches[place.layer] = mlx_lm_cache.CacheList(*parts)
+        place.put(caches, compressed)
     return caches
 
 

@@ -8,7 +8,7 @@ from mlx_lm.models.cache import KVCache
 
 from .cache.single import TurboQuantKVCache
 from .compressible import flat_caches
-from .evaluate import CHUNK, GROUP_SIZE, Codec
+from .contenders import CHUNK, GROUP_SIZE, Contender
 from .kernels.storage import GROWTH, LEAST_GROWTH
 
 # For heads of other widths, MLX's attention over many queries has all scores in memory at once.
@@ -50,26 +50,34 @@ class Footprint(NamedTuple):
         return few
 
 
-def footprint(model: nn.Module, codec: Codec) -> Footprint:
-    """That of the caches that ``codec`` makes for a model, none of which is evaluated.
+def footprint(model: nn.Module, contender: Contender) -> Footprint:
+    """That of the caches that ``contender`` makes for a model, none of which is evaluated.
 
     One token goes through the model lazily, which tells heads and dimensions.
+
+    Raises:
+        ValueError: a simulated cache, or a model that the cache is not for.
     """
-    cache = codec.make_cache(model)
+    if contender.codec is not None:
+        raise ValueError(
+            f"The cache {contender.name} is only simulated, by dense arrays: use `mlx_turboquant "
+            "evaluate` for it."
+        )
+    cache = contender.make_cache(model)
     model(mx.zeros((1, 1), mx.int32), cache=cache)
     per_token, constant, bounded, workspaces = 0.0, 0.0, [], [0.0]
     for layer in flat_caches(cache):
         if isinstance(layer, TurboQuantKVCache):
             per_token += layer.token_nbytes * (1 + GROWTH)
             constant += layer.exact_nbytes + LEAST_GROWTH * layer.token_nbytes
-            workspaces.append(layer.fp16_nbytes + _scores(model, codec))  # dequantized
+            workspaces.append(layer.fp16_nbytes + _scores(model, contender))  # dequantized
         elif type(layer) is KVCache:
             dense = _token_nbytes(layer)
-            if codec.mlx_lm_bits is not None:
-                dense *= (codec.mlx_lm_bits + 32 / GROUP_SIZE) / (8 * layer.keys.itemsize)
+            if contender.mlx_lm_bits is not None:
+                dense *= (contender.mlx_lm_bits + 32 / GROUP_SIZE) / (8 * layer.keys.itemsize)
             per_token += dense
             # A cache is copied when it grows.
-            workspaces.append(dense + _scores(model, codec))
+            workspaces.append(dense + _scores(model, contender))
         elif getattr(layer, "max_size", None):
             bounded.append((_token_nbytes(layer), layer.max_size))
         else:
@@ -85,12 +93,12 @@ def chunk_nbytes(model: nn.Module) -> int:
     return 8 * CHUNK * width
 
 
-def _scores(model: nn.Module, codec: Codec) -> int:
+def _scores(model: nn.Module, contender: Contender) -> int:
     """Bytes of the scores of a chunk for one token, where MLX does not fuse them: in 16 bits."""
     arguments = model.args
     heads = getattr(arguments, "num_attention_heads", 0)
     head_dim = getattr(arguments, "head_dim", None) or arguments.hidden_size // max(heads, 1)
-    fused = codec.mlx_lm_bits is None and head_dim in _FUSED_DIMS
+    fused = contender.mlx_lm_bits is None and head_dim in _FUSED_DIMS
     return 0 if fused else 2 * 2 * heads * CHUNK
 
 

@@ -16,13 +16,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from platformdirs import user_cache_path
 
-from .allocation import (
-    MIN_KEY_BITS,
-    MIN_VALUE_BITS,
-    Layer,
-    Side,
-    divergences_by_bits,
-)
+from .allocation import MIN_KEY_BITS, MIN_VALUE_BITS, Layer, Side, divergences_by_bits
 from .compressible import Compressible
 from .quantizer import CODEC_VERSION
 

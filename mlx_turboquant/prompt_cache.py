@@ -53,10 +53,7 @@ _CHECKSUM_KEY = "0.checksum"
 
 
 def save_prompt_cache(
-    file: str | Path,
-    cache: list[Any],
-    model: nn.Module,
-    metadata: dict[str, str] | None = None,
+    file: str | Path, cache: list[Any], model: nn.Module, metadata: dict[str, str] | None = None
 ) -> Path:
     """Save a prompt cache, packed as it is, for :func:`load_prompt_cache` with the same model.
 
@@ -77,9 +74,7 @@ def save_prompt_cache(
         "checksum": NO_CHECKSUM,
     }
     write_whole(
-        file,
-        lambda path: mlx_lm_cache.save_prompt_cache(str(path), cache, metadata),
-        _CHECKSUM_KEY,
+        file, lambda path: mlx_lm_cache.save_prompt_cache(str(path), cache, metadata), _CHECKSUM_KEY
     )
     return file
 

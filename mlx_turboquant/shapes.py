@@ -31,12 +31,8 @@ def _qwen3(**arguments: Any) -> dict[str, Any]:
 
 
 def _widths(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, int]:
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-    }
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate}
+    return {**sizes, "num_hidden_layers": layers, "num_attention_heads": heads}
 
 
 # The configurations that these models are published with, as far as they bear on shapes.

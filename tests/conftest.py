@@ -17,7 +17,7 @@ from mlx_lm.models import llama
 from platformdirs import user_cache_path
 
 from mlx_turboquant import disable
-from mlx_turboquant.cli.loading import prepare_for_device
+from mlx_turboquant.loading import prepare_for_device
 
 # Profiles of the user are not for tests, nor those of tests for the user.
 REAL_MODELS = user_cache_path("mlx_turboquant") / "models"
@@ -29,7 +29,7 @@ hypothesis.settings.register_profile("tests", deadline=None, derandomize="CI" in
 hypothesis.settings.load_profile("tests")
 
 REPOSITORY = Path(__file__).parents[1]
-sys.path.insert(0, str(REPOSITORY / "examples"))
+sys.path[:0] = [str(REPOSITORY / "examples"), str(REPOSITORY / "examples" / "studies")]
 
 
 PROMPT = mx.random.randint(0, 128, (200,), key=mx.random.key(3))

@@ -11,11 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from mlx_lm import batch_generate
 
 from mlx_turboquant import TurboQuantKVCache, enable, make_prompt_cache
-from mlx_turboquant.cache.batch import BatchTurboQuantKVCache
 from mlx_turboquant.cache.fetched import Link
 from mlx_turboquant.kernels.attention import decode_attention
 from mlx_turboquant.kernels.quantize import dense
-from mlx_turboquant.kernels.tokens import BLOCK, CAPACITY_UNIT
 
 # The package mlx_lm hides the module behind the function of the same name.
 generate = importlib.import_module("mlx_lm.generate")
@@ -293,9 +291,9 @@ def test_at_four_bits_a_batch_differs_by_less_than_the_codec(random_model):
     for step in range(40):
         tokens = mx.array([[step], [step + 1], [step + 2]])
         together = random_model(tokens, cache=batch)
-        for row, (cache, dense) in enumerate(zip(caches, exact)):
+        for row, (cache, plain) in enumerate(zip(caches, exact)):
             single, expected = (
-                random_model(tokens[row : row + 1], cache=layers)[0] for layers in (cache, dense)
+                random_model(tokens[row : row + 1], cache=layers)[0] for layers in (cache, plain)
             )
             codec = mx.linalg.norm(single - expected)
             assert mx.linalg.norm(together[row] - single) < 0.1 * codec

@@ -217,6 +217,7 @@ def test_what_cannot_be_calibrated_or_kept_is_named_and_the_command_goes_on(
     tiny_lm, monkeypatch, capsys, tmp_path
 ):
     model, tokenizer = tiny_lm
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no profile of another test
     monkeypatch.setattr(model, "_mlx_turboquant_choice", None, raising=False)
     arguments = Namespace(profile=None, calibrate=True)
     ensure_profile(model, None, arguments, {})  # a tokenizer that fails

@@ -7,28 +7,24 @@ from conftest import variant
 from tiny_families import FAMILIES, tiny_model
 
 from mlx_turboquant import disable, texts
-from mlx_turboquant.cli.loading import check_memory, device_nbytes
+from mlx_turboquant.contenders import EXACT, MLX_LM, preset
 from mlx_turboquant.evaluate import (
-    EXACT,
-    MLX_LM,
     REPLY_TOKENS,
     Comparison,
-    Needle,
-    Scores,
     divergence,
     passkey_prompt,
-    preset,
     read_first_chunk,
     sampled_tokens,
 )
+from mlx_turboquant.scores import Needle, Scores
 from mlx_turboquant.settings import Settings
 
 TOKENS = mx.random.randint(0, 128, (301,), key=mx.random.key(5)).tolist()
 SHORT = {"window": 16}
 
 
-def compare(model, *codecs, scored=100, greedy=0) -> list[Scores]:
-    comparison = Comparison(model, list(codecs))
+def compare(model, *contenders, scored=100, greedy=0) -> list[Scores]:
+    comparison = Comparison(model, list(contenders))
     comparison.text(TOKENS, scored, greedy)
     return comparison.scores
 
@@ -86,11 +82,11 @@ def test_a_model_that_mlx_lm_cannot_quantize_fails_in_its_line_only(random_model
 def test_the_first_departure_is_where_generation_differs(tiny_lm):
     model, tokenizer = tiny_lm
     tokens = tokenizer.encode("import os\n\nclass A:\n    def f(self, x):\n" * 30)
-    codec = preset("K1V1", window=0, sink_tokens=0)
-    comparison = Comparison(model, [codec])
+    contender = preset("K1V1", window=0, sink_tokens=0)
+    comparison = Comparison(model, [contender])
     comparison.text(tokens, 1, 24)
     texts = []
-    for cache in (None, codec.make_cache(model)):
+    for cache in (None, contender.make_cache(model)):
         replies = mlx_lm.stream_generate(
             model, tokenizer, tokens, max_tokens=24, prompt_cache=cache
         )
@@ -208,10 +204,9 @@ def test_presets_are_bits_or_a_split(name, bits):
 
 
 def test_presets_of_other_codecs_have_no_budget_of_layers():
-    codec = preset("qjl+affine:k3v2", uniform=True, window=16)
-    assert codec.name == "qjl+affine K3V2"
-    bits = {"key_bits": 3, "value_bits": 2}
-    assert codec.settings == Settings(codec="qjl+affine", window=16, **bits)
+    contender = preset("qjl+affine:k3v2", uniform=True, window=16)
+    assert (contender.name, contender.codec) == ("qjl+affine K3V2", "qjl+affine")
+    assert contender.settings == Settings(key_bits=3, value_bits=2, window=16)
 
 
 def test_qjl_hurts_attention(tiny_lm):
@@ -227,33 +222,14 @@ def test_qjl_hurts_attention(tiny_lm):
     assert [scores.bits for scores in comparison.scores[1:]] == [3.125, 3.1875, 3.125]
 
 
-def test_the_weights_are_counted_as_the_device_holds_them():
-    layer = nn.Linear(128, 64, bias=False)
-    dense = device_nbytes(layer)
-    assert dense == 128 * 64 * 4
-    quantized = nn.QuantizedLinear.from_linear(layer, bits=4)
-    on_cpu = mx.default_device().type == mx.DeviceType.cpu
-    assert device_nbytes(quantized) == (dense if on_cpu else 128 * 64 * (4 + 1) // 8)
-
-
-def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_read():
-    class Large(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weights = [mx.zeros((2**20, 2**20), mx.float16) for _ in range(8)]  # never made
-
-    with pytest.raises(ValueError, match=r"does not fit: it needs [\d,.]+ GB and this machine has"):
-        check_memory(Large())
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_first_chunk_that_is_read_once_for_all_caches_leaves_what_each_would_have_read(family):
     model = tiny_model(family)
     tokens = mx.random.randint(0, 512, (90,), key=mx.random.key(1))
-    codecs = [EXACT, *([preset("4", **SHORT)] if family != "deepseek_v32" else [])]
-    together = read_first_chunk(model, codecs, tokens[:80], lambda count: None)
-    for codec, shared in zip(codecs, together):
-        alone = codec.make_cache(model)
+    contenders = [EXACT, *([preset("4", **SHORT)] if family != "deepseek_v32" else [])]
+    together = read_first_chunk(model, contenders, tokens[:80])
+    for contender, shared in zip(contenders, together):
+        alone = contender.make_cache(model)
         model(tokens[None, :80], cache=alone)
         expected, logits = (model(tokens[None, 80:], cache=cache) for cache in (alone, shared))
         assert mx.array_equal(logits, expected)

@@ -9,8 +9,8 @@ from conftest import REPOSITORY
 from mlx_lm.models import cache as mlx_lm_cache
 from tiny_families import FAMILIES, tiny_model
 
-from mlx_turboquant import TurboQuantKVCache, disable, integration, make_prompt_cache
-from mlx_turboquant.batch_cache import BatchTurboQuantKVCache
+from mlx_turboquant import TurboQuantKVCache, disable, hook, make_prompt_cache
+from mlx_turboquant.cache.batch import BatchTurboQuantKVCache
 
 STEPS = 16
 LEFT = {
@@ -30,13 +30,13 @@ def family(request) -> str:
 def decode_calls(monkeypatch) -> list[int]:
     """The number of tokens that each call of the fused path has seen."""
     calls = []
-    original = integration.decode_attention
+    original = hook.decode_attention
 
     def counted(queries, tokens, *arguments):
         calls.append(tokens.count)
         return original(queries, tokens, *arguments)
 
-    monkeypatch.setattr(integration, "decode_attention", counted)
+    monkeypatch.setattr(hook, "decode_attention", counted)
     return calls
 
 

@@ -23,8 +23,9 @@ from mlx_turboquant import (
 )
 from mlx_turboquant.calibrate import calibrate
 from mlx_turboquant.choice import choice_of
-from mlx_turboquant.cli.loading import prepare_for_device
-from mlx_turboquant.evaluate import Comparison, greedy_tokens, passkey_prompt, preset
+from mlx_turboquant.contenders import preset
+from mlx_turboquant.evaluate import Comparison, greedy_tokens, passkey_prompt
+from mlx_turboquant.loading import prepare_for_device
 
 pytestmark = pytest.mark.real
 

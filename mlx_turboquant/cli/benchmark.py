@@ -13,12 +13,19 @@ import mlx_lm
 from .. import texts
 from ..benchmark import LEAST_NEW_TOKENS, Measurement, measure, median
 from ..choice import treat_layers_alike
-from ..evaluate import EXACT, MLX_LM, Codec, preset
+from ..contenders import EXACT, MLX_LM, Contender, preset
 from ..footprint import chunk_nbytes, footprint
+from ..loading import (
+    check_memory,
+    device_nbytes,
+    memory_nbytes,
+    model_errors,
+    prepare_for_device,
+    reason_of,
+)
 from ..shapes import SHAPES, random_model
 from .calibrate import ensure_profile
-from .loading import check_memory, device_nbytes, memory_nbytes, model_errors, prepare_for_device
-from .options import add_allocation_options, add_exact_token_options, given_settings
+from .options import add_comparison_options, check_least, given_settings
 from .results import drawing_tools, machine, write_results
 
 _PRESETS = ("4", "3")
@@ -31,9 +38,10 @@ _WARM_UP_TOKENS = 40
 def main(arguments: list[str]) -> None:
     """Run every cache at every context; prints a table and writes JSON and PNG."""
     args = _parser().parse_args(arguments)
-    _check_numbers(args)
+    least = {"contexts": 2, "batch": 1, "repeats": 1, "new_tokens": LEAST_NEW_TOKENS}
+    check_least(args, least)
     settings = given_settings(args, ("kv_window", "kv_sinks", "uniform"))
-    codecs = [EXACT, *MLX_LM, *(preset(name, **settings) for name in args.kv_bits)]
+    contenders = [EXACT, *MLX_LM, *(preset(name, **settings) for name in args.kv_bits)]
     with drawing_tools("benchmark"):
         from tqdm import tqdm
 
@@ -44,57 +52,73 @@ def main(arguments: list[str]) -> None:
     prepare_for_device(model)
     if tokenizer is None:
         treat_layers_alike(model)
-    elif any(codec.needs_profile for codec in codecs):
+    elif any(contender.needs_profile for contender in contenders):
         ensure_profile(model, tokenizer, args, settings)
-    runs = [(n, [c for c in codecs if _fits(model, c, n, args)]) for n in sorted(args.contexts)]
-    if not runs[0][1]:
+    run = _Run(model, tokens, args, contenders)
+    shortest, longest = min(args.contexts), max(args.contexts)
+    if not run.fitting[shortest]:
         raise ValueError(
-            f"{runs[0][0]:,} tokens do not fit beside the model with any cache: use a smaller "
+            f"{shortest:,} tokens do not fit beside the model with any cache: use a smaller "
             "context, batch or model."
         )
     mx.eval(model.parameters())
-    run = _Run(model, tokens, args)
-    total = args.repeats * sum(len(fitting) * (n + args.new_tokens) for n, fitting in runs)
-    with tqdm(total=total, unit="tokens", unit_scale=True) as bar:
-        for codec in codecs:
-            run.attempt(codec, min(_WARM_UP_CONTEXT, runs[-1][0]), _WARM_UP_TOKENS)
+    total = sum(len(fitting) * (n + args.new_tokens) for n, fitting in run.fitting.items())
+    with tqdm(total=args.repeats * total, unit="tokens", unit_scale=True) as bar:
+        for contender in contenders:
+            run.attempt(contender, min(_WARM_UP_CONTEXT, longest), _WARM_UP_TOKENS)
         run.progress = bar.update
-        for context, fitting in runs:
-            for codec in args.repeats * fitting:
-                run.attempt(codec, context, args.new_tokens)
-    result = run.result(runs, codecs)
+        for context, fitting in run.fitting.items():
+            for contender in args.repeats * fitting:
+                run.attempt(contender, context, args.new_tokens)
+    result = run.result()
     benchmark_pictures.print_table(result)
     write_results(args.out, "benchmark", result, benchmark_pictures.draw)
 
 
 class _Run:
-    """The measurements of one call by cache and context, and what was not possible."""
+    """The measurements of one call by cache and context, and what was not possible.
 
-    def __init__(self, model: nn.Module, tokens: list[int], args: argparse.Namespace):
+    ``fitting`` are the caches of a context that fit into memory, by :func:`.footprint.footprint`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokens: list[int],
+        args: argparse.Namespace,
+        contenders: list[Contender],
+    ):
         self.model = model
         self.tokens = tokens
         self.args = args
+        self.contenders = contenders
         self.measured: dict[tuple[str, int], list[Measurement]] = {}
         self.failures: dict[str, str] = {}
         self.progress = lambda tokens: None
+        left = memory_nbytes() - device_nbytes(model) - args.batch * chunk_nbytes(model)
+        longest = [footprint(model, c).longest(left / args.batch) for c in contenders]
+        self.fitting = {
+            n: [c for c, most in zip(contenders, longest) if n + args.new_tokens <= most]
+            for n in sorted(args.contexts)
+        }
 
-    def attempt(self, codec: Codec, context: int, new_tokens: int) -> None:
+    def attempt(self, contender: Contender, context: int, new_tokens: int) -> None:
         """Measure, unless the cache has failed before."""
-        if codec.name in self.failures:
+        if contender.name in self.failures:
             return
         repeated = self.tokens * -(-context // len(self.tokens))
         prompts = mx.array([repeated[:context]] * self.args.batch)
         try:
-            measured = measure(self.model, codec, prompts, new_tokens, self.progress)
+            measured = measure(self.model, contender, prompts, new_tokens, self.progress)
         except (RuntimeError, ValueError) as error:
-            if codec.settings is not None:
+            if contender.settings is not None:
                 raise
             # What mlx-lm's own caches say of a model that they do not support.
-            self.failures[codec.name] = (str(error) or type(error).__name__).splitlines()[0]
+            self.failures[contender.name] = reason_of(error)
             return
-        self.measured.setdefault((codec.name, context), []).append(measured)
+        self.measured.setdefault((contender.name, context), []).append(measured)
 
-    def result(self, runs: list[tuple[int, list[Codec]]], codecs: list[Codec]) -> dict[str, Any]:
+    def result(self) -> dict[str, Any]:
         """Everything, as it is written."""
         args = self.args
         return {
@@ -105,24 +129,24 @@ class _Run:
             "batch": args.batch,
             "new_tokens": args.new_tokens,
             "repeats": args.repeats,
-            "caches": [codec.name for codec in codecs],
-            "settings": {codec.name: asdict(codec.settings) for codec in codecs if codec.settings},
+            "caches": [c.name for c in self.contenders],
+            "settings": {c.name: asdict(c.settings) for c in self.contenders if c.settings},
             "failures": self.failures,
-            "runs": [self._cell(codec, n) for n, fitting in runs for codec in fitting],
+            "runs": [self._cell(c.name, n) for n, fitting in self.fitting.items() for c in fitting],
             "too_large": [
-                {"cache": codec.name, "context": n}
-                for n, fitting in runs
-                for codec in codecs
-                if codec not in fitting
+                {"cache": c.name, "context": n}
+                for n, fitting in self.fitting.items()
+                for c in self.contenders
+                if c not in fitting
             ],
         }
 
-    def _cell(self, codec: Codec, context: int) -> dict[str, Any]:
+    def _cell(self, cache: str, context: int) -> dict[str, Any]:
         # The warm-up may have had the same context: the last ones count.
-        measured = self.measured.get((codec.name, context), [])[-self.args.repeats :]
+        measured = self.measured.get((cache, context), [])[-self.args.repeats :]
         numbers = median(measured)._asdict() if measured else {}
         repeats = [each._asdict() for each in measured]
-        return {"cache": codec.name, "context": context, **numbers, "repeats": repeats}
+        return {"cache": cache, "context": context, **numbers, "repeats": repeats}
 
 
 def _model_and_tokens(args: argparse.Namespace) -> tuple[nn.Module, Any, list[int]]:
@@ -160,13 +184,6 @@ def shape_config(shape: str) -> dict[str, Any]:
         ) from error
 
 
-def _fits(model: nn.Module, codec: Codec, context: int, args: argparse.Namespace) -> bool:
-    """Whether the cache of a context fits into memory, by :func:`.footprint.footprint`."""
-    cache = args.batch * footprint(model, codec).prompt_nbytes(context + args.new_tokens)
-    chunk = args.batch * chunk_nbytes(model)
-    return device_nbytes(model) + chunk + cache <= memory_nbytes()
-
-
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """``--model`` or ``--shape``, one of which is needed."""
     group = parser.add_mutually_exclusive_group(required=True)
@@ -192,15 +209,7 @@ def _parser() -> argparse.ArgumentParser:
         help="Tokens of the prompt (default: " + " ".join(map(str, _CONTEXTS)) + ", as far as "
         "they fit)",
     )
-    add(
-        "--kv-bits",
-        nargs="+",
-        default=_PRESETS,
-        metavar="BITS",
-        help=f"Bits to measure, as 4, 3.5 or K5V3 (default: {' '.join(_PRESETS)})",
-    )
-    add_allocation_options(parser)
-    add_exact_token_options(parser)
+    add_comparison_options(parser, _PRESETS)
     add("--batch", type=int, default=1, help="Sequences at once (default: %(default)s)")
     add(
         "--new-tokens",
@@ -216,12 +225,3 @@ def _parser() -> argparse.ArgumentParser:
         help="Folder of benchmark.json and benchmark.png (default: %(default)s)",
     )
     return parser
-
-
-def _check_numbers(args: argparse.Namespace) -> None:
-    numbers = [("--contexts", context, 2) for context in args.contexts]
-    numbers += [("--batch", args.batch, 1), ("--repeats", args.repeats, 1)]
-    numbers += [("--new-tokens", args.new_tokens, LEAST_NEW_TOKENS)]
-    for option, number, least in numbers:
-        if number < least:
-            raise ValueError(f"{option} is {number}: use {least} or more.")

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.box import SIMPLE
@@ -12,8 +11,15 @@ from rich.table import Table
 from .results import print_rich
 
 _COLUMNS = (
-    *("context", "cache", "prefill tok/s", "first token s", "decode tok/s", "cache MB"),
-    *("peak MB, prefill", "peak MB, decode", "graph ms"),
+    "context",
+    "cache",
+    "prefill tok/s",
+    "first token s",
+    "decode tok/s",
+    "cache MB",
+    "peak MB, prefill",
+    "peak MB, decode",
+    "graph ms",
 )
 
 
@@ -75,7 +81,6 @@ def _per_second(run: dict[str, Any], name: str, batch: int) -> float:
 
 def draw(result: dict[str, Any], folder: Path) -> None:
     """Write benchmark.png: speed and memory against context, a line for each cache."""
-    matplotlib.use("agg")
     figure = Figure(figsize=(10, 7), layout="constrained")
     speeds, sizes = figure.subplots(2, 2)
     batch = result["batch"]

@@ -18,16 +18,10 @@ from ..allocation import Layer, allocate, chosen_sides, expected_divergence
 from ..calibrate import calibrate
 from ..choice import choice_of
 from ..kernels.storage import SCALE_NBYTES
-from ..profile import (
-    Profile,
-    find_profile,
-    fingerprint,
-    load_profile,
-    save_profile,
-)
+from ..loading import check_memory, model_errors, prepare_for_device, reason_of
+from ..profile import Profile, find_profile, fingerprint, load_profile, save_profile
 from ..settings import Settings
 from ..texts import read_texts
-from .loading import check_memory, model_errors, prepare_for_device
 from .results import print_rich
 
 _BUDGETS = (8, 6, 5, 4, 3.5, 3, 2.5, 2)
@@ -89,10 +83,9 @@ def _measured(model: nn.Module, tokenizer: Any, texts: dict[str, str] | None = N
         except ValueError:
             raise
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(
-                f"The model cannot be calibrated ({reason}): use --no-calibrate with the other "
-                "commands."
+                f"The model cannot be calibrated ({reason_of(error)}): "
+                "use --no-calibrate with the other commands."
             ) from error
 
 

@@ -1,19 +1,20 @@
 """``mlx_turboquant evaluate``: what a compressed cache does to the output of a model."""
 
 import argparse
+import itertools
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx_lm
 
 from .. import texts
 from ..compressible import check_compressible, compressible_caches
-from ..evaluate import MLX_LM, REPLY_TOKENS, Comparison, Scores, passkey_prompt, preset
+from ..contenders import MLX_LM, preset
+from ..evaluate import REPLY_TOKENS, Comparison, passkey_prompt
+from ..loading import check_memory, model_errors, prepare_for_device
 from ..methods import METHODS
 from .calibrate import ensure_profile
-from .loading import check_memory, model_errors, prepare_for_device
-from .options import add_allocation_options, add_exact_token_options, given_settings
+from .options import add_comparison_options, check_least, given_settings
 from .results import drawing_tools, machine, write_results
 
 _PRESETS = ("4", "3.5", "3", "2.5", "2")
@@ -24,7 +25,7 @@ def main(arguments: list[str]) -> None:
     args = _parser().parse_args(arguments)
     _check_numbers(args)
     settings = given_settings(args, ("kv_window", "kv_sinks", "uniform"))
-    codecs = [preset(name, **settings) for name in args.kv_bits]
+    contenders = [preset(name, **settings) for name in args.kv_bits]
     contents = texts.read_texts(args.text) if args.text else texts.bundled_texts()
     with drawing_tools("evaluate"):
         from tqdm import tqdm
@@ -37,17 +38,17 @@ def main(arguments: list[str]) -> None:
     name = ", ".join(map(str, args.text)) if args.text else "The bundled text"
     contexts = texts.contexts(tokenizer, contents, args.context + 1, args.samples, name)
     prompts = _passkey_prompts(tokenizer, contents, args)
-    # The exact log-probabilities, those of a codec, and what is computed of both.
+    # The exact log-probabilities, those of another cache, and what is computed of both.
     check_memory(model, 12 * args.scored * tokenizer.vocab_size)
     check_compressible(model, compressible_caches(model))  # before weights are read
     args.out.mkdir(parents=True, exist_ok=True)
     prepare_for_device(model)
     mx.eval(model.parameters())
-    if any(codec.needs_profile for codec in codecs):
+    if any(contender.needs_profile for contender in contenders):
         ensure_profile(model, tokenizer, args, settings)
-    for codec in codecs:
-        codec.make_cache(model)  # refuses what it cannot have before anything is measured
-    comparison = Comparison(model, [*MLX_LM, *codecs])
+    for contender in contenders:
+        contender.make_cache(model)  # refuses what it cannot have before anything is measured
+    comparison = Comparison(model, [*MLX_LM, *contenders])
     steps = sum(len(context) + args.greedy for context in contexts)
     steps += sum(len(prompt) + REPLY_TOKENS for prompt, *_ in prompts)
     steps += 2 * (len(contexts[0]) + args.generate) if args.generate else 0
@@ -59,25 +60,30 @@ def main(arguments: list[str]) -> None:
             comparison.needle(tokenizer, *prompt)
         for is_sampled in (False, True) if args.generate else ():
             comparison.generation(contexts[0], args.generate, is_sampled)
-    result = _result(args, contexts, comparison.scores)
+    scores = comparison.scores
+    result = {
+        **machine(),
+        "model": args.model,
+        "context": args.context,
+        "texts": len(contexts),
+        "scored": args.scored,
+        "greedy": args.greedy,
+        "codecs": [{**each.summary(), "by_position": each.by_position()} for each in scores],
+    }
     pictures.print_table(result)
     write_results(args.out, "evaluation", result, pictures.draw)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mlx_turboquant evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="mlx_turboquant evaluate",
+        description=__doc__,
+        epilog="--kv-bits prod:4 qjl+affine:K3V2 simulates caches of other codecs, of "
+        f"{', '.join(METHODS)}.",
+    )
     add = parser.add_argument
     add("--model", required=True, help="Folder of a model of mlx-lm, or its name on the hub")
-    add(
-        "--kv-bits",
-        nargs="+",
-        default=_PRESETS,
-        metavar="BITS",
-        help=f"Bits to compare, as 4, 3.5 or K5V3 (default: {' '.join(_PRESETS)}); "
-        f"other codecs, as prod:4 or qjl+affine:K3V2, of {', '.join(METHODS)}",
-    )
-    add_allocation_options(parser)
-    add_exact_token_options(parser)
+    add_comparison_options(parser, _PRESETS)
     add("--text", type=Path, nargs="+", help="Files to read in place of the bundled texts")
     add("--context", type=int, default=2048, help="Tokens of a text (default: %(default)s)")
     add("--samples", type=int, default=4, help="Texts of that length (default: %(default)s)")
@@ -125,11 +131,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
     if args.needle_lengths is None:
         args.needle_lengths = [args.context // 2, args.context]
     least = {"context": 2, "samples": 1, "scored": 1, "greedy": 0, "generate": 0}
-    least |= {"needle_depths": 1, "needle_trials": 1}
-    for name, limit in least.items():
-        if getattr(args, name) < limit:
-            option = "--" + name.replace("_", "-")
-            raise ValueError(f"{option} is {getattr(args, name)}: use {limit} or more.")
+    check_least(args, least | {"needle_depths": 1, "needle_trials": 1})
     if args.scored >= args.context:
         raise ValueError(
             f"{args.scored} scored tokens are not fewer than the context of {args.context}: "
@@ -141,25 +143,8 @@ def _passkey_prompts(tokenizer, contents: list[str], args: argparse.Namespace) -
     """(prompt, code, length, depth) for each question."""
     text = [token for tokens in texts.encode(tokenizer, contents) for token in tokens]
     depths = [i / max(args.needle_depths - 1, 1) for i in range(args.needle_depths)]
-    prompts = []
-    for length in args.needle_lengths:
-        for depth in depths:
-            for _ in range(args.needle_trials):
-                seed = len(prompts)
-                prompt = passkey_prompt(tokenizer, text, length, depth, seed, args.chat)
-                prompts.append((*prompt, length, depth))
-    return prompts
-
-
-def _result(
-    args: argparse.Namespace, contexts: list[list[int]], scores: list[Scores]
-) -> dict[str, Any]:
-    return {
-        **machine(),
-        "model": args.model,
-        "context": args.context,
-        "texts": len(contexts),
-        "scored": args.scored,
-        "greedy": args.greedy,
-        "codecs": [{**each.summary(), "by_position": each.by_position()} for each in scores],
-    }
+    places = itertools.product(args.needle_lengths, depths, range(args.needle_trials))
+    return [
+        (*passkey_prompt(tokenizer, text, length, depth, seed, args.chat), length, depth)
+        for seed, (length, depth, _) in enumerate(places)
+    ]

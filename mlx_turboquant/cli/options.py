@@ -66,15 +66,41 @@ def add_allocation_options(group: argparse._ActionsContainer) -> None:
 def add_exact_token_options(group: argparse._ActionsContainer) -> None:
     """Add the options of the tokens that stay exact."""
     group.add_argument(
-        "--kv-window",
-        type=int,
-        help=f"Recent tokens that stay exact (default: {DEFAULT_WINDOW})",
+        "--kv-window", type=int, help=f"Recent tokens that stay exact (default: {DEFAULT_WINDOW})"
     )
     group.add_argument(
         "--kv-sinks",
         type=int,
         help=f"First tokens that stay exact (default: {DEFAULT_SINK_TOKENS})",
     )
+
+
+def add_presets_option(parser: argparse.ArgumentParser, presets: tuple[str, ...]) -> None:
+    """Add the ``--kv-bits`` of several caches, each as :func:`.contenders.preset` reads it."""
+    parser.add_argument(
+        "--kv-bits",
+        nargs="+",
+        default=presets,
+        metavar="BITS",
+        help=f"Bits of our caches, as 4, 3.5 or K5V3 (default: {' '.join(presets)})",
+    )
+
+
+def add_comparison_options(parser: argparse.ArgumentParser, presets: tuple[str, ...]) -> None:
+    """Add the options of caches that are put side by side on one model."""
+    add_presets_option(parser, presets)
+    add_allocation_options(parser)
+    add_exact_token_options(parser)
+
+
+def check_least(args: argparse.Namespace, least: dict[str, int]) -> None:
+    """Raise ValueError if an option, or one of its numbers, is less than ``least`` allows."""
+    for name, limit in least.items():
+        given = getattr(args, name)
+        smallest = min(given) if isinstance(given, list | tuple) else given
+        if smallest < limit:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} is {smallest}: use {limit} or more.")
 
 
 def given_settings(args: argparse.Namespace, options: Iterable[str] = _SETTINGS) -> dict[str, Any]:

@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 from rich.box import SIMPLE
 from rich.table import Table
@@ -13,16 +12,22 @@ from rich.table import Table
 from .results import print_rich
 
 _COLUMNS = (
-    *("cache", "bits", "bytes", "KL mean", "median", "99 %", "ppl", "top-1"),
-    *("overlap", "departs", "codes"),
+    "cache",
+    "bits",
+    "bytes",
+    "KL mean",
+    "median",
+    "99 %",
+    "ppl",
+    "top-1",
+    "overlap",
+    "departs",
+    "codes",
 )
 
 
-_LABEL = {"fontsize": 8, "ha": "center"}
-
-
 def print_table(result: dict[str, Any]) -> None:
-    """One line for each codec."""
+    """One line for each cache."""
     table = Table(
         title=f"{result['texts']} texts of {result['context']:,} tokens, "
         f"the last {result['scored']} decoded; KL in nats",
@@ -34,16 +39,13 @@ def print_table(result: dict[str, Any]) -> None:
     for column in _COLUMNS:
         is_name = column == "cache"
         table.add_column(column, justify="left" if is_name else "right", no_wrap=is_name)
+    failed = [codec for codec in result["codecs"] if codec["failure"] is not None]
     for codec in result["codecs"]:
-        if codec["failure"] is not None:
-            table.add_row(codec["codec"], "-")
-        else:
-            table.add_row(*_cells(codec, result["greedy"]))
+        table.add_row(*([codec["codec"], "-"] if codec in failed else _cells(codec, result)))
     print_rich(table)
-    for codec in result["codecs"]:
-        if codec["failure"] is not None:
-            print(f"{codec['codec']} is not possible: {codec['failure']}")
-    _print_generations(result["codecs"])
+    for codec in failed:
+        print(f"{codec['codec']} is not possible: {codec['failure']}")
+    _print_generations([codec for codec in result["codecs"] if codec not in failed])
 
 
 def _print_generations(codecs: list[dict[str, Any]]) -> None:
@@ -60,15 +62,14 @@ def _print_generations(codecs: list[dict[str, Any]]) -> None:
         for number in range(1, stretches + 1):
             table.add_column(f"{number}/{stretches}", justify="right")
         for codec in codecs:
-            if codec["failure"] is None:
-                written = codec["generations"][i]
-                departure = "never" if written["departure"] is None else str(written["departure"])
-                losses = (f"{loss:.2f}" for loss in written["losses"])
-                table.add_row(codec["codec"], departure, *losses)
+            written = codec["generations"][i]
+            departure = "never" if written["departure"] is None else str(written["departure"])
+            losses = (f"{loss:.2f}" for loss in written["losses"])
+            table.add_row(codec["codec"], departure, *losses)
         print_rich(table)
 
 
-def _cells(codec: dict[str, Any], greedy: int) -> list[str]:
+def _cells(codec: dict[str, Any], result: dict[str, Any]) -> list[str]:
     departures = [d for d in codec["departures"] if d is not None]
     found = codec.get("needles_found")
     return [
@@ -79,14 +80,13 @@ def _cells(codec: dict[str, Any], greedy: int) -> list[str]:
         f"{codec['perplexity']:.3f}",
         f"{codec['top1_agreement']:.1%}",
         f"{codec['overlap']:.1%}",
-        f"{min(departures)}" if departures else f"> {greedy}",
+        f"{min(departures)}" if departures else f"> {result['greedy']}",
         "" if found is None else f"{found} of {len(codec['needles'])}",
     ]
 
 
 def draw(result: dict[str, Any], folder: Path) -> None:
     """Write kl.png and, if codes were hidden, needles.png."""
-    matplotlib.use("agg")
     codecs = [codec for codec in result["codecs"] if codec["failure"] is None]
     _divergences(result, codecs[1:]).savefig(folder / "kl.png", dpi=110)
     if "needles" in codecs[0]:
@@ -103,7 +103,8 @@ def _divergences(result: dict[str, Any], codecs: list[dict[str, Any]]) -> Figure
         axis.plot(bits, kl, "o", label="mlx_turboquant" if ours else "mlx-lm", color=f"C{1 - ours}")
         for c in points:
             place = (c["bits_per_value"], c["kl_mean"])
-            axis.annotate(c["codec"], place, (0, 6), textcoords="offset points", **_LABEL)
+            above = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center"}
+            axis.annotate(c["codec"], place, fontsize=8, **above)
     axis.set(
         yscale="log",
         xlabel="bits per value, scales included",
@@ -117,7 +118,7 @@ def _divergences(result: dict[str, Any], codecs: list[dict[str, Any]]) -> Figure
 
 
 def _needles(codecs: list[dict[str, Any]]) -> Figure:
-    """Share of codes found over length and depth, a panel for every codec."""
+    """Share of codes found over length and depth, a panel for every cache."""
     columns = min(4, len(codecs))
     rows = -(-len(codecs) // columns)
     # The exact cache was asked for all of them, the others where it found the code.

@@ -8,12 +8,12 @@ import mlx.nn as nn
 from mlx_lm.utils import _download, load_config
 
 from ..choice import treat_layers_alike
-from ..evaluate import EXACT, MLX_LM, preset
+from ..contenders import EXACT, MLX_LM, preset
 from ..footprint import chunk_nbytes, footprint
+from ..loading import device_nbytes, memory_nbytes, model_errors, weight_nbytes
 from ..shapes import random_model, unloaded_model
 from .benchmark import add_model_options, shape_config
-from .loading import device_nbytes, memory_nbytes, model_errors, weight_nbytes
-from .options import add_exact_token_options, given_settings
+from .options import add_exact_token_options, add_presets_option, check_least, given_settings
 
 _PRESETS = ("8", "6", "5", "4.5", "4", "3.5", "3", "2.5", "2")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
@@ -24,13 +24,13 @@ _SMALL_MAC = 36 * 2**30
 def main(arguments: list[str]) -> None:
     """Print the longest context and the bytes of a token for every cache."""
     args = _parser().parse_args(arguments)
-    if args.batch < 1:
-        raise ValueError(f"--batch is {args.batch}: use 1 or more.")
+    check_least(args, {"batch": 1})
     settings = given_settings(args, ("kv_window", "kv_sinks"))
-    codecs = [EXACT, *MLX_LM, *(preset(n, **settings) for n in args.kv_bits)]
+    contenders = [EXACT, *MLX_LM, *(preset(n, **settings) for n in args.kv_bits)]
     available, explanation = _available(args.memory)
     model, config = _model(args)
     treat_layers_alike(model)
+    footprints = [footprint(model, contender) for contender in contenders]
     # A Mac keeps the weights as they are; this machine may be a CPU.
     weights = weight_nbytes(model) if args.memory else device_nbytes(model)
     left = available - weights - args.batch * chunk_nbytes(model)
@@ -43,11 +43,10 @@ def main(arguments: list[str]) -> None:
     trained = config.get("max_position_embeddings")
     sequences = f", each of {args.batch} sequences" if args.batch > 1 else ""
     print(f"{'cache':15} {'bytes a token':>14} {'longest context':>16}{sequences}")
-    for codec in codecs:
-        cache = footprint(model, codec)
+    for contender, cache in zip(contenders, footprints):
         longest = cache.longest(left / args.batch)
         beyond = "  more than it was trained for" if trained and longest > trained else ""
-        print(f"{codec.name:15} {cache.per_token:14,.0f} {_tokens(longest):>16}{beyond}")
+        print(f"{contender.name:15} {cache.per_token:14,.0f} {_tokens(longest):>16}{beyond}")
     if trained:
         print(f"The model was trained for {trained:,} tokens.")
     print(
@@ -103,13 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="Memory of a Mac, as 16GB, in place of what this machine lets MLX use",
     )
-    parser.add_argument(
-        "--kv-bits",
-        nargs="+",
-        default=_PRESETS,
-        metavar="BITS",
-        help=f"Bits, as 4, 3.5 or K5V3 (default: {' '.join(_PRESETS)})",
-    )
+    add_presets_option(parser, _PRESETS)
     parser.add_argument("--batch", type=int, default=1, help="Sequences at once (default: 1)")
     add_exact_token_options(parser)
     return parser

@@ -1,6 +1,6 @@
 """The answer of a model about a long text with the exact cache, mlx-lm's 4 bits and ours.
 
-    python examples/answers.py --model MODEL --kv-bits 4 3 2
+    python examples/studies/answers.py --model MODEL --kv-bits 4 3 2
 
 The text is the beginning of a file (by default of a module of Python) and the question is about it,
 so that every word of the answer is read from the quantized cache. A model without a chat template
@@ -16,8 +16,9 @@ import mlx.core as mx
 import mlx_lm
 
 from mlx_turboquant import texts
-from mlx_turboquant.cli.loading import model_errors, prepare_for_device
-from mlx_turboquant.evaluate import EXACT, MLX_LM, greedy_tokens, preset, read_first_chunk, read_on
+from mlx_turboquant.contenders import EXACT, MLX_LM, preset
+from mlx_turboquant.evaluate import greedy_tokens, read_first_chunk, read_on
+from mlx_turboquant.loading import model_errors, prepare_for_device
 
 QUESTION = "What is this Python module for? Answer in three sentences."
 _BUNDLED = 4  # of the bundled texts, the source of pickle
@@ -48,7 +49,7 @@ def main() -> None:
     add("--tokens", type=int, default=80, help="of an answer, at most (default: 80)")
     args = parser.parse_args()
     try:
-        codecs = [EXACT, MLX_LM[1], *map(preset, args.kv_bits)]
+        contenders = [EXACT, MLX_LM[1], *map(preset, args.kv_bits)]
         text = texts.read_texts([args.text])[0] if args.text else texts.bundled_texts()[_BUNDLED]
         with model_errors(args.model):
             model, tokenizer = mlx_lm.load(args.model)
@@ -60,17 +61,17 @@ def main() -> None:
     prepare_for_device(model)
     tokens = mx.array(prompt[:-1])
     print("| cache | answer |\n|---|---|")
-    caches = read_first_chunk(model, codecs, tokens, lambda count: None)
-    for codec, cache in zip(codecs, caches):
+    caches = read_first_chunk(model, contenders, tokens)
+    for contender, cache in zip(contenders, caches):
         try:
-            read_on(model, codec, cache, tokens, lambda count: None)
+            read_on(model, contender, cache, tokens)
         except NotImplementedError as error:  # mlx-lm does not quantize every kind of cache
-            print(f"| {codec.name} | not possible: {error} |", flush=True)
+            print(f"| {contender.name} | not possible: {error} |", flush=True)
             continue
         reply = islice(greedy_tokens(model, cache, prompt[-1]), args.tokens)
         reply = list(takewhile(lambda token: token not in tokenizer.eos_token_ids, reply))
         answer = tokenizer.decode(reply).strip().replace("|", "\\|").replace("\n", "<br>")
-        print(f"| {codec.name} | {answer} |", flush=True)
+        print(f"| {contender.name} | {answer} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Trains examples/tiny-lm: a small Llama that writes Python and finds hidden codes in 8192 tokens.
 
-    python examples/train_tiny_lm.py --out my-tiny-lm
+    python examples/studies/train_tiny_lm.py --out my-tiny-lm
 
 The text is Python source code, by default this interpreter's standard library. Part of the
 sequences hide passkeys (see mlx_turboquant/needle.py) and end with questions about them, first in

@@ -1,14 +1,14 @@
 """Time of one layer's decode attention: MLX's own caches and ours, in one run.
 
-    python examples/bench_attention.py --tokens 4096 32768 131072
-    python examples/bench_attention.py --groups 1 4 8 --head-dims 64 128 256 --batches 1 8
+    python examples/studies/bench_attention.py --tokens 4096 32768 131072
+    python examples/studies/bench_attention.py --groups 1 4 8 --head-dims 64 128 256 --batches 1 8
 
 The arms alternate. A measurement is a chain of independent calls in one evaluation, which hides the
 gaps between launches; where a call is shorter than the time that MLX takes to launch it, the chain
 shows that time. For the kernels alone, run one call of each arm under a profiler:
 
     ncu -k regex:"turboquant|sdpa" --metrics gpu__time_duration.sum \
-        python examples/bench_attention.py --once
+        python examples/studies/bench_attention.py --once
 """
 
 import argparse
@@ -23,8 +23,9 @@ from typing import NamedTuple
 import mlx.core as mx
 from mlx_lm.models.base import quantized_scaled_dot_product_attention
 
-from mlx_turboquant.attention import CachedTokens, decode_attention
-from mlx_turboquant.storage import PackedTokens, append_all
+from mlx_turboquant.kernels.attention import decode_attention
+from mlx_turboquant.kernels.storage import PackedTokens, layouts_of
+from mlx_turboquant.kernels.tokens import CachedTokens
 
 PRESETS = ((4, 4), (4, 2), (3, 3), (8, 4))
 CHUNK = 8192
@@ -72,16 +73,18 @@ def affine_arm(keys: mx.array, values: mx.array, scale: float, bits: int) -> Arm
 
 def compressed_arm(keys, values, scale, key_bits, value_bits) -> Arm:
     """Four sinks and 128 recent tokens exact, the rest packed."""
-    packed = [PackedTokens(key_bits, 0, True), PackedTokens(value_bits, 0, False)]
+    packed = PackedTokens(layouts_of(key_bits, value_bits), seed=0)
     last = keys.shape[2] - 128
     for start in range(4, last, CHUNK):
         new_keys, new_values = (x[:, :, start : min(start + CHUNK, last)] for x in (keys, values))
-        append_all(packed, [new_keys, new_values])
-        mx.eval([(store.codes, store.scales) for store in packed])
+        packed.append([new_keys, new_values])
+        mx.eval(packed.arrays)
     exact = [mx.concatenate([x[:, :, :4], x[:, :, last:]], axis=2) for x in (keys, values)]
     mx.eval(exact)
-    tokens = CachedTokens(*packed, *exact, exact_count=132, sink_count=4, recent_start=4)
-    nbytes = sum(x.nbytes for x in exact) + sum(x.nbytes for store in packed for x in store.used())
+    tokens = CachedTokens(
+        *packed.sides, packed.count, *exact, exact_count=132, sink_count=4, recent_start=4
+    )
+    nbytes = sum(x.nbytes for x in (*exact, *packed.used()))
     return Arm(lambda queries: decode_attention(queries, tokens, scale), nbytes)
 
 

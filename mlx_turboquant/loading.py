@@ -1,4 +1,4 @@
-"""What the commands do with a model between loading and use."""
+"""What is done with a model between loading and use."""
 
 import os
 from collections.abc import Iterator
@@ -10,16 +10,20 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import dequantize_model
 
 
+def reason_of(error: Exception) -> str:
+    """The first line of what an error says, or its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @contextmanager
 def model_errors(name: str) -> Iterator[None]:
     """Turn what loading a model raises for a wrong name into one ValueError."""
     try:
         yield
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"Model {name!r} cannot be loaded ({reason}): give the folder of a model of mlx-lm, "
-            "or its name on the Hugging Face hub."
+            f"Model {name!r} cannot be loaded ({reason_of(error)}): "
+            "give the folder of a model of mlx-lm, or its name on the Hugging Face hub."
         ) from error
 
 

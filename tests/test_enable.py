@@ -12,9 +12,9 @@ from mlx_turboquant import (
     cache_size,
     disable,
     enable,
-    kernels,
     make_prompt_cache,
 )
+from mlx_turboquant.kernels import runtime
 
 
 def test_eight_bits_change_the_logits_by_less_than_a_percent(random_model):
@@ -102,8 +102,8 @@ def test_a_model_without_kv_layers_is_refused():
 
 def test_the_backend_can_be_forced(random_model):
     make_prompt_cache(random_model, backend="reference")
-    assert kernels.backend() == "reference"
-    kernels.force_backend(None)
+    assert runtime.backend() == "reference"
+    runtime.force_backend(None)
 
 
 @pytest.mark.parametrize(

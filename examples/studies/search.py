@@ -1,7 +1,7 @@
 """VectorIndex beside faiss's product and scalar quantizers at the same bytes, and exact search.
 
     pip install ".[embeddings,search]"
-    python examples/search.py --png search.png
+    python examples/studies/search.py --png search.png
 
 Indexes embeddings of the sentences that Python says of itself, and clustered vectors of 200, 1 536
 and 3 072 dimensions. Prints, for each, how often the nearest vector is among the first k, how many

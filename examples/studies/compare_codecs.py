@@ -1,6 +1,6 @@
 """Our codec beside others, and with a mean for every tile of keys, at the same bits in all of them.
 
-    python examples/compare_codecs.py --model examples/tiny-lm --kv-bits K4V4 K3V3
+    python examples/studies/compare_codecs.py --model examples/tiny-lm --kv-bits K4V4 K3V3
 
 All are simulated alike: 4 sinks and a window of 128 stay exact, and blocks of 128 tokens leave it.
 ``--kv-bits`` with one number allocates bits to the layers by the profile of the model, if it has
@@ -18,48 +18,74 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 import numpy as np
-from simulated_cache import (
-    Rounding,
-    SimulatedCache,
-    affine,
-    kvarn,
-    turboquant,
-    turboquant_mse,
-    turboquant_with_tile_means,
-)
 from tqdm import tqdm
 
 from mlx_turboquant import texts
 from mlx_turboquant.choice import choice_of
-from mlx_turboquant.cli.loading import prepare_for_device
-from mlx_turboquant.evaluate import (
-    CHUNK,
-    EXACT,
-    divergence,
-    log_probabilities,
-    preset,
-    read_prompt,
-)
+from mlx_turboquant.contenders import CHUNK, EXACT, preset
+from mlx_turboquant.evaluate import divergence, log_probabilities, read_prompt
+from mlx_turboquant.kernels.storage import VALUE_MEAN_ENERGY, removable_mean
+from mlx_turboquant.loading import prepare_for_device
+from mlx_turboquant.methods import KVarN
+from mlx_turboquant.simulated import MethodRounding, Rounding, SimulatedCache
 
 WINDOW, SINKS, BLOCK = 128, 4, 128
 
 
 class Arm(NamedTuple):
-    """A codec: a rounding of keys and one of values for so many bits.
+    """A codec: a rounding of keys and one of values, for so many bits and values of a vector.
 
     ``extra`` are the bits that it stores besides, for each value of vectors of a dimension.
     """
 
     name: str
-    keys: Callable[[int], Rounding]
-    values: Callable[[int], Rounding]
+    keys: Callable[[int, int], Rounding]
+    values: Callable[[int, int], Rounding]
     extra: Callable[[int], float]
+
+
+def turboquant(bits: int, dim: int, are_keys: bool) -> Rounding:
+    """Our codec, with the mean that the first block had."""
+    codec = MethodRounding("turboquant", bits, dim)
+    means: list[mx.array] = []
+
+    def rounding(x: mx.array) -> mx.array:
+        if not means:
+            means.append(removable_mean(x, 0.0 if are_keys else VALUE_MEAN_ENERGY))
+        return (codec(x - means[0]) + means[0]).astype(x.dtype)
+
+    return rounding
+
+
+def turboquant_with_tile_means(bits: int, dim: int, tile: int, mean_bits: int) -> Rounding:
+    """Our codec with a mean for every ``tile`` tokens, itself in ``mean_bits`` with one scale."""
+    codec = MethodRounding("turboquant", bits, dim)
+    most = 2 ** (mean_bits - 1) - 1
+
+    def rounding(x: mx.array) -> mx.array:
+        means = mx.unflatten(x.astype(mx.float32), 2, (-1, tile)).mean(axis=3)
+        scales = mx.abs(means).max(axis=-1, keepdims=True) / most
+        scales = mx.maximum(scales.astype(mx.bfloat16).astype(mx.float32), 1e-9)
+        means = mx.clip(mx.round(means / scales), -most, most) * scales
+        means = mx.repeat(means, tile, axis=2)
+        return (codec(x - means) + means).astype(x.dtype)
+
+    return rounding
+
+
+def kvarn(bits: int, dim: int, by_channel: bool) -> Rounding:
+    """KVarN; ``by_channel`` for keys."""
+    method = KVarN(dim, bits, by_channel=by_channel)
+    return lambda x: method.dequantize(method.quantize(x), x.dtype)
+
+
+affine, turboquant_mse = (partial(MethodRounding, name) for name in ("affine", "mse"))
 
 
 def _tile_means(tile: int, mean_bits: int) -> Arm:
     return Arm(
         f"mean of {tile} keys in {mean_bits} bits",
-        lambda bits: turboquant_with_tile_means(bits, tile, mean_bits),
+        partial(turboquant_with_tile_means, tile=tile, mean_bits=mean_bits),
         partial(turboquant, are_keys=False),
         lambda dim: 16 / dim + (mean_bits + 16 / dim) / tile / 2,
     )
@@ -96,12 +122,11 @@ class Candidate(NamedTuple):
         """A prompt cache with the tokens of the exact one ``read``."""
         caches = copy.deepcopy(read)
         for place, bits in zip(choice_of(model).compressible, self.bits):
-            pair = (side(b) for side, b in zip((self.arm.keys, self.arm.values), bits))
-            simulated = SimulatedCache(*pair, WINDOW, SINKS, BLOCK)
-            exact = place.of(read)
-            keys, values = (x[:, :, : exact.offset] for x in (exact.keys, exact.values))
-            simulated.update_and_fetch(keys, values)
-            caches[place.layer] = simulated
+            key_rounding = self.arm.keys(bits[0], place.keys.dim)
+            value_rounding = self.arm.values(bits[1], place.values.dim)
+            simulated = SimulatedCache(key_rounding, value_rounding, WINDOW, SINKS, BLOCK)
+            simulated.update_and_fetch(*place.of(read).keys_and_values())
+            place.put(caches, simulated)
         return caches
 
     def bits_per_value(self, model: nn.Module) -> float:
@@ -126,8 +151,8 @@ def measure(
     bar = tqdm(total=len(contexts) * len(candidates), unit="texts")
     for context in map(mx.array, contexts):
         start = len(context) - scored
-        read = read_prompt(model, EXACT, context[:start], lambda tokens: None)
-        decode = partial(log_probabilities, model, tokens=context[start:], progress=lambda n: None)
+        read = read_prompt(model, EXACT, context[:start])
+        decode = partial(log_probabilities, model, tokens=context[start:])
         exact = list(decode(cache=copy.deepcopy(read)))
         for i, candidate in enumerate(candidates):
             pairs = zip(exact, decode(cache=candidate.filled_cache(model, read)))

@@ -1,7 +1,7 @@
 """The tables and figures of the TurboQuant paper (arXiv 2504.19874), for it and its relatives.
 
     pip install ".[embeddings,evaluate]"
-    python examples/reproduce_paper.py --out docs
+    python examples/studies/reproduce_paper.py --out docs
 
 Random vectors on the sphere in 128 dimensions come first: every number stands beside its reference
 and the deviation from it. References are exact where there is a closed form, and else from 100 000
@@ -25,8 +25,8 @@ from matplotlib.figure import Figure
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_turboquant import texts
-from mlx_turboquant.cli.loading import prepare_for_device
 from mlx_turboquant.codebook import codebook, distortion, lloyd_max_levels
+from mlx_turboquant.loading import prepare_for_device
 from mlx_turboquant.methods import METHODS, make_method
 from mlx_turboquant.methods.polar import LEVELS, angle_levels
 from mlx_turboquant.rotation import Rotation
@@ -258,7 +258,7 @@ def print_inner_products(curves: dict[str, list[tuple]], bits: int) -> None:
 
 def keys_of_tiny_lm() -> mx.array:
     """Keys of a layer of the bundled model that reads a text, as unit vectors (n, 128)."""
-    model, tokenizer = mlx_lm.load(str(Path(__file__).with_name("tiny-lm")))
+    model, tokenizer = mlx_lm.load(str(Path(__file__).parents[1] / "tiny-lm"))
     prepare_for_device(model)
     text = texts.encode(tokenizer, texts.bundled_texts()[:1])[0][:2048]
     cache = make_prompt_cache(model)

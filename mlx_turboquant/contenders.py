@@ -1,0 +1,114 @@
+"""The caches that are put side by side: the exact one, mlx-lm's, ours, and simulated ones."""
+
+import importlib
+import re
+from typing import Any, NamedTuple
+
+import mlx.nn as nn
+from mlx_lm.models.cache import KVCache, QuantizedKVCache
+
+from .compressible import flat_caches, plain_caches
+from .enable import make_prompt_cache
+from .report import bits_per_value
+from .settings import Settings
+from .simulated import method_roundings, simulated_prompt_cache
+
+_mlx_lm_generate = importlib.import_module("mlx_lm.generate")
+
+# mlx-lm reads prompts in chunks of this size, and quantizes its own cache in these groups.
+CHUNK = 2048
+GROUP_SIZE = 64
+
+
+class Contender(NamedTuple):
+    """A cache to put beside others: the exact one, or that of one of the other fields.
+
+    ``mlx_lm_bits`` are those of mlx-lm's quantized cache, ``settings`` those of ours. With a
+    ``codec`` as well, one or two of :data:`.methods.METHODS`, it is a simulated one.
+    """
+
+    name: str
+    mlx_lm_bits: int | None = None
+    settings: Settings | None = None
+    codec: str | None = None
+
+    @property
+    def needs_profile(self) -> bool:
+        """Whether bits are chosen by what calibration found out about the model."""
+        return self.settings is not None and not self.settings.is_fixed
+
+    def make_cache(self, model: nn.Module) -> list[Any]:
+        """An empty prompt cache.
+
+        Raises:
+            ValueError: a model that this cache is not for.
+        """
+        if self.settings is None:
+            return plain_caches(model)
+        if self.codec is None:
+            return make_prompt_cache(model, self.settings)
+        return simulated_prompt_cache(model, self.codec, self.settings)
+
+    def after_chunk(self, cache: list[Any]) -> None:
+        """What mlx-lm does after every chunk of a prompt: its own cache is quantized then."""
+        _mlx_lm_generate.maybe_quantize_kv_cache(cache, 0, GROUP_SIZE, self.mlx_lm_bits)
+
+    def bits_per_value(self, cache: list[Any]) -> float:
+        """Bits that one more value takes, scales included; 16 where nothing is quantized."""
+        if any(isinstance(layer, QuantizedKVCache) for layer in cache):
+            return self.mlx_lm_bits + 32 / GROUP_SIZE
+        return 16.0 if self.settings is None else bits_per_value(cache)
+
+    def token_nbytes(self, cache: list[Any]) -> float:
+        """Bytes that one more token takes in the layers that hold all tokens, in a 16-bit model."""
+        values = sum(map(_token_values, flat_caches(cache)))
+        return values * self.bits_per_value(cache) / 8
+
+
+EXACT = Contender("exact")
+MLX_LM = (Contender("mlx-lm 8 bits", 8), Contender("mlx-lm 4 bits", 4))
+
+
+def preset(name: str, **settings: Any) -> Contender:
+    """Our cache with a setting as ``4``, ``3.5`` (bits) or ``K5V3`` (of keys and values).
+
+    With the names of methods before it, as ``prod:4`` or ``qjl+affine:K3V2``, a simulated one:
+    all layers have the same bits, and keys one more at a half. ``settings`` are other
+    fields of :class:`.Settings`.
+
+    Raises:
+        ValueError: a name of another form, or bits that cannot be.
+    """
+    codec, colon, bits_name = name.rpartition(":")
+    split = re.fullmatch(r"[Kk](\d)[Vv](\d)", bits_name)
+    if split:
+        settings["key_bits"], settings["value_bits"] = map(int, split.groups())
+    elif re.fullmatch(r"\d(\.\d*)?", bits_name):
+        settings["bits"] = float(bits_name)
+    else:
+        raise ValueError(
+            f"{name!r} is not a preset: use bits as 4 or 3.5, a split as K5V3, "
+            "or another codec and its bits as prod:4."
+        )
+    label = bits_name.upper() if split else f"{bits_name} bits"
+    if not colon:
+        return Contender(label, settings=Settings(**settings))
+    if not split:
+        bits = settings.pop("bits")
+        settings["key_bits"], settings["value_bits"] = int(bits + 0.5), int(bits)
+    settings.pop("uniform", None)
+    contender = Contender(f"{codec} {label}", settings=Settings(**settings), codec=codec)
+    method_roundings(codec, contender.settings)  # refuses what no model can have
+    return contender
+
+
+def _token_values(layer: Any) -> int:
+    """Values of one token, of all heads: none in layers that are bounded or hold no tokens."""
+    if hasattr(layer, "token_values"):
+        return layer.token_values
+    if isinstance(layer, QuantizedKVCache):
+        groups = (scales.shape[1] * scales.shape[3] for _, scales, _ in (layer.keys, layer.values))
+        return GROUP_SIZE * sum(groups)
+    if type(layer) is KVCache:
+        return sum(x.shape[1] * x.shape[3] for x in (layer.keys, layer.values))
+    return 0

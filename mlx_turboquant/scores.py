@@ -1,0 +1,110 @@
+"""What is measured of the caches of a comparison, and its numbers for tables and files."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .contenders import Contender
+
+
+class Needle(NamedTuple):
+    """One question about a code hidden at ``depth`` (0 to 1) of ``length`` tokens."""
+
+    length: int
+    depth: float
+    found: bool
+
+
+class Generation(NamedTuple):
+    """What a cache wrote after a prompt, greedily or with random numbers that all caches share.
+
+    ``losses`` are those of its tokens, in nats, under the model with the exact cache: they rise if
+    errors feed on themselves. ``departure`` is the first token that is not that of the exact cache.
+    """
+
+    is_sampled: bool
+    tokens: list[int]
+    losses: list[float]
+    departure: int | None
+
+    def summary(self, bins: int = 10) -> dict[str, Any]:
+        """Numbers for a file: mean losses of stretches of the tokens."""
+        parts = np.array_split(np.array(self.losses), bins)
+        return {
+            "sampled": self.is_sampled,
+            "tokens": len(self.tokens),
+            "departure": self.departure,
+            "losses": [float(part.mean()) for part in parts if part.size],
+        }
+
+
+@dataclass
+class Scores:
+    """What was measured of one cache; arrays are over all scored tokens, in nats.
+
+    ``bits`` are those of one more value with its share of a scale, ``token_nbytes`` the bytes of
+    one more token; ``bits_in_all`` what a value of this text took, exact tokens and free space
+    included (0 for the caches of mlx-lm, 16 for a simulated one, which is dense).
+    ``positions`` are those of the scored tokens in their text; ``departures`` has for every text
+    the first of ``greedy`` tokens that is not that of the exact cache, or None. ``overlaps`` are 1
+    less the total variation between the distributions, which is the share of tokens drafted by
+    one of them that the other accepts.
+    """
+
+    contender: Contender
+    bits: float = 0.0
+    token_nbytes: float = 0.0
+    bits_in_all: float = 0.0
+    positions: list[int] = field(default_factory=list)
+    divergences: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    agreements: list[bool] = field(default_factory=list)
+    overlaps: list[float] = field(default_factory=list)
+    departures: list[int | None] = field(default_factory=list)
+    needles: list[Needle] = field(default_factory=list)
+    generations: list[Generation] = field(default_factory=list)
+    failure: str | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """Numbers for a table or a file."""
+        measured = {
+            "codec": self.contender.name,
+            "bits_per_value": self.bits,
+            "token_nbytes": self.token_nbytes,
+            "bits_in_all": self.bits_in_all,
+            "departures": self.departures,
+            "failure": self.failure,
+        }
+        if self.failure is not None:
+            return measured
+        if self.divergences:
+            median, p99 = np.percentile(self.divergences, (50, 99))
+            measured |= {
+                "kl_mean": float(np.mean(self.divergences)),
+                "kl_median": float(median),
+                "kl_p99": float(p99),
+                "perplexity": float(np.exp(np.mean(self.losses))),
+                "top1_agreement": float(np.mean(self.agreements)),
+                "overlap": float(np.mean(self.overlaps)),
+            }
+        if self.needles:
+            measured["needles_found"] = sum(needle.found for needle in self.needles)
+            measured["needles"] = [needle._asdict() for needle in self.needles]
+        if self.generations:
+            measured["generations"] = [each.summary() for each in self.generations]
+        return measured
+
+    def by_position(self, bins: int = 8) -> list[dict[str, float]]:
+        """Divergence and perplexity in stretches of the scored positions."""
+        parts = np.array_split(np.unique(self.positions), bins)
+        insides = ((part, np.isin(self.positions, part)) for part in parts if part.size)
+        return [
+            {
+                "first": int(part[0]),
+                "last": int(part[-1]),
+                "kl_mean": float(np.mean(np.array(self.divergences)[inside])),
+                "perplexity": float(np.exp(np.mean(np.array(self.losses)[inside]))),
+            }
+            for part, inside in insides
+        ]

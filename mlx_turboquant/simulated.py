@@ -1,0 +1,155 @@
+"""Caches of dense arrays that are rounded as by any codec: for study, they save no memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import KVCache
+
+from .compressible import check_compressible, compressible_caches, plain_caches
+from .kernels.tokens import BLOCK
+from .methods import Method, make_method
+from .methods.common import map_arrays
+from .settings import Settings
+
+# Every method takes vectors of this many values.
+_USUAL_DIM = 128
+
+Rounding = Callable[[mx.array], mx.array]
+
+
+class MethodRounding:
+    """Rounds vectors of ``dim`` values as one of ``METHODS`` does, its numbers in bfloat16.
+
+    A method that looks at the vectors gets the first ones. ``vector_nbytes`` are the bytes that
+    it would store for a vector.
+
+    Raises:
+        ValueError: another name, or bits or a dimension that the method cannot have.
+    """
+
+    def __init__(self, name: str, bits: int, dim: int, seed: int = 0):
+        self.name = name
+        self.bits = bits
+        self.seed = seed
+        self.method: Method | None = None
+        x = mx.zeros((1, dim))
+        self.vector_nbytes = _nbytes(_stored(make_method(name, x, bits, seed), x))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """The reconstruction of x (B, H, n, dim), in its dtype."""
+        if self.method is None:
+            self.method = make_method(self.name, x, self.bits, self.seed)
+        return self.method.dequantize(_stored(self.method, x), x.dtype)
+
+
+class SimulatedCache(KVCache):
+    """The cache of a layer whose tokens are rounded once whole blocks of them left the window.
+
+    The first ``sink_tokens`` and the last ``window`` stay exact, and up to ``block`` - 1 more. A
+    block is rounded when the next tokens come: those of a chunk see each other exactly. It can
+    neither be batched nor saved.
+
+    Args:
+        key_rounding: What becomes of the keys (B, H, n, dim) of whole blocks, in their dtype.
+        value_rounding: What becomes of their values.
+        window: Recent tokens that stay exact.
+        sink_tokens: First tokens that stay exact.
+        block: Tokens that are rounded together.
+    """
+
+    def __init__(
+        self,
+        key_rounding: Rounding,
+        value_rounding: Rounding,
+        window: int,
+        sink_tokens: int,
+        block: int = BLOCK,
+    ):
+        super().__init__()
+        self.roundings = key_rounding, value_rounding
+        self.window = window
+        self.sink_tokens = sink_tokens
+        self.block = block
+        self.rounded = 0
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append keys and values (B, H, n, dim) and return all, those before them rounded."""
+        start = self.sink_tokens + self.rounded
+        leaving = max(0, self.offset - self.window - start) // self.block * self.block
+        if leaving:
+            for x, rounding in zip((self.keys, self.values), self.roundings):
+                x[:, :, start : start + leaving] = rounding(x[:, :, start : start + leaving])
+            self.rounded += leaving
+        return super().update_and_fetch(keys, values)
+
+    def trim(self, n: int) -> int:
+        """Forget the last n tokens (at most all); rounded ones stay so. Returns how many."""
+        n = super().trim(n)
+        self.rounded = min(self.rounded, max(0, self.offset - self.sink_tokens))
+        return n
+
+    @property
+    def merge(self) -> None:
+        """There is none."""
+        raise AttributeError("A simulated cache cannot be batched.")
+
+    @property
+    def token_values(self) -> int:
+        """Values of one token: those of keys and values of all heads and rows."""
+        return sum(x.size // x.shape[2] for x in (self.keys, self.values))
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes that the methods of :class:`MethodRounding` would store for one more token."""
+        pairs = zip((self.keys, self.values), self.roundings)
+        return sum(x.shape[0] * x.shape[1] * rounding.vector_nbytes for x, rounding in pairs)
+
+
+def method_roundings(
+    codec: str, settings: Settings, dims: tuple[int, int] = (_USUAL_DIM, _USUAL_DIM)
+) -> list[MethodRounding]:
+    """Those of keys and values of these ``dims``, with the bits of ``settings``.
+
+    ``codec`` is the name of a method, or those for keys and values, as ``qjl+affine``.
+
+    Raises:
+        ValueError: another name, or bits or a dimension that a method cannot have.
+    """
+    keys, plus, values = codec.partition("+")
+    names, bits = (keys, values if plus else keys), (settings.key_bits, settings.value_bits)
+    return [MethodRounding(*each, settings.seed) for each in zip(names, bits, dims)]
+
+
+def simulated_prompt_cache(model: nn.Module, codec: str, settings: Settings) -> list[Any]:
+    """A prompt cache of a model with ``codec`` in every layer that could be compressed.
+
+    Of the ``settings``, the bits of keys and values, the window, the sinks and the seed count.
+
+    Raises:
+        ValueError: a model with latent attention, with vectors that a method cannot take, or
+            without a layer that could be compressed.
+    """
+    caches, compressible = plain_caches(model), compressible_caches(model)
+    check_compressible(model, compressible)
+    for place in compressible:
+        if place.values is None:
+            raise ValueError(f"Codec {codec} is not for latent attention: leave it out.")
+        roundings = method_roundings(codec, settings, (place.keys.dim, place.values.dim))
+        place.put(caches, SimulatedCache(*roundings, settings.window, settings.sink_tokens))
+    return caches
+
+
+def _stored(method: Method, x: mx.array) -> Any:
+    """What ``quantize`` returns for x, with numbers of 32 bits in bfloat16."""
+
+    def narrowed(part: mx.array) -> mx.array:
+        return part.astype(mx.bfloat16) if part.dtype == mx.float32 else part
+
+    return map_arrays(narrowed, method.quantize(x))
+
+
+def _nbytes(packed: Any) -> int:
+    """Bytes of all arrays of what ``quantize`` returned."""
+    return packed.nbytes if isinstance(packed, mx.array) else sum(map(_nbytes, packed))
