@@ -26,11 +26,27 @@ _cache_folder = tempfile.TemporaryDirectory()
 os.environ["XDG_CACHE_HOME"] = _cache_folder.name
 
 # Examples are drawn anew at every run, but not in CI; no test depends on the machine's speed.
-hypothesis.settings.register_profile("tests", deadline=None, derandomize="CI" in os.environ)
-hypothesis.settings.load_profile("tests")
+for name, examples in (("tests", 25), ("slow", 100)):
+    hypothesis.settings.register_profile(
+        name, max_examples=examples, deadline=None, derandomize="CI" in os.environ
+    )
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "examples"))
+
+
+def pytest_configure(config):
+    slow = config.option.markexpr == "slow"
+    hypothesis.settings.load_profile("slow" if slow else "tests")
+
+
+@pytest.hookimpl(tryfirst=True)  # before the marks choose
+def pytest_collection_modifyitems(config, items):
+    """With ``-m slow`` the property tests run as well, with the examples of that profile."""
+    if config.option.markexpr == "slow":
+        for item in items:
+            if hypothesis.is_hypothesis_test(getattr(item, "obj", None)):
+                item.add_marker("slow")
 
 
 PROMPT = mx.random.randint(0, 128, (200,), key=mx.random.key(3))

@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_turboquant import TurboQuantizer, VectorIndex, files, save_prompt_cache, search
@@ -82,7 +82,6 @@ def test_it_finds_what_brute_force_over_the_dequantized_vectors_finds(tile, metr
         assert_nearest(result, scores, metric, k)
 
 
-@settings(max_examples=30)
 @given(
     st.sampled_from(METRICS), st.integers(1, 90), st.integers(1, 8), st.data(), st.integers(0, 99)
 )
