@@ -9,6 +9,7 @@ from pathlib import Path
 # Before MLX reads it: plain float32 on a GPU as well, for the references of the kernels.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
+import executor_stamp
 import hypothesis
 import mlx.core as mx
 import mlx_lm
@@ -38,6 +39,7 @@ sys.path.insert(0, str(REPOSITORY / "examples"))
 def pytest_configure(config):
     slow = config.option.markexpr == "slow"
     hypothesis.settings.load_profile("slow" if slow else "tests")
+    config.pluginmanager.register(executor_stamp)
 
 
 @pytest.hookimpl(tryfirst=True)  # before the marks choose
