@@ -16,6 +16,7 @@ import mlx_lm
 import pytest
 from mlx_lm.models import llama
 from platformdirs import user_cache_path
+from tokens import random_tokens
 
 from mlx_turboquant import disable
 from mlx_turboquant.cli.loading import prepare_for_device
@@ -51,7 +52,7 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker("slow")
 
 
-PROMPT = mx.random.randint(0, 128, (200,), key=mx.random.key(3))
+PROMPT = random_tokens(200, seed=3)
 
 
 def logits(model, cache, chunks=(150, 40, 1, 1, 8)) -> mx.array:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from conftest import variant
 from tiny_families import FAMILIES, tiny_model
+from tokens import random_tokens
 
 from mlx_turboquant import disable, texts
 from mlx_turboquant.cli.loading import check_memory, device_nbytes
@@ -23,7 +24,7 @@ from mlx_turboquant.evaluate import (
 )
 from mlx_turboquant.settings import Settings
 
-TOKENS = mx.random.randint(0, 128, (301,), key=mx.random.key(5)).tolist()
+TOKENS = random_tokens(301, seed=5).tolist()
 SHORT = {"window": 16}
 
 
@@ -249,7 +250,7 @@ def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_read():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_first_chunk_that_is_read_once_for_all_caches_leaves_what_each_would_have_read(family):
     model = tiny_model(family)
-    tokens = mx.random.randint(0, 512, (90,), key=mx.random.key(1))
+    tokens = random_tokens(90, seed=1, vocabulary=512)
     codecs = [EXACT, *([preset("4", **SHORT)] if family != "deepseek_v32" else [])]
     together = read_first_chunk(model, codecs, tokens[:80], lambda count: None)
     for codec, shared in zip(codecs, together):

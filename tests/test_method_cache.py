@@ -6,6 +6,7 @@ from conftest import logits, variant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_families import tiny_model
+from tokens import append_in_chunks, keys_and_values, normal, random_tokens
 
 from mlx_turboquant import (
     cache_size,
@@ -18,26 +19,16 @@ from mlx_turboquant import (
 from mlx_turboquant.integration import plain_caches
 from mlx_turboquant.method_cache import MethodKVCache, MethodTokens
 from mlx_turboquant.methods import METHODS, make_method
-from mlx_turboquant.report import bits_per_value, cache_report
+from mlx_turboquant.report import bits_per_value, cache_report, flat_caches
 from mlx_turboquant.storage import BLOCK
 
 HEADS, DIM = 2, 64
 
 
-def tokens(count: int, seed: int = 0) -> list[mx.array]:
-    shape = (1, HEADS, count, DIM)
-    return [mx.random.normal(shape, key=key) for key in mx.random.split(mx.random.key(seed))]
-
-
 def filled(sizes, codec: str, bits: int = 4, **settings) -> MethodKVCache:
     """A cache after chunks of these sizes."""
     cache = MethodKVCache(bits, bits, codec=codec, **settings)
-    keys, values = tokens(sum(sizes))
-    start = 0
-    for size in sizes:
-        chunk = slice(start, start + size)
-        mx.eval(cache.update_and_fetch(keys[:, :, chunk], values[:, :, chunk]))
-        start += size
+    append_in_chunks(cache, keys_and_values(sum(sizes)), sizes)
     return cache
 
 
@@ -45,10 +36,10 @@ def filled(sizes, codec: str, bits: int = 4, **settings) -> MethodKVCache:
 def test_tokens_come_back_as_the_method_restores_them(name):
     """Between the exact sinks and window; blocks of any length, numbers rounded to bfloat16."""
     cache = filled([100, 1, 8, 150], name, window=16, sink_tokens=3)
-    fetched = cache.update_and_fetch(*tokens(1, seed=1))
+    fetched = cache.update_and_fetch(*keys_and_values(1, seed=1))
     packed = cache.packed_tokens
     assert packed % BLOCK == 0 and packed > 200
-    for restored, x in zip(fetched, tokens(259)):
+    for restored, x in zip(fetched, keys_and_values(259)):
         assert mx.array_equal(restored[:, :, :3], x[:, :, :3])
         assert mx.array_equal(restored[:, :, 3 + packed : 259], x[:, :, 3 + packed :])
         # The first block to be packed is that of the first chunk, from which channels are chosen.
@@ -72,7 +63,7 @@ def test_tokens_come_back_as_the_method_restores_them(name):
 def test_all_tokens_are_there_after_any_chunks(sizes, window, sinks, name):
     cache = filled(sizes, name, window=window, sink_tokens=sinks)
     assert cache.offset == cache.size() == cache.packed_tokens + cache.exact_tokens == sum(sizes)
-    fetched = cache.update_and_fetch(*tokens(1, seed=1))
+    fetched = cache.update_and_fetch(*keys_and_values(1, seed=1))
     assert [x.shape for x in fetched] == [(1, HEADS, sum(sizes) + 1, DIM)] * 2
     assert mx.isfinite(fetched[0]).all()
 
@@ -94,7 +85,7 @@ def test_all_tokens_are_there_after_any_chunks(sizes, window, sinks, name):
 )
 def test_numbers_are_stored_in_16_bits_and_everything_is_counted(codec, bits, expected):
     cache = MethodKVCache(bits, bits, codec=codec, window=0, sink_tokens=0)
-    x = mx.random.normal((1, HEADS, 512, 128), key=mx.random.key(0))
+    x = normal((1, HEADS, 512, 128))
     mx.eval(cache.update_and_fetch(x, x))
     assert bits_per_value([cache]) == expected
     arrays = sum(array.nbytes for store in cache._packed for array in store.arrays)
@@ -106,7 +97,7 @@ def test_numbers_are_stored_in_16_bits_and_everything_is_counted(codec, bits, ex
 
 
 def test_outlier_channels_are_those_of_the_first_tokens_of_each_head():
-    keys = mx.random.normal((1, HEADS, 64, DIM), key=mx.random.key(0))
+    keys = normal((1, HEADS, 64, DIM))
     keys[:, 0, :, :16] *= 10
     keys[:, 1, :, 40:56] *= 10
     store = MethodTokens("split", 2, seed=0)
@@ -130,10 +121,10 @@ def test_our_codec_through_the_reference_path_is_the_default_one(random_model, m
 
 def test_trimmed_tokens_are_forgotten_and_others_kept():
     cache = filled([200], "prod", window=16)
-    before = cache.update_and_fetch(*tokens(1, seed=1))
+    before = cache.update_and_fetch(*keys_and_values(1, seed=1))
     mx.eval(before)
     cache.trim(101)
-    after = cache.update_and_fetch(*tokens(3, seed=2))
+    after = cache.update_and_fetch(*keys_and_values(3, seed=2))
     for one, other in zip(after, before):
         assert one.shape[2] == 103
         # Products of fewer tokens may sum their float32 values of size 1 in another order.
@@ -143,8 +134,8 @@ def test_trimmed_tokens_are_forgotten_and_others_kept():
 def test_a_copy_goes_on_by_itself():
     cache = filled([200], "polar", window=16)
     other = copy.deepcopy(cache)
-    mx.eval(cache.update_and_fetch(*tokens(60, seed=1)))
-    fetched = other.update_and_fetch(*tokens(1, seed=2))
+    mx.eval(cache.update_and_fetch(*keys_and_values(60, seed=1)))
+    fetched = other.update_and_fetch(*keys_and_values(1, seed=2))
     assert other.offset == 201 and fetched[0].shape[2] == 201
     assert cache.offset == 260
 
@@ -194,10 +185,9 @@ def test_a_head_dim_that_a_codec_cannot_have_is_refused_before_anything_runs(ran
 @pytest.mark.parametrize("family", ["deepseek_v2", "gemma3n", "falcon_h1"])
 def test_keys_of_another_width_shared_layers_and_lists_of_caches_can_have_a_codec(family):
     model = tiny_model(family)
-    prompt = mx.random.randint(0, 500, (1, 100), key=mx.random.key(1))
+    prompt = random_tokens(1, 100, seed=1, vocabulary=500)
     cache = make_prompt_cache(model, 8, codec="turboquant", window=0, sink_tokens=0)
-    parts = [part for layer in cache for part in getattr(layer, "caches", (layer,))]
-    compressed = [part for part in parts if isinstance(part, MethodKVCache)]
+    compressed = [part for part in flat_caches(cache) if isinstance(part, MethodKVCache)]
     assert compressed
     outputs = []
     for used in (cache, plain_caches(model)):

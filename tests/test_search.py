@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokens import normal
 
 from mlx_turboquant import TurboQuantizer, VectorIndex, files, save_prompt_cache, search
 from mlx_turboquant.search import METRICS
@@ -237,7 +238,7 @@ def test_many_small_additions_copy_little():
 def test_neither_adding_nor_searching_makes_a_dense_copy(metric, monkeypatch):
     monkeypatch.setattr(VectorIndex, "_tile", 256)
     count, dim = 20_000, 256
-    x = mx.random.normal((count, dim), key=mx.random.key(1))
+    x = normal((count, dim), 1)
     mx.eval(x)
     index = VectorIndex(dim, 4, metric)
 
