@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _configurations() -> Iterator[tuple[Callable[..., kernels.Agreement], tuple[Any, ...], str]]:
-    """A check, its arguments and a label: all dimensions, bits and kinds of masks once or more."""
+    """Checks, their arguments and labels, with every dimension, number of bits and mask."""
     for dim in _DIMS:
         for bits in range(1, 9):
             quantizer = shared_quantizer(dim, bits, 0)
