@@ -3,10 +3,11 @@
 A budget is the mean number of bits of all values that are compressed. It is spent in whole bits,
 each where it lowers the expected divergence of the output most for the bytes that it takes.
 
-What a side of a layer costs at b bits is the KL divergence of the next-token distribution, in nats,
-when nothing else is quantized. :mod:`.calibrate` measures it at few bits. With more bits it falls
-with the squared error D(b) of the codec, to which it is proportional to second order. Divergences
-of several sides add up, because their errors are independent.
+A side of a layer is its keys or its values. What it costs at b bits is the KL divergence of the
+next-token distribution, in nats, when nothing else is quantized. :mod:`.calibrate` measures it at
+few bits. With more bits it falls with the squared error D(b) of the codec, to which it is
+proportional to second order. Divergences of several sides add up, because their errors are
+independent.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,27 +17,27 @@ from typing import NamedTuple
 from .codebook import MAX_BITS, relative_error
 from .packing import words_per_vector
 
-# With one bit a key is little more than signs: the divergence is several times what is expected.
+# A key of one bit is little more than signs: the divergence is several times the expected one.
 MIN_KEY_BITS, MIN_VALUE_BITS = 2, 1
 BUDGETS = tuple(quarters / 4 for quarters in range(4 * 2, 4 * MAX_BITS + 1))
 
 
 class Vectors(NamedTuple):
-    """What one side of a layer stores for a token: ``heads`` vectors of ``dim`` values."""
+    """What one side of a layer stores for each token: ``heads`` vectors of ``dim`` values."""
 
     heads: int
     dim: int
 
     def nbytes(self, bits: int) -> int:
-        """Bytes of the codes, without scales."""
+        """Bytes of the codes of one token, without scales."""
         return 4 * self.heads * words_per_vector(self.dim, bits)
 
 
 class Side(NamedTuple):
     """Keys or values of one layer: their shape, and their expected divergence by bits.
 
-    ``divergences[b]`` is that at b bits, in nats or any unit that all sides share; 0 bits are not
-    possible, nor fewer than ``min_bits``.
+    ``divergences[b]`` is the divergence at b bits, from 0 to 8, in nats or in any other unit that
+    is the same for all sides. Fewer than ``min_bits`` are never chosen.
     """
 
     vectors: Vectors
@@ -60,10 +61,10 @@ def check_budget(bits: float) -> None:
 
 
 def divergences_by_bits(dim: int, measured: dict[int, float]) -> tuple[float, ...]:
-    """Divergences at 0 to 8 bits from those that were ``measured`` at some bits.
+    """The divergences at 0 to 8 bits of a side that was ``measured`` at some bits.
 
-    Between and beyond them they follow the error of the codec, from the nearest fewer bits that
-    were measured, or from the fewest.
+    At other bits they follow the error of the codec, starting from the nearest fewer bits that were
+    measured, or from the fewest.
     """
     divergences = [float("inf")]
     for bits in range(1, MAX_BITS + 1):
@@ -76,7 +77,8 @@ def divergences_by_bits(dim: int, measured: dict[int, float]) -> tuple[float, ..
 def uniform_bits(bits: float) -> tuple[int, int]:
     """Bits of keys and values that are the same in all layers, with a mean of at most ``bits``.
 
-    Keys have two bits more, or one at a half: they matter more in every model that was measured.
+    Keys get two bits more than values, or one more at a half: they matter more in every model that
+    was measured.
     """
     whole, half = int(bits), bits % 1 >= 0.5
     key_bits = min(whole + 1, MAX_BITS)
@@ -92,7 +94,7 @@ def allocate(
     the bits of its keys for both.
 
     Raises:
-        ValueError: a budget that the fewest possible bits exceed.
+        ValueError: the fewest possible bits exceed the budget.
     """
     sides = [side for layer in layers for side in layer if side is not None]
     is_key = [side is layer.keys for layer in layers for side in layer if side is not None]
@@ -113,7 +115,7 @@ def allocate(
         if fixed[i] is None
         for step in pairwise(bits)
     ]
-    # The gains of a side fall, so that none of its steps comes before its turn.
+    # The gains of a side fall from step to step, so sorting keeps its steps in their order.
     for _, i, (before, after) in sorted(steps, reverse=True):
         nbytes = sides[i].vectors.nbytes(after) - sides[i].vectors.nbytes(before)
         if chosen[i] == before and nbytes <= room:
@@ -125,7 +127,7 @@ def allocate(
 def chosen_sides(
     layers: Sequence[Layer], bits: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[Side, int]]:
-    """Every side that the layers have, with its bits of those of keys and values."""
+    """Every side of the layers, with its bits out of the pairs of bits of keys and values."""
     for layer, pair in zip(layers, bits):
         for side, b in zip(layer, pair):
             if side is not None:
@@ -133,19 +135,19 @@ def chosen_sides(
 
 
 def expected_divergence(layers: Sequence[Layer], bits: Sequence[tuple[int, int]]) -> float:
-    """The sum of the divergences of all sides, in nats if they were measured."""
+    """The sum of the divergences of all sides, in the unit of ``Side.divergences``."""
     return sum(side.divergences[b] for side, b in chosen_sides(layers, bits))
 
 
 def mean_bits(layers: Sequence[Layer], bits: Sequence[tuple[int, int]]) -> float:
-    """The mean over all compressed values, by the bytes of their codes."""
+    """The mean number of bits of all compressed values, by the bytes of their codes."""
     sides = [(side.vectors, b) for side, b in chosen_sides(layers, bits)]
     nbytes = sum(vectors.nbytes(b) for vectors, b in sides)
     return 8 * nbytes / sum(vectors.heads * vectors.dim for vectors, _ in sides)
 
 
 def _pairs(layers: Sequence[Layer], chosen: Sequence[int]) -> list[tuple[int, int]]:
-    """Bits of keys and values of every layer from those of all sides in their order."""
+    """The bits that were chosen for all sides, in their order, as a pair for every layer."""
     remaining = iter(chosen)
     pairs = []
     for layer in layers:
@@ -157,8 +159,8 @@ def _pairs(layers: Sequence[Layer], chosen: Sequence[int]) -> list[tuple[int, in
 def _worthwhile_bits(side: Side) -> list[int]:
     """The bits that a side may have, ascending, each with a smaller gain than the one before.
 
-    Left out are those that take no fewer bytes than others with a smaller divergence (narrow
-    vectors are filled up to whole words), and those whose next ones gain more for their bytes.
+    Bits are left out if others take no more bytes and have a smaller divergence (narrow vectors
+    are filled up to whole words), or if the step to more bits gains more for its bytes.
     """
     nbytes = side.vectors.nbytes
     cheapest_first = sorted(

@@ -69,6 +69,7 @@ def measure(
     decoder = _Decoder(model, contender, cache, prompts[:, -1:])
     decoder.step()
     first_token = time.perf_counter() - begin
+    mx.synchronize()  # the next step, which holds dense tokens while it is computed
     prefill_active, prefill_peak = mx.get_active_memory() - before, mx.get_peak_memory() - before
     mx.reset_peak_memory()
     for _ in range(_WARM_UP_TOKENS):

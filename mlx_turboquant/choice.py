@@ -23,10 +23,10 @@ from .demands import key_demands
 from .profile import Profile, find_profile, fingerprint
 from .settings import Settings
 
-# What keys cost without a profile, when values cost 1: by the demand of their layer, and at least.
-# Chosen on three real models, see docs/quality.md.
+# What keys cost without a profile if values cost 1: this factor times the demand of their layer, or
+# at least the second number. Both were chosen on three real models, see docs/quality.md.
 _KEY_WEIGHT_OF_DEMAND, _LEAST_KEY_WEIGHT = 2.0, 4.0
-# A divergence from which on the model says other things.
+# In nats; a model with a larger divergence says other things.
 _LARGE_DIVERGENCE = 0.05
 _ATTRIBUTE = "_mlx_turboquant_choice"
 
@@ -35,7 +35,11 @@ _log = logging.getLogger("mlx_turboquant")
 
 @dataclass
 class ModelChoice:
-    """What bits are chosen by: ``weighed`` layers, and ``expected`` ones if there is a profile."""
+    """The layers of a model as bits are chosen by, and the bits that were chosen so far.
+
+    ``weighed`` are the layers with the divergences that decide. ``expected`` are the same layers
+    with the divergences to expect, in nats, or None without a profile.
+    """
 
     compressible: list[Compressible]
     weighed: list[Layer]
@@ -43,10 +47,10 @@ class ModelChoice:
     _chosen: dict[Settings, list[tuple[int, int]]] = field(default_factory=dict)
 
     def bits(self, settings: Settings) -> list[tuple[int, int]]:
-        """The bits of keys and values of every layer, for a budget.
+        """The bits of keys and values of every layer for a budget.
 
         Raises:
-            ValueError: a budget that is too small.
+            ValueError: the budget is too small.
         """
         if settings.is_fixed:
             key_bits, value_bits = uniform_bits(settings.bits)
@@ -57,7 +61,7 @@ class ModelChoice:
         return self._chosen[settings]
 
     def divergence(self, bits: Sequence[tuple[int, int]]) -> float | None:
-        """What is expected of these bits of the layers, in nats; None without a profile."""
+        """The divergence to expect with these bits, in nats; None without a profile."""
         return None if self.expected is None else expected_divergence(self.expected, bits)
 
     def _choose(self, settings: Settings) -> list[tuple[int, int]]:
@@ -85,7 +89,11 @@ class ModelChoice:
 
 
 def choice_of(model: nn.Module, profile: Profile | None = None) -> ModelChoice:
-    """That of a model, which keeps it; with a ``profile``, a new one."""
+    """The choice of bits for a model, which keeps it; a ``profile`` replaces it by a new one.
+
+    Raises:
+        ValueError: the profile and the model have different numbers of layers.
+    """
     known = getattr(model, _ATTRIBUTE, None)
     if known is not None and profile is None:
         return known
@@ -102,7 +110,7 @@ def choice_of(model: nn.Module, profile: Profile | None = None) -> ModelChoice:
 
 
 def treat_layers_alike(model: nn.Module) -> None:
-    """Choose the bits of a model without computing anything with it: of one without weights."""
+    """Give a model without weights a choice of bits, for which nothing is computed with it."""
     compressible = compressible_caches(model)
     weighed = _weighed_by_demand(compressible, [0.0] * len(compressible))
     setattr(model, _ATTRIBUTE, ModelChoice(compressible, weighed, None))

@@ -55,20 +55,28 @@ def codebook(dim: int, bits: int) -> Codebook:
     """The codebook that the codec uses.
 
     Up to 4 bits the levels are the polynomial of :func:`level_polynomial`, which a kernel evaluates
-    without a table (its mean squared error is within .2 % of the optimum); above, they are exact.
+    without a table (its mean squared error is within 0.2 % of the optimum). With more bits they
+    are :func:`lloyd_max_levels`.
+
+    Raises:
+        ValueError: a dimension or a number of bits that is not supported.
     """
     check_dim(dim)
     check_bits(bits)
     if bits <= POLYNOMIAL_BITS:
-        positive = evaluate_polynomial(level_polynomial(dim, bits), _odd_integers(bits))
+        odd = np.arange(1.0 - 2**bits, 2**bits, 2)
+        levels = evaluate_polynomial(level_polynomial(dim, bits), odd)
     else:
-        positive = _positive_levels(dim, bits)
-    levels = np.concatenate([-positive[::-1], positive])
+        levels = lloyd_max_levels(dim, bits)
     return Codebook(levels, (levels[1:] + levels[:-1]) / 2)
 
 
 def lloyd_max_levels(dim: int, bits: int) -> np.ndarray:
-    """Levels of least mean squared error (arXiv 2504.19874, Eq. 4): float64 (2**bits,)."""
+    """Levels of least mean squared error (arXiv 2504.19874, Eq. 4): float64 (2**bits,).
+
+    Raises:
+        ValueError: a dimension or a number of bits that is not supported.
+    """
     check_dim(dim)
     check_bits(bits)
     positive = _positive_levels(dim, bits)
@@ -98,13 +106,16 @@ def level_polynomial(dim: int, bits: int) -> tuple[float, float, float]:
     The level of code i is x * (a + b * x^2 + c * x^4) with x = 2 * i + 1 - 2**bits. The fit has the
     least mean squared error of its form: thresholds and coefficients are refined in turn until
     both stand still. For 1 and 2 bits it is the exact Lloyd-Max quantizer.
+
+    Raises:
+        ValueError: a dimension that is not supported, or more than 4 bits.
     """
     check_dim(dim)
     if bits not in range(MIN_BITS, POLYNOMIAL_BITS + 1):
         raise ValueError(
             f"There is no level polynomial for {bits} bits: it exists for 1 to {POLYNOMIAL_BITS}."
         )
-    x = _odd_integers(bits)
+    x = np.arange(1.0, 2**bits, 2)
     powers = x[:, None] ** np.array([1, 3, 5][: min(len(x), 3)])
     positive = _positive_levels(dim, bits)
     for _ in range(200):
@@ -113,19 +124,14 @@ def level_polynomial(dim: int, bits: int) -> tuple[float, float, float]:
         previous, positive = positive, powers @ coefficients
         if np.abs(positive - previous).max() < _TOLERANCE:
             break
-    a, b, c = np.pad(coefficients, (0, 3 - len(coefficients)))
-    return float(a), float(b), float(c)
+    return tuple(np.pad(coefficients, (0, 3 - len(coefficients))).tolist())
 
 
 def evaluate_polynomial(coefficients: tuple[float, float, float], x: Any) -> Any:
-    """The level polynomial at the odd integers ``x``, an array of numpy or mlx."""
+    """The level polynomial at the odd integers ``x``: an array of numpy or mlx like ``x``."""
     a, b, c = coefficients
     squared = x * x
     return x * (a + squared * (b + squared * c))
-
-
-def _odd_integers(bits: int) -> np.ndarray:
-    return np.arange(1.0, 2**bits, 2)
 
 
 @cache

@@ -15,10 +15,10 @@ HOOKED_NAME = "scaled_dot_product_attention"
 
 
 class Compressible(NamedTuple):
-    """One cache of a prompt cache that is compressed: that of a layer, or a part of it.
+    """One cache of a prompt cache that can be compressed: the cache of a layer, or a part of it.
 
     ``part`` is its place in a ``CacheList``, or None. ``values`` is None where attention is latent:
-    one vector a token is key and value.
+    one vector for each token is both key and value.
     """
 
     layer: int
@@ -51,8 +51,9 @@ def plain_caches(model: nn.Module) -> list[Any]:
 def compressible_caches(model: nn.Module) -> list[Compressible]:
     """The caches of a model that are compressed, in the order of its layers.
 
-    Those are plain ``KVCache`` of mlx-lm, alone or in a ``CacheList``, but for layers that choose
-    tokens by an index of their own. A token goes through the model lazily: nothing is computed.
+    These are the plain ``KVCache`` of mlx-lm, alone or in a ``CacheList``, except in layers that
+    choose tokens by an index of their own. One token goes through the model lazily: nothing is
+    computed.
     """
     caches = plain_caches(model)
     model(mx.zeros((1, 1), mx.int32), cache=caches)
@@ -100,23 +101,23 @@ def flat_caches(cache: list[Any]) -> list[Any]:
 
 
 def check_compressible(model: nn.Module, compressible: list[Compressible]) -> None:
-    """Raise ValueError if a model has none."""
+    """Raise ValueError if no cache of a model can be compressed."""
     if not compressible:
-        kinds = ", ".join(sorted({type(cache).__name__ for cache in plain_caches(model)})) or "none"
+        names = ", ".join(sorted({type(cache).__name__ for cache in plain_caches(model)})) or "none"
         raise ValueError(
-            f"No layer of this model can be compressed (its caches: {kinds}): "
+            f"No layer of this model can be compressed (its caches: {names}): "
             "use a model with plain KVCache layers."
         )
 
 
 def layers_of(model: nn.Module, caches: list[Any]) -> list[nn.Module]:
-    """The layer of each cache, or the whole model where there are not as many."""
+    """The layer of each cache, or always the model if it has another number of layers."""
     layers = getattr(model, "layers", [])
     return layers if len(layers) == len(caches) else [model] * len(caches)
 
 
 def attention_scopes(model: nn.Module) -> list[dict[str, Any]]:
-    """The global scopes in which the layers of ``model`` look their attention function up."""
+    """The global scopes in which the layers of a model look up their attention function."""
     calls = {type(module).__call__ for module in model.modules()}
     scopes = [getattr(call, "__globals__", {}) for call in calls]
     return [scope for scope in scopes if HOOKED_NAME in scope]

@@ -20,14 +20,14 @@ from .compressible import HOOKED_NAME, Compressible, attention_scopes, plain_cac
 from .kernels.storage import removable_mean
 
 _TOKENS = 256
-# Queries that a demand is averaged over: the last ones, which have the most tokens to look at.
+# A demand is the mean over the last queries, which have the most tokens to look at.
 _QUERIES = 16
 
 
 def key_demands(model: nn.Module, compressible: list[Compressible]) -> list[float]:
-    """KL divergence of the attention weights of each layer, in nats, for each unit of D.
+    """KL divergence of the attention weights of each layer, in nats per unit of D.
 
-    The model reads pseudo-random tokens. Layers whose attention is not mlx-lm's have 0.
+    The model reads pseudo-random tokens. It is 0 for layers that have an attention of their own.
     """
     caches = plain_caches(model)
     vocabulary = getattr(getattr(model, "args", None), "vocab_size", 128)
@@ -42,7 +42,7 @@ def key_demands(model: nn.Module, compressible: list[Compressible]) -> list[floa
 
 @contextmanager
 def _recorded_demands(model: nn.Module) -> Iterator[dict[int, mx.array]]:
-    """The demands of all layers that attend meanwhile, by the ids of their caches."""
+    """The demands of all layers that attend in a ``with`` block, by the ids of their caches."""
     demands: dict[int, mx.array] = {}
     scopes = attention_scopes(model)
     originals = [scope[HOOKED_NAME] for scope in scopes]
@@ -65,11 +65,11 @@ def _recorded_demands(model: nn.Module) -> Iterator[dict[int, mx.array]]:
 
 
 def key_demand(queries: mx.array, keys: mx.array, scale: float) -> mx.array:
-    """KL divergence of the weights for each unit of D: a float32 scalar, lazily.
+    """KL divergence of the attention weights in nats per unit of D: a lazy float32 scalar.
 
     Args:
-        queries: (B, query_heads, L, dim), the last of which sees all tokens.
-        keys: (B, H, n, dim).
+        queries: (B, query_heads, L, dim) of any float dtype; the last row sees all tokens.
+        keys: (B, H, n, dim) of any float dtype.
         scale: Factor of the scores.
     """
     batch, heads, count, dim = keys.shape

@@ -60,7 +60,7 @@ def make_prompt_cache(
     choice = choice_of(model, profile)
     check_compressible(model, choice.compressible)
     cache = compressed_caches(model, choice.compressible, choice.bits(settings), settings)
-    connect(model, cache, choice.compressible)
+    connect(model, cache)
     return cache
 
 

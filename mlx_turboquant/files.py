@@ -7,13 +7,13 @@ import zlib
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 # Bytes per element of the dtypes of safetensors that MLX reads.
 _ITEM_SIZES = {"BOOL": 1, "I8": 1, "U8": 1, "F16": 2, "BF16": 2, "I16": 2, "U16": 2} | {
     "F32": 4, "I32": 4, "U32": 4, "F64": 8, "I64": 8, "U64": 8, "C64": 8
 }  # fmt: skip
-# A header has some hundred bytes an array; parsing one takes many times its size.
+# A header has about a hundred bytes for each array; parsing takes many times its size in memory.
 _MAX_HEADER_BYTES = 1 << 24
 # What stands in the metadata of a file until its checksum is known.
 NO_CHECKSUM = "00000000"
@@ -21,7 +21,7 @@ _CHUNK_BYTES = 1 << 20
 
 
 def safetensors_path(file: str | Path) -> Path:
-    """The path with the ending that mlx expects."""
+    """The path with the ending ".safetensors", which mlx expects."""
     file = Path(file)
     return file if file.suffix == ".safetensors" else file.with_name(file.name + ".safetensors")
 
@@ -51,16 +51,17 @@ def write_whole(file: Path, write: Callable[[Path], None], key: str) -> None:
         os.replace(complete, file)
 
 
-def check_target(file: str | Path, key: str, kind: str) -> Path:
+def check_target(file: str | Path, key: str, what: str) -> Path:
     """The path that a file is saved at; ValueError if it cannot be saved there.
 
-    A file that is there must have ``key`` in its metadata, as every ``kind`` of ours has.
+    A file that is there already must have ``key`` in its metadata, which says that this package
+    wrote it; ``what`` is what the message calls such a file.
     """
     file = safetensors_path(file)
     if not file.parent.is_dir():
         raise ValueError(f"{file.parent} is not a folder: save to a folder that exists.")
     if file.exists() and key not in read_header(file)["__metadata__"]:
-        raise ValueError(f"{file} exists and is not a {kind} of mlx_turboquant: use another name.")
+        raise ValueError(f"{file} exists and is not a {what} of mlx_turboquant: use another name.")
     return file
 
 
@@ -77,12 +78,12 @@ def check_versions(
 
 
 def read_header(file: Path) -> dict[str, Any]:
-    """The header of a safetensors file whose arrays lie in the file as the header says.
+    """The header of a safetensors file, which is checked to describe all bytes of the file.
 
-    It is a dtype, a shape and offsets for each array, and the strings of "__metadata__".
+    It has the dtype, shape and offsets of each array by its name, and strings in "__metadata__".
 
     Raises:
-        ValueError: the file does not exist or is no such file.
+        ValueError: the file does not exist, is not a safetensors file or is not complete.
     """
     if not file.is_file():
         raise ValueError(f"{file} does not exist: use a file that was saved.")
@@ -127,9 +128,12 @@ def _check_header(header: dict[str, Any], data_bytes: int) -> None:
 
 
 def checksum(file: Path, key: str) -> str:
-    """CRC-32 of the whole file, with zeros in the place of the checksum under ``key``."""
+    """CRC-32 of the whole file in hexadecimal, read with zeros in place of the checksum itself.
+
+    ``key`` is the name of the checksum in the metadata.
+    """
     with file.open("rb") as content:
-        header = bytearray(content.read(_header_end(file)))
+        header = bytearray(_header_bytes(content))
         place = _checksum_place(header, key)
         header[place : place + len(NO_CHECKSUM)] = NO_CHECKSUM.encode()
         crc = zlib.crc32(header)
@@ -143,15 +147,15 @@ def _write_checksum(file: Path, key: str) -> None:
     read_header(file)
     crc = checksum(file, key)
     with file.open("r+b") as content:
-        content.seek(_checksum_place(content.read(_header_end(file)), key))
+        content.seek(_checksum_place(_header_bytes(content), key))
         content.write(crc.encode())
         content.flush()
         os.fsync(content.fileno())
 
 
-def _header_end(file: Path) -> int:
-    with file.open("rb") as content:
-        return 8 + int.from_bytes(content.read(8), "little")
+def _header_bytes(content: BinaryIO) -> bytes:
+    length = content.read(8)
+    return length + content.read(int.from_bytes(length, "little"))
 
 
 def _checksum_place(header: bytes, key: str) -> int:

@@ -12,9 +12,9 @@ from .cache.fetched import Link
 from .cache.single import TurboQuantKVCache
 from .compressible import (
     HOOKED_NAME,
-    Compressible,
     attention_scopes,
     compressed_caches,
+    compressible_caches,
     flat_caches,
 )
 from .kernels.attention import MAX_DECODE_ROWS, decode_attention
@@ -55,17 +55,14 @@ class _AttentionHook:
         return decode_attention(queries, tokens, scale, mask, sinks)
 
 
-def connect(model: nn.Module, cache: list[Any], places: list[Compressible]) -> None:
-    """Let the attention of ``model`` read compressed tokens, and link a prompt cache to it.
-
-    ``places`` are those of all compressed caches of the model.
-    """
+def connect(model: nn.Module, cache: list[Any]) -> None:
+    """Let the attention of ``model`` read compressed tokens, and link a prompt cache to it."""
     link = getattr(model, _ATTRIBUTE, None)
     if link is None:
         link = Link(shares_layers=_calls(model, "keys_and_values"))
         setattr(model, _ATTRIBUTE, link)
         _hook_attention(model, link)
-        link.needs_arrays = _raises_without_arrays(model, link, places)
+        link.needs_arrays = _raises_without_arrays(model, link)
     _hook_attention(model, link)
     _link(cache, link)
 
@@ -98,12 +95,13 @@ def _link(cache: list[Any], link: Link) -> None:
             layer.link = link
 
 
-def _raises_without_arrays(model: nn.Module, link: Link, places: list[Compressible]) -> bool:
+def _raises_without_arrays(model: nn.Module, link: Link) -> bool:
     """Whether anything but hooked attention uses the keys and values of one new token.
 
     Tried on a token after a packed block, read in steps that are not evaluated: nothing of the
     model is. What is not an array raises when it is used as one.
     """
+    places = compressible_caches(model)
     settings = Settings(window=0, sink_tokens=0)
     cache = compressed_caches(model, places, [(4, 4)] * len(places), settings)
     _link(cache, link)

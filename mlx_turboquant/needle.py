@@ -5,9 +5,9 @@ begin. The prompt ends with a question about one of them, and the right continua
 ``" 402917."``. A cache that lost the hidden line cannot answer.
 """
 
-from __future__ import annotations
-
 import random
+from collections.abc import Sequence
+from typing import Any
 
 FIRST_WORDS = (
     "amber ancient bitter blue bold brave bright broken bronze calm careful clever cold copper "
@@ -26,7 +26,7 @@ SECOND_WORDS = (
 
 
 def random_names(count: int, rng: random.Random, words: int = 64) -> list[str]:
-    """``count`` different names; few ``words`` give names that share a word, which is harder."""
+    """``count`` different pairs of words; the fewer ``words``, the more alike they are."""
     first, second = rng.sample(FIRST_WORDS, words), rng.sample(SECOND_WORDS, words)
     return [f"{first[i // words]} {second[i % words]}" for i in rng.sample(range(words**2), count)]
 
@@ -51,10 +51,20 @@ def answer(code: str) -> str:
     return f" {code}."
 
 
-def hide_lines(tokenizer, text_tokens, length, lines, rng, depth=None) -> list[int]:
+def hide_lines(
+    tokenizer: Any,
+    text_tokens: Sequence[int],
+    length: int,
+    lines: Sequence[str],
+    rng: random.Random,
+    depth: float | None = None,
+) -> list[int]:
     """Exactly ``length`` tokens of the text with ``lines`` inserted where its lines begin.
 
-    The places are random; ``depth`` in [0, 1] fixes that of the first of ``lines``.
+    The places are random, but ``depth`` in [0, 1] fixes where the first of ``lines`` is.
+
+    Raises:
+        ValueError: a length without room for the lines, or a text with too few tokens or lines.
     """
     before = [_encode(tokenizer, "\n" + line) for line in lines]
     after = [_encode(tokenizer, line + "\n") for line in lines]
@@ -91,13 +101,22 @@ def hide_lines(tokenizer, text_tokens, length, lines, rng, depth=None) -> list[i
 
 
 def hide_codes(
-    tokenizer, text_tokens, length, *, needles=4, depth=None, seed=0
+    tokenizer: Any,
+    text_tokens: Sequence[int],
+    length: int,
+    *,
+    needles: int = 4,
+    depth: float | None = None,
+    seed: int = 0,
 ) -> tuple[list[int], str]:
     """A passkey prompt of exactly ``length`` tokens, and the code that answers it.
 
-    ``text_tokens`` are the tokens of a text with at least ``length`` of them. Of the ``needles``
-    hidden lines one is asked about; ``depth`` puts that one at this fraction of the prompt. The
-    model answers right if it continues with ``answer(code)``.
+    ``text_tokens`` are ``length`` or more tokens of a text. One of the ``needles`` hidden lines is
+    asked about, and ``depth`` puts that one at this fraction of the prompt. The answer of the model
+    is right if it continues with ``answer(code)``.
+
+    Raises:
+        ValueError: an argument that is not possible, or a text as in :func:`hide_lines`.
     """
     if not 1 <= needles <= 64:
         raise ValueError(f"needles is {needles} and must be 1 to 64: hide at least one code.")
@@ -108,7 +127,7 @@ def hide_codes(
     codes = [random_code(rng) for _ in names]
     asked = _encode(tokenizer, "\n" + question(names[0]))
     lines = [code_line(name, code) for name, code in zip(names, codes, strict=True)]
-    body = hide_lines(tokenizer, list(text_tokens), length - len(asked), lines, rng, depth)
+    body = hide_lines(tokenizer, text_tokens, length - len(asked), lines, rng, depth)
     return body + asked, codes[0]
 
 

@@ -22,12 +22,12 @@ def planes(bits: int) -> tuple[int, ...]:
 
 
 def words_per_vector(dim: int, bits: int) -> int:
-    """uint32 words that ``dim`` codes of ``bits`` bits take."""
+    """The number of uint32 words that ``dim`` codes of ``bits`` bits take."""
     return sum(_words(dim, width) for width in planes(bits))
 
 
 def pack(codes: mx.array, bits: int) -> mx.array:
-    """Codes (..., dim), integers below 2**bits, to words (..., words_per_vector) uint32."""
+    """Pack codes (..., dim), integers below 2**bits, into words: uint32 (..., words_per_vector)."""
     codes = codes.astype(mx.uint32)
     dim = codes.shape[-1]
     packed, remaining = [], bits
@@ -40,11 +40,11 @@ def pack(codes: mx.array, bits: int) -> mx.array:
             field = mx.pad(field, [(0, 0)] * (codes.ndim - 1) + [(0, padding)])
         field = field.reshape(*codes.shape[:-1], words, 32 // width)
         packed.append((field << _shifts(width)).sum(axis=-1))
-    return packed[0] if len(packed) == 1 else mx.concatenate(packed, axis=-1)
+    return mx.concatenate(packed, axis=-1)
 
 
 def unpack(words: mx.array, bits: int, dim: int) -> mx.array:
-    """Words (..., words_per_vector) uint32 to codes (..., dim) uint32."""
+    """The codes of words, uint32 (..., words_per_vector): uint32 (..., dim)."""
     codes, start = None, 0
     for width in planes(bits):
         stop = start + _words(dim, width)
@@ -56,13 +56,12 @@ def unpack(words: mx.array, bits: int, dim: int) -> mx.array:
 
 
 def byte_order(dim: int) -> list[int]:
-    """The coordinate of each field of a vector of 4-bit codes, byte after byte.
+    """The coordinates of a vector of 4-bit codes in the order in which its bytes hold them.
 
-    ``dim`` is a multiple of eight. A byte holds two fields, the lower one first.
+    ``dim`` is a multiple of 8. A byte holds two codes, the lower four bits first.
     """
-    fields = (4 * (byte % 2) + 2 * high + byte // 2 for byte in range(4) for high in range(2))
-    in_word = list(fields)
-    return [start + field for start in range(0, dim, 8) for field in in_word]
+    in_word = [4 * (byte % 2) + 2 * high + byte // 2 for byte in range(4) for high in range(2)]
+    return [start + place for start in range(0, dim, 8) for place in in_word]
 
 
 def _words(dim: int, width: int) -> int:

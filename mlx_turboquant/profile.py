@@ -8,11 +8,11 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean, geometric_mean
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten
 from platformdirs import user_cache_path
 
@@ -23,22 +23,22 @@ from .quantizer import CODEC_VERSION
 FORMAT_VERSION = "1"
 # The bits at which a side is quantized to measure what that does.
 MEASURED_BITS = {"keys": (2, 3), "values": (1, 2)}
-# A divergence that is lost in rounding.
+# Smaller divergences are lost in rounding.
 _LEAST_DIVERGENCE = 1e-9
 _MAX_FILE_BYTES = 1 << 24
 
 _log = logging.getLogger("mlx_turboquant")
 
-# The divergences of one side of a layer: by bits, one for each text.
+# The divergences of one side of a layer in nats: by bits, one for each text.
 Divergences = dict[int, tuple[float, ...]]
 
 
 class Profile(NamedTuple):
-    """Divergences of the output of a model, when one side of one layer is quantized.
+    """KL divergences of the output of a model in nats, when one side of one layer is quantized.
 
-    ``keys`` and ``values`` have one entry for each compressed layer, in the order of the layers;
-    that of values is None where attention is latent. ``tokens`` are those that were scored, of all
-    ``texts`` together.
+    ``keys`` and ``values`` have one entry for each compressed layer, in the order of the layers. An
+    entry of ``values`` is None where attention is latent. ``tokens`` is how many tokens were
+    scored, in all ``texts`` together.
     """
 
     fingerprint: str
@@ -51,17 +51,17 @@ class Profile(NamedTuple):
         """The layers of the model, with divergences that are means over the texts.
 
         Bits are chosen by ``geometric`` means, because a text that hardly uses a layer says little
-        about it; what is expected of a choice are arithmetic means.
+        about it. Arithmetic means say what to expect of a choice.
 
         Raises:
-            ValueError: a profile of another number of layers.
+            ValueError: the profile and the model have different numbers of layers.
         """
         if len(compressible) != len(self.keys):
             raise ValueError(
                 f"The profile has {len(self.keys)} layers and the model {len(compressible)}: "
                 "calibrate the model again."
             )
-        average = _geometric_mean if geometric else np.mean
+        average = geometric_mean if geometric else fmean
         layers = []
         for part, keys, values in zip(compressible, self.keys, self.values):
             pairs = ((part.keys, keys, MIN_KEY_BITS), (part.values, values, MIN_VALUE_BITS))
@@ -72,12 +72,8 @@ class Profile(NamedTuple):
 def _side(vectors, divergences: Divergences | None, min_bits: int, average) -> Side | None:
     if vectors is None or divergences is None:
         return None
-    measured = {bits: float(average(texts)) for bits, texts in divergences.items()}
+    measured = {bits: average(texts) for bits, texts in divergences.items()}
     return Side(vectors, divergences_by_bits(vectors.dim, measured), min_bits)
-
-
-def _geometric_mean(numbers: Sequence[float]) -> float:
-    return math.exp(sum(map(math.log, numbers)) / len(numbers))
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -99,7 +95,9 @@ def profile_path(fingerprint: str) -> Path:
 
 
 def save_profile(profile: Profile, file: Path | None = None) -> Path:
-    """Write a profile whole: to a temporary name, then renamed. Returns its path.
+    """Write a profile to ``file`` or to :func:`profile_path`, and return the path.
+
+    The file is complete or not there: it is written to a temporary name and renamed.
 
     Raises:
         OSError: the file cannot be written.
@@ -130,11 +128,11 @@ def save_profile(profile: Profile, file: Path | None = None) -> Path:
 
 
 def load_profile(file: Path, model_fingerprint: str) -> Profile:
-    """The profile in a file, which must be of the model with this fingerprint.
+    """The profile in a file, which must belong to the model with this fingerprint.
 
     Raises:
         ValueError: not a profile, damaged, of another model or of another version.
-        OSError: a file that cannot be read.
+        OSError: the file cannot be read.
     """
     with file.open("rb") as content:
         text = content.read(_MAX_FILE_BYTES)
@@ -161,7 +159,10 @@ def load_profile(file: Path, model_fingerprint: str) -> Profile:
 
 
 def find_profile(model_fingerprint: str) -> Profile | None:
-    """The profile of a model in the user's cache folder; None, with a warning, if it is no good."""
+    """The profile of a model in the user's cache folder, or None if there is none.
+
+    A file that cannot be used counts as none, with a warning.
+    """
     file = profile_path(model_fingerprint)
     try:
         return load_profile(file, model_fingerprint)
@@ -206,5 +207,5 @@ def _checked_side(
 
 
 def at_least(divergence: float) -> float:
-    """A divergence that a profile can hold: rounding can leave nothing, or less, of a small one."""
+    """``divergence``, or the least that a profile holds if rounding left less of a small one."""
     return max(divergence, _LEAST_DIVERGENCE)

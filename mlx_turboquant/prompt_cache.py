@@ -14,15 +14,7 @@ from .cache.latent import TurboQuantLatentCache
 from .cache.single import TurboQuantKVCache
 from .compressible import plain_caches
 from .enable import enabled_settings
-from .files import (
-    NO_CHECKSUM,
-    check_versions,
-    checksum,
-    damaged,
-    read_header,
-    safetensors_path,
-    write_whole,
-)
+from .files import damaged
 from .hook import connect
 from .kernels.storage import check_state, check_vectors
 from .profile import fingerprint
@@ -48,7 +40,7 @@ mlx_lm_cache.TurboQuantKVCache = TurboQuantKVCache
 mlx_lm_cache.TurboQuantLatentCache = TurboQuantLatentCache
 
 _MAX_DEPTH = 32
-# Metadata of the caller begin with "0.", as mlx-lm writes them.
+# mlx-lm writes metadata of the caller with the prefix "0.".
 _CHECKSUM_KEY = "0.checksum"
 
 
@@ -71,10 +63,12 @@ def save_prompt_cache(
         "codec": CODEC_VERSION,
         "seed": _seeds(cache),
         "fingerprint": fingerprint(model),
-        "checksum": NO_CHECKSUM,
+        "checksum": files.NO_CHECKSUM,
     }
-    write_whole(
-        file, lambda path: mlx_lm_cache.save_prompt_cache(str(path), cache, metadata), _CHECKSUM_KEY
+    files.write_whole(
+        file,
+        lambda path: mlx_lm_cache.save_prompt_cache(str(path), cache, metadata),
+        _CHECKSUM_KEY,
     )
     return file
 
@@ -88,15 +82,15 @@ def load_prompt_cache(
 
     Raises:
         ValueError: not a prompt cache of this package, damaged, of another format or codec
-            version, or of another model or seed than those of ``model``.
+            version, or of another model than ``model`` or another seed than it is enabled with.
     """
-    file = safetensors_path(file)
-    header = read_header(file)
+    file = files.safetensors_path(file)
+    header = files.read_header(file)
     saved = _saved_metadata(file, header)
     if model is not None:
         check_fingerprint(file, saved.get("fingerprint"), model)
     _check_names(file, header)
-    if saved.get("checksum") != checksum(file, _CHECKSUM_KEY):
+    if saved.get("checksum") != files.checksum(file, _CHECKSUM_KEY):
         raise damaged(file, "its checksum is another one")
     try:
         cache, metadata = mlx_lm_cache.load_prompt_cache(str(file), return_metadata=True)
@@ -137,19 +131,19 @@ def _saved_metadata(file: Path, header: dict[str, Any]) -> dict[str, str]:
             f"{file} is not a prompt cache of mlx_turboquant: use a file that it has saved."
         )
     versions = {"format": FORMAT_VERSION, "codec": CODEC_VERSION}
-    check_versions(file, saved, versions, "process the prompt again")
+    files.check_versions(file, saved, versions, "process the prompt again")
     return saved
 
 
 def _check_names(file: Path, header: dict[str, Any]) -> None:
-    """Refuse classes that are not caches, and lists with gaps, which mlx-lm would fill."""
+    """Refuse classes that are not caches, and lists that lack entries, which mlx-lm would fill."""
     metadata = header["__metadata__"]
     classes = {text for key, text in metadata.items() if key.startswith("1.")}
     if unknown := classes - set(_KNOWN_CACHES):
         raise damaged(file, f"{sorted(unknown)[0]!r} is not a kind of cache")
     layers = {name.split(".")[0] for name in header if name != "__metadata__"}
     if len(layers) != sum(key.startswith("1.") for key in metadata):
-        raise damaged(file, f"{len(layers)} layers and another number of kinds")
+        raise damaged(file, f"{len(layers)} layers and another number of classes")
     for names in (metadata, [name for name in header if name != "__metadata__"]):
         _check_lists(file, names)
 
@@ -171,7 +165,7 @@ def _check_lists(file: Path, names: Iterable[str]) -> None:
         except ValueError:
             continue  # a dictionary
         if places != list(range(len(places))):
-            raise damaged(file, f"a list, {'.'.join(parent)!r}, with gaps")
+            raise damaged(file, f"a list, {'.'.join(parent)!r}, that lacks entries")
 
 
 def _check_model(file: Path, cache: list[Any], seeds: str, model: nn.Module) -> None:
@@ -187,7 +181,7 @@ def _check_model(file: Path, cache: list[Any], seeds: str, model: nn.Module) -> 
 
 
 def _seeds(caches: Iterable[Any]) -> str:
-    """The seeds of the compressed caches among ``caches``, which are of known kinds."""
+    """The seeds of the compressed caches; ValueError for a class that this package cannot save."""
     seeds: set[str] = set()
     for cache in caches:
         if type(cache) not in _KNOWN_CACHES.values():
@@ -200,7 +194,7 @@ def _seeds(caches: Iterable[Any]) -> str:
 
 
 def _check_plain(cache: Any) -> None:
-    """Refuse a cache of mlx-lm whose numbers do not fit its arrays, which mlx-lm takes as it is."""
+    """Refuse a cache of mlx-lm whose numbers do not fit its arrays, which mlx-lm never checks."""
     if isinstance(cache, mlx_lm_cache.CacheList):
         for part in cache.caches:
             _check_plain(part)

@@ -63,6 +63,9 @@ class TurboQuantizer:
         gain_search: Try a dozen gains per vector and keep the one with the largest cosine between
             y and q; without it the gain is 1. Costs time in ``quantize`` only.
 
+    ``bits_per_value`` are the bits that a value takes: its code, filled up to whole words, and its
+    share of the float32 scale. A cache keeps scales in bfloat16, which is 16 / dim bits less.
+
     Raises:
         ValueError: an argument that is not one of these.
     """
@@ -85,6 +88,7 @@ class TurboQuantizer:
         self.bits = bits
         self.scale = scale
         self.seed = seed
+        self.bits_per_value = 32 * (words_per_vector(dim, bits) + 1) / dim
         self.gains = _GAINS if gain_search and bits > 1 else (1.0,)
         self.rotation = Rotation(dim, rotation, seed)
         self.levels, self.thresholds = _codebook_arrays(dim, bits)
@@ -95,14 +99,6 @@ class TurboQuantizer:
             self._byte_levels = constant(levels.view(mx.uint64).flatten())
             self._order = constant(byte_order(dim))
 
-    @property
-    def bits_per_value(self) -> float:
-        """Bits that a value takes: the packed words and its share of the float32 scale.
-
-        A cache keeps the scales in bfloat16, which is 16 / dim bits less.
-        """
-        return 32 * (words_per_vector(self.dim, self.bits) + 1) / self.dim
-
     def __deepcopy__(self, memo: dict) -> "TurboQuantizer":
         return self  # it never changes, and what was found out about it is kept by its identity
 
@@ -111,6 +107,9 @@ class TurboQuantizer:
 
         A vector of zeros gets scale 0. One with an infinity or NaN gets scale NaN, so that it
         comes back as NaN in every value. No finite vector overflows the scale.
+
+        Raises:
+            ValueError: another shape or dtype.
         """
         check_vectors(x, self.dim)
         x = x.astype(mx.float32)
@@ -124,7 +123,11 @@ class TurboQuantizer:
         return QuantizedVectors(pack(codes, self.bits), scales.squeeze(-1))
 
     def dequantize(self, packed: QuantizedVectors, dtype: mx.Dtype = mx.float32) -> mx.array:
-        """The reconstructed vectors (..., dim) in ``dtype``."""
+        """The reconstructed vectors (..., dim) in ``dtype``.
+
+        Raises:
+            ValueError: codes of another shape than those of ``quantize``.
+        """
         # Scaled last: the sums of the rotation would overflow before the values do.
         values = self.rotation.invert(self.rotated_levels(packed)) * packed.scales[..., None]
         return values.astype(dtype)
@@ -132,7 +135,11 @@ class TurboQuantizer:
     def inner_product(self, queries: mx.array, packed: QuantizedVectors) -> mx.array:
         """Products of queries (..., q, dim) with packed vectors (..., n): float32 (..., q, n).
 
-        The rotation is applied to the queries instead of being undone on every packed vector.
+        Queries are float16, bfloat16 or float32. The rotation is applied to them instead of being
+        undone on every packed vector.
+
+        Raises:
+            ValueError: queries of another shape or dtype, or codes of another shape.
         """
         check_vectors(queries, self.dim)
         queries = self.stored_order(self.rotation.apply(queries))
@@ -140,7 +147,7 @@ class TurboQuantizer:
         return products * packed.scales[..., None, :]
 
     def stored_levels(self, packed: QuantizedVectors) -> mx.array:
-        """:meth:`rotated_levels` in the order of :meth:`stored_order`: the fastest on a CPU."""
+        """:meth:`rotated_levels` in the order of :meth:`stored_order`, which is faster on a CPU."""
         if self._byte_levels is None:
             return self.rotated_levels(packed)
         self._check_packed(packed)
@@ -148,7 +155,7 @@ class TurboQuantizer:
         return pairs.view(mx.float32).reshape(*packed.scales.shape, self.dim)
 
     def stored_order(self, rotated: mx.array) -> mx.array:
-        """Rotated vectors (..., dim) with coordinates as :meth:`stored_levels` has them."""
+        """Rotated vectors (..., dim) with their coordinates in the order of the packed bytes."""
         return rotated if self._byte_levels is None else rotated[..., self._order]
 
     def from_stored_order(self, stored: mx.array) -> mx.array:
@@ -182,7 +189,7 @@ class TurboQuantizer:
         return evaluate_polynomial(level_polynomial(self.dim, self.bits), x)
 
     def _codes_of(self, y: mx.array) -> mx.array:
-        """How many thresholds each value of y (..., dim) exceeds: uint8 or uint32."""
+        """The codes of y (..., dim), the number of thresholds below a value: uint8 or uint32."""
         if self.bits > POLYNOMIAL_BITS:
             return mx.searchsorted(self.thresholds, y)
         # A search for each value takes 6 to 16 times as long as comparing all values, on a CPU.

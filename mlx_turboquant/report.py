@@ -1,4 +1,4 @@
-"""What a prompt cache holds, layer by layer: compressed or not and why, in how many bytes."""
+"""What a prompt cache holds: which layers are compressed, why others are not, and their bytes."""
 
 import logging
 from typing import Any, NamedTuple
@@ -23,9 +23,9 @@ _log = logging.getLogger("mlx_turboquant")
 
 
 class CacheSize(NamedTuple):
-    """What a prompt cache holds. ``fp16_nbytes`` is what its tokens would take in 16 bits.
+    """Tokens and bytes of a prompt cache. ``fp16_nbytes`` is what its tokens would take in 16 bits.
 
-    ``unpacked`` is how many tokens stay exact before the first are packed, if none are yet, else 0.
+    ``unpacked`` is how many tokens stay exact before the first are packed, or 0 if some are packed.
     """
 
     tokens: int
@@ -42,9 +42,10 @@ class CacheSize(NamedTuple):
 
 
 class LayerKind(NamedTuple):
-    """Layers whose caches are of one class. ``bits`` is None if they are not compressed.
+    """The layers whose caches are of one class, and the bytes of all of them together.
 
-    Otherwise it is the mean number of bits of their values, without scales.
+    ``bits`` is the mean number of bits of their values, without scales, or None if they are not
+    compressed.
     """
 
     cache: str
@@ -54,19 +55,13 @@ class LayerKind(NamedTuple):
     nbytes: int
     fp16_nbytes: int
 
-    def columns(self) -> tuple[str, ...]:
-        """As text: cache, layers, bits, megabytes, those in 16 bits, remark."""
-        bits = "exact" if self.bits is None else f"{self.bits:.4g}"
-        sizes = (f"{nbytes / 1e6:,.2f}" for nbytes in (self.nbytes, self.fp16_nbytes))
-        return (self.cache, str(self.layers), bits, *sizes, self.remark)
-
 
 class CacheReport(NamedTuple):
-    """The size of a prompt cache, its layers by kind, and the bits of the compressed ones.
+    """The size of a prompt cache, its layers by class, and the bits of the compressed ones.
 
-    ``token_nbytes`` is what one more token takes in compressed layers. ``divergence`` is what these
-    bits are expected to do to the output, in nats, and ``heaviest`` the sides of layers that make
-    most of it; both are empty without a profile of the model.
+    ``token_nbytes`` is what one more token takes in compressed layers. ``divergence`` is the KL
+    divergence of the output to expect with these bits, in nats, and ``heaviest`` names the keys or
+    values of layers that make most of it; both are None without a profile of the model.
     """
 
     size: CacheSize
@@ -79,12 +74,15 @@ class CacheReport(NamedTuple):
 
     @property
     def compressed_layers(self) -> int:
-        """How many caches of layers are compressed."""
+        """The number of compressed caches."""
         return len(self.key_bits)
 
     def __str__(self) -> str:
         rows = [("cache", "layers", "bits", "MB", "MB in fp16", "")]
-        rows += [kind.columns() for kind in self.kinds]
+        for cache, layers, bits, remark, *sizes in self.kinds:
+            bits = "exact" if bits is None else f"{bits:.4g}"
+            sizes = (f"{nbytes / 1e6:,.2f}" for nbytes in sizes)
+            rows.append((cache, str(layers), bits, *sizes, remark))
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines = [
             "  ".join(
@@ -105,7 +103,7 @@ class CacheReport(NamedTuple):
 
 
 def cache_size(cache: list[Any]) -> CacheSize:
-    """Tokens and bytes of a prompt cache; layers that are not compressed count as they are."""
+    """Tokens and bytes of a prompt cache; layers that are not compressed are counted as well."""
     layers = flat_caches(cache)
     compressed = [layer for layer in layers if hasattr(layer, "packed_tokens")]
     packed = any(layer.packed_tokens for layer in compressed)
@@ -119,7 +117,7 @@ def cache_size(cache: list[Any]) -> CacheSize:
 
 
 def bits_per_value(cache: list[Any]) -> float:
-    """Bits that a value of one more packed token takes, scales included: of compressed layers."""
+    """Bits that a value of one more token takes in compressed layers, with its share of scales."""
     layers = [layer for layer in flat_caches(cache) if hasattr(layer, "token_nbytes")]
     values = sum(layer.token_values for layer in layers)
     return 8 * sum(layer.token_nbytes for layer in layers) / max(values, 1)
@@ -128,7 +126,7 @@ def bits_per_value(cache: list[Any]) -> float:
 def cache_report(cache: list[Any], model: nn.Module | None = None) -> CacheReport:
     """What a prompt cache, a list of one cache per layer, holds; warns if nothing is compressed.
 
-    With its ``model``, if that has a profile, also what its bits are expected to do to the output.
+    If its ``model`` is given and has a profile, the report says what divergence to expect.
     """
     groups: dict[str, list[Any]] = {}
     for layer in flat_caches(cache):
@@ -136,7 +134,7 @@ def cache_report(cache: list[Any], model: nn.Module | None = None) -> CacheRepor
     compressed = [layer for layer in flat_caches(cache) if hasattr(layer, "packed_tokens")]
     report = CacheReport(
         cache_size(cache),
-        [_kind(name, layers) for name, layers in groups.items()],
+        [_layer_kind(name, layers) for name, layers in groups.items()],
         [layer.key_bits for layer in compressed],
         [layer.value_bits for layer in compressed],
         sum(layer.token_nbytes for layer in compressed),
@@ -153,7 +151,7 @@ def cache_report(cache: list[Any], model: nn.Module | None = None) -> CacheRepor
     )
 
 
-def _kind(name: str, layers: list[Any]) -> LayerKind:
+def _layer_kind(name: str, layers: list[Any]) -> LayerKind:
     if hasattr(layers[0], "packed_tokens"):
         packed, exact = layers[-1].packed_tokens, layers[-1].exact_tokens
         remark = f"{packed:,} tokens a layer packed, {exact:,} exact"
@@ -166,12 +164,12 @@ def _kind(name: str, layers: list[Any]) -> LayerKind:
 
 
 def mean_of_bits(key_bits: list[int], value_bits: list[int]) -> float:
-    """That of all compressed layers, for as many keys as values."""
+    """The mean of the bits of all layers, which have as many keys as values."""
     return sum(key_bits + value_bits) / (2 * len(key_bits))
 
 
 def _heaviest(layers: list[Layer], bits: list[tuple[int, int]]) -> list[str]:
-    """The three sides from which most of the expected divergence comes."""
+    """The three sides of layers from which most of the expected divergence comes."""
     shares = [
         (side.divergences[b], f"{name} of layer {i}")
         for i, (layer, pair) in enumerate(zip(layers, bits))

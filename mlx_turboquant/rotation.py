@@ -15,9 +15,9 @@ _ODD_ORDERS = (1, 12, 20, 28)
 
 
 def hadamard_factors(dim: int) -> tuple[int, int] | None:
-    """(m, 2^k) with dim = m * 2^k and m in {1, 12, 20, 28}, or None where there is no such pair.
+    """(m, 2^k) with dim = m * 2^k and m in {1, 12, 20, 28}, or None if there is no such pair.
 
-    Checked here because ``mx.hadamard_transform`` does not refuse every other size.
+    This is checked here because ``mx.hadamard_transform`` does not refuse every other dimension.
     """
     for order in _ODD_ORDERS:
         power = dim // order
@@ -27,10 +27,15 @@ def hadamard_factors(dim: int) -> tuple[int, int] | None:
 
 
 class Rotation:
-    """An orthogonal dim x dim matrix R, fixed by ``kind`` and ``seed``.
+    """An orthogonal dim x dim matrix R.
 
-    ``apply`` and ``invert`` take (..., dim) and return float32 of the same shape. ``kind`` is
-    "hadamard" (Haar where dim has no Hadamard matrix) or "haar".
+    Args:
+        dim: Values per vector.
+        kind: "hadamard", or "haar", which "hadamard" becomes if there is no such matrix of dim.
+        seed: The same seed always gives the same matrix.
+
+    Raises:
+        ValueError: another ``kind``.
     """
 
     def __init__(self, dim: int, kind: str = "hadamard", seed: int = 0):
@@ -45,14 +50,14 @@ class Rotation:
             self.matrix = _paley_matrix(self.factors[0])
 
     def apply(self, x: mx.array) -> mx.array:
-        """R x for every row of x."""
+        """R x for every vector x of an array (..., dim): float32 of the same shape."""
         x = x.astype(mx.float32)
         if self.factors is None:
             return x @ self.matrix.T
         return self._hadamard(x * self.signs, self.matrix)
 
     def invert(self, y: mx.array) -> mx.array:
-        """R^T y for every row of y."""
+        """R^T y for every vector y of an array (..., dim): float32 of the same shape."""
         y = y.astype(mx.float32)
         if self.factors is None:
             return y @ self.matrix
@@ -93,7 +98,7 @@ def _random_signs(dim: int, seed: int) -> mx.array:
 
 @lru_cache(maxsize=8)
 def _haar_matrix(dim: int, seed: int) -> mx.array:
-    """Q of the QR decomposition of a Gaussian matrix, with signs that make it Haar-distributed."""
+    """Q of the QR decomposition of a Gaussian matrix, with the signs of a Haar distribution."""
     q, r = np.linalg.qr(gaussian_matrix(dim, dim, seed))
     return constant((q * np.sign(np.diag(r))).astype(np.float32))
 
@@ -115,14 +120,11 @@ def _paley_matrix(order: int) -> mx.array:
     residues = {i * i % prime for i in range(1, prime)}
     character = np.array([0] + [1 if i in residues else -1 for i in range(1, prime)])
     jacobsthal = character[np.subtract.outer(np.arange(prime), np.arange(prime)) % prime]
-    sign = -1 if prime % 4 == 3 else 1
-    core = np.block(
-        [[np.zeros((1, 1)), np.ones((1, prime))], [sign * np.ones((prime, 1)), jacobsthal]]
-    )
+    ones = np.ones((prime, 1))
     if prime % 4 == 3:
-        hadamard = core + np.eye(order)
+        hadamard = np.block([[0, ones.T], [-ones, jacobsthal]]) + np.eye(order)
     else:
-        hadamard = np.kron(core, [[1, 1], [1, -1]]) + np.kron(
-            np.eye(prime + 1), [[1, -1], [-1, -1]]
-        )
+        core = np.block([[0, ones.T], [ones, jacobsthal]])
+        hadamard = np.kron(core, [[1, 1], [1, -1]])
+        hadamard += np.kron(np.eye(prime + 1), [[1, -1], [-1, -1]])
     return constant((hadamard / np.sqrt(order)).astype(np.float32))

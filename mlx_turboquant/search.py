@@ -8,16 +8,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from .files import (
-    NO_CHECKSUM,
-    check_target,
-    check_versions,
-    checksum,
-    damaged,
-    read_header,
-    safetensors_path,
-    write_whole,
-)
+from . import files
 from .kernels.quantize import inner_product
 from .packing import words_per_vector
 from .quantizer import CODEC_VERSION, QuantizedVectors, TurboQuantizer, check_vectors
@@ -27,13 +18,14 @@ METRICS = ("cosine", "dot", "l2")
 FORMAT_VERSION = "1"
 
 _KIND = "vector_index"
+_VERSIONS = {_KIND: FORMAT_VERSION, "codec": CODEC_VERSION}
 _CHECKSUM_KEY = "checksum"
 # The products and squares of two lengths up to this one are finite in float32.
 _LONGEST = 1e18
-# Of a vector that has a direction: its square is not rounded to zero.
+# The square of this length is not yet rounded to zero, so that the vector has a direction.
 _SHORTEST = 1e-18
 _QUERY_TILE = 256
-# Without a number from the caller, re-ranking takes so many candidates for each result.
+# The default number of candidates of re-ranking for each result.
 _CANDIDATES = 4
 
 
@@ -52,8 +44,8 @@ class VectorIndex:
     unbiased over the rotation (:class:`.TurboQuantizer`, scale "unbiased").
 
     The index holds the codes, a float32 scale and an int64 id of each vector, for "l2" also its
-    squared length in float32, and free space where it has grown. Nothing is ever unpacked as a
-    whole: a search unpacks tiles of a bounded size, or none where there is a kernel.
+    squared length in float32, and free space where it has grown. ``bits_per_value`` counts all of
+    that, without free space. A search unpacks tiles of a bounded size, or none with a kernel.
 
     Args:
         dim: Values per vector, 8 to 8 192.
@@ -70,12 +62,14 @@ class VectorIndex:
         if metric not in METRICS:
             raise ValueError(f"Metric {metric!r} is not known: use one of {', '.join(METRICS)}.")
         self.metric = metric
-        self.quantizer = _shared_quantizer(dim, bits, seed)
+        self.quantizer = _quantizer(dim, bits, seed)
         self._count = 0
         self._next_id = 0
         self._buffers = {
             name: mx.zeros((0, *shape), dtype) for name, (shape, dtype) in self._columns().items()
         }
+        sizes = (buffer.itemsize * np.prod(buffer.shape[1:]) for buffer in self._buffers.values())
+        self.bits_per_value = 8 * float(sum(sizes)) / dim
 
     def __len__(self) -> int:
         return self._count
@@ -90,17 +84,12 @@ class VectorIndex:
         """Bytes of all that is held, free space included."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
-    @property
-    def bits_per_value(self) -> float:
-        """Bits that one value of one more vector takes, with its share of scale, id and length."""
-        sizes = (buffer.itemsize * np.prod(buffer.shape[1:]) for buffer in self._buffers.values())
-        return 8 * float(sum(sizes)) / self.quantizer.dim
-
     def add(self, vectors: Any) -> mx.array:
         """Pack vectors (n, dim), an array of numpy or mlx, and return their ids, int64 (n,).
 
-        Ids count up from 0, are never given again and stay valid when others are removed. The
-        vectors are read in tiles, so that they may be an array that is mapped from a file.
+        Ids count up from 0, are never given again and stay valid when others are removed. Vectors
+        are float16, bfloat16 or float32, and float64 of numpy is rounded. They are read in tiles,
+        so that they may be an array that is mapped from a file.
 
         Raises:
             ValueError: another shape or dtype, a value that is not finite, a length above 1e18,
@@ -140,24 +129,19 @@ class VectorIndex:
         equal scores comes first is not defined.
 
         Args:
-            queries: An array of numpy or mlx.
+            queries: An array of numpy or mlx, of the dtypes that :meth:`add` takes.
             k: Results for each query, from 1 to the number of vectors.
             originals: Re-ranks exactly: a function from ids, int64 (m,), to the vectors (m, dim)
                 that were added with these ids, as ``lambda ids: array[ids]`` is for an array that
                 holds them in order. The index does not hold them. It is called once for each query.
-            candidates: The best by their estimates, which are re-ranked; 4 k without a number.
+            candidates: How many of the best estimates are re-ranked (default: 4 k).
 
         Raises:
             ValueError: an empty index, another k, queries that :meth:`add` would not take as
                 vectors, or originals that are not (m, dim).
         """
-        queries = _array(queries)
-        dim = self.quantizer.dim
-        if not queries.shape or queries.shape[-1] != dim:
-            raise ValueError(
-                f"An array of shape {tuple(queries.shape)} does not hold queries of {dim} values: "
-                f"its last axis must be {dim}."
-            )
+        queries = mx.array(_array(queries))
+        check_vectors(queries, self.quantizer.dim)
         if self._count == 0:
             raise ValueError("The index is empty: add vectors before you search.")
         if k not in range(1, self._count + 1):
@@ -174,7 +158,7 @@ class VectorIndex:
         if 0 in shape:
             return SearchResult(mx.zeros(shape, mx.int64), mx.zeros(shape))
         found = []
-        for start, x in _tiles(queries.reshape(-1, dim), _QUERY_TILE):
+        for start, x in _tiles(queries.reshape(-1, self.quantizer.dim), _QUERY_TILE):
             lengths = self._lengths(x, "Query", start)
             x = x.astype(mx.float32) / (lengths[:, None] if self.metric == "cosine" else 1)
             closeness, ids = self._nearest(x, k if originals is None else candidates)
@@ -188,9 +172,10 @@ class VectorIndex:
         return SearchResult(ids.reshape(shape), scores.reshape(shape))
 
     def remove(self, ids: int | Sequence[int] | np.ndarray | mx.array) -> None:
-        """Forget the vectors of these ids; those of all others stay.
+        """Forget the vectors with these ids, one or an array of integers; all others stay.
 
-        What is left is copied once, packed, and free space is given back: remove many at once.
+        What is left is copied once, packed, and free space is given back. Many vectors are best
+        removed at once.
 
         Raises:
             ValueError: an id that is not in the index. Nothing is removed then.
@@ -222,15 +207,13 @@ class VectorIndex:
             ValueError: the folder does not exist, or the file does and is no index of ours.
             OSError: the file cannot be written whole, for want of space for instance.
         """
-        file = check_target(file, _KIND, "vector index")
-        metadata = {
-            **{_KIND: FORMAT_VERSION, "codec": CODEC_VERSION, _CHECKSUM_KEY: NO_CHECKSUM},
-            **{"dim": str(self.quantizer.dim), "bits": str(self.quantizer.bits)},
-            **{"seed": str(self.quantizer.seed), "metric": self.metric},
-            "next_id": str(self._next_id),
-        }
+        file = files.check_target(file, _KIND, "vector index")
+        settings = {name: getattr(self.quantizer, name) for name in ("dim", "bits", "seed")}
+        settings |= {"metric": self.metric, "next_id": self._next_id}
+        metadata = {name: str(value) for name, value in settings.items()}
+        metadata |= _VERSIONS | {_CHECKSUM_KEY: files.NO_CHECKSUM}
         arrays = {name: self._used(name) for name in self._buffers}
-        write_whole(
+        files.write_whole(
             file, lambda path: mx.save_safetensors(str(path), arrays, metadata), _CHECKSUM_KEY
         )
         return file
@@ -242,22 +225,21 @@ class VectorIndex:
         Raises:
             ValueError: not an index of this package, damaged, or of another version.
         """
-        file = safetensors_path(file)
-        saved = read_header(file)["__metadata__"]
+        file = files.safetensors_path(file)
+        saved = files.read_header(file)["__metadata__"]
         if _KIND not in saved:
             raise ValueError(
                 f"{file} is not a vector index of mlx_turboquant: use a file that it has saved."
             )
-        versions = {_KIND: FORMAT_VERSION, "codec": CODEC_VERSION}
-        check_versions(file, saved, versions, "build the index again")
-        if saved.get(_CHECKSUM_KEY) != checksum(file, _CHECKSUM_KEY):
-            raise damaged(file, "its checksum is another one")
+        files.check_versions(file, saved, _VERSIONS, "build the index again")
+        if saved.get(_CHECKSUM_KEY) != files.checksum(file, _CHECKSUM_KEY):
+            raise files.damaged(file, "its checksum is another one")
         try:
             dim, bits, seed, next_id = (int(saved[k]) for k in ("dim", "bits", "seed", "next_id"))
             index = cls(dim, bits, saved["metric"], seed=seed)
             index._restore(mx.load(str(file)), next_id)
         except Exception as error:
-            raise damaged(file, str(error)) from error
+            raise files.damaged(file, str(error)) from error
         return index
 
     @property
@@ -278,7 +260,7 @@ class VectorIndex:
         return self._buffers[name][: self._count]
 
     def _pack(self, x: mx.array, first: int) -> dict[str, mx.array]:
-        """The columns of a tile of vectors, but for their ids; ``first`` is for errors."""
+        """The columns of a tile of vectors without ids; ``first`` is its first row, for errors."""
         lengths = self._lengths(x, "Vector", first)
         codes, scales = self.quantizer.quantize(x)
         tile = {"codes": codes, "scales": scales}
@@ -305,42 +287,34 @@ class VectorIndex:
         return lengths
 
     def _reserve(self, count: int) -> None:
-        """Make room for ``count`` vectors; what is there grows by at least a half."""
+        """Make room for ``count`` vectors; buffers grow by a half or more at a time."""
         capacity = self._buffers["scales"].size
-        if count <= capacity:
-            return
-        if capacity:
-            count = max(count, capacity + capacity // 2)
-        grown = {
-            name: mx.zeros((count, *buffer.shape[1:]), buffer.dtype)
-            for name, buffer in self._buffers.items()
-        }
-        for name, buffer in grown.items():
-            buffer[: self._count] = self._used(name)
-        mx.eval(grown)
-        self._buffers = grown
+        if count > capacity:
+            free = max(count, capacity + capacity // 2) - self._count
+            grown = {
+                name: mx.pad(self._used(name), [(0, free)] + [(0, 0)] * (buffer.ndim - 1))
+                for name, buffer in self._buffers.items()
+            }
+            mx.eval(grown)
+            self._buffers = grown
 
     def _nearest(self, queries: mx.array, k: int) -> tuple[mx.array, mx.array]:
-        """Closeness and ids (q, k) of the k vectors that are nearest to queries (q, dim)."""
-        closeness = mx.zeros((len(queries), 0))
-        slots = mx.zeros((len(queries), 0), mx.uint32)
+        """Closeness, float32, and ids (q, k) of the k vectors nearest to queries (q, dim)."""
+        nearest = mx.zeros((len(queries), 0)), mx.zeros((len(queries), 0), mx.uint32)
         for start in range(0, self._count, self._tile):
-            stop = min(start + self._tile, self._count)
-            tile = mx.broadcast_to(
-                mx.arange(start, stop, dtype=mx.uint32), (len(queries), stop - start)
-            )
-            closeness = mx.concatenate([closeness, self._closeness(queries, start, stop)], axis=-1)
-            slots = mx.concatenate([slots, tile], axis=-1)
-            if slots.shape[-1] > k:
-                best = mx.argpartition(-closeness, k - 1, axis=-1)[:, :k]
-                closeness, slots = (
-                    mx.take_along_axis(x, best, axis=-1) for x in (closeness, slots)
-                )
-            mx.eval(closeness, slots)
+            closeness = self._closeness(queries, start, min(start + self._tile, self._count))
+            slots = mx.arange(start, start + closeness.shape[1], dtype=mx.uint32)
+            tile = closeness, mx.broadcast_to(slots, closeness.shape)
+            nearest = [mx.concatenate(pair, axis=-1) for pair in zip(nearest, tile)]
+            if nearest[0].shape[1] > k:
+                best = mx.argpartition(-nearest[0], k - 1, axis=-1)[:, :k]
+                nearest = [mx.take_along_axis(x, best, axis=-1) for x in nearest]
+            mx.eval(nearest)
+        closeness, slots = nearest
         return closeness, self._buffers["ids"][slots]
 
     def _closeness(self, queries: mx.array, start: int, stop: int) -> mx.array:
-        """Estimates for some vectors: cosine, product or the negative squared distance."""
+        """Estimates (q, n) for a tile: cosines, products or negative squared distances."""
         packed = QuantizedVectors(
             self._buffers["codes"][start:stop], self._buffers["scales"][start:stop]
         )
@@ -368,7 +342,7 @@ class VectorIndex:
         return mx.stack(rows)
 
     def _restore(self, arrays: dict[str, mx.array], next_id: int) -> None:
-        """Hold the arrays of a file; ValueError if they are not those of an index."""
+        """Hold the arrays of a file; ValueError if an index cannot have such arrays."""
         mx.eval(arrays)
         count = arrays["scales"].size
         columns = {
@@ -386,7 +360,7 @@ class VectorIndex:
 
 
 @cache
-def _shared_quantizer(dim: int, bits: int, seed: int) -> TurboQuantizer:
+def _quantizer(dim: int, bits: int, seed: int) -> TurboQuantizer:
     # A gain search changes no recall at the dimensions of embeddings and takes ten times as long.
     return TurboQuantizer(dim, bits, seed=seed, gain_search=False)
 

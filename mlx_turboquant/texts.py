@@ -31,7 +31,7 @@ def read_texts(paths: Iterable[Path]) -> list[str]:
 
 
 def encode(tokenizer, texts: Iterable[str]) -> list[list[int]]:
-    """The tokens of each text, without those that a model expects before it.
+    """The tokens of each text, without :func:`start_tokens`.
 
     There is no warning that a text is longer than the model's context.
     """
@@ -63,7 +63,7 @@ def pieces(
 ) -> list[list[int]]:
     """Up to ``count`` pieces of ``length`` tokens: the first of every text, then the second, ...
 
-    Where no text is long enough, of all texts one after the other.
+    If no text is long enough, they are pieces of all texts one after the other.
 
     Raises:
         ValueError: all texts together, which the message calls ``name``, are too short.

@@ -9,12 +9,14 @@ from pathlib import Path
 # Before MLX reads it: plain float32 on a GPU as well, for the references of the kernels.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
+import executor_stamp
 import hypothesis
 import mlx.core as mx
 import mlx_lm
 import pytest
 from mlx_lm.models import llama
 from platformdirs import user_cache_path
+from tokens import random_tokens
 
 from mlx_turboquant import disable
 from mlx_turboquant.loading import prepare_for_device
@@ -25,14 +27,31 @@ _cache_folder = tempfile.TemporaryDirectory()
 os.environ["XDG_CACHE_HOME"] = _cache_folder.name
 
 # Examples are drawn anew at every run, but not in CI; no test depends on the machine's speed.
-hypothesis.settings.register_profile("tests", deadline=None, derandomize="CI" in os.environ)
-hypothesis.settings.load_profile("tests")
+for name, examples in (("tests", 25), ("slow", 100)):
+    hypothesis.settings.register_profile(
+        name, max_examples=examples, deadline=None, derandomize="CI" in os.environ
+    )
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path[:0] = [str(REPOSITORY / "examples"), str(REPOSITORY / "examples" / "studies")]
 
 
-PROMPT = mx.random.randint(0, 128, (200,), key=mx.random.key(3))
+def pytest_configure(config):
+    slow = config.option.markexpr == "slow"
+    hypothesis.settings.load_profile("slow" if slow else "tests")
+    config.pluginmanager.register(executor_stamp)
+
+
+@pytest.hookimpl(tryfirst=True)  # before the marks choose
+def pytest_collection_modifyitems(config, items):
+    """With ``-m slow`` the property tests run as well, with the examples of that profile."""
+    if config.option.markexpr == "slow":
+        for item in items:
+            if hypothesis.is_hypothesis_test(getattr(item, "obj", None)):
+                item.add_marker("slow")
+
+
+PROMPT = random_tokens(200, seed=3)
 
 
 def logits(model, cache, chunks=(150, 40, 1, 1, 8)) -> mx.array:

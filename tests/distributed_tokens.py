@@ -4,8 +4,8 @@ import json
 import sys
 
 import mlx.core as mx
-from mlx_lm.generate import generate_step
 from mlx_lm.utils import sharded_load
+from tokens import continuation, random_tokens
 
 from mlx_turboquant import cache_report, enable, make_prompt_cache
 
@@ -13,9 +13,8 @@ from mlx_turboquant import cache_report, enable, make_prompt_cache
 def tokens(model) -> list[int]:
     """Twenty-four tokens after a prompt of 90, with 8 bits and a small window."""
     cache = make_prompt_cache(model, 8, window=16)
-    prompt = mx.random.randint(0, 512, (90,), key=mx.random.key(5))
-    steps = generate_step(prompt, model, max_tokens=24, prompt_cache=cache, prefill_step_size=40)
-    said = [token for token, _ in steps]
+    prompt = random_tokens(90, seed=5, vocabulary=512)
+    said = continuation(model, prompt, cache, 24, prefill_step_size=40)
     assert cache_report(cache).size.tokens >= 90
     assert all(layer.packed_tokens >= 64 for layer in cache)
     return said

@@ -1,28 +1,13 @@
 import mlx.core as mx
 import pytest
+from tokens import cached_tokens, normal
 
 from mlx_turboquant.kernels.attention import decode_attention
 from mlx_turboquant.kernels.quantize import dense
-from mlx_turboquant.kernels.storage import PackedTokens, layouts_of
-from mlx_turboquant.kernels.tokens import CachedTokens
 
-BATCH, SINKS, PACKED, RECENT = 2, 4, 70, 11
-COUNT = SINKS + PACKED + RECENT
+BATCH, COUNT = 2, 4 + 70 + 11  # sinks, packed and recent tokens of cached_tokens
 # float32 sums in another order, through a rotation; half types round the output.
 TOLERANCE = {mx.float32: 2e-5, mx.float16: 2e-3, mx.bfloat16: 2e-2}
-
-
-def random(shape, seed, dtype=mx.float32) -> mx.array:
-    return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
-
-
-def cached_tokens(heads=2, dim=64, value_dim=64, dtype=mx.float32, mean=0.0) -> CachedTokens:
-    packed = PackedTokens(layouts_of(4, 3), seed=0)
-    vectors = [(dim, 1), (value_dim, 2)]
-    packed.append([random((BATCH, heads, PACKED, width), i) + mean for width, i in vectors])
-    # Free space behind the exact tokens holds values that must not be read.
-    exact = [random((BATCH, heads, 40, width), width, dtype) for width, _ in vectors]
-    return CachedTokens(*packed.sides, PACKED, *exact, SINKS + RECENT, SINKS, recent_start=SINKS)
 
 
 def dense_attention(queries, tokens, scale, mask=None, sinks=None) -> mx.array:
@@ -42,48 +27,48 @@ def assert_same_as_dense(queries, tokens, mask=None, sinks=None):
 @pytest.mark.parametrize("query_heads", [2, 4, 14])
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_any_group_of_query_heads_attends_like_dense_attention(query_heads, rows):
-    assert_same_as_dense(random((BATCH, query_heads, rows, 64), 3), cached_tokens())
+    assert_same_as_dense(normal((BATCH, query_heads, rows, 64), 3), cached_tokens())
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_the_output_has_the_dtype_of_the_queries(dtype):
-    queries = random((BATCH, 4, 2, 64), 3, dtype)
+    queries = normal((BATCH, 4, 2, 64), 3, dtype)
     assert_same_as_dense(queries, cached_tokens(dtype=dtype))
 
 
 @pytest.mark.parametrize("dim, value_dim", [(80, 80), (96, 64), (192, 128), (72, 72)])
 def test_keys_and_values_may_differ_in_width(dim, value_dim):
-    queries = random((BATCH, 4, 1, dim), 3)
+    queries = normal((BATCH, 4, 1, dim), 3)
     assert_same_as_dense(queries, cached_tokens(dim=dim, value_dim=value_dim))
 
 
 def test_removed_means_are_part_of_the_result():
-    assert_same_as_dense(random((BATCH, 4, 2, 64), 3), cached_tokens(mean=5.0))
+    assert_same_as_dense(normal((BATCH, 4, 2, 64), 3), cached_tokens(mean=5.0))
 
 
-visible = random((BATCH, 1, 3, COUNT), 4) > -1
+visible = normal((BATCH, 1, 3, COUNT), 4) > -1
 MASKS = {
     "causal": "causal",
     "boolean": visible[0, 0],
     "boolean per row": visible,
     "boolean per head": mx.broadcast_to(visible, (BATCH, 4, 3, COUNT)),
-    "additive": random((BATCH, 4, 3, COUNT), 5),
+    "additive": normal((BATCH, 4, 3, COUNT), 5),
     "additive with minus infinity": mx.where(visible, 0.0, -mx.inf),
 }
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_every_kind_of_mask_is_applied_in_token_order(mask):
-    assert_same_as_dense(random((BATCH, 4, 3, 64), 3), cached_tokens(), mask)
+    assert_same_as_dense(normal((BATCH, 4, 3, 64), 3), cached_tokens(), mask)
 
 
 def test_attention_sinks_take_weight_without_a_value():
-    queries, sinks = random((BATCH, 4, 2, 64), 3), random((4,), 6)
+    queries, sinks = normal((BATCH, 4, 2, 64), 3), normal((4,), 6)
     assert_same_as_dense(queries, cached_tokens(), sinks=sinks)
     assert_same_as_dense(queries, cached_tokens(), "causal", sinks)
 
 
 def test_large_scores_do_not_overflow():
     """Keys of some models reach 400: scores of 1e4 and more."""
-    output = decode_attention(random((BATCH, 4, 1, 64), 3) * 400, cached_tokens(), 1.0)
+    output = decode_attention(normal((BATCH, 4, 1, 64), 3) * 400, cached_tokens(), 1.0)
     assert mx.isfinite(output).all()

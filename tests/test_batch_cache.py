@@ -9,6 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from mlx_lm import batch_generate
+from tokens import keys_and_values
 
 from mlx_turboquant import TurboQuantKVCache, enable, make_prompt_cache
 from mlx_turboquant.cache.fetched import Link
@@ -28,8 +29,7 @@ def new_cache(**changes) -> TurboQuantKVCache:
 
 def random_tokens(rows: int, count: int, seed: int) -> tuple[mx.array, mx.array]:
     """Keys and values."""
-    shape = (2, rows, HEADS, count, DIM)
-    return tuple(mx.random.normal(shape, key=mx.random.key(seed)))
+    return keys_and_values(count, seed, rows=rows, heads=HEADS, dim=DIM)
 
 
 class Batches(RuleBasedStateMachine):

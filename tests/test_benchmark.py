@@ -3,11 +3,12 @@
 import gc
 
 import mlx.core as mx
+from tokens import random_tokens
 
 from mlx_turboquant.benchmark import Measurement, measure, median
 from mlx_turboquant.contenders import EXACT, MLX_LM, preset
 
-PROMPTS = mx.random.randint(0, 128, (2, 600), key=mx.random.key(1))
+PROMPTS = random_tokens(2, 600, seed=1)
 # Beside the cache there are the tokens, and what the allocator rounds up.
 ROUNDING = 50_000
 

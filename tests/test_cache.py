@@ -7,6 +7,8 @@ from conftest import peak_of_growth
 from hypothesis import example, given
 from hypothesis import strategies as st
 from mlx_lm.models.cache import KVCache
+from tokens import append_in_chunks
+from tokens import keys_and_values as tokens
 
 from mlx_turboquant import TurboQuantKVCache
 from mlx_turboquant.cache.fetched import Link
@@ -19,23 +21,10 @@ MEGABYTE = 1 << 20
 chunk_sizes = st.lists(st.integers(1, 90), min_size=1, max_size=6)
 
 
-def tokens(count: int, seed: int = 0) -> tuple[mx.array, mx.array]:
-    keys, values = mx.random.split(mx.random.key(seed))
-    shape = (1, HEADS, count, DIM)
-    return mx.random.normal(shape, key=keys), mx.random.normal(shape, key=values)
-
-
 def filled(sizes, **settings) -> tuple[TurboQuantKVCache, tuple[mx.array, mx.array]]:
     """A cache after chunks of these sizes, and what its last update returned."""
     cache = TurboQuantKVCache(**settings)
-    keys, values = tokens(sum(sizes))
-    start = 0
-    for size in sizes:
-        chunk = slice(start, start + size)
-        fetched = cache.update_and_fetch(keys[:, :, chunk], values[:, :, chunk])
-        mx.eval(fetched)
-        start += size
-    return cache, fetched
+    return cache, append_in_chunks(cache, tokens(sum(sizes)), sizes)
 
 
 @given(chunk_sizes, st.integers(0, 40), st.integers(0, 5))

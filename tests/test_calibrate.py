@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from conftest import variant
 from tiny_families import FAMILIES, tiny_model
+from tokens import random_tokens
 
 from mlx_turboquant import make_prompt_cache
 from mlx_turboquant.calibrate import _Text, calibrate, calibration_texts
@@ -10,7 +11,7 @@ from mlx_turboquant.compressible import compressible_caches
 from mlx_turboquant.evaluate import divergence
 from mlx_turboquant.profile import fingerprint
 
-TOKENS = mx.random.randint(0, 128, (256,), key=mx.random.key(7)).tolist()
+TOKENS = random_tokens(256, seed=7).tolist()
 
 
 class Numbers:

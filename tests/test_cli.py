@@ -219,13 +219,14 @@ def test_what_cannot_be_calibrated_or_kept_is_named_and_the_command_goes_on(
     model, tokenizer = tiny_lm
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no profile of another test
     monkeypatch.setattr(model, "_mlx_turboquant_choice", None, raising=False)
+    # No profile that another test has left is found here either.
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(profile, "profile_path", lambda name: tmp_path / "file" / "folder" / name)
     arguments = Namespace(profile=None, calibrate=True)
     ensure_profile(model, None, arguments, {})  # a tokenizer that fails
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("Bits are chosen without a profile: The model cannot be calibrated (")
     assert message.endswith("): use --no-calibrate with the other commands.")
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(profile, "profile_path", lambda name: tmp_path / "file" / "folder" / name)
     ensure_profile(model, tokenizer, arguments, {})
     assert "Its profile cannot be kept: [Errno 20]" in capsys.readouterr().err
     assert choice_of(model).expected is not None

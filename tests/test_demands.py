@@ -4,6 +4,7 @@ from broken_models import add_key_offsets, add_outlier_channels
 from conftest import variant
 from mlx_lm.models import llama
 from tiny_families import FAMILIES, tiny_model
+from tokens import normal
 
 from mlx_turboquant import disable, enable
 from mlx_turboquant.codebook import relative_error
@@ -14,14 +15,10 @@ from mlx_turboquant.quantizer import TurboQuantizer
 DIM = 64
 
 
-def random(*shape: int, seed: int = 0) -> mx.array:
-    return mx.random.normal(shape, key=mx.random.key(seed))
-
-
 @pytest.mark.parametrize("bits", [3, 4, 5])
 def test_a_demand_is_what_quantizing_keys_does_to_the_weights(bits):
     """Averaged over rotations; of second order in the error, which is small but not nothing."""
-    queries, keys = random(1, 4, 8, DIM), random(1, 2, 200, DIM, seed=1)
+    queries, keys = normal((1, 4, 8, DIM)), normal((1, 2, 200, DIM), 1)
 
     def weights(keys):
         grouped = mx.unflatten(queries, 1, (2, 2)) * DIM**-0.5
@@ -41,7 +38,7 @@ def test_a_demand_is_what_quantizing_keys_does_to_the_weights(bits):
 
 def test_a_common_offset_of_the_keys_demands_nothing_and_larger_keys_more():
     """An offset is removed, if not exactly: the mean is that of the random keys as well."""
-    queries, keys = random(1, 4, 8, DIM), random(1, 2, 200, DIM, seed=1)
+    queries, keys = normal((1, 4, 8, DIM)), normal((1, 2, 200, DIM), 1)
     plain = key_demand(queries, keys, 0.1).item()
     assert key_demand(queries, keys + 30, 0.1).item() == pytest.approx(plain, rel=0.05)
     assert key_demand(queries, 2 * keys, 0.1).item() > 2 * plain

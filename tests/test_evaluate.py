@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from conftest import variant
 from tiny_families import FAMILIES, tiny_model
+from tokens import random_tokens
 
 from mlx_turboquant import disable, texts
 from mlx_turboquant.contenders import EXACT, MLX_LM, preset
@@ -19,7 +20,7 @@ from mlx_turboquant.evaluate import (
 from mlx_turboquant.scores import Needle, Scores
 from mlx_turboquant.settings import Settings
 
-TOKENS = mx.random.randint(0, 128, (301,), key=mx.random.key(5)).tolist()
+TOKENS = random_tokens(301, seed=5).tolist()
 SHORT = {"window": 16}
 
 
@@ -225,7 +226,7 @@ def test_qjl_hurts_attention(tiny_lm):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_first_chunk_that_is_read_once_for_all_caches_leaves_what_each_would_have_read(family):
     model = tiny_model(family)
-    tokens = mx.random.randint(0, 512, (90,), key=mx.random.key(1))
+    tokens = random_tokens(90, seed=1, vocabulary=512)
     contenders = [EXACT, *([preset("4", **SHORT)] if family != "deepseek_v32" else [])]
     together = read_first_chunk(model, contenders, tokens[:80])
     for contender, shared in zip(contenders, together):

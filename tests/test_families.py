@@ -1,16 +1,17 @@
 """Every family of models, as the table in the README says."""
 
 import re
-from collections.abc import Iterator
 
 import mlx.core as mx
 import pytest
 from conftest import REPOSITORY
 from mlx_lm.models import cache as mlx_lm_cache
 from tiny_families import FAMILIES, tiny_model
+from tokens import random_tokens
 
 from mlx_turboquant import TurboQuantKVCache, disable, hook, make_prompt_cache
 from mlx_turboquant.cache.batch import BatchTurboQuantKVCache
+from mlx_turboquant.compressible import flat_caches
 
 STEPS = 16
 LEFT = {
@@ -40,11 +41,6 @@ def decode_calls(monkeypatch) -> list[int]:
     return calls
 
 
-def flat(cache) -> Iterator:
-    for layer in cache:
-        yield from getattr(layer, "caches", (layer,))
-
-
 def logits(model, cache, tokens: mx.array) -> mx.array:
     """Of a prompt in two chunks and of single tokens after it."""
     outputs = [model(tokens[:, :50], cache=cache), model(tokens[:, 50:-STEPS], cache=cache)]
@@ -52,10 +48,6 @@ def logits(model, cache, tokens: mx.array) -> mx.array:
         outputs.append(model(tokens[:, step:][:, :1], cache=cache))
         mx.eval(outputs[-1])
     return mx.concatenate(outputs, axis=1)
-
-
-def random_tokens(rows: int = 1, count: int = 80 + STEPS) -> mx.array:
-    return mx.random.randint(0, 512, (rows, count), key=mx.random.key(1))
 
 
 def relative_error(output: mx.array, expected: mx.array) -> float:
@@ -77,7 +69,8 @@ def test_the_table_names_every_family():
 
 
 def test_a_family_is_compressed_as_the_readme_says(family, decode_calls):
-    model, tokens = tiny_model(family), random_tokens()
+    model = tiny_model(family)
+    tokens = random_tokens(1, 80 + STEPS, seed=1, vocabulary=512)
     expected = logits(model, mlx_lm_cache.make_prompt_cache(model), tokens)
     compressed, left, path = readme_table()[family]
     if compressed == "nothing":
@@ -89,13 +82,14 @@ def test_a_family_is_compressed_as_the_readme_says(family, decode_calls):
         cache = make_prompt_cache(model, bits, window=16)
         decode_calls.clear()
         errors.append(relative_error(logits(model, cache, tokens), expected))
-        kinds = {isinstance(layer, TurboQuantKVCache) for layer in flat(cache)}
-        others = {LEFT[type(x).__name__] for x in flat(cache) if not hasattr(x, "packed_tokens")}
+        layers = flat_caches(cache)
+        kinds = {isinstance(layer, TurboQuantKVCache) for layer in layers}
+        others = {LEFT[type(x).__name__] for x in layers if not hasattr(x, "packed_tokens")}
         assert compressed == ("all layers" if kinds == {True} else "full attention")
         assert left == (", ".join(sorted(others)) or "-")
         assert path == ("kernels" if decode_calls else "dense")
         assert len(decode_calls) % STEPS == 0
-        packed = [x.packed_tokens for x in flat(cache) if hasattr(x, "packed_tokens")]
+        packed = [x.packed_tokens for x in layers if hasattr(x, "packed_tokens")]
         assert min(packed) >= 32
     disable(model)
     # The squared error of 8 bits is 1/256 of that of 4; layers of random weights magnify both.
@@ -114,7 +108,8 @@ def after_prompt(model, cache, prompt: mx.array, following: mx.array) -> mx.arra
 def test_batches_of_a_family_are_closer_to_its_sequences_than_these_to_the_exact_cache(family):
     """Prompts of 70, 96 and 56 tokens, padded on the right. Sums in another order change codes."""
     model, lengths = tiny_model(family), [70, 96, 56]
-    tokens, following = random_tokens(3, max(lengths)), random_tokens(3, 4)
+    tokens = random_tokens(3, max(lengths), seed=1, vocabulary=512)
+    following = random_tokens(3, 4, seed=1, vocabulary=512)
     caches = [make_prompt_cache(model, 8, window=16) for _ in lengths]
     batch = [layers[0].merge(list(layers)) for layers in zip(*caches)]
     for layer in batch:
@@ -124,7 +119,7 @@ def test_batches_of_a_family_are_closer_to_its_sequences_than_these_to_the_exact
         layer.finalize()
     steps = (following[:, step : step + 1] for step in range(4))
     together = mx.concatenate([model(token, cache=batch) for token in steps], axis=1)
-    assert any(isinstance(layer, BatchTurboQuantKVCache) for layer in flat(batch))
+    assert any(isinstance(layer, BatchTurboQuantKVCache) for layer in flat_caches(batch))
     for row, length in enumerate(lengths):
         alone, exact = (
             after_prompt(model, cache, tokens[row : row + 1, :length], following[row : row + 1])

@@ -8,6 +8,7 @@ from conftest import variant
 from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models.cache import make_prompt_cache as make_exact_cache
 from mlx_lm.models.cache import trim_prompt_cache
+from tokens import continuation, random_tokens
 
 from mlx_turboquant import make_prompt_cache
 from mlx_turboquant.kernels.storage import PackedTokens
@@ -21,11 +22,6 @@ CODE = (
 def prompt(tiny_lm) -> mx.array:
     """Some two hundred tokens."""
     return tiny_lm[1].encode(7 * CODE + "def write(path, text):\n", return_tensors="mlx")[0]
-
-
-def generate(model, prompt, prompt_cache, count: int = 40, **options) -> list[int]:
-    steps = generate_step(prompt, model, max_tokens=count, prompt_cache=prompt_cache, **options)
-    return [token for token, _ in steps]
 
 
 @pytest.mark.parametrize("draft_tokens", [1, 4])
@@ -46,7 +42,7 @@ def test_speculative_decoding_says_what_the_plain_run_says(
         prompt_cache=sum(caches, []),
     )
     said, accepted = zip(*((token, from_draft) for token, _, from_draft in steps))
-    assert list(said) == generate(model, prompt, make_exact_cache(model))
+    assert list(said) == continuation(model, prompt, make_exact_cache(model))
     assert sum(accepted) >= 20 if draft == "itself" else sum(accepted) < 4
     assert caches[0][0].packed_tokens >= 32 * ((prompt.size - window) // 32)
 
@@ -71,9 +67,9 @@ def test_no_token_is_quantized_twice_while_drafts_are_taken_back(tiny_lm, prompt
 @pytest.mark.parametrize("size", [1, 7, 2048])
 def test_the_prompt_may_be_read_in_chunks_of_any_size(tiny_lm, prompt, size):
     model = tiny_lm[0]
-    expected = generate(model, prompt, make_exact_cache(model))
+    expected = continuation(model, prompt, make_exact_cache(model))
     compressed = make_prompt_cache(model, 8, window=16)
-    assert generate(model, prompt, compressed, prefill_step_size=size) == expected
+    assert continuation(model, prompt, compressed, prefill_step_size=size) == expected
     assert compressed[0].packed_tokens >= 160
 
 
@@ -81,14 +77,14 @@ def test_the_prompt_may_be_read_in_chunks_of_any_size(tiny_lm, prompt, size):
 def test_prompts_around_the_window_are_continued_as_without_compression(tiny_lm, prompt, length):
     """A window of 64 and 4 sinks: 68 tokens are exact, and the first block leaves with 100."""
     model = tiny_lm[0]
-    expected = generate(model, prompt[:length], make_exact_cache(model))
-    assert generate(model, prompt[:length], make_prompt_cache(model, 8, window=64)) == expected
+    expected = continuation(model, prompt[:length], make_exact_cache(model))
+    assert continuation(model, prompt[:length], make_prompt_cache(model, 8, window=64)) == expected
 
 
 def test_an_empty_prompt_is_refused_and_changes_nothing(tiny_lm):
     compressed = make_prompt_cache(tiny_lm[0], 8)
     with pytest.raises(ValueError, match="prompt"):
-        generate(tiny_lm[0], mx.array([], mx.int32), compressed)
+        continuation(tiny_lm[0], mx.array([], mx.int32), compressed)
     assert all(layer.empty() for layer in compressed)
 
 
@@ -102,24 +98,24 @@ def test_a_prompt_that_was_interrupted_can_be_read_on(tiny_lm, prompt):
 
     options = {"prefill_step_size": 60, "prompt_progress_callback": interrupt}
     with pytest.raises(KeyboardInterrupt):
-        generate(model, prompt, compressed, **options)
+        continuation(model, prompt, compressed, **options)
     seen = compressed[0].offset
     assert seen == 120
-    said = generate(model, prompt[seen:], compressed)
-    assert said == generate(model, prompt, make_exact_cache(model))
+    said = continuation(model, prompt[seen:], compressed)
+    assert said == continuation(model, prompt, make_exact_cache(model))
 
 
 @pytest.mark.parametrize("after", [1, 2, 30, 33])
 def test_a_generation_that_was_stopped_can_go_on(tiny_lm, prompt, after):
     model = tiny_lm[0]
-    expected = generate(model, prompt, make_exact_cache(model), count=60)
+    expected = continuation(model, prompt, make_exact_cache(model), count=60)
     compressed = make_prompt_cache(model, 8, window=16)
     steps = generate_step(prompt, model, max_tokens=60, prompt_cache=compressed)
     said = [next(steps)[0] for _ in range(after)]
     steps.close()
     # mlx-lm is a token ahead of what it has given out.
     trim_prompt_cache(compressed, compressed[0].offset - (prompt.size + after - 1))
-    rest = generate(model, mx.array(said[-1:]), compressed, count=60 - after)
+    rest = continuation(model, mx.array(said[-1:]), compressed, count=60 - after)
     assert said + rest == expected
 
 
@@ -148,7 +144,7 @@ def held_beside_nbytes(prompt_cache) -> int:
 
 def generate_long(model, count: int, check_every: int, **settings) -> None:
     """Graph and memory stay what they were after the first 300 tokens of ``count``."""
-    generate(model, mx.array([1]), make_prompt_cache(model, **settings), count=200)  # constants
+    continuation(model, mx.array([1]), make_prompt_cache(model, **settings), count=200)  # constants
     compressed = make_prompt_cache(model, **settings)
     token, sizes, beside = mx.array([[1]]), [], []
     for step in range(count):
@@ -203,7 +199,7 @@ def test_turns_that_are_taken_back_leave_what_was_there(random_model, turns):
             del logits, token
             beside.append(held_beside_nbytes(compressed))
     assert max(beside) - min(beside) < 100_000  # what the allocator rounds up
-    following = mx.random.randint(0, 128, (1, 20), key=mx.random.key(0))
+    following = random_tokens(1, 20)
     exact = make_exact_cache(random_model)
     random_model(mx.array([tokens]), cache=exact)
     expected = random_model(following, cache=exact)

@@ -30,6 +30,7 @@ from tiny_gguf import (
     write_gguf,
 )
 from tokenizers import Tokenizer
+from tokens import random_tokens
 
 ARCHITECTURES = {"smollm": "llama", "qwen2": "qwen2", "sentencepiece": "gemma3"}
 # Unassigned characters may be normal for one version of Unicode and not for another.
@@ -68,14 +69,14 @@ def test_a_model_comes_back_with_the_same_weights_and_logits(tmp_path, kind, is_
     assert all(weights[name].dtype == mx.float16 for name in weights)
     assert all(mx.array_equal(weights[name], expected[name]) for name in weights)
     assert loaded.args.max_position_embeddings == model.args.max_position_embeddings
-    tokens = mx.random.randint(0, model.args.vocab_size, (2, 40))
+    tokens = random_tokens(2, 40, vocabulary=model.args.vocab_size)
     assert mx.array_equal(loaded(tokens), model(tokens))
 
 
 def test_the_queries_and_keys_of_llama_files_have_rotary_pairs_side_by_side(tmp_path):
     model = model_for("smollm", rope_traditional=True)
     loaded, _ = convert(tmp_path, model, tokenizer_fields("smollm"))
-    tokens = mx.random.randint(0, model.args.vocab_size, (2, 40))
+    tokens = random_tokens(2, 40, vocabulary=model.args.vocab_size)
     for each in (model, loaded):
         each.set_dtype(mx.float32)
     # Logits are of size 1, and the 32 products of a query and a key are added in another order.

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
+from tokens import cached_tokens, normal
 
 from mlx_turboquant import VectorIndex, enable, make_prompt_cache
 from mlx_turboquant.cli import doctor
@@ -27,7 +28,7 @@ from mlx_turboquant.kernels.quantize import (
     quantize,
 )
 from mlx_turboquant.kernels.storage import shared_quantizer
-from mlx_turboquant.kernels.tokens import CachedTokens, Extent
+from mlx_turboquant.kernels.tokens import Extent
 from mlx_turboquant.packing import unpack
 from mlx_turboquant.quantizer import QuantizedVectors, TurboQuantizer
 
@@ -111,10 +112,6 @@ def pairwise(*factors):
         missing -= pairs
         rows.append(tuple(factor[i] for factor, i in zip(factors, row)))
     return rows
-
-
-def normal(shape, seed, dtype=mx.float32) -> mx.array:
-    return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
 
 
 def quantized(x, mean, quantizer) -> QuantizedVectors:
@@ -265,19 +262,6 @@ def test_attention_is_that_of_the_reference(
 ):
     tokens = cached_tokens(dim, dim, key_bits, value_bits, dtype)
     assert_attention_agrees(*attention_arguments(tokens, group, rows, dtype, mask, sinks))
-
-
-def cached_tokens(
-    dim=64, value_dim=64, key_bits=4, value_bits=4, dtype=mx.float32, packed=70, mean=0.0
-) -> CachedTokens:
-    """Two sequences of two heads: 4 sinks, ``packed`` tokens, 11 recent ones, and free space."""
-    sides, exact = [], []
-    for seed, width, bits in ((1, dim, key_bits), (2, value_dim, value_bits)):
-        x, quantizer = normal((2, 2, packed, width), seed) + mean, shared_quantizer(width, bits, 0)
-        means = x.mean(axis=2, keepdims=True)
-        sides.append(reference.packed_vectors(x, means, quantizer, interleaved=seed == 1))
-        exact.append(normal((2, 2, 24, width), width, dtype))
-    return CachedTokens(*sides, packed, *exact, exact_count=15, sink_count=4, recent_start=4)
 
 
 def attention_arguments(tokens, group, rows, dtype, mask="none", sinks=False):

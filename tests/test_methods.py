@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
+from tokens import normal, unit_vectors
 
 from mlx_turboquant.codebook import distortion, lloyd_max_levels
 from mlx_turboquant.methods import (
@@ -37,11 +38,6 @@ from mlx_turboquant.methods.polar import angle_levels
 
 SEED = 7
 COUNT = 20_000
-
-
-def unit_vectors(count: int, dim: int, seed: int = 1234) -> mx.array:
-    x = mx.random.normal((count, dim), key=mx.random.key(seed))
-    return x / mx.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def stored_nbytes(packed) -> int:
@@ -239,7 +235,7 @@ def test_the_split_spends_its_bits_on_the_largest_channels():
     channels = mx.array(np.sort(np.random.default_rng(5).choice(128, 32, replace=False)))
     weights = mx.ones(128)
     weights[channels] = 10
-    x = mx.random.normal((4_000, 128), key=mx.random.key(11)) * weights
+    x = normal((4_000, 128), 11) * weights
     method = turboquant_split(x, 2, seed=SEED)
     assert mx.array_equal(method.channels[0], channels)
     squared = mx.square(method.dequantize(method.quantize(x)) - x).mean(axis=0)
@@ -259,7 +255,7 @@ def test_the_split_spends_its_bits_on_the_largest_channels():
 
 def test_qjl_with_outliers_is_better_where_there_are_some():
     weights = mx.where(mx.arange(64) % 8 == 0, 20, 1)
-    x = mx.random.normal((500, 64), key=mx.random.key(3)) * weights
+    x = normal((500, 64), 3) * weights
     x = x / mx.linalg.norm(x, axis=-1, keepdims=True)
     method = qjl_with_outliers(x, 1, seed=SEED)
     assert mx.array_equal(method.channels[0], mx.arange(0, 64, 8))
@@ -271,7 +267,7 @@ def test_qjl_with_outliers_is_better_where_there_are_some():
 
 
 def test_every_head_has_outlier_channels_of_its_own():
-    x = mx.random.normal((2, 3, 50, 32), key=mx.random.key(3))
+    x = normal((2, 3, 50, 32), 3)
     x[0, 1, :, 5:13] *= 30
     x[1, 2, :, 20:28] *= 30
     channels = largest_channels(x, 8)
@@ -282,7 +278,7 @@ def test_every_head_has_outlier_channels_of_its_own():
     restored = method.dequantize(method.quantize(x))
     # 7 and 8 bits leave an error of 1.3 % of the length on average.
     assert mx.linalg.norm(restored - x) < 0.02 * mx.linalg.norm(x)
-    queries = mx.random.normal((2, 3, 4, 32), key=mx.random.key(4))
+    queries = normal((2, 3, 4, 32), 4)
     direct = queries @ restored.swapaxes(-1, -2)
     product = method.inner_product(queries, method.quantize(x))
     assert mx.allclose(product, direct, rtol=1e-4, atol=1e-3)  # float32 sums of up to 100
@@ -380,7 +376,7 @@ def test_any_float_dtype_comes_back_in_the_dtype_that_is_asked_for(dtype):
 
 @pytest.mark.parametrize("shape", [(64,), (1, 64), (2, 3, 4, 64)])
 def test_any_leading_axes_are_kept(shape):
-    x = mx.random.normal(shape, key=mx.random.key(1))
+    x = normal(shape, 1)
     for name, method in all_methods(unit_vectors(4, 64), 4).items():
         assert method.dequantize(method.quantize(x)).shape == shape, name
 
@@ -423,7 +419,7 @@ def test_wrong_arguments_are_named(make, message):
 @pytest.mark.parametrize("by_channel", [True, False])
 def test_kvarn_stores_three_eighths_of_a_bit_a_value_beside_the_codes(by_channel):
     method = KVarN(128, 4, by_channel=by_channel)
-    packed = method.quantize(mx.random.normal((2, 256, 128), key=mx.random.key(1)))
+    packed = method.quantize(normal((2, 256, 128), 1))
     assert method.bits_per_value == 4.375
     assert 8 * stored_nbytes(packed) == 4.375 * 2 * 256 * 128
 
@@ -432,7 +428,7 @@ def test_kvarn_stores_three_eighths_of_a_bit_a_value_beside_the_codes(by_channel
 def test_kvarn_rounds_normal_values_to_even_steps_over_their_range(by_channel):
     """128 normal values span 5.4 standard deviations on average, in 15 steps; an error is even."""
     method = KVarN(128, 4, by_channel=by_channel)
-    x = mx.random.normal((64 * 128, 128), key=mx.random.key(1))
+    x = normal((64 * 128, 128), 1)
     error = mx.square(method.dequantize(method.quantize(x)) - x).mean().item()
     assert error == pytest.approx((5.4 / 15) ** 2 / 12, rel=0.1)
 
@@ -441,7 +437,7 @@ def test_kvarn_rounds_normal_values_to_even_steps_over_their_range(by_channel):
 def test_kvarn_is_the_same_whatever_the_size_of_tokens(size, bits):
     """Sizes of tokens are divided out; each of three bfloat16 factors is within 1/256."""
     method = KVarN(64, bits, by_channel=True, tile=32)
-    x = mx.random.normal((32, 64), key=mx.random.key(1))
+    x = normal((32, 64), 1)
     sizes = mx.where(mx.arange(32)[:, None] < 3, size, 1.0)
     one, other = (method.dequantize(method.quantize(each)) for each in (x, sizes * x))
     # A value between two levels may go to either, by rounding.

@@ -12,6 +12,7 @@ from conftest import REAL_MODELS
 from mlx_lm.models.cache import make_prompt_cache as make_exact_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from real_models import SOURCES, fetch
+from tokens import continuation
 
 from mlx_turboquant import (
     disable,
@@ -66,16 +67,11 @@ def prompt_of(real: Real, length: int = 600, text: int = 0) -> list[int]:
     return long_prompt(real.tokenizer, contents, length, QUESTION, "The bundled text")
 
 
-def continuation(model: nn.Module, cache: list, prompt: list[int], count: int) -> list[int]:
-    mx.eval(model(mx.array(prompt[:-1])[None], cache=cache))
-    return list(islice(greedy_tokens(model, cache, prompt[-1]), count))
-
-
 def test_eight_bits_give_the_answer_of_the_exact_cache(real):
     prompt = prompt_of(real)
-    expected = continuation(real.model, make_exact_cache(real.model), prompt, 100)
+    expected = continuation(real.model, prompt, make_exact_cache(real.model), 100)
     cache = make_prompt_cache(real.model, 8)
-    assert continuation(real.model, cache, prompt, 100) == expected
+    assert continuation(real.model, prompt, cache, 100) == expected
 
 
 def test_four_and_three_bits_stay_as_close_as_was_measured(real):
@@ -91,7 +87,7 @@ def test_four_and_three_bits_stay_as_close_as_was_measured(real):
 def test_a_batch_answers_as_its_sequences_do_alone(real):
     prompts = [prompt_of(real, length, text) for length, text in ((300, 0), (450, 1), (220, 2))]
     alone = [
-        continuation(real.model, make_prompt_cache(real.model, 8), prompt, 40) for prompt in prompts
+        continuation(real.model, prompt, make_prompt_cache(real.model, 8), 40) for prompt in prompts
     ]
     enable(real.model, 8)
     texts_of_batch = mlx_lm.batch_generate(real.model, real.tokenizer, prompts, max_tokens=40).texts

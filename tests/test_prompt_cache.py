@@ -20,6 +20,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, QuantizedKVCache, RotatingKVCache
 from safetensors.numpy import load_file, save_file
 from tiny_families import FAMILIES, tiny_model
+from tokens import normal, random_tokens
 
 from mlx_turboquant import (
     TurboQuantKVCache,
@@ -31,6 +32,7 @@ from mlx_turboquant import (
     save_prompt_cache,
 )
 from mlx_turboquant.prompt_cache import CODEC_VERSION, FORMAT_VERSION
+from mlx_turboquant.report import flat_caches
 
 MEGABYTE = 1 << 20
 
@@ -326,7 +328,7 @@ def test_a_header_of_terabytes_is_refused(tmp_path):
 
 def small_mixed_caches() -> list:
     """Ten tokens, two of them in a plain cache, and one recurrent state."""
-    x = mx.random.normal((1, 1, 40, 16), key=mx.random.key(0))
+    x = normal((1, 1, 40, 16))
     rotating, plain, arrays = RotatingKVCache(8, keep=2), KVCache(), ArraysCache(2)
     compressed = [TurboQuantKVCache(4, 2, window=w, sink_tokens=1) for w in (0, 64)]
     for cache in (rotating, plain, *compressed):
@@ -338,7 +340,7 @@ def small_mixed_caches() -> list:
 
 def assert_usable(caches) -> None:
     """A compressed cache takes more tokens, and gives them all back."""
-    for layer in (part for cache in caches for part in getattr(cache, "caches", (cache,))):
+    for layer in flat_caches(caches):
         assert layer.nbytes >= 0 and layer.size() >= 0
         if isinstance(layer, TurboQuantKVCache):
             keys = mx.ones((1, 1, 40, 16), mx.float32)
@@ -458,7 +460,7 @@ while True:
 def test_a_process_that_is_killed_while_saving_leaves_a_whole_file(tmp_path):
     model = tiny_model("llama")
     cache = make_prompt_cache(model, 8)
-    model(mx.random.randint(0, 512, (1, 3000)), cache=cache)
+    model(random_tokens(1, 3000, vocabulary=512), cache=cache)
     file = save_prompt_cache(tmp_path / "cache", cache, model)
     choose = random.Random(0)
     for _ in range(3):

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokens import unit_vectors
 
 from mlx_turboquant import QuantizedVectors, TurboQuantizer
 from mlx_turboquant.packing import words_per_vector
@@ -10,11 +11,6 @@ from mlx_turboquant.packing import words_per_vector
 dims = st.sampled_from([8, 9, 36, 64, 80, 128, 1024])
 bit_widths = st.integers(1, 8)
 SCALES = ["unbiased", "least_squares", "norm", "none"]
-
-
-def unit_vectors(count: int, dim: int, seed: int = 1234) -> mx.array:
-    x = mx.random.normal((count, dim), key=mx.random.key(seed))
-    return x / mx.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def mean_squared_error(quantizer: TurboQuantizer, x: mx.array) -> float:

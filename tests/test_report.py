@@ -3,14 +3,14 @@ import logging
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
+from tokens import keys_and_values
 
 from mlx_turboquant import TurboQuantKVCache, cache_report, cache_size, make_prompt_cache
 from mlx_turboquant.profile import Profile, fingerprint
 
 
 def filled(cache, count: int):
-    x = mx.random.normal((1, 2, count, 64), key=mx.random.key(0))
-    cache.update_and_fetch(x, x)
+    cache.update_and_fetch(*keys_and_values(count))
     return cache
 
 

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokens import normal
 
 from mlx_turboquant.rotation import Rotation, hadamard_factors
 
@@ -19,19 +20,15 @@ rotations = st.builds(
 TOLERANCE = 2e-5
 
 
-def vectors(dim: int, seed: int = 1) -> mx.array:
-    return mx.random.normal((5, dim), key=mx.random.key(seed))
-
-
 @given(rotations)
 def test_inverting_returns_the_vector(rotation):
-    x = vectors(rotation.dim)
+    x = normal((5, rotation.dim))
     assert mx.abs(rotation.invert(rotation.apply(x)) - x).max() < TOLERANCE
 
 
 @given(rotations)
 def test_inner_products_are_invariant(rotation):
-    x, y = vectors(rotation.dim, 1), vectors(rotation.dim, 2)
+    x, y = normal((5, rotation.dim), 1), normal((5, rotation.dim), 2)
     rotated = rotation.apply(x) @ rotation.apply(y).T
     assert mx.abs(rotated - x @ y.T).max() < TOLERANCE * rotation.dim**0.5
 

@@ -2,6 +2,7 @@ import mlx.core as mx
 import pytest
 from conftest import REPOSITORY
 from mlx.utils import tree_flatten
+from tokens import random_tokens
 
 from mlx_turboquant import make_prompt_cache
 from mlx_turboquant.cli.benchmark import shape_config
@@ -47,7 +48,7 @@ def test_random_weights_have_four_bits_and_are_not_evaluated():
 def test_a_random_model_keeps_the_size_of_what_it_reads():
     model = prepare_for_device(random_model(SMALL))
     cache = make_prompt_cache(model, 4, window=16)
-    tokens = mx.random.randint(0, 512, (1, 200), key=mx.random.key(0))
+    tokens = random_tokens(1, 200, vocabulary=512)
     logits = model(tokens, cache=cache)
     assert mx.isfinite(logits).all()
     # Outputs of a normalised vector and weights of variance 1 / inputs.

@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_families import tiny_model
 
-from mlx_turboquant import cache_report, make_prompt_cache, save_prompt_cache, storage
-from mlx_turboquant.compressible import plain_caches
+from mlx_turboquant import cache_report, make_prompt_cache, save_prompt_cache
+from mlx_turboquant.compressible import flat_caches, plain_caches
 from mlx_turboquant.contenders import preset
+from mlx_turboquant.kernels import storage
 from mlx_turboquant.kernels.tokens import BLOCK
 from mlx_turboquant.methods import METHODS, make_method
-from mlx_turboquant.report import flat_caches
 from mlx_turboquant.settings import Settings
 from mlx_turboquant.simulated import (
     MethodRounding,

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokens import normal
 
 from mlx_turboquant.kernels.reference import restored
 from mlx_turboquant.kernels.storage import (
@@ -18,7 +19,7 @@ DIM = 64
 
 
 def vectors(count: int, seed: int = 0, mean: float = 0.0) -> mx.array:
-    return mx.random.normal((*HEADS, count, DIM), key=mx.random.key(seed)) + mean
+    return normal((*HEADS, count, DIM), seed) + mean
 
 
 def stored(*parts: mx.array, bits: int = 4, limit: int | None = None) -> PackedTokens:

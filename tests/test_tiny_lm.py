@@ -4,26 +4,19 @@ import mlx_lm
 import pytest
 from find_code import standard_library_tokens
 from mlx_lm.models.cache import make_prompt_cache as make_exact_cache
+from tokens import continuation
 
 from mlx_turboquant import cache_size, make_prompt_cache
 from mlx_turboquant.needle import answer, hide_codes
 
 
-def continuation(tiny_lm, prompt, cache, count) -> list[int]:
-    model, tokenizer = tiny_lm
-    responses = mlx_lm.stream_generate(
-        model, tokenizer, prompt, max_tokens=count, prompt_cache=cache
-    )
-    return [response.token for response in responses]
-
-
 def test_eight_bits_write_the_same_200_tokens(tiny_lm):
     model, tokenizer = tiny_lm
     prompt = standard_library_tokens(tokenizer, 1500)[:1500]
-    exact = continuation(tiny_lm, prompt, make_exact_cache(model), 200)
+    exact = continuation(model, prompt, make_exact_cache(model), 200)
     cache = make_prompt_cache(model, 8)
     assert len(exact) >= 200
-    assert continuation(tiny_lm, prompt, cache, 200) == exact
+    assert continuation(model, prompt, cache, 200) == exact
     assert cache[0].packed_tokens > 1500
 
 
@@ -34,7 +27,7 @@ def test_the_code_is_found_in_a_long_text(tiny_lm, length, bits, ratio):
     text = standard_library_tokens(tokenizer, length)
     prompt, code = hide_codes(tokenizer, text, length, seed=length)
     cache = make_prompt_cache(model, bits)
-    tokens = continuation(tiny_lm, prompt, cache, 8)
+    tokens = continuation(model, prompt, cache, 8)
     assert tokenizer.decode(tokens).startswith(answer(code))
     # The limits are those of 4 000 tokens on a CPU, where the exact ones take four bytes a value.
     assert cache_size(cache).fp16_nbytes > ratio * cache_size(cache).nbytes

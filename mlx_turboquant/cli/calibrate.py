@@ -91,7 +91,7 @@ def _measured(model: nn.Module, tokenizer: Any, texts: dict[str, str] | None = N
 
 @contextmanager
 def _progress_bar() -> Iterator[Callable[[int, int], None]]:
-    """None is shown before the first step, so that an error before it is one line."""
+    """No bar is shown before the first step, so that an error before it is one line."""
     bar = None
 
     def progress(finished: int, total: int) -> None:
@@ -108,7 +108,7 @@ def _progress_bar() -> Iterator[Callable[[int, int], None]]:
 
 
 def _table(weighed: list[Layer], expected: list[Layer]) -> Table:
-    """What to expect of budgets."""
+    """What a token takes and what divergence to expect with some budgets."""
     table = Table("--kv-bits", "bytes a token", "expected divergence", "bits", box=SIMPLE)
     for budget in _BUDGETS:
         bits = allocate(weighed, budget)

@@ -1,6 +1,7 @@
 """``mlx_turboquant chat``: a conversation with a model, in a compressed cache."""
 
 import json
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,7 +72,7 @@ def main(arguments: list[str]) -> None:
 
 
 class Conversation:
-    """The messages of a chat and the cache of the tokens that the model has seen of them."""
+    """The messages of a chat, and the cache with the tokens of them that the model has seen."""
 
     def __init__(
         self,
@@ -93,7 +94,7 @@ class Conversation:
         self._clear_cache()
 
     def reply(self, text: str, **generation: Any) -> Iterator[GenerationResponse]:
-        """Answer ``text``; what was generated is part of the conversation wherever this stops."""
+        """Answer ``text``. What was generated belongs to the conversation wherever this stops."""
         self.messages.append({"role": "user", "content": text})
         prompt = self._prompt()
         seen = self._reuse_cache(prompt)
@@ -115,7 +116,11 @@ class Conversation:
         return save_prompt_cache(file, self.cache, self.model, {"chat": json.dumps(saved)})
 
     def load(self, file: Path) -> None:
-        """Go on with a saved conversation; nothing changes if the file cannot be used."""
+        """Go on with a saved conversation. Nothing changes if the file cannot be used.
+
+        Raises:
+            ValueError: a file without a conversation, or as in ``load_prompt_cache``.
+        """
         cache, metadata = load_prompt_cache(file, self.model, return_metadata=True)
         if "chat" not in metadata:
             raise ValueError(f"{file} holds no conversation: use a file that /save has written.")
@@ -133,21 +138,18 @@ class Conversation:
         return self.tokenizer.encode("\n".join(message["content"] for message in self.messages))
 
     def _reuse_cache(self, prompt: list[int]) -> int:
-        """Cut the cache back to what it shares with ``prompt``; returns how many tokens that is.
+        """Cut the cache back to the tokens that ``prompt`` begins with; returns their number.
 
         At least one token is left to process. Templates may drop or rewrite earlier parts.
         """
-        pairs = zip(prompt[:-1], self.tokens)
-        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-        if shared is None:
-            shared = min(len(prompt) - 1, len(self.tokens))
-        surplus = cache_size(self.cache).tokens - shared
+        kept = len(os.path.commonprefix([prompt[:-1], self.tokens]))
+        surplus = cache_size(self.cache).tokens - kept
         if surplus and not can_trim_prompt_cache(self.cache):
             self._clear_cache()
             return 0
         trim_prompt_cache(self.cache, surplus)
-        self.tokens = self.tokens[:shared]
-        return shared
+        self.tokens = self.tokens[:kept]
+        return kept
 
 
 class Chat:
@@ -255,7 +257,7 @@ class Chat:
 
 @contextmanager
 def _interrupt_flag() -> Iterator[list[int]]:
-    """A list that is not empty once Ctrl-C was pressed.
+    """A list that is not empty after Ctrl-C.
 
     An exception in the middle of a step would leave some layers of the cache a token ahead.
     """

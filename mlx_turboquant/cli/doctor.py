@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _configurations() -> Iterator[tuple[type[Kernel], tuple[Any, ...], str]]:
-    """A kernel, a configuration, a label: all dimensions, bits and kinds of masks at least once."""
+    """Kernels, configurations and labels, with every dimension, number of bits and mask."""
     for dim in _DIMS:
         for bits in range(1, 9):
             quantizers = (shared_quantizer(dim, bits, 0),) * 2

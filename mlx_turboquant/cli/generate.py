@@ -27,13 +27,8 @@ def main(arguments: list[str]) -> None:
     add_cache_options(parser)
     args = parser.parse_args(arguments)
     settings = cache_settings(args)
-    warn_without_effect(
-        args,
-        {
-            "kv_group_size": parser.get_default("kv_group_size"),
-            "quantized_kv_start": parser.get_default("quantized_kv_start"),
-        },
-    )
+    defaults = ("kv_group_size", "quantized_kv_start")
+    warn_without_effect(args, {option: parser.get_default(option) for option in defaults})
     args.kv_bits = None  # mlx-lm would convert the layers that are not compressed
     if args.prompt_cache_file is not None and settings:
         raise ValueError(
@@ -74,11 +69,11 @@ class _Run:
         return (model, *rest)
 
     def load_prompt_cache(self, file: str, return_metadata: bool):
-        """mlx-lm loads the cache before the model, so the model is checked later."""
+        """mlx-lm loads the cache before the model, so the model is checked when it is loaded."""
         cache, metadata = load_prompt_cache(file, return_metadata=True)
         self.fingerprint = metadata["fingerprint"]
         metadata = {"tokenizer_config": "{}", **metadata}
-        # The fingerprint knows a model by any name.
+        # The fingerprint says whether it is the right model, whatever its name is now.
         return cache, {**metadata, "model": self.args.model or metadata.get("model")}
 
     def generate(self, model, tokenizer, prompt, *, prompt_cache, draft_model, verbose, **keywords):

@@ -17,7 +17,7 @@ from .options import add_exact_token_options, add_presets_option, check_least, g
 
 _PRESETS = ("8", "6", "5", "4.5", "4", "3.5", "3", "2.5", "2")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-# Of so much memory macOS lets the GPU have two thirds, of more three quarters.
+# Below this memory macOS lets the GPU use two thirds of it, otherwise three quarters.
 _SMALL_MAC = 36 * 2**30
 
 
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _model(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
-    """The model as shapes only, and its configuration."""
+    """The model without weights, and its configuration."""
     if args.shape is not None:
         config = shape_config(args.shape)
         return random_model(config), config
@@ -66,7 +66,7 @@ def _model(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _available(memory: str | None) -> tuple[float, str]:
-    """Bytes that MLX may use, and where the number comes from."""
+    """The bytes that MLX may use, and a text that says where the number comes from."""
     if memory is None:
         return memory_nbytes(), f"This machine lets MLX use {_size(memory_nbytes())}"
     total = parse_size(memory)
@@ -75,7 +75,7 @@ def _available(memory: str | None) -> tuple[float, str]:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size as 16GB, 24GiB or 512MB.
+    """The bytes of a size like "16GB", "24GiB" or "512MB".
 
     Raises:
         ValueError: a text of another form.

@@ -8,15 +8,12 @@ from typing import Any
 
 @contextmanager
 def replaced(owner: ModuleType | type, **replacements: Any) -> Iterator[None]:
-    """Give names of a module or class other values for the time of a ``with`` block."""
+    """Give names of a module or class other values inside a ``with`` block."""
     originals = {name: getattr(owner, name) for name in replacements}
-    _set(owner, replacements)
+    for name, value in replacements.items():
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        _set(owner, originals)
-
-
-def _set(owner: ModuleType | type, values: dict[str, Any]) -> None:
-    for name, value in values.items():
-        setattr(owner, name, value)
+        for name, value in originals.items():
+            setattr(owner, name, value)

@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
         ),
     ):
         _mlx_lm_server.main()
-    # MLX's threads of the streams of a thread that has ended abort the end of the interpreter.
+    # Threads of MLX for the streams of a thread that has ended would abort the interpreter's end.
     logging.shutdown()
     os._exit(0)
 
@@ -60,7 +60,7 @@ class _Run:
         self.max_bytes: int | None = None
 
     def parser(self, **_) -> argparse.ArgumentParser:
-        """mlx-lm's parser is made here, filled there, and asked without arguments."""
+        """The parser that mlx-lm adds its options to and then calls without arguments."""
         parser = argparse.ArgumentParser(prog="mlx_turboquant server", description=__doc__)
         parse = partial(parser.parse_args, self.arguments)
         parser.parse_args = lambda: self._checked(parser, parse)
@@ -84,7 +84,7 @@ class _Run:
         return args
 
     def loader(self, load: Callable[..., tuple]) -> Callable[..., tuple]:
-        """mlx-lm's function with compression switched on; also for models that requests name."""
+        """mlx-lm's loader with compression switched on, also for models that requests name."""
 
         def load_enabled(*positional, **keywords):
             with model_errors(positional[0]):
@@ -96,5 +96,5 @@ class _Run:
         return load_enabled
 
     def prompt_caches(self, max_size: int) -> LRUPromptCache:
-        """mlx-lm keeps to the limit in bytes only while it serves batches."""
+        """A store that keeps to the limit in bytes, as mlx-lm does only while it serves batches."""
         return LRUPromptCache(max_size, *([] if self.max_bytes is None else [self.max_bytes]))

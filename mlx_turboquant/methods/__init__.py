@@ -1,6 +1,6 @@
 """The relatives of TurboQuant, with the interface of :class:`.TurboQuantizer`, for comparison.
 
-None is what a cache uses unless it is asked for. docs/methods.md has them side by side.
+A cache uses none of them unless it is asked to. docs/methods.md compares them.
 """
 
 from collections.abc import Callable
@@ -53,7 +53,7 @@ def _polar(x: mx.array, bits: int, seed: int) -> Method:
     return PolarQuant(x.shape[-1], seed=seed)
 
 
-# What makes a method for vectors like x (..., n, dim) from x, the bits and the seed, by its name.
+# By name, what makes a method for vectors like x (..., n, dim) from x, the bits and the seed.
 METHODS: dict[str, Callable[[mx.array, int, int], Method]] = {
     "affine": _affine,
     "eden": _by_dim(eden),
@@ -72,7 +72,7 @@ METHODS: dict[str, Callable[[mx.array, int, int], Method]] = {
 
 
 def make_method(name: str, x: mx.array, bits: int, seed: int = 0) -> Method:
-    """The method of a name in ``METHODS`` for vectors like x (..., n, dim).
+    """The method of a name in ``METHODS`` for vectors like x (..., n, dim), a float array.
 
     Raises:
         ValueError: another name, or bits or a dimension that the method cannot have.

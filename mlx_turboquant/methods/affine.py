@@ -28,7 +28,7 @@ class Affine:
     Args:
         dim: Values per vector, a multiple of ``group_size`` up to 8 192.
         bits: Bits per value, 2 to 6 or 8, without the scale and offset of 16 bits each of a group.
-        group_size: Neighbouring values that share them: 32, 64 or 128.
+        group_size: Neighbouring values in a group: 32, 64 or 128.
 
     Raises:
         ValueError: an argument that is not one of these.
@@ -43,16 +43,12 @@ class Affine:
         if group_size not in GROUP_SIZES or dim % group_size:
             raise ValueError(
                 f"Affine rounding cannot divide {dim} values into groups of {group_size}: "
-                f"use groups of 32, 64 or 128 and a multiple of that."
+                "use groups of 32, 64 or 128 and a multiple of that."
             )
         self.dim = dim
         self.bits = bits
         self.group_size = group_size
-
-    @property
-    def bits_per_value(self) -> float:
-        """Bits that a value takes: the packed words, and bfloat16 scales and offsets."""
-        return self.bits + 32 / self.group_size
+        self.bits_per_value = bits + 32 / group_size
 
     def quantize(self, x: mx.array) -> AffineVectors:
         """Pack vectors (..., dim) of float16, bfloat16 or float32."""
@@ -60,8 +56,7 @@ class Affine:
         finite = mx.isfinite(x).all(axis=-1, keepdims=True)
         rows = mx.where(finite, x, 0).astype(mx.float32).reshape(-1, self.dim)
         parts = mx.quantize(rows, group_size=self.group_size, bits=self.bits)
-        parts = (part.reshape(*x.shape[:-1], part.shape[-1]) for part in parts)
-        codes, scales, offsets = parts
+        codes, scales, offsets = (y.reshape(*x.shape[:-1], y.shape[-1]) for y in parts)
         scales = mx.where(finite, scales, mx.nan)
         return AffineVectors(codes, scales.astype(mx.bfloat16), offsets.astype(mx.bfloat16))
 

@@ -1,7 +1,7 @@
 """What every method is and what several of them need."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -12,15 +12,13 @@ class Method(Protocol):
     """The interface of :class:`.TurboQuantizer`, by which methods are compared.
 
     ``quantize`` takes vectors (..., dim) of float16, bfloat16 or float32 and returns a named tuple
-    of arrays with the leading axes of the vectors: all that is stored for them. A zero vector comes
-    back as zeros, one with a non-finite value as NaN in every value.
+    of arrays with the leading axes of the vectors: all that is stored for them. ``bits_per_value``
+    are the bits that a value takes, with its share of all of these arrays. A zero vector comes back
+    as zeros, one with a non-finite value as NaN in every value.
     """
 
     dim: int
-
-    @property
-    def bits_per_value(self) -> float:
-        """Bits that a value takes, with its share of everything that ``quantize`` returns."""
+    bits_per_value: float
 
     def quantize(self, x: mx.array) -> Any:
         """Pack vectors (..., dim)."""
@@ -32,18 +30,11 @@ class Method(Protocol):
         """Products of queries (..., q, dim) with packed vectors (..., n): float32 (..., q, n)."""
 
 
-class PolarForm(NamedTuple):
-    """Vectors as unit vectors, float32 (..., dim), and norms, float32 (..., 1)."""
-
-    directions: mx.array
-    norms: mx.array
-
-
-def polar_form(x: mx.array) -> PolarForm:
-    """Directions and norms of x (..., dim), without overflow.
+def polar_form(x: mx.array) -> tuple[mx.array, mx.array]:
+    """Directions, float32 (..., dim), and norms, float32 (..., 1), of x (..., dim).
 
     Zero vectors have norm 0 and direction 0, vectors with a non-finite value norm NaN and
-    direction 0. The largest norm is the largest bfloat16.
+    direction 0. Nothing overflows: the largest norm is the largest bfloat16.
     """
     x = x.astype(mx.float32)
     largest = mx.abs(x).max(axis=-1, keepdims=True)
@@ -53,11 +44,14 @@ def polar_form(x: mx.array) -> PolarForm:
     norms = mx.linalg.norm(scaled, axis=-1, keepdims=True)
     directions = scaled / mx.where(norms == 0, 1, norms)
     norms = mx.where(finite, mx.minimum(norms * largest, LARGEST_SCALE), mx.nan)
-    return PolarForm(directions, norms)
+    return directions, norms
 
 
 def map_arrays(function: Callable[..., mx.array], *packed: Any) -> Any:
-    """What ``quantize`` returned, with ``function`` of each array (of several, of all of them)."""
+    """What ``quantize`` returned, with ``function`` of each array in place of the array.
+
+    Several results are mapped to one: ``function`` takes an array of each.
+    """
     if isinstance(packed[0], mx.array):
         return function(*packed)
     return type(packed[0])(*(map_arrays(function, *parts) for parts in zip(*packed)))

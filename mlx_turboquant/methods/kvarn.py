@@ -21,8 +21,8 @@ _LEAST_DEVIATION = 1e-6
 class KVarNTiles(NamedTuple):
     """Codes of tiles (..., tiles, T, words) uint32, and what undoes rounding and evening out.
 
-    ``scales`` and ``offsets`` are those of the axis that is rounded, ``deviations`` those of the
-    other: (..., tiles, 1, dim) for channels, (..., tiles, T, 1) for tokens, all in bfloat16.
+    ``scales`` and ``offsets`` belong to the axis that is rounded and ``deviations`` to the other:
+    (..., tiles, 1, dim) for channels, (..., tiles, T, 1) for tokens, all in bfloat16.
     """
 
     codes: mx.array
@@ -36,13 +36,13 @@ class KVarN:
 
     Args:
         dim: Values per vector.
-        bits: Bits per value, 1 to 8, without what a tile stores besides.
+        bits: Bits per value, 1 to 8, without scales, offsets and deviations.
         by_channel: Round channel by channel, as keys are, and not token by token, as values are.
         tile: Tokens of a tile.
         seed: Of the random signs of the rotation.
 
     Raises:
-        ValueError: bits or a dimension that cannot be.
+        ValueError: bits that are not supported.
     """
 
     def __init__(self, dim: int, bits: int, *, by_channel: bool, tile: int = 128, seed: int = 0):
@@ -52,22 +52,21 @@ class KVarN:
         self.by_channel = by_channel
         self.tile = tile
         self.rotation = Rotation(dim, seed=seed)
-
-    @property
-    def bits_per_value(self) -> float:
-        """Bits that a value takes, with its share of all that is stored for a tile."""
-        words = 32 * words_per_vector(self.dim, self.bits) / self.dim
-        rounded, other = (self.tile, self.dim) if self.by_channel else (self.dim, self.tile)
-        return words + 32 / rounded + 16 / other
+        rounded, other = (tile, dim) if by_channel else (dim, tile)
+        self.bits_per_value = 32 * words_per_vector(dim, bits) / dim + 32 / rounded + 16 / other
 
     def quantize(self, x: mx.array) -> KVarNTiles:
-        """Pack vectors (..., n, dim), n a multiple of the tile."""
+        """Pack vectors (..., n, dim) of float16, bfloat16 or float32, n a multiple of the tile.
+
+        Raises:
+            ValueError: another shape or dtype.
+        """
         check_vectors(x, self.dim)
         if x.shape[-2] % self.tile:
             raise ValueError(
                 f"{x.shape[-2]} vectors are not whole tiles of {self.tile}: use a multiple of that."
             )
-        tiles = mx.unflatten(self.rotation.apply(x.astype(mx.float32)), -2, (-1, self.tile))
+        tiles = mx.unflatten(self.rotation.apply(x), -2, (-1, self.tile))
         of_channels, of_tokens = _even_deviations(tiles)
         even = tiles / (of_channels * of_tokens)
         axis = -2 if self.by_channel else -1

@@ -42,7 +42,7 @@ class PolarQuant:
     Neighbouring coordinates become a radius and an angle, neighbouring radii again, four times. The
     angles are independent of each other and of the radius: uniform in the first level, with a
     density proportional to sin^(2^(l-1) - 1)(2 psi) in [0, pi / 2] in level l >= 2 (Lemma 2). They
-    are rounded to 16 levels in the first and to 4 in the others, those of least squared error. A
+    are rounded to 16 levels in the first and to 4 in the others, with the least squared error. A
     block takes 8 * 4 + 7 * 2 bits and 16 for its radius: 3.875 bits per value.
 
     With k_l the mean cosine of the error of an angle of level l, inner products shrink by the
@@ -53,7 +53,7 @@ class PolarQuant:
         seed: Of the rotation.
 
     Raises:
-        ValueError: a dimension that is none of these.
+        ValueError: another dimension.
     """
 
     def __init__(self, dim: int, *, seed: int = 0):
@@ -65,12 +65,9 @@ class PolarQuant:
         check_dim(dim)
         self.dim = dim
         self.rotation = Rotation(dim, seed=seed)
-
-    @property
-    def bits_per_value(self) -> float:
-        """Bits that a value takes: angles, in whole bytes a vector, and bfloat16 radii."""
-        blocks = self.dim // BLOCK
-        return (32 * blocks + 8 * _bytes(blocks * _ANGLES) + 16 * blocks) / self.dim
+        blocks = dim // BLOCK
+        other_bytes = -(-blocks * _ANGLES * _BITS // 8)
+        self.bits_per_value = ((32 + 16) * blocks + 8 * other_bytes) / dim
 
     def quantize(self, x: mx.array) -> PolarVectors:
         """Pack vectors (..., dim) of float16, bfloat16 or float32."""
@@ -108,7 +105,7 @@ class PolarQuant:
 
 
 def angle_levels(level: int) -> np.ndarray:
-    """Rounded angles of a level from 2 on, of least squared error (Lloyd-Max): float64 (4,)."""
+    """The angles of a level from 2 on after rounding, in radians (Lloyd-Max): float64 (4,)."""
     angles = np.linspace(0, pi / 2, 2 ** (_BITS + 1) + 1)[1::2]
     nodes, weights = np.polynomial.legendre.leggauss(32)
     while True:
@@ -139,10 +136,6 @@ def _codebook(level: int) -> tuple[mx.array, mx.array]:
     angles = angle_levels(level)
     thresholds = (angles[1:] + angles[:-1]) / 2
     return constant(angles.astype(np.float32)), constant(thresholds.astype(np.float32))
-
-
-def _bytes(count: int) -> int:
-    return -(-count * _BITS // 8)
 
 
 def _pack_bytes(codes: mx.array) -> mx.array:

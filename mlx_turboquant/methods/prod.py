@@ -1,4 +1,4 @@
-"""TurboQuant_prod: codes, and one bit of QJL for what they leave."""
+"""TurboQuant_prod: codes, and one bit of QJL for their error."""
 
 from typing import NamedTuple
 
@@ -11,10 +11,7 @@ from .qjl import QJL, SignVectors
 
 
 class ProdVectors(NamedTuple):
-    """What the first stage stores, uint32 ``codes`` (..., words) and float32 ``scales`` (...).
-
-    Then what the second stage does, as in :class:`.qjl.SignVectors`.
-    """
+    """The arrays of both stages, as in :class:`.QuantizedVectors` and :class:`.qjl.SignVectors`."""
 
     codes: mx.array
     scales: mx.array
@@ -49,11 +46,7 @@ class TurboQuantProd:
         self.bits = bits
         self.first = turboquant_mse(dim, bits - 1, seed=seed)
         self.second = QJL(dim, projection=projection, seed=seed)
-
-    @property
-    def bits_per_value(self) -> float:
-        """Bits that a value takes: both stages and its share of their two float32 numbers."""
-        return self.first.bits_per_value + self.second.bits_per_value
+        self.bits_per_value = self.first.bits_per_value + self.second.bits_per_value
 
     def quantize(self, x: mx.array) -> ProdVectors:
         """Pack vectors (..., dim) of float16, bfloat16 or float32."""

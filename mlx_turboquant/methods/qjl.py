@@ -55,12 +55,8 @@ class QJL:
             )
         self.dim = dim
         self.bits = bits
+        self.bits_per_value = 32 * (words_per_vector(bits * dim, 1) + 1) / dim
         self.matrix, self.factor = _projection(dim, bits, projection, seed)
-
-    @property
-    def bits_per_value(self) -> float:
-        """Bits that a value takes: the signs and its share of the float32 norm."""
-        return 32 * (words_per_vector(self.bits * self.dim, 1) + 1) / self.dim
 
     def quantize(self, x: mx.array) -> SignVectors:
         """Pack vectors (..., dim) of float16, bfloat16 or float32."""
@@ -84,11 +80,11 @@ class QJL:
 
 
 @lru_cache(maxsize=8)
-def _projection(dim: int, bits: int, kind: str, seed: int) -> tuple[mx.array, float]:
+def _projection(dim: int, bits: int, projection: str, seed: int) -> tuple[mx.array, float]:
     """The matrix S (bits * dim, dim) and the factor a."""
     seed += _STREAM
     rows = bits * dim
-    if kind == "gaussian":
+    if projection == "gaussian":
         matrix = gaussian_matrix(rows, dim, seed).astype(np.float32)
         return constant(matrix), sqrt(pi / 2) / rows
     rotations = [Rotation(dim, "haar", seed + (i << 24)).matrix for i in range(bits)]

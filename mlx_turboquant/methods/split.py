@@ -1,4 +1,4 @@
-"""Outlier channels apart from the others, each with a method of its own."""
+"""Outlier channels and the other channels, each quantized by a method of its own."""
 
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ _QJL_OUTLIERS = 8
 
 
 class SplitVectors(NamedTuple):
-    """The arrays of the method of the outlier channels, then those of the others' method."""
+    """What the method of the outlier channels stores, and what the method of the others does."""
 
     outliers: Any
     others: Any
@@ -25,14 +25,14 @@ class ChannelSplit:
     """Quantizes some channels with one method and the others with another one.
 
     Args:
-        channels: Which are outliers, int32 (..., count) in ascending order, broadcast to the
+        channels: The outlier channels, int32 (..., count) in ascending order, broadcast to the
             leading axes of the vectors. They are known before, like a seed, and not stored with
             the vectors.
         outliers: A method for vectors of ``count`` values.
-        others: A method for those of the other channels.
+        others: A method for the values of the other channels.
 
     Raises:
-        ValueError: another number of channels than the method of the outliers takes.
+        ValueError: the method of the outliers takes another number of channels.
     """
 
     def __init__(self, channels: mx.array, outliers: Method, others: Method):
@@ -45,17 +45,13 @@ class ChannelSplit:
         self.channels = channels
         self.outliers = outliers
         self.others = others
-
-    @property
-    def bits_per_value(self) -> float:
-        """Bits that a value takes, on average over all channels, with all that both store."""
-        parts = (self.outliers, self.others)
-        return sum(part.dim * part.bits_per_value for part in parts) / self.dim
+        nbits = sum(part.dim * part.bits_per_value for part in (outliers, others))
+        self.bits_per_value = nbits / self.dim
 
     def quantize(self, x: mx.array) -> SplitVectors:
         """Pack vectors (..., dim) of float16, bfloat16 or float32."""
         check_vectors(x, self.dim)
-        # What is not finite in one part is lost in both.
+        # A value that is not finite makes both parts NaN.
         finite = mx.isfinite(x).all(axis=-1, keepdims=True)
         outliers, others = self._split(mx.where(finite, x, mx.nan))
         return SplitVectors(self.outliers.quantize(outliers), self.others.quantize(others))
@@ -87,7 +83,7 @@ def largest_channels(x: mx.array, count: int) -> mx.array:
 
     Returns int32 (..., 1, count) in ascending order.
     """
-    # Norms of finite values only: a vector with another one is lost in all its channels anyway.
+    # Values that are not finite say nothing: their vectors become NaN in all channels anyway.
     finite = mx.where(mx.isfinite(x), x, 0).astype(mx.float32)
     norms = mx.linalg.norm(finite, axis=-2, keepdims=True)
     return mx.sort(mx.argpartition(-norms, count - 1, axis=-1)[..., :count], axis=-1)
@@ -100,6 +96,9 @@ def turboquant_split(x: mx.array, bits: int, *, seed: int = 0) -> ChannelSplit:
     two instances of TurboQuant_mse. For 128 dimensions the paper calls this 2.5 bits at ``bits`` 2,
     "(32 * 3 + 96 * 2) / 128 = 2.5". That quotient is 2.25; with a norm of 16 bits for either
     instance the sum is 2.5 (and 3.5 at ``bits`` 3), with the float32 of ``quantize`` it is 2.75.
+
+    Raises:
+        ValueError: fewer than 32 values, or bits that are not supported.
     """
     dim = x.shape[-1]
     count = _count(dim, dim // _SHARE)
@@ -114,8 +113,12 @@ def qjl_with_outliers(
     """QJL with more projections for the 8 channels of x (..., n, dim) with the largest norm.
 
     Keys of deep layers have some channels ten times as large as the others, whose error all
-    projections would share (arXiv 2406.03482, section 4.1). ``outlier_bits`` are projections per
-    value of these: by default four times ``bits``, 8 at most; the paper leaves the number open.
+    projections would have in common (arXiv 2406.03482, section 4.1). ``outlier_bits`` is the number
+    of projections for each of their values: by default four times ``bits``, 8 at most. The paper
+    leaves the number open.
+
+    Raises:
+        ValueError: fewer than 16 values, or bits that are not supported.
     """
     dim = x.shape[-1]
     count = _count(dim, _QJL_OUTLIERS)
@@ -135,6 +138,6 @@ def _count(dim: int, count: int) -> int:
 
 
 def _take(x: mx.array, channels: mx.array) -> mx.array:
-    """Channels of x (..., dim), whose leading axes those of ``channels`` are broadcast to."""
+    """The ``channels`` (..., n) of x (..., dim), broadcast to the leading axes of x."""
     shape = ((1,) * x.ndim + channels.shape)[-x.ndim :]
     return mx.take_along_axis(x, channels.reshape(shape), axis=-1)

@@ -79,6 +79,12 @@ def clang() -> list[str]:
     )
 
 
+@functools.cache
+def compiler_version() -> str:
+    """What the clang driver prints about itself."""
+    return _run([*clang(), "--version"], "clang --version")
+
+
 def start(command: list[str]) -> subprocess.CompletedProcess:
     """Run a compiler. Libraries preloaded into the tests (OpenBLAS) are not for compilers."""
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
@@ -174,6 +180,5 @@ def _digest(*parts: object) -> str:
 @functools.cache
 def _fingerprint() -> str:
     """Changes when the compiler, its flags or the shim headers change."""
-    version = _run([*clang(), "--version"], "clang --version")
     headers = (path.read_text() for path in sorted(_SHIM_DIRECTORY.iterdir()))
-    return _digest(version, LANGUAGE_FLAGS, *headers)
+    return _digest(compiler_version(), LANGUAGE_FLAGS, *headers)
