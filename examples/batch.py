@@ -5,7 +5,7 @@ from pathlib import Path
 import mlx_lm
 
 from mlx_turboquant import cache_size, enable
-from mlx_turboquant.loading import prepare_for_device
+from mlx_turboquant.lm.loading import prepare_for_device
 
 model, tokenizer = mlx_lm.load(str(Path(__file__).parent / "tiny-lm"))
 prepare_for_device(model)  # float32 on a CPU, which multiplies nothing else fast

@@ -17,10 +17,10 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from mlx_turboquant.cli.results import print_rich
-from mlx_turboquant.contenders import EXACT, MLX_LM, preset
-from mlx_turboquant.evaluate import greedy_tokens, read_first_chunk, read_on
-from mlx_turboquant.loading import prepare_for_device
-from mlx_turboquant.needle import answer, hide_codes
+from mlx_turboquant.lm.loading import prepare_for_device
+from mlx_turboquant.measure.contenders import EXACT, MLX_LM, preset
+from mlx_turboquant.measure.evaluate import greedy_tokens, read_first_chunk, read_on
+from mlx_turboquant.measure.needle import answer, hide_codes
 
 TINY_LM = Path(__file__).parent / "tiny-lm"
 # How far the caches go on after the question, and how much of that is printed.

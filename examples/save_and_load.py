@@ -6,7 +6,7 @@ from pathlib import Path
 import mlx_lm
 
 from mlx_turboquant import cache_size, load_prompt_cache, make_prompt_cache, save_prompt_cache
-from mlx_turboquant.loading import prepare_for_device
+from mlx_turboquant.lm.loading import prepare_for_device
 
 model, tokenizer = mlx_lm.load(str(Path(__file__).parent / "tiny-lm"))
 prepare_for_device(model)  # float32 on a CPU, which multiplies nothing else fast

@@ -45,7 +45,7 @@ METAL_FUNC float prepare_levels(
 // two halves, 2^(7-BITS) * (1 + code / 64): no conversion, and x / 2^BITS is a subtraction away. That
 // power of two comes with the levels, because a mask and an exponent that are both known to the
 // compiler cost NVIDIA two instructions. For 3 and 4 bits x (a + b x^2 + c x^4) is computed as
-// c x ((x^2 + q)^2 + p), one operation less, and in units of c; _half_coefficients in kernels.py has
+// c x ((x^2 + q)^2 + p), one operation less, and in units of c; _half_coefficients in arguments.py has
 // q and p.
 template <int BITS>
 METAL_FUNC half2 level_pair(

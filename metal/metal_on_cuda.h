@@ -9,7 +9,7 @@
 #define thread
 #define threadgroup
 #define METAL_FUNC inline __device__ __attribute__((always_inline))
-// Bounds the registers of a thread: more warps on a multiprocessor cover the latency of loads. kernels.py
+// Bounds the registers of a thread: more warps on a multiprocessor cover the latency of loads. kernels/runtime.py
 // defines how many threadgroups of 256 threads must fit.
 #undef __global__
 #define __global__ \

@@ -1,10 +1,10 @@
 """KV-cache compression for MLX: see the README for the commands and ``enable`` for the library."""
 
 from .cache.single import TurboQuantKVCache
-from .enable import disable, enable, make_prompt_cache
-from .prompt_cache import load_prompt_cache, save_prompt_cache
-from .quantizer import QuantizedVectors, TurboQuantizer
-from .report import CacheReport, CacheSize, cache_report, cache_size
+from .codec.quantizer import QuantizedVectors, TurboQuantizer
+from .lm.enable import disable, enable, make_prompt_cache
+from .lm.prompt_cache import load_prompt_cache, save_prompt_cache
+from .lm.report import CacheReport, CacheSize, cache_report, cache_size
 from .search import SearchResult, VectorIndex
 
 __all__ = [

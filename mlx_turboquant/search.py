@@ -9,9 +9,9 @@ import mlx.core as mx
 import numpy as np
 
 from . import files
+from .codec.packing import words_per_vector
+from .codec.quantizer import CODEC_VERSION, QuantizedVectors, TurboQuantizer, check_vectors
 from .kernels.quantize import inner_product
-from .packing import words_per_vector
-from .quantizer import CODEC_VERSION, QuantizedVectors, TurboQuantizer, check_vectors
 
 METRICS = ("cosine", "dot", "l2")
 # Changes whenever an index is written in another way.

@@ -19,7 +19,7 @@ from platformdirs import user_cache_path
 from tokens import random_tokens
 
 from mlx_turboquant import disable
-from mlx_turboquant.loading import prepare_for_device
+from mlx_turboquant.lm.loading import prepare_for_device
 
 # Profiles of the user are not for tests, nor those of tests for the user.
 REAL_MODELS = user_cache_path("mlx_turboquant") / "models"

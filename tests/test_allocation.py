@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_turboquant.allocation import (
+from mlx_turboquant.codec.codebook import relative_error
+from mlx_turboquant.lm.allocation import (
     BUDGETS,
     Layer,
     Side,
@@ -16,7 +17,6 @@ from mlx_turboquant.allocation import (
     mean_bits,
     uniform_bits,
 )
-from mlx_turboquant.codebook import relative_error
 
 DIMS = (8, 40, 64, 80, 128)
 WEIGHTS = st.floats(1e-7, 1.0)

@@ -5,8 +5,8 @@ import gc
 import mlx.core as mx
 from tokens import random_tokens
 
-from mlx_turboquant.benchmark import Measurement, measure, median
-from mlx_turboquant.contenders import EXACT, MLX_LM, preset
+from mlx_turboquant.measure.benchmark import Measurement, measure, median
+from mlx_turboquant.measure.contenders import EXACT, MLX_LM, preset
 
 PROMPTS = random_tokens(2, 600, seed=1)
 # Beside the cache there are the tokens, and what the allocator rounds up.

@@ -6,10 +6,10 @@ from tiny_families import FAMILIES, tiny_model
 from tokens import random_tokens
 
 from mlx_turboquant import make_prompt_cache
-from mlx_turboquant.calibrate import _Text, calibrate, calibration_texts
-from mlx_turboquant.compressible import compressible_caches
-from mlx_turboquant.evaluate import divergence
-from mlx_turboquant.profile import fingerprint
+from mlx_turboquant.lm.calibrate import _Text, calibrate, calibration_texts
+from mlx_turboquant.lm.compressible import compressible_caches
+from mlx_turboquant.lm.profile import fingerprint
+from mlx_turboquant.measure.evaluate import divergence
 
 TOKENS = random_tokens(256, seed=7).tolist()
 

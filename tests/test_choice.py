@@ -5,10 +5,10 @@ import pytest
 from conftest import variant
 
 from mlx_turboquant import enable, make_prompt_cache
-from mlx_turboquant.allocation import mean_bits
-from mlx_turboquant.choice import choice_of, treat_layers_alike
-from mlx_turboquant.profile import Profile, fingerprint, save_profile
-from mlx_turboquant.settings import Settings
+from mlx_turboquant.lm.allocation import mean_bits
+from mlx_turboquant.lm.choice import choice_of, treat_layers_alike
+from mlx_turboquant.lm.profile import Profile, fingerprint, save_profile
+from mlx_turboquant.lm.settings import Settings
 
 
 def profile_of(model, *weights: float) -> Profile:

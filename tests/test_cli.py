@@ -16,9 +16,10 @@ from conftest import REPOSITORY
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
-from mlx_turboquant import make_prompt_cache, profile, save_prompt_cache
-from mlx_turboquant.choice import choice_of
+from mlx_turboquant import make_prompt_cache, save_prompt_cache
 from mlx_turboquant.cli.calibrate import ensure_profile
+from mlx_turboquant.lm import profile
+from mlx_turboquant.lm.choice import choice_of
 
 TINY_LM = str(REPOSITORY / "examples" / "tiny-lm")
 PROMPT = ("--prompt", "def add(a, b):\n    return", "--max-tokens", "12")

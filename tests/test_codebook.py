@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_turboquant.codebook import (
+from mlx_turboquant.codec.codebook import (
     codebook,
     distortion,
     evaluate_polynomial,

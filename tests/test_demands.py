@@ -7,10 +7,10 @@ from tiny_families import FAMILIES, tiny_model
 from tokens import normal
 
 from mlx_turboquant import disable, enable
-from mlx_turboquant.codebook import relative_error
-from mlx_turboquant.compressible import compressible_caches
-from mlx_turboquant.demands import key_demand, key_demands
-from mlx_turboquant.quantizer import TurboQuantizer
+from mlx_turboquant.codec.codebook import relative_error
+from mlx_turboquant.codec.quantizer import TurboQuantizer
+from mlx_turboquant.lm.compressible import compressible_caches
+from mlx_turboquant.lm.demands import key_demand, key_demands
 
 DIM = 64
 

@@ -7,13 +7,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models import llama, mamba
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-from mlx_turboquant import (
-    TurboQuantKVCache,
-    cache_size,
-    disable,
-    enable,
-    make_prompt_cache,
-)
+from mlx_turboquant import TurboQuantKVCache, cache_size, disable, enable, make_prompt_cache
 from mlx_turboquant.kernels import runtime
 
 

@@ -7,9 +7,11 @@ from conftest import variant
 from tiny_families import FAMILIES, tiny_model
 from tokens import random_tokens
 
-from mlx_turboquant import disable, texts
-from mlx_turboquant.contenders import EXACT, MLX_LM, preset
-from mlx_turboquant.evaluate import (
+from mlx_turboquant import disable
+from mlx_turboquant.lm import texts
+from mlx_turboquant.lm.settings import Settings
+from mlx_turboquant.measure.contenders import EXACT, MLX_LM, preset
+from mlx_turboquant.measure.evaluate import (
     REPLY_TOKENS,
     Comparison,
     divergence,
@@ -17,8 +19,7 @@ from mlx_turboquant.evaluate import (
     read_first_chunk,
     sampled_tokens,
 )
-from mlx_turboquant.scores import Needle, Scores
-from mlx_turboquant.settings import Settings
+from mlx_turboquant.measure.scores import Needle, Scores
 
 TOKENS = random_tokens(301, seed=5).tolist()
 SHORT = {"window": 16}

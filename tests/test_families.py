@@ -9,9 +9,10 @@ from mlx_lm.models import cache as mlx_lm_cache
 from tiny_families import FAMILIES, tiny_model
 from tokens import random_tokens
 
-from mlx_turboquant import TurboQuantKVCache, disable, hook, make_prompt_cache
+from mlx_turboquant import TurboQuantKVCache, disable, make_prompt_cache
 from mlx_turboquant.cache.batch import BatchTurboQuantKVCache
-from mlx_turboquant.compressible import flat_caches
+from mlx_turboquant.lm import hook
+from mlx_turboquant.lm.compressible import flat_caches
 
 STEPS = 16
 LEFT = {

@@ -3,8 +3,8 @@ import pytest
 from conftest import variant
 from mlx_lm.models import gemma3_text
 
-from mlx_turboquant.contenders import EXACT, MLX_LM, preset
-from mlx_turboquant.footprint import footprint
+from mlx_turboquant.measure.contenders import EXACT, MLX_LM, preset
+from mlx_turboquant.measure.footprint import footprint
 
 CONTENDERS = (EXACT, *MLX_LM, preset("4"), preset("K3V2"))
 

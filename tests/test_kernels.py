@@ -17,6 +17,8 @@ from tokens import cached_tokens, normal
 
 from mlx_turboquant import VectorIndex, enable, make_prompt_cache
 from mlx_turboquant.cli import doctor
+from mlx_turboquant.codec.packing import unpack
+from mlx_turboquant.codec.quantizer import QuantizedVectors, TurboQuantizer
 from mlx_turboquant.kernels import attention, reference, runtime
 from mlx_turboquant.kernels.attention import DecodeAttention
 from mlx_turboquant.kernels.quantize import (
@@ -29,8 +31,6 @@ from mlx_turboquant.kernels.quantize import (
 )
 from mlx_turboquant.kernels.storage import shared_quantizer
 from mlx_turboquant.kernels.tokens import Extent
-from mlx_turboquant.packing import unpack
-from mlx_turboquant.quantizer import QuantizedVectors, TurboQuantizer
 
 ON_EXECUTOR = platform.system() == "Linux" and runtime.backend() == "reference"
 if ON_EXECUTOR:

@@ -2,7 +2,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_turboquant.loading import check_memory, device_nbytes
+from mlx_turboquant.lm.loading import check_memory, device_nbytes
 
 
 def test_the_weights_are_counted_as_the_device_holds_them():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from tokens import normal, unit_vectors
 
-from mlx_turboquant.codebook import distortion, lloyd_max_levels
+from mlx_turboquant.codec.codebook import distortion, lloyd_max_levels
 from mlx_turboquant.methods import (
     METHODS,
     QJL,

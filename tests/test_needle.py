@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_turboquant.needle import answer, code_line, hide_codes, question, random_names
+from mlx_turboquant.measure.needle import answer, code_line, hide_codes, question, random_names
 
 
 class Characters:

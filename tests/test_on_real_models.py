@@ -14,19 +14,13 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from real_models import SOURCES, fetch
 from tokens import continuation
 
-from mlx_turboquant import (
-    disable,
-    enable,
-    load_prompt_cache,
-    make_prompt_cache,
-    save_prompt_cache,
-    texts,
-)
-from mlx_turboquant.calibrate import calibrate
-from mlx_turboquant.choice import choice_of
-from mlx_turboquant.contenders import preset
-from mlx_turboquant.evaluate import Comparison, greedy_tokens, passkey_prompt
-from mlx_turboquant.loading import prepare_for_device
+from mlx_turboquant import disable, enable, load_prompt_cache, make_prompt_cache, save_prompt_cache
+from mlx_turboquant.lm import texts
+from mlx_turboquant.lm.calibrate import calibrate
+from mlx_turboquant.lm.choice import choice_of
+from mlx_turboquant.lm.loading import prepare_for_device
+from mlx_turboquant.measure.contenders import preset
+from mlx_turboquant.measure.evaluate import Comparison, greedy_tokens, passkey_prompt
 
 pytestmark = pytest.mark.real
 

@@ -7,7 +7,7 @@ import zipfile
 import pytest
 from conftest import REPOSITORY
 
-from mlx_turboquant.calibrate import calibration_texts
+from mlx_turboquant.lm.calibrate import calibration_texts
 
 KERNEL_FILES = sorted(
     path.name for path in (REPOSITORY / "metal").iterdir() if path.suffix in (".metal", ".h", ".md")
@@ -48,7 +48,7 @@ def test_a_wheel_contains_every_module(wheel):
 
 
 def test_a_wheel_contains_the_texts_of_calibration(wheel):
-    texts = [f"mlx_turboquant/calibration/{name}.txt" for name in calibration_texts()]
+    texts = [f"mlx_turboquant/lm/calibration/{name}.txt" for name in calibration_texts()]
     assert len(texts) == 4 and set(texts) <= set(zipfile.ZipFile(wheel).namelist())
 
 

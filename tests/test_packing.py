@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_turboquant.packing import pack, planes, unpack, words_per_vector
+from mlx_turboquant.codec.packing import pack, planes, unpack, words_per_vector
 
 bit_widths = st.integers(1, 8)
 

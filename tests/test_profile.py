@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_turboquant.allocation import Vectors
-from mlx_turboquant.compressible import Compressible
-from mlx_turboquant.profile import (
+from mlx_turboquant.lm.allocation import Vectors
+from mlx_turboquant.lm.compressible import Compressible
+from mlx_turboquant.lm.profile import (
     Profile,
     find_profile,
     fingerprint,

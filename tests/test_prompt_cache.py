@@ -28,11 +28,11 @@ from mlx_turboquant import (
     enable,
     load_prompt_cache,
     make_prompt_cache,
-    prompt_cache,
     save_prompt_cache,
 )
-from mlx_turboquant.prompt_cache import CODEC_VERSION, FORMAT_VERSION
-from mlx_turboquant.report import flat_caches
+from mlx_turboquant.lm import prompt_cache
+from mlx_turboquant.lm.prompt_cache import CODEC_VERSION, FORMAT_VERSION
+from mlx_turboquant.lm.report import flat_caches
 
 MEGABYTE = 1 << 20
 

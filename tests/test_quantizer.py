@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokens import unit_vectors
 
 from mlx_turboquant import QuantizedVectors, TurboQuantizer
-from mlx_turboquant.packing import words_per_vector
+from mlx_turboquant.codec.packing import words_per_vector
 
 dims = st.sampled_from([8, 9, 36, 64, 80, 128, 1024])
 bit_widths = st.integers(1, 8)

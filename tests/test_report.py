@@ -6,7 +6,7 @@ from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 from tokens import keys_and_values
 
 from mlx_turboquant import TurboQuantKVCache, cache_report, cache_size, make_prompt_cache
-from mlx_turboquant.profile import Profile, fingerprint
+from mlx_turboquant.lm.profile import Profile, fingerprint
 
 
 def filled(cache, count: int):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokens import normal
 
-from mlx_turboquant.rotation import Rotation, hadamard_factors
+from mlx_turboquant.codec.rotation import Rotation, hadamard_factors
 
 HADAMARD_DIMS = [8, 12, 20, 24, 28, 40, 56, 64, 80, 96, 112, 128, 192, 224, 256, 512, 640, 1536]
 # Sizes for which mx.hadamard_transform corrupts memory or returns something else.

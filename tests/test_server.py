@@ -18,7 +18,7 @@ import openai
 import pytest
 from conftest import REPOSITORY
 
-from mlx_turboquant.needle import answer, code_line, question, random_code, random_names
+from mlx_turboquant.measure.needle import answer, code_line, question, random_code, random_names
 
 TINY_LM = str(REPOSITORY / "examples" / "tiny-lm")
 START_SECONDS = 60

@@ -6,8 +6,8 @@ from tokens import random_tokens
 
 from mlx_turboquant import make_prompt_cache
 from mlx_turboquant.cli.benchmark import shape_config
-from mlx_turboquant.loading import prepare_for_device, weight_nbytes
-from mlx_turboquant.shapes import SHAPES, random_model, unloaded_model
+from mlx_turboquant.lm.loading import prepare_for_device, weight_nbytes
+from mlx_turboquant.measure.shapes import SHAPES, random_model, unloaded_model
 
 # Parameters of the published models, in billions; scales and biases of 4-bit groups add 1/32.
 PARAMETERS = {

@@ -8,17 +8,17 @@ from hypothesis import strategies as st
 from tiny_families import tiny_model
 
 from mlx_turboquant import cache_report, make_prompt_cache, save_prompt_cache
-from mlx_turboquant.compressible import flat_caches, plain_caches
-from mlx_turboquant.contenders import preset
 from mlx_turboquant.kernels import storage
 from mlx_turboquant.kernels.tokens import BLOCK
-from mlx_turboquant.methods import METHODS, make_method
-from mlx_turboquant.settings import Settings
-from mlx_turboquant.simulated import (
+from mlx_turboquant.lm.compressible import flat_caches, plain_caches
+from mlx_turboquant.lm.settings import Settings
+from mlx_turboquant.measure.contenders import preset
+from mlx_turboquant.measure.simulated import (
     MethodRounding,
     SimulatedCache,
     method_roundings,
 )
+from mlx_turboquant.methods import METHODS, make_method
 
 HEADS, DIM = 2, 64
 

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_turboquant.texts import (
+from mlx_turboquant.lm.texts import (
     bundled_texts,
     contexts,
     encode,

@@ -16,7 +16,7 @@ from tiny_families import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
-from mlx_turboquant.texts import bundled_texts
+from mlx_turboquant.lm.texts import bundled_texts
 
 TEXT = "".join(text[:30_000] for text in bundled_texts()) + "2024 12345 e = mc2, don't!\n" * 99
 CHAT_TEMPLATE = "{% for message in messages %}<|im_start|>{{ message.content }}{% endfor %}"

@@ -15,10 +15,10 @@ from pathlib import Path
 import mlx.core as mx
 import mlx_lm
 
-from mlx_turboquant import texts
-from mlx_turboquant.contenders import EXACT, MLX_LM, preset
-from mlx_turboquant.evaluate import greedy_tokens, read_first_chunk, read_on
-from mlx_turboquant.loading import model_errors, prepare_for_device
+from mlx_turboquant.lm import texts
+from mlx_turboquant.lm.loading import model_errors, prepare_for_device
+from mlx_turboquant.measure.contenders import EXACT, MLX_LM, preset
+from mlx_turboquant.measure.evaluate import greedy_tokens, read_first_chunk, read_on
 
 QUESTION = "What is this Python module for? Answer in three sentences."
 _BUNDLED = 4  # of the bundled texts, the source of pickle

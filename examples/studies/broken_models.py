@@ -18,13 +18,13 @@ import mlx_lm
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama, qwen3
 
-from mlx_turboquant import texts
-from mlx_turboquant.calibrate import calibrate
-from mlx_turboquant.choice import choice_of
-from mlx_turboquant.contenders import Contender, preset
-from mlx_turboquant.evaluate import Comparison
-from mlx_turboquant.loading import prepare_for_device
-from mlx_turboquant.profile import find_profile, fingerprint, profile_path
+from mlx_turboquant.lm import texts
+from mlx_turboquant.lm.calibrate import calibrate
+from mlx_turboquant.lm.choice import choice_of
+from mlx_turboquant.lm.loading import prepare_for_device
+from mlx_turboquant.lm.profile import find_profile, fingerprint, profile_path
+from mlx_turboquant.measure.contenders import Contender, preset
+from mlx_turboquant.measure.evaluate import Comparison
 
 
 def add_key_offsets(model: nn.Module, size: float) -> nn.Module:

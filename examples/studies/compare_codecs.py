@@ -20,14 +20,14 @@ import mlx_lm
 import numpy as np
 from tqdm import tqdm
 
-from mlx_turboquant import texts
-from mlx_turboquant.choice import choice_of
-from mlx_turboquant.contenders import CHUNK, EXACT, preset
-from mlx_turboquant.evaluate import divergence, log_probabilities, read_prompt
 from mlx_turboquant.kernels.storage import VALUE_MEAN_ENERGY, removable_mean
-from mlx_turboquant.loading import prepare_for_device
+from mlx_turboquant.lm import texts
+from mlx_turboquant.lm.choice import choice_of
+from mlx_turboquant.lm.loading import prepare_for_device
+from mlx_turboquant.measure.contenders import CHUNK, EXACT, preset
+from mlx_turboquant.measure.evaluate import divergence, log_probabilities, read_prompt
+from mlx_turboquant.measure.simulated import MethodRounding, Rounding, SimulatedCache
 from mlx_turboquant.methods import KVarN
-from mlx_turboquant.simulated import MethodRounding, Rounding, SimulatedCache
 
 WINDOW, SINKS, BLOCK = 128, 4, 128
 

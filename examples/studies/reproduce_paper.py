@@ -24,12 +24,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_turboquant import texts
-from mlx_turboquant.codebook import codebook, distortion, lloyd_max_levels
-from mlx_turboquant.loading import prepare_for_device
+from mlx_turboquant.codec.codebook import codebook, distortion, lloyd_max_levels
+from mlx_turboquant.codec.rotation import Rotation
+from mlx_turboquant.lm import texts
+from mlx_turboquant.lm.loading import prepare_for_device
 from mlx_turboquant.methods import METHODS, make_method
 from mlx_turboquant.methods.polar import LEVELS, angle_levels
-from mlx_turboquant.rotation import Rotation
 
 DIM = 128
 BITS = (1, 2, 3, 4, 5)

@@ -31,7 +31,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import dequantize_model, load, quantize_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mlx_turboquant import needle
+from mlx_turboquant.measure import needle
 
 CONFIG = dict(
     model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=4096, hidden_size=320,

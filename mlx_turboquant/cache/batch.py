@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..constants import constant
+from ..codec.constants import constant
 from ..kernels.attention import MAX_DECODE_ROWS
 from ..kernels.storage import PackedTokens
 from ..kernels.tokens import CachedTokens, Extent, visible_columns

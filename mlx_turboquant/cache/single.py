@@ -20,7 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..codebook import check_bits
+from ..codec.codebook import check_bits
 from ..kernels.attention import MAX_DECODE_ROWS
 from ..kernels.storage import PackedTokens, check_state, check_vectors, layouts_of
 from ..kernels.tokens import CachedTokens

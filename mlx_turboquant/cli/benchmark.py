@@ -10,12 +10,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 
-from .. import texts
-from ..benchmark import LEAST_NEW_TOKENS, Measurement, measure, median
-from ..choice import treat_layers_alike
-from ..contenders import EXACT, MLX_LM, Contender, preset
-from ..footprint import chunk_nbytes, footprint
-from ..loading import (
+from ..lm import texts
+from ..lm.choice import treat_layers_alike
+from ..lm.loading import (
     check_memory,
     device_nbytes,
     memory_nbytes,
@@ -23,7 +20,10 @@ from ..loading import (
     prepare_for_device,
     reason_of,
 )
-from ..shapes import SHAPES, random_model
+from ..measure.benchmark import LEAST_NEW_TOKENS, Measurement, measure, median
+from ..measure.contenders import EXACT, MLX_LM, Contender, preset
+from ..measure.footprint import chunk_nbytes, footprint
+from ..measure.shapes import SHAPES, random_model
 from .calibrate import ensure_profile
 from .options import add_comparison_options, check_least, given_settings
 from .results import drawing_tools, machine, write_results

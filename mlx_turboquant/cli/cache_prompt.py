@@ -3,9 +3,9 @@
 import importlib
 from types import SimpleNamespace
 
-from ..enable import make_prompt_cache
-from ..loading import model_errors, prepare_for_device
-from ..prompt_cache import check_target, save_prompt_cache
+from ..lm.enable import make_prompt_cache
+from ..lm.loading import model_errors, prepare_for_device
+from ..lm.prompt_cache import check_target, save_prompt_cache
 from .calibrate import ensure_profile
 from .options import add_cache_options, cache_settings, warn_without_effect
 from .replaced import replaced

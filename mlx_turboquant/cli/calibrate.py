@@ -14,14 +14,14 @@ from rich.box import SIMPLE
 from rich.table import Table
 from tqdm import tqdm
 
-from ..allocation import Layer, allocate, chosen_sides, expected_divergence
-from ..calibrate import calibrate
-from ..choice import choice_of
 from ..kernels.storage import SCALE_NBYTES
-from ..loading import check_memory, model_errors, prepare_for_device, reason_of
-from ..profile import Profile, find_profile, fingerprint, load_profile, save_profile
-from ..settings import Settings
-from ..texts import read_texts
+from ..lm.allocation import Layer, allocate, chosen_sides, expected_divergence
+from ..lm.calibrate import calibrate
+from ..lm.choice import choice_of
+from ..lm.loading import check_memory, model_errors, prepare_for_device, reason_of
+from ..lm.profile import Profile, find_profile, fingerprint, load_profile, save_profile
+from ..lm.settings import Settings
+from ..lm.texts import read_texts
 from .results import print_rich
 
 _BUDGETS = (8, 6, 5, 4, 3.5, 3, 2.5, 2)

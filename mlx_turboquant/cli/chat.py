@@ -18,10 +18,10 @@ from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..enable import make_prompt_cache
-from ..loading import model_errors, prepare_for_device
-from ..prompt_cache import load_prompt_cache, save_prompt_cache
-from ..report import cache_report, cache_size, mean_of_bits
+from ..lm.enable import make_prompt_cache
+from ..lm.loading import model_errors, prepare_for_device
+from ..lm.prompt_cache import load_prompt_cache, save_prompt_cache
+from ..lm.report import cache_report, cache_size, mean_of_bits
 from .calibrate import ensure_profile
 from .options import add_cache_options, cache_settings, warn_without_effect
 

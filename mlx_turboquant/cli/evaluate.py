@@ -7,11 +7,11 @@ from pathlib import Path
 import mlx.core as mx
 import mlx_lm
 
-from .. import texts
-from ..compressible import check_compressible, compressible_caches
-from ..contenders import MLX_LM, preset
-from ..evaluate import REPLY_TOKENS, Comparison, passkey_prompt
-from ..loading import check_memory, model_errors, prepare_for_device
+from ..lm import texts
+from ..lm.compressible import check_compressible, compressible_caches
+from ..lm.loading import check_memory, model_errors, prepare_for_device
+from ..measure.contenders import MLX_LM, preset
+from ..measure.evaluate import REPLY_TOKENS, Comparison, passkey_prompt
 from ..methods import METHODS
 from .calibrate import ensure_profile
 from .options import add_comparison_options, check_least, given_settings

@@ -5,10 +5,10 @@ from argparse import Namespace
 from types import SimpleNamespace
 from typing import Any
 
-from ..enable import make_prompt_cache
-from ..loading import model_errors, prepare_for_device
-from ..prompt_cache import check_fingerprint, load_prompt_cache
-from ..report import cache_report
+from ..lm.enable import make_prompt_cache
+from ..lm.loading import model_errors, prepare_for_device
+from ..lm.prompt_cache import check_fingerprint, load_prompt_cache
+from ..lm.report import cache_report
 from .calibrate import ensure_profile
 from .options import add_cache_options, cache_settings, warn_without_effect
 from .replaced import replaced

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cache.blocks import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW
-from ..settings import Settings
+from ..lm.settings import Settings
 
 DEFAULT_BITS = 4.0
 _SETTINGS = {

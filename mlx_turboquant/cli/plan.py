@@ -7,11 +7,11 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.utils import _download, load_config
 
-from ..choice import treat_layers_alike
-from ..contenders import EXACT, MLX_LM, preset
-from ..footprint import chunk_nbytes, footprint
-from ..loading import device_nbytes, memory_nbytes, model_errors, weight_nbytes
-from ..shapes import random_model, unloaded_model
+from ..lm.choice import treat_layers_alike
+from ..lm.loading import device_nbytes, memory_nbytes, model_errors, weight_nbytes
+from ..measure.contenders import EXACT, MLX_LM, preset
+from ..measure.footprint import chunk_nbytes, footprint
+from ..measure.shapes import random_model, unloaded_model
 from .benchmark import add_model_options, shape_config
 from .options import add_exact_token_options, add_presets_option, check_least, given_settings
 

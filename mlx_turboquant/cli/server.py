@@ -16,8 +16,8 @@ import mlx.core as mx
 from mlx_lm.models.cache import LRUPromptCache
 from mlx_lm.utils import _download, load, load_config, sharded_load
 
-from ..enable import enable
-from ..loading import model_errors, prepare_for_device
+from ..lm.enable import enable
+from ..lm.loading import model_errors, prepare_for_device
 from .calibrate import ensure_profile
 from .options import add_cache_options, cache_settings, warn_without_effect
 from .replaced import replaced

@@ -4,9 +4,9 @@ from functools import cache, lru_cache
 
 import mlx.core as mx
 
-from ..codebook import POLYNOMIAL_BITS, level_polynomial
-from ..constants import constant
-from ..quantizer import TurboQuantizer
+from ..codec.codebook import POLYNOMIAL_BITS, level_polynomial
+from ..codec.constants import constant
+from ..codec.quantizer import TurboQuantizer
 
 
 @cache

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..quantizer import TurboQuantizer
+from ..codec.quantizer import TurboQuantizer
 from . import arguments, reference
 from .runtime import (
     LANES,

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from ..packing import words_per_vector
-from ..quantizer import QuantizedVectors, TurboQuantizer
+from ..codec.packing import words_per_vector
+from ..codec.quantizer import QuantizedVectors, TurboQuantizer
 from . import arguments, reference
 from .runtime import (
     LANES,

@@ -5,7 +5,7 @@ The products of ``inner_product.metal`` are :meth:`.TurboQuantizer.inner_product
 
 import mlx.core as mx
 
-from ..quantizer import QuantizedVectors, TurboQuantizer
+from ..codec.quantizer import QuantizedVectors, TurboQuantizer
 from .tokens import BLOCK, CAPACITY_UNIT, CachedTokens, PackedVectors, visible_columns
 
 

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..codebook import check_dim
-from ..packing import words_per_vector
-from ..quantizer import QuantizedVectors, TurboQuantizer
+from ..codec.codebook import check_dim
+from ..codec.packing import words_per_vector
+from ..codec.quantizer import QuantizedVectors, TurboQuantizer
 from .quantize import quantize
 from .reference import interleave
 from .tokens import BLOCK, CAPACITY_UNIT, PackedVectors

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..quantizer import TurboQuantizer
+from ..codec.quantizer import TurboQuantizer
 
 # Tokens of a block: those of keys lie word by word beside each other, one in each lane.
 BLOCK = 32

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from ..quantizer import TurboQuantizer
+from ..codec.quantizer import TurboQuantizer
 from .affine import Affine
 from .common import Method
 from .kvarn import KVarN

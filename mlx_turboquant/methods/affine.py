@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..codebook import check_dim
-from ..quantizer import check_vectors
+from ..codec.codebook import check_dim
+from ..codec.quantizer import check_vectors
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)

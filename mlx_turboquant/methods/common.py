@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from ..quantizer import LARGEST_SCALE
+from ..codec.quantizer import LARGEST_SCALE
 
 
 class Method(Protocol):

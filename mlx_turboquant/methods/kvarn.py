@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..codebook import check_bits
-from ..packing import pack, unpack, words_per_vector
-from ..quantizer import check_vectors
-from ..rotation import Rotation
+from ..codec.codebook import check_bits
+from ..codec.packing import pack, unpack, words_per_vector
+from ..codec.quantizer import check_vectors
+from ..codec.rotation import Rotation
 
 _ROUNDS = 16
 _LEAST_DEVIATION = 1e-6

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from ..codebook import MAX_DIM, check_dim
-from ..constants import constant
-from ..packing import pack, unpack
-from ..quantizer import LARGEST_SCALE, check_vectors
-from ..rotation import Rotation
+from ..codec.codebook import MAX_DIM, check_dim
+from ..codec.constants import constant
+from ..codec.packing import pack, unpack
+from ..codec.quantizer import LARGEST_SCALE, check_vectors
+from ..codec.rotation import Rotation
 from .common import polar_form
 
 BLOCK = 16

@@ -8,7 +8,7 @@ With c the cosine of a vector and its code, their relative squared errors are
     norm_corrected   2 - 2 c; inner products shrink by the factor c
 """
 
-from ..quantizer import TurboQuantizer
+from ..codec.quantizer import TurboQuantizer
 
 
 def turboquant_mse(dim: int, bits: int, *, seed: int = 0) -> TurboQuantizer:

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..codebook import MAX_BITS, check_bits
-from ..quantizer import QuantizedVectors
+from ..codec.codebook import MAX_BITS, check_bits
+from ..codec.quantizer import QuantizedVectors
 from .presets import turboquant_mse
 from .qjl import QJL, SignVectors
 

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from ..codebook import check_bits, check_dim
-from ..constants import constant
-from ..packing import pack, unpack, words_per_vector
-from ..quantizer import check_vectors
-from ..rotation import Rotation, gaussian_matrix
+from ..codec.codebook import check_bits, check_dim
+from ..codec.constants import constant
+from ..codec.packing import pack, unpack, words_per_vector
+from ..codec.quantizer import check_vectors
+from ..codec.rotation import Rotation, gaussian_matrix
 from .common import polar_form
 
 PROJECTIONS = ("gaussian", "orthogonal")

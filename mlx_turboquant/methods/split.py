@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..quantizer import check_vectors
+from ..codec.quantizer import check_vectors
 from .common import Method
 from .presets import turboquant_mse
 from .qjl import QJL

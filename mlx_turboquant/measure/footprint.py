@@ -6,10 +6,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
-from .cache.single import TurboQuantKVCache
-from .compressible import flat_caches
+from ..cache.single import TurboQuantKVCache
+from ..kernels.storage import GROWTH, LEAST_GROWTH
+from ..lm.compressible import flat_caches
 from .contenders import CHUNK, GROUP_SIZE, Contender
-from .kernels.storage import GROWTH, LEAST_GROWTH
 
 # For heads of other widths, MLX's attention over many queries has all scores in memory at once.
 _FUSED_DIMS = (64, 80, 128)

@@ -16,9 +16,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
+from ..kernels.quantize import quantize
+from ..kernels.storage import VALUE_MEAN_ENERGY, removable_mean, shared_quantizer
 from .compressible import Compressible, check_compressible, compressible_caches, plain_caches
-from .kernels.quantize import quantize
-from .kernels.storage import VALUE_MEAN_ENERGY, removable_mean, shared_quantizer
 from .profile import MEASURED_BITS, Divergences, Profile, at_least, fingerprint
 from .texts import encode, start_tokens
 

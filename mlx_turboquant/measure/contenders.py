@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
-from .compressible import flat_caches, plain_caches
-from .enable import make_prompt_cache
-from .report import bits_per_value
-from .settings import Settings
+from ..lm.compressible import flat_caches, plain_caches
+from ..lm.enable import make_prompt_cache
+from ..lm.report import bits_per_value
+from ..lm.settings import Settings
 from .simulated import method_roundings, simulated_prompt_cache
 
 _mlx_lm_generate = importlib.import_module("mlx_lm.generate")

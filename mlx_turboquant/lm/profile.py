@@ -16,9 +16,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from platformdirs import user_cache_path
 
+from ..codec.quantizer import CODEC_VERSION
 from .allocation import MIN_KEY_BITS, MIN_VALUE_BITS, Layer, Side, divergences_by_bits
 from .compressible import Compressible
-from .quantizer import CODEC_VERSION
 
 FORMAT_VERSION = "1"
 # The bits at which a side is quantized to measure what that does.

@@ -9,14 +9,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
+from ..kernels.attention import MAX_DECODE_ROWS
+from ..kernels.runtime import backend as kernel_backend
+from ..kernels.runtime import force_backend
+from ..kernels.tokens import BLOCK
 from .calibrate import calibrate
 from .choice import choice_of
 from .compressible import check_compressible, compressed_caches
 from .hook import connect, disconnect
-from .kernels.attention import MAX_DECODE_ROWS
-from .kernels.runtime import backend as kernel_backend
-from .kernels.runtime import force_backend
-from .kernels.tokens import BLOCK
 from .profile import Profile, find_profile, fingerprint, load_profile, save_profile
 from .settings import CacheOptions, Settings
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import TypedDict
 
+from ..cache.blocks import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW, check_token_counts
+from ..codec.codebook import check_bits
 from .allocation import check_budget
-from .cache.blocks import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW, check_token_counts
-from .codebook import check_bits
 
 
 class CacheOptions(TypedDict, total=False):

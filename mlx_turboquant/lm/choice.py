@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import mlx.nn as nn
 
+from ..codec.codebook import relative_error
 from .allocation import (
     BUDGETS,
     MIN_KEY_BITS,
@@ -17,7 +18,6 @@ from .allocation import (
     expected_divergence,
     uniform_bits,
 )
-from .codebook import relative_error
 from .compressible import Compressible, compressible_caches
 from .demands import key_demands
 from .profile import Profile, find_profile, fingerprint

@@ -7,11 +7,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
-from .compressible import check_compressible, compressible_caches, plain_caches
-from .kernels.tokens import BLOCK
-from .methods import Method, make_method
-from .methods.common import map_arrays
-from .settings import Settings
+from ..kernels.tokens import BLOCK
+from ..lm.compressible import check_compressible, compressible_caches, plain_caches
+from ..lm.settings import Settings
+from ..methods import Method, make_method
+from ..methods.common import map_arrays
 
 # Every method takes vectors of this many values.
 _USUAL_DIM = 128

@@ -9,16 +9,16 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
-from . import files
-from .cache.latent import TurboQuantLatentCache
-from .cache.single import TurboQuantKVCache
+from .. import files
+from ..cache.latent import TurboQuantLatentCache
+from ..cache.single import TurboQuantKVCache
+from ..codec.quantizer import CODEC_VERSION
+from ..files import damaged
+from ..kernels.storage import check_state, check_vectors
 from .compressible import plain_caches
 from .enable import enabled_settings
-from .files import damaged
 from .hook import connect
-from .kernels.storage import check_state, check_vectors
 from .profile import fingerprint
-from .quantizer import CODEC_VERSION
 
 # Changes whenever the state of a cache is written in another way.
 FORMAT_VERSION = "3"

@@ -7,9 +7,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .cache.batch import CausalMask
-from .cache.fetched import Link
-from .cache.single import TurboQuantKVCache
+from ..cache.batch import CausalMask
+from ..cache.fetched import Link
+from ..cache.single import TurboQuantKVCache
+from ..kernels.attention import MAX_DECODE_ROWS, decode_attention
+from ..kernels.tokens import BLOCK
 from .compressible import (
     HOOKED_NAME,
     attention_scopes,
@@ -17,8 +19,6 @@ from .compressible import (
     compressible_caches,
     flat_caches,
 )
-from .kernels.attention import MAX_DECODE_ROWS, decode_attention
-from .kernels.tokens import BLOCK
 from .settings import Settings
 
 _ATTRIBUTE = "_mlx_turboquant_link"

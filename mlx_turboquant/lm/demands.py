@@ -16,8 +16,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..kernels.storage import removable_mean
 from .compressible import HOOKED_NAME, Compressible, attention_scopes, plain_caches
-from .kernels.storage import removable_mean
 
 _TOKENS = 256
 # A demand is the mean over the last queries, which have the most tokens to look at.

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from .codebook import MAX_BITS, relative_error
-from .packing import words_per_vector
+from ..codec.codebook import MAX_BITS, relative_error
+from ..codec.packing import words_per_vector
 
 # A key of one bit is little more than signs: the divergence is several times the expected one.
 MIN_KEY_BITS, MIN_VALUE_BITS = 2, 1

@@ -6,9 +6,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
+from ..cache.latent import TurboQuantLatentCache
+from ..cache.single import TurboQuantKVCache
 from .allocation import Vectors
-from .cache.latent import TurboQuantLatentCache
-from .cache.single import TurboQuantKVCache
 from .settings import Settings
 
 HOOKED_NAME = "scaled_dot_product_attention"

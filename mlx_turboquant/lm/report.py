@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import mlx.nn as nn
 
+from ..kernels.tokens import BLOCK
 from .allocation import Layer, expected_divergence
 from .choice import choice_of
 from .compressible import flat_caches
-from .kernels.tokens import BLOCK
 
 _WHY_NOT = {
     "RotatingKVCache": "sliding window, bounded already",

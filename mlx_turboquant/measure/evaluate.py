@@ -18,15 +18,15 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache, ChunkedKVCache, KVCache, RotatingKVCache
 
-from .calibrate import divergence
-from .compressible import plain_caches
+from ..kernels.attention import MAX_DECODE_ROWS
+from ..lm.calibrate import divergence
+from ..lm.compressible import plain_caches
+from ..lm.loading import reason_of
+from ..lm.report import cache_size
+from ..lm.texts import start_tokens
 from .contenders import CHUNK, EXACT, Contender
-from .kernels.attention import MAX_DECODE_ROWS
-from .loading import reason_of
 from .needle import hide_codes
-from .report import cache_size
 from .scores import Generation, Needle, Scores
-from .texts import start_tokens
 
 # A reply may begin with some words before the code.
 REPLY_TOKENS = 32

@@ -1,0 +1,1 @@
+"""Vectors to words and back: no model and no kernel."""

@@ -1,0 +1,1 @@
+"""Quality, speed and memory of caches, measured side by side."""
