@@ -5,7 +5,7 @@ import importlib
 import mlx.core as mx
 import pytest
 from conftest import peak_of_growth
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from mlx_lm import batch_generate
@@ -15,6 +15,7 @@ from mlx_turboquant import TurboQuantKVCache, enable, make_prompt_cache
 from mlx_turboquant.cache.fetched import Link
 from mlx_turboquant.kernels.attention import decode_attention
 from mlx_turboquant.kernels.quantize import dense
+from mlx_turboquant.kernels.tokens import CAPACITY_UNIT
 
 # The package mlx_lm hides the module behind the function of the same name.
 generate = importlib.import_module("mlx_lm.generate")
@@ -347,3 +348,57 @@ def test_a_step_that_reuses_the_one_before_sees_what_happened_in_between(change)
     change(batches)
     decoded(batches, 80)  # blocks leave the windows, and the exact buffers are used up
     batches.every_sequence_has_its_tokens()
+
+
+def limited_rows(lengths) -> list[TurboQuantKVCache]:
+    """Caches that hold two to four blocks besides sinks and window, after prompts."""
+    max_size = WINDOW + SINKS + 40 + 2 * CAPACITY_UNIT
+    caches = [new_cache(max_size=max_size) for _ in lengths]
+    for seed, (cache, length) in enumerate(zip(caches, lengths)):
+        cache.update_and_fetch(*random_tokens(1, length, seed))
+    return caches
+
+
+@given(
+    st.lists(st.integers(1, 400), min_size=1, max_size=3),
+    st.lists(st.sampled_from([1, 1, 1, 5, 40, 200]), min_size=1, max_size=12),
+)
+def test_limited_sequences_forget_in_a_batch_what_they_forget_alone(lengths, sizes):
+    caches = limited_rows(lengths)
+    batch = TurboQuantKVCache.merge(caches)
+    for seed, size in enumerate(sizes):
+        new = random_tokens(len(caches), size, 100 + seed)
+        queries, _ = random_tokens(len(caches), size, 200 + seed)
+        masks = batch.make_mask(size, return_array=True, window_size=60)
+        keys, values = batch.update_and_fetch(*new)
+        together = attend(queries, keys, values, masks)
+        for row, cache in enumerate(caches):
+            rows = slice(row, row + 1)
+            mask = cache.make_mask(size, return_array=True, window_size=60)
+            keys, values = cache.update_and_fetch(*(x[rows] for x in new))
+            alone = attend(queries[rows], keys, values, mask)
+            assert mx.allclose(together[rows], alone, atol=1e-4)  # float32 sums in another order
+    assert batch.offset.tolist() == [cache.offset for cache in caches]
+    assert batch.is_trimmable() == all(cache.is_trimmable() for cache in caches)
+    for row, cache in enumerate(caches):
+        for mine, theirs in zip(batch.extract(row).state, cache.state):
+            same = mx.array_equal(mine, theirs) if isinstance(mine, mx.array) else mine == theirs
+            assert same
+
+
+def attend(queries, keys, values, mask) -> mx.array:
+    keys, values = mx.array(keys), mx.array(values)
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=DIM**-0.5, mask=mask)
+
+
+def test_limited_sequences_can_be_generated_together(random_model):
+    """More tokens than a sequence may hold, in which the rotary positions go on."""
+    enable(random_model, 8, window=16, max_size=240)
+    prompts = prompts_of((300, 40, 150))
+    generator = generate.BatchGenerator(random_model, completion_batch_size=3)
+    said = {uid: [] for uid in generator.insert(prompts, max_tokens=[120] * 3)}
+    while any(len(tokens) < 120 for tokens in said.values()):
+        for response in generator.next()[1]:
+            said[response.uid].append(response.token)
+    # A sequence that is read whole at once forgets at the same tokens as in the batch.
+    assert said[list(said)[1]] == alone(random_model, prompts[1], 120)

@@ -20,8 +20,9 @@ from ..codec.constants import constant
 from ..kernels.attention import MAX_DECODE_ROWS
 from ..kernels.storage import PackedTokens
 from ..kernels.tokens import CachedTokens, Extent, visible_columns
+from .base import CompressedCache
 from .blocks import leaving_tokens, tokens_until_block
-from .fetched import Fetched, Link, Step, fetch
+from .fetched import Link
 
 # Room for this many new tokens in the exact buffers, which are copied when it is used up.
 _ROOM = 64
@@ -34,7 +35,7 @@ class CausalMask(mx.array):
     """
 
 
-class BatchTurboQuantKVCache:
+class BatchTurboQuantKVCache(CompressedCache):
     """Sequences of :class:`.TurboQuantKVCache` that grow, join and leave.
 
     Implements the interface of mlx-lm's ``BatchKVCache``. Prompts of different length are padded
@@ -42,33 +43,16 @@ class BatchTurboQuantKVCache:
     the sequences come from and become when they leave.
     """
 
-    def __init__(
-        self,
-        single_class: type,
-        packed: PackedTokens,
-        *,
-        window: int,
-        sink_tokens: int,
-        max_size: int | None,
-        link: Link,
-    ):
+    def __init__(self, single_class: type, packed: PackedTokens, link: Link, **settings: Any):
+        super().__init__(packed, link, **settings)
         rows = len(packed.counts)
-        self.window = window
-        self.sink_tokens = sink_tokens
-        self.max_size = max_size
-        self.link = link
         self.forgotten = [0] * rows
         self._single_class = single_class
-        self._packed = packed
-        self._exact: list[mx.array] = []
-        self._end = sink_tokens
+        self._end = self.sink_tokens
         self._sinks = [0] * rows
         self._recent = [0] * rows
         # How many tokens of each sequence are still to come while a padded prompt is read.
         self._expected: list[int] | None = None
-        # What the last call returned, for layers that share it.
-        self._fetched: Fetched | None = None
-        self._step: Step | None = None
 
     def hold_one(self, exact: list[mx.array], forgotten: int) -> None:
         """Begin with the exact tokens (1, H, n, dim) of one sequence, sinks before the others."""
@@ -94,26 +78,6 @@ class BatchTurboQuantKVCache:
     def offset(self) -> mx.array:
         """Tokens of each sequence that have come, int32 (B,): the position of its next one."""
         return _as_array(*self._offsets)
-
-    @property
-    def keys(self) -> mx.array | None:
-        """The exact keys, to which runs over several machines tie what they wait for."""
-        return self._exact[0] if self._exact else None
-
-    @keys.setter
-    def keys(self, keys: mx.array) -> None:
-        self._exact[0] = keys
-        self._step = None
-
-    @property
-    def key_bits(self) -> int:
-        """Bits per value of the packed keys."""
-        return self._packed.layouts[0].bits
-
-    @property
-    def value_bits(self) -> int:
-        """Bits per value of the packed values."""
-        return self._packed.layouts[-1].bits
 
     @property
     def packed_tokens(self) -> int:
@@ -149,45 +113,6 @@ class BatchTurboQuantKVCache:
         """The padded prompt has been read; nothing was kept of the padding."""
         self._expected = None
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Fetched:
-        """Append keys (B, H, n, dim) and values (B, H, n, value_dim) and return all tokens.
-
-        The new tokens and all that were exact before the call are seen exactly by its queries.
-        """
-        fetched = self._append([keys, values])
-        self._fetched = fetched if self.link.shares_layers else None
-        return fetched
-
-    def keys_and_values(self) -> Fetched:
-        """What the last :meth:`update_and_fetch` returned, for layers without keys of their own."""
-        return self._fetched
-
-    def _append(self, new: list[mx.array]) -> Fetched:
-        """Hold keys and values (B, H, n, dim), fetch all, then pack what has left the windows."""
-        count = new[0].shape[2]
-        if count == 1 and self._step is not None and self._step.left:
-            self._write(new)
-            return self._step.repeat()
-        is_chunk = count > MAX_DECODE_ROWS
-        if is_chunk:
-            self.link.submit_keys(new)
-        added = self._take_expected(count)
-        self._hold(new, is_chunk)
-        fetched = fetch(self._tokens(), count, self.link)
-        # Padding was among the columns of this call, and is not among what is held.
-        padding = [count - real for real in added]
-        self._recent = [recent - more for recent, more in zip(self._recent, padding)]
-        ends = [self._end - more for more in padding]
-        self._step = Step.of(fetched, self._steps_alike())
-        if self._pack(ends) or any(padding):
-            self._step = None
-        if is_chunk or any(padding):
-            self._keep(self._exact, ends)
-        if is_chunk:
-            # Left to the end of the chunk, all layers would grow their packed buffers at once.
-            mx.async_eval(self.state)
-        return fetched
-
     def _take_expected(self, count: int) -> list[int]:
         """How many of ``count`` new tokens are no padding, for each sequence."""
         if self._expected is None:
@@ -207,8 +132,6 @@ class BatchTurboQuantKVCache:
             room = (0, count if is_chunk else _ROOM)
             self._exact = [_padded(x[:, :, : self._end], *room) for x in self._exact]
         self._write(new)
-        if not is_chunk:
-            self._packed.reserve_block()
 
     def _write(self, new: list[mx.array]) -> None:
         count = new[0].shape[2]
@@ -246,12 +169,15 @@ class BatchTurboQuantKVCache:
         extents = tuple(Extent(packed, sinks, end - count) for packed, sinks, count in parts)
         return extents if len(set(extents)) > 1 else ()
 
-    def _pack(self, ends: list[int]) -> bool:
-        """Quantize the blocks that have left the windows; returns whether there were any.
+    def _pack(self, count: int) -> bool:
+        """Quantize the blocks that have left the windows; returns whether what is held changed.
 
-        Sequence b ends at ``ends[b]`` of the exact tokens. Neighbours in the same state are packed
-        together.
+        Of ``count`` new tokens some may be padding: that was among the columns of this call and is
+        not among what is held. Neighbours in the same state are packed together.
         """
+        padding = [count - real for real in self._take_expected(count)]
+        self._recent = [recent - more for recent, more in zip(self._recent, padding)]
+        ends = [self._end - more for more in padding]
         has_packed = False
         parts = list(zip(self._packed.counts, self._sinks, self._recent, ends))
         for (packed, sinks, recent, end), group in groupby(range(len(parts)), parts.__getitem__):
@@ -271,7 +197,9 @@ class BatchTurboQuantKVCache:
             self._recent[rows] = [recent - new_sinks - leaving] * len(group)
             self.forgotten[rows] = [count + forgotten for count in self.forgotten[rows]]
             has_packed = True
-        return has_packed
+        if count > MAX_DECODE_ROWS or any(padding):
+            self._keep(self._exact, ends)
+        return has_packed or any(padding)
 
     def _keep(self, exact: list[mx.array], ends: list[int]) -> None:
         """Hold sinks and recent tokens, which end at ``ends`` (one for each or for all), anew."""
@@ -349,7 +277,7 @@ class BatchTurboQuantKVCache:
             self.value_bits,
             self.window,
             self.sink_tokens,
-            self._packed.seed,
+            self.seed,
             self.max_size,
         )
 
@@ -397,15 +325,6 @@ class BatchTurboQuantKVCache:
     def size(self) -> int:
         """Tokens of the longest sequence."""
         return max(self.lengths)
-
-    def empty(self) -> bool:
-        """Whether no token was ever stored."""
-        return not self._exact
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of everything that is held, free space in the buffers included."""
-        return sum(x.nbytes for x in self._exact) + self._packed.nbytes
 
     @property
     def fp16_nbytes(self) -> int:

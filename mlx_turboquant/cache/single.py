@@ -21,9 +21,9 @@ from typing import Any
 import mlx.core as mx
 
 from ..codec.codebook import check_bits
-from ..kernels.attention import MAX_DECODE_ROWS
 from ..kernels.storage import PackedTokens, check_state, check_vectors, layouts_of
 from ..kernels.tokens import CachedTokens
+from .base import CompressedCache
 from .batch import BatchTurboQuantKVCache
 from .blocks import (
     DEFAULT_SINK_TOKENS,
@@ -34,13 +34,13 @@ from .blocks import (
     most_exact_tokens,
     tokens_until_block,
 )
-from .fetched import Fetched, Link, Step, fetch
+from .fetched import Link
 
 # The exact buffers of a short conversation grow by this many tokens.
 _STEP = 64
 
 
-class TurboQuantKVCache:
+class TurboQuantKVCache(CompressedCache):
     """Keys and values in ``key_bits`` and ``value_bits`` bits per value.
 
     The first ``sink_tokens`` and the last ``window`` tokens stay in the model's dtype (up to 31
@@ -75,18 +75,16 @@ class TurboQuantKVCache:
         check_bits(key_bits)
         check_bits(value_bits)
         limit = check_token_counts(window, sink_tokens, max_size)
-        self.window = window
-        self.sink_tokens = sink_tokens
-        self.max_size = max_size
+        layouts = layouts_of(key_bits, None if self._is_latent else value_bits)
+        super().__init__(
+            PackedTokens(layouts, seed, limit),
+            Link(),
+            window=window,
+            sink_tokens=sink_tokens,
+            max_size=max_size,
+        )
         self.offset = 0
         self.forgotten = 0
-        self.link = Link()
-        self._exact: list[mx.array] = []
-        layouts = layouts_of(key_bits, None if self._is_latent else value_bits)
-        self._packed = PackedTokens(layouts, seed, limit)
-        # What the last call returned, for layers that share it.
-        self._fetched: Fetched | None = None
-        self._step: Step | None = None
 
     @classmethod
     def of_row(cls, batch: BatchTurboQuantKVCache, row: int) -> "TurboQuantKVCache":
@@ -122,38 +120,13 @@ class TurboQuantKVCache:
         batch = self._batch_class(
             type(self),
             PackedTokens.join([self._packed]),
+            self.link,
             window=self.window,
             sink_tokens=self.sink_tokens,
             max_size=self.max_size,
-            link=self.link,
         )
         batch.hold_one(self._held_exact(), self.forgotten)
         return batch
-
-    @property
-    def keys(self) -> mx.array | None:
-        """The exact keys. Runs over several machines tie what they wait for to this array."""
-        return self._exact[0] if self._exact else None
-
-    @keys.setter
-    def keys(self, keys: mx.array) -> None:
-        self._exact[0] = keys
-        self._step = None
-
-    @property
-    def seed(self) -> int:
-        """Seed of the random rotation."""
-        return self._packed.seed
-
-    @property
-    def key_bits(self) -> int:
-        """Bits per value of the packed keys."""
-        return self._packed.layouts[0].bits
-
-    @property
-    def value_bits(self) -> int:
-        """Bits per value of the packed values."""
-        return self._packed.layouts[-1].bits
 
     @property
     def packed_tokens(self) -> int:
@@ -165,57 +138,23 @@ class TurboQuantKVCache:
         """Tokens that are held in the model's dtype: sinks and recent ones."""
         return self.offset - self.forgotten - self._packed.count
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Fetched:
-        """Append keys (B, H, n, dim) and values (B, H, n, value_dim) and return all tokens.
-
-        The new tokens and all that were exact before the call are seen exactly by its queries.
-        """
-        fetched = self._append([keys, values])
-        self._fetched = fetched if self.link.shares_layers else None
-        return fetched
-
-    def keys_and_values(self) -> Fetched:
-        """What the last :meth:`update_and_fetch` returned, for layers without keys of their own."""
-        return self._fetched or fetch(self._tokens(), 0, self.link)
-
-    def _append(self, new: list[mx.array]) -> Fetched:
-        """Hold keys and values (B, H, n, dim), fetch all, then pack what has left the window."""
-        count = new[0].shape[2]
-        if count == 1 and self._step is not None and self._step.left:
-            self._write(new, self._step.tokens.exact_count)
-            self.offset += 1
-            return self._step.repeat()
-        is_chunk = count > MAX_DECODE_ROWS
-        if is_chunk:
-            self.link.submit_keys(new)
-        self._hold(new, is_chunk)
-        fetched = fetch(self._tokens(), count, self.link)
-        self._step = Step.of(fetched, self._steps_alike())
-        if self._pack():
-            self._step = None
-            if is_chunk:
-                # Left to the end of the chunk, all layers would grow their buffers at once.
-                mx.async_eval(self._exact, self._packed.arrays)
-        return fetched
-
     def _hold(self, new: list[mx.array], is_chunk: bool) -> None:
         """Write tokens behind the exact ones, in place where there is room."""
-        start = self.exact_tokens
-        stop = start + new[0].shape[2]
-        if self._exact and stop <= self._exact[0].shape[2]:
-            self._write(new, start)
-        else:
-            exact = self._exact or [x[:, :, :0] for x in new]
-            free = 0 if is_chunk else max(0, min(_STEP, self._most_exact - stop))
-            self._exact = [_joined(x[:, :, :start], y, free) for x, y in zip(exact, new)]
-        if not is_chunk:
-            self._packed.reserve_block()
-        self.offset += stop - start
+        held = self.exact_tokens
+        needed = held + new[0].shape[2]
+        if not self._exact:
+            self._exact = [x[:, :, :0] for x in new]
+        if needed > self._exact[0].shape[2]:
+            step = 0 if is_chunk else max(0, min(_STEP, self._most_exact - needed))
+            self._exact = [_padded(x[:, :, :held], needed + step) for x in self._exact]
+        self._write(new)
 
-    def _write(self, new: list[mx.array], start: int) -> None:
+    def _write(self, new: list[mx.array]) -> None:
+        start = self.exact_tokens
         stop = start + new[0].shape[2]
         for buffer, x in zip(self._exact, new):
             buffer[:, :, start:stop] = x
+        self.offset += stop - start
 
     def _steps_alike(self) -> int:
         """Steps of one token before one that packs a block or finds the exact buffers full."""
@@ -223,7 +162,7 @@ class TurboQuantKVCache:
         until_block = tokens_until_block(packed, held, self.sink_tokens, self.window)
         return min(until_block - 1, self._exact[0].shape[2] - held)
 
-    def _pack(self) -> bool:
+    def _pack(self, count: int) -> bool:
         """Quantize the blocks that have left the window; returns whether there were any."""
         held = self.exact_tokens
         leaving = leaving_tokens(self._packed.count, held, self.sink_tokens, self.window)
@@ -231,8 +170,8 @@ class TurboQuantKVCache:
             return False
         start, stop = self.sink_tokens, self.sink_tokens + leaving
         self.forgotten += self._packed.append([x[:, :, start:stop] for x in self._exact])
-        free = self._most_exact - self.exact_tokens
-        self._exact = [_joined(x[:, :, :start], x[:, :, stop:held], free) for x in self._exact]
+        kept = ([x[:, :, :start], x[:, :, stop:held]] for x in self._exact)
+        self._exact = [_padded(mx.concatenate(parts, axis=2), self._most_exact) for parts in kept]
         return True
 
     def _tokens(self) -> CachedTokens:
@@ -273,15 +212,6 @@ class TurboQuantKVCache:
     def size(self) -> int:
         """Tokens in the cache."""
         return self.offset - self.forgotten
-
-    def empty(self) -> bool:
-        """Whether no token was ever stored."""
-        return not self._exact
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of everything that is held, free space in the buffers included."""
-        return sum(x.nbytes for x in self._exact) + self._packed.nbytes
 
     @property
     def fp16_nbytes(self) -> int:
@@ -372,10 +302,9 @@ class TurboQuantKVCache:
         return cache
 
 
-def _joined(x: mx.array, y: mx.array, free: int) -> mx.array:
-    """Tokens (B, H, n, dim) one after the other, with free space behind them."""
-    joined = mx.concatenate([x, y], axis=2)
-    return mx.pad(joined, [(0, 0), (0, 0), (0, free), (0, 0)]) if free else joined
+def _padded(x: mx.array, capacity: int) -> mx.array:
+    """Tokens (B, H, n, dim) with free space behind them."""
+    return mx.pad(x, [(0, 0), (0, 0), (0, capacity - x.shape[2]), (0, 0)])
 
 
 def _is_count(number: Any) -> bool:

@@ -1,0 +1,107 @@
+"""What the caches of one sequence and of several have in common: the way of a new key."""
+
+import mlx.core as mx
+
+from ..kernels.attention import MAX_DECODE_ROWS
+from ..kernels.storage import PackedTokens
+from .fetched import Fetched, Link, Step, fetch
+
+
+class CompressedCache:
+    """The tokens of one layer: some exact, the others packed; each is in one of the two stores.
+
+    ``_exact`` are keys and values (B, H, capacity, dim) in the model's dtype, or latent vectors,
+    with free space behind them; there are none before the first tokens. Attention reads the arrays
+    that it is given, and changes none.
+
+    How tokens lie in the exact buffers is up to a subclass: ``_hold`` makes room for new ones and
+    lets ``_write`` put them there, ``_tokens`` is what attention sees, ``_pack`` moves whole blocks
+    to the packed store, and ``_steps_alike`` tells for how long neither has anything to do.
+    """
+
+    def __init__(
+        self,
+        packed: PackedTokens,
+        link: Link,
+        *,
+        window: int,
+        sink_tokens: int,
+        max_size: int | None,
+    ):
+        self.window = window
+        self.sink_tokens = sink_tokens
+        self.max_size = max_size
+        self.link = link
+        self._packed = packed
+        self._exact: list[mx.array] = []
+        self._step: Step | None = None
+        # What the last call returned, for layers that share it.
+        self._fetched: Fetched | None = None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Fetched:
+        """Append keys (B, H, n, dim) and values (B, H, n, value_dim) and return all tokens.
+
+        The new tokens and all that were exact before the call are seen exactly by its queries.
+        """
+        fetched = self._append([keys, values])
+        self._fetched = fetched if self.link.shares_layers else None
+        return fetched
+
+    def keys_and_values(self) -> Fetched:
+        """What the last :meth:`update_and_fetch` returned, for layers without keys of their own."""
+        return self._fetched or fetch(self._tokens(), 0, self.link)
+
+    def _append(self, new: list[mx.array]) -> Fetched:
+        """Hold keys and values (B, H, n, dim), fetch all, then pack what has left the window."""
+        count = new[0].shape[2]
+        if count == 1 and self._step is not None and self._step.left:
+            self._write(new)
+            return self._step.repeat()
+        is_chunk = count > MAX_DECODE_ROWS
+        if is_chunk:
+            self.link.submit_keys(new)
+        else:
+            self._packed.reserve_block()
+        self._hold(new, is_chunk)
+        fetched = fetch(self._tokens(), count, self.link)
+        self._step = Step.of(fetched, self._steps_alike())
+        if self._pack(count):
+            self._step = None
+        if is_chunk:
+            # Left to the end of the chunk, all layers would grow their packed buffers at once.
+            mx.async_eval(self._exact, self._packed.arrays)
+        return fetched
+
+    @property
+    def keys(self) -> mx.array | None:
+        """The exact keys, to which runs over several machines tie what they wait for."""
+        return self._exact[0] if self._exact else None
+
+    @keys.setter
+    def keys(self, keys: mx.array) -> None:
+        self._exact[0] = keys
+        self._step = None
+
+    @property
+    def seed(self) -> int:
+        """Seed of the random rotation."""
+        return self._packed.seed
+
+    @property
+    def key_bits(self) -> int:
+        """Bits per value of the packed keys."""
+        return self._packed.layouts[0].bits
+
+    @property
+    def value_bits(self) -> int:
+        """Bits per value of the packed values."""
+        return self._packed.layouts[-1].bits
+
+    def empty(self) -> bool:
+        """Whether no token was ever stored."""
+        return not self._exact
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is held, free space in the buffers included."""
+        return sum(x.nbytes for x in self._exact) + self._packed.nbytes
