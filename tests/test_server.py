@@ -204,3 +204,17 @@ def test_a_port_that_is_taken_is_refused():
         result = subprocess.run([*command, "--port", port], capture_output=True, text=True)
         assert result.returncode == 2
         assert "Address already in use" in result.stderr
+
+
+def test_limited_caches_are_served_in_batches():
+    """Answers to prompts that fit are those of one at a time; longer ones are answered too."""
+    port = free_port()
+    options = ("--kv-bits", "8", "--kv-window", "32", "--max-kv-size", "400")
+    with server(port, *options, "--log-level", "ERROR"):
+        api = client(port)
+        short = [f"def add_{name}(a, b):\n    return" for name in "abcdef"]
+        long = ["import os\n" * 300 + "def f(x):"] * 2
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda prompt: complete(api, prompt, 24), short + long))
+        assert all(answers)
+        assert answers[:6] == [complete(api, prompt, 24) for prompt in short]
