@@ -106,10 +106,10 @@ const int recent_shift = sizes[4];
 const int mask_batch_stride = sizes[5];
 const int mask_head_stride = sizes[6];
 const int mask_row_stride = sizes[7];
-const int extent = sizes_shape[0] > 11 ? 8 + head / heads * 3 : 8;
-const int packed_count = sizes[extent];
-const int sink_count = sizes[extent + 1];
-const int first_recent = sizes[extent + 2];
+const int span = sizes_shape[0] > 11 ? 8 + head / heads * 3 : 8;
+const int packed_count = sizes[span];
+const int sink_count = sizes[span + 1];
+const int first_recent = sizes[span + 2];
 const int last_column = exact_count + recent_shift - 1;
 const bool exact = split >= packed_splits;
 

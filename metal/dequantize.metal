@@ -12,7 +12,7 @@
 //   keys           T (rows, all tokens, DIM): sinks, packed tokens, recent tokens
 //   values         T (rows, all tokens, VALUE_DIM)
 //
-// Where the keys are the values, KINDS is 1: one number is written to `values`. A row is one head of one
+// Where the keys are the values, SIDES is 1: one number is written to `values`. A row is one head of one
 // sequence; WORDS is vector_words<DIM, KEY_BITS>(). Threadgroups with y = 0 take keys, those with y = 1
 // values. A SIMD group restores TOKENS neighbouring tokens of a row, which share its signs and its mean and,
 // among interleaved keys, the sectors of memory that their words lie in. GROUPS SIMD groups share a
@@ -26,7 +26,7 @@ const int lane = int(thread_index_in_simdgroup);
 const int group = int(simdgroup_index_in_threadgroup);
 const long number = long(threadgroup_position_in_grid.x) * GROUPS + group;
 const int count = sizes[3];
-if (KINDS == 1 && number == 0 && lane == 0) {
+if (SIDES == 1 && number == 0 && lane == 0) {
   values[0] = exact_values[0];
 }
 const int runs = (count + TOKENS - 1) / TOKENS;

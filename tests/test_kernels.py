@@ -30,7 +30,7 @@ from mlx_turboquant.kernels.quantize import (
     quantize,
 )
 from mlx_turboquant.kernels.storage import shared_quantizer
-from mlx_turboquant.kernels.tokens import Extent
+from mlx_turboquant.kernels.tokens import Span
 
 ON_EXECUTOR = platform.system() == "Linux" and runtime.backend() == "reference"
 if ON_EXECUTOR:
@@ -319,20 +319,20 @@ def test_attention_takes_eight_query_rows_at_once(
     monkeypatch, dim, key_bits, value_bits, dtype, group, rows, mask
 ):
     """As on CUDA, on the executor too, where there are many packed tokens."""
-    monkeypatch.setattr(attention, "_MANY_ROWS", {"cuda": 8, "metal": 8})
+    monkeypatch.setattr(attention, "_LONG_ROWS", {"cuda": 8, "metal": 8})
     tokens = cached_tokens(dim, dim, key_bits, value_bits, dtype, packed=300)
     arguments = attention_arguments(tokens, group, rows, dtype, mask)
     kernel = attention_kernel(*arguments)
     assert kernel.check().holds
-    for many_tokens in (0, 2 * 2 * 300 + 1):
-        monkeypatch.setattr(attention, "_MANY_TOKENS", many_tokens)
+    for long_tokens in (0, 2 * 2 * 300 + 1):
+        monkeypatch.setattr(attention, "_LONG_TOKENS", long_tokens)
         assert_is_attention(kernel(*arguments), *arguments)
 
 
 def test_many_packed_tokens_in_all_heads_take_eight_query_rows(kernels_run, monkeypatch):
     """With the kernel that the check before the first use has compiled."""
-    monkeypatch.setattr(attention, "_MANY_ROWS", {"cuda": 8, "metal": 8})
-    monkeypatch.setattr(attention, "_MANY_TOKENS", 2 * 2 * 300)
+    monkeypatch.setattr(attention, "_LONG_ROWS", {"cuda": 8, "metal": 8})
+    monkeypatch.setattr(attention, "_LONG_TOKENS", 2 * 2 * 300)
     threadgroups, checks = [], []
     for packed in (299, 300):
         arguments = attention_arguments(cached_tokens(packed=packed), 8, 1, mx.float32)
@@ -354,8 +354,8 @@ def test_attention_takes_any_number_of_packed_tokens(packed):
 @pytest.mark.parametrize("mask", ["none", "causal", "boolean per head", "additive"])
 def test_attention_reads_sequences_of_different_length(mask):
     """Keys that lie between the tokens of a sequence are not a number here."""
-    extents = (Extent(300, 4, 7), Extent(33, 0, 12))
-    tokens = replace(cached_tokens(packed=300), recent_start=7, extents=extents)
+    spans = (Span(300, 4, 7), Span(33, 0, 12))
+    tokens = replace(cached_tokens(packed=300), recent_start=7, spans=spans)
     tokens.exact_keys[:, :, 4:7] = mx.nan
     tokens.exact_keys[1, :, :12] = mx.nan
     if mask == "none":

@@ -19,7 +19,7 @@ import mlx.core as mx
 from ..codec.constants import constant
 from ..kernels.attention import MAX_DECODE_ROWS
 from ..kernels.storage import PackedTokens
-from ..kernels.tokens import CachedTokens, Extent, visible_columns
+from ..kernels.tokens import CachedTokens, Span, visible_columns
 from .base import CompressedCache
 from .blocks import leaving_tokens, tokens_until_block
 from .fetched import Link
@@ -160,14 +160,14 @@ class BatchTurboQuantKVCache(CompressedCache):
             exact_count=self._end,
             sink_count=max(self._sinks),
             recent_start=self._end - max(self._recent),
-            extents=self._extents(self._end, self._recent),
+            spans=self._spans(self._end, self._recent),
         )
 
-    def _extents(self, end: int, recent: list[int]) -> tuple[Extent, ...]:
+    def _spans(self, end: int, recent: list[int]) -> tuple[Span, ...]:
         """One for each sequence, or none where they are all the same."""
         parts = zip(self._packed.counts, self._sinks, recent)
-        extents = tuple(Extent(packed, sinks, end - count) for packed, sinks, count in parts)
-        return extents if len(set(extents)) > 1 else ()
+        spans = tuple(Span(packed, sinks, end - count) for packed, sinks, count in parts)
+        return spans if len(set(spans)) > 1 else ()
 
     def _pack(self, count: int) -> bool:
         """Quantize the blocks that have left the windows; returns whether what is held changed.
@@ -213,15 +213,15 @@ class BatchTurboQuantKVCache(CompressedCache):
     ) -> None | str | mx.array:
         """The mask for n new tokens: boolean (B, 1, n, columns) unless all lengths are the same."""
         end, recent = self._end + n, [count + n for count in self._recent]
-        extents = self._extents(end, recent)
-        if not extents and window_size is None and (n == 1 or not return_array):
+        spans = self._spans(end, recent)
+        if not spans and window_size is None and (n == 1 or not return_array):
             return None if n == 1 else "causal"
         queries = mx.array(self._offsets)[:, None] + mx.arange(n)
         distance = queries[:, None, :, None] - self._columns(n)[:, None, None]
         mask = distance >= 0
-        if extents:
+        if spans:
             columns = (max(self._sinks), self._packed.count, end - max(recent), end)
-            mask = mask & visible_columns(extents, *columns)
+            mask = mask & visible_columns(spans, *columns)
         return CausalMask(mask) if window_size is None else mask & (distance < window_size)
 
     def _columns(self, n: int) -> mx.array:

@@ -25,24 +25,24 @@ class Link:
     needs_arrays: bool = True
     shares_layers: bool = False
     # A number of the last attention that was submitted, and whether a layer has submitted its own.
-    _attended: mx.array | None = None
-    _is_attended: bool = False
+    _last_attention: mx.array | None = None
+    _attention_is_submitted: bool = False
 
     def submit_keys(self, new: list[mx.array]) -> None:
         """Compute the keys and values (B, H, n, dim) of a layer of a chunk."""
-        if self._is_attended:
+        if self._attention_is_submitted:
             mx.async_eval(new)
         else:
             mx.eval(new)  # no hook saw the attention of the layer before: its end is seen here
-        self._is_attended = False
+        self._attention_is_submitted = False
 
     def submit_attention(self, output: mx.array) -> None:
         """Compute the attention (B, query_heads, n, dim) of a layer of a chunk."""
-        if self._attended is not None:
-            mx.eval(self._attended)
-        self._attended = output[0, 0, 0, 0] * 1  # which holds nothing else
-        mx.async_eval(output, self._attended)
-        self._is_attended = True
+        if self._last_attention is not None:
+            mx.eval(self._last_attention)
+        self._last_attention = output[0, 0, 0, 0] * 1  # which holds nothing else
+        mx.async_eval(output, self._last_attention)
+        self._attention_is_submitted = True
 
     def __deepcopy__(self, memo: dict) -> "Link":
         return self  # the model is not copied with its caches

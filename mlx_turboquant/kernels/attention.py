@@ -22,7 +22,7 @@ from .runtime import (
     supports,
     worst,
 )
-from .tokens import BLOCK, CAPACITY_UNIT, CachedTokens, Extent
+from .tokens import BLOCK, CAPACITY_UNIT, CachedTokens, Span
 
 # Up to so many query rows a call is a decode step (or the check of drafted tokens).
 MAX_DECODE_ROWS = 8
@@ -38,7 +38,7 @@ _EXACT_TOKENS = 8
 # Query rows of a threadgroup, at most, and on CUDA those with so many packed tokens in all heads.
 # Eight need up to 255 registers, and half as many threadgroups fit a multiprocessor; but a code is
 # unpacked once for eight rows, which pays where all have work.
-_ROWS, _MANY_ROWS, _MANY_TOKENS = 4, {"cuda": 8}, 96 * 1024
+_ROWS, _LONG_ROWS, _LONG_TOKENS = 4, {"cuda": 8}, 96 * 1024
 _INPUTS = (
     "queries",
     "key_codes",
@@ -129,13 +129,13 @@ class DecodeAttention:
         inputs = (*_INPUTS, "mask") if mask > 1 else _INPUTS
         # The kernels by the query rows of a threadgroup: with few packed tokens, with many.
         self._group_rows = wanted.group * wanted.rows
-        self._rows, self._many_rows = (
+        self._rows, self._long_rows = (
             _rows_per_threadgroup(most, self._group_rows, max(dim, value_dim))
-            for most in (_ROWS, _MANY_ROWS.get(backend(), _ROWS))
+            for most in (_ROWS, _LONG_ROWS.get(backend(), _ROWS))
         )
         self._attend: dict[int, Launch] = {
             rows: build(self.name, inputs, ("partial",), constants | {"ROWS": rows})
-            for rows in (self._rows, self._many_rows)
+            for rows in (self._rows, self._long_rows)
         }
         self._combine_simds = min(8, THREADGROUP_BYTES // (16 * value_dim))
         self._combine = self._build_combine()
@@ -224,8 +224,8 @@ class DecodeAttention:
     ) -> mx.array:
         """Two launches for :func:`decode_attention`, with its arguments."""
         batch, heads = tokens.exact_keys.shape[:2]
-        many = batch * heads * tokens.packed_count >= _MANY_TOKENS
-        rows = self._many_rows if many else self._rows
+        is_long = batch * heads * tokens.packed_count >= _LONG_TOKENS
+        rows = self._long_rows if is_long else self._rows
         return self._launch(rows, queries, tokens, scale, mask, sinks)
 
     def _launch(
@@ -253,7 +253,7 @@ class DecodeAttention:
             tokens.exact_count,
             tokens.sink_count,
             tokens.recent_start,
-            tokens.extents,
+            tokens.spans,
             strides,
         )
         inputs = [
@@ -310,7 +310,7 @@ def _divided(
     exact_count: int,
     sink_count: int,
     recent_start: int,
-    extents: tuple[Extent, ...],
+    spans: tuple[Span, ...],
     mask_strides: tuple[int, int, int],
 ) -> tuple[int, int, mx.array]:
     """Threadgroups of a head, those of its packed tokens (at most ``most``), and the sizes.
@@ -329,7 +329,7 @@ def _divided(
         sink_count,
         sink_count + packed_count - recent_start,
         *mask_strides,
-        *chain(*(extents or [(packed_count, sink_count, recent_start)])),
+        *chain(*(spans or [(packed_count, sink_count, recent_start)])),
     )
     return splits, packed_splits, sizes
 

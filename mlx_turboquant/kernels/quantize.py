@@ -175,7 +175,7 @@ class Dequantize:
         self._quantizers = quantizers
         longest = max(quantizer.dim for quantizer in quantizers)
         self._groups = min(4, THREADGROUP_BYTES // (4 * longest))
-        constants: dict[str, Constant] = {"KINDS": len(quantizers)}
+        constants: dict[str, Constant] = {"SIDES": len(quantizers)}
         for name, dtype, quantizer in zip(("", "VALUE_"), _both(dtypes), _both(quantizers)):
             order, power = arguments.order_and_power(quantizer)
             constants |= {f"{name}T": dtype, f"{name}DIM": quantizer.dim, f"{name}ORDER": order}

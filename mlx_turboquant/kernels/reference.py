@@ -91,7 +91,7 @@ def decode_attention(
     )
     scores = mx.concatenate([sink, packed, recent], axis=-1)
     scores = _masked(scores.reshape(batch, query_heads, rows, tokens.count), mask)
-    if tokens.extents:
+    if tokens.spans:
         scores = _masked(scores, _visible(tokens))
     weights = _softmax(scores, sinks).reshape(batch, heads, -1, tokens.count)
     start, stop = tokens.sink_count, tokens.sink_count + tokens.packed_count
@@ -108,7 +108,7 @@ def decode_attention(
 
 def _visible(tokens: CachedTokens) -> mx.array:
     return visible_columns(
-        tokens.extents,
+        tokens.spans,
         tokens.sink_count,
         tokens.packed_count,
         tokens.recent_start,

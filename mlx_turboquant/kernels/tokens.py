@@ -37,7 +37,7 @@ class PackedVectors(NamedTuple):
         return self.scales.shape[2]
 
 
-class Extent(NamedTuple):
+class Span(NamedTuple):
     """What one sequence has in shared buffers; its recent tokens begin at ``recent_start``."""
 
     packed: int
@@ -55,7 +55,7 @@ class CachedTokens:
     latent attention the values are the keys, the same objects.
 
     Sequences of different length share these buffers and end at the same ``exact_count``.
-    ``extents`` has then one entry for each; a column that a sequence has no token in belongs to
+    ``spans`` has then one entry for each; a column that a sequence has no token in belongs to
     none.
     """
 
@@ -67,7 +67,7 @@ class CachedTokens:
     exact_count: int
     sink_count: int
     recent_start: int
-    extents: tuple[Extent, ...] = ()
+    spans: tuple[Span, ...] = ()
 
     @property
     def count(self) -> int:
@@ -91,13 +91,13 @@ class CachedTokens:
 
 
 def visible_columns(
-    extents: tuple[Extent, ...], sinks: int, packed: int, recent_start: int, end: int
+    spans: tuple[Span, ...], sinks: int, packed: int, recent_start: int, end: int
 ) -> mx.array:
     """Which columns hold a token of each sequence: boolean (B, 1, 1, columns).
 
     There are ``sinks`` columns, then ``packed`` ones, then those from ``recent_start`` to ``end``.
     """
-    packed_counts, sink_counts, starts = (mx.array(x)[:, None] for x in zip(*extents))
+    packed_counts, sink_counts, starts = (mx.array(x)[:, None] for x in zip(*spans))
     parts = [
         mx.arange(sinks) < sink_counts,
         mx.arange(packed) < packed_counts,
