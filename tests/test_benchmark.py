@@ -5,6 +5,7 @@ import gc
 import mlx.core as mx
 from tokens import random_tokens
 
+from mlx_turboquant.lm.settings import Settings
 from mlx_turboquant.measure.benchmark import Measurement, measure, median
 from mlx_turboquant.measure.contenders import EXACT, MLX_LM, preset
 
@@ -14,7 +15,7 @@ ROUNDING = 50_000
 
 
 def test_the_cache_is_that_of_all_tokens_and_all_that_is_held(random_model):
-    for contender in (EXACT, *MLX_LM, preset("4", window=32)):
+    for contender in (EXACT, *MLX_LM, preset("4", Settings(window=32))):
         mx.eval(PROMPTS)
         measured = measure(random_model, contender, PROMPTS, 20)
         cache = contender.make_cache(random_model)

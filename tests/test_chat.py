@@ -2,11 +2,12 @@ import pytest
 
 from mlx_turboquant import cache_size, save_prompt_cache
 from mlx_turboquant.cli.chat import Conversation
+from mlx_turboquant.lm.settings import Settings
 
 
 @pytest.fixture
 def conversation(tiny_lm):
-    return Conversation(*tiny_lm, {"bits": 8})
+    return Conversation(*tiny_lm, Settings(8))
 
 
 def answer(conversation, text, tokens=8):
@@ -41,7 +42,7 @@ def test_a_stopped_reply_stays_in_the_conversation(conversation):
 
 
 def test_reset_forgets_all_but_the_system_prompt(tiny_lm):
-    conversation = Conversation(*tiny_lm, {}, system_prompt="Be brief.")
+    conversation = Conversation(*tiny_lm, Settings(), system_prompt="Be brief.")
     answer(conversation, "import os")
     conversation.reset()
     assert conversation.messages == [{"role": "system", "content": "Be brief."}]
@@ -51,7 +52,7 @@ def test_reset_forgets_all_but_the_system_prompt(tiny_lm):
 def test_a_loaded_conversation_goes_on_as_the_saved_one(conversation, tiny_lm, tmp_path):
     answer(conversation, "import os\n" * 100)
     file = conversation.save(tmp_path / "talk")
-    other = Conversation(*tiny_lm, {"bits": 3})
+    other = Conversation(*tiny_lm, Settings(3))
     other.load(file)
     assert other.messages == conversation.messages
     assert answer(other, "import sys") == answer(conversation, "import sys")

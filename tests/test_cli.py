@@ -17,9 +17,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
 from mlx_turboquant import make_prompt_cache, save_prompt_cache
-from mlx_turboquant.cli.calibrate import ensure_profile
+from mlx_turboquant.cli.loading import ensure_profile
 from mlx_turboquant.lm import profile
 from mlx_turboquant.lm.choice import choice_of
+from mlx_turboquant.lm.settings import Settings
 
 TINY_LM = str(REPOSITORY / "examples" / "tiny-lm")
 PROMPT = ("--prompt", "def add(a, b):\n    return", "--max-tokens", "12")
@@ -224,11 +225,11 @@ def test_what_cannot_be_calibrated_or_kept_is_named_and_the_command_goes_on(
     (tmp_path / "file").touch()
     monkeypatch.setattr(profile, "profile_path", lambda name: tmp_path / "file" / "folder" / name)
     arguments = Namespace(profile=None, calibrate=True)
-    ensure_profile(model, None, arguments, {})  # a tokenizer that fails
+    ensure_profile(model, None, arguments, Settings())  # a tokenizer that fails
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("Bits are chosen without a profile: The model cannot be calibrated (")
     assert message.endswith("): use --no-calibrate with the other commands.")
-    ensure_profile(model, tokenizer, arguments, {})
+    ensure_profile(model, tokenizer, arguments, Settings())
     assert "Its profile cannot be kept: [Errno 20]" in capsys.readouterr().err
     assert choice_of(model).expected is not None
 

@@ -22,7 +22,8 @@ from mlx_turboquant.measure.evaluate import (
 from mlx_turboquant.measure.scores import Needle, Scores
 
 TOKENS = random_tokens(301, seed=5).tolist()
-SHORT = {"window": 16}
+SHORT = Settings(window=16)
+UNPROTECTED = Settings(window=0, sink_tokens=0)
 
 
 def compare(model, *contenders, scored=100, greedy=0) -> list[Scores]:
@@ -51,7 +52,7 @@ def test_the_exact_cache_has_the_perplexity_of_the_model_without_a_cache(random_
 
 
 def test_fewer_bits_are_farther_away(random_model):
-    presets = [preset(name, **SHORT) for name in ("8", "4", "2", "K1V1")]
+    presets = [preset(name, SHORT) for name in ("8", "4", "2", "K1V1")]
     scores = compare(random_model, *presets)
     means = [each.summary()["kl_mean"] for each in scores]
     assert means == sorted(means) and means[0] == 0 and means[1] > 0
@@ -63,7 +64,8 @@ def test_fewer_bits_are_farther_away(random_model):
 
 def test_tokens_are_seen_quantized_as_soon_as_they_leave_the_window(random_model):
     """A window that holds the whole text changes nothing; none does, from the first token on."""
-    whole, none = compare(random_model, preset("2", window=400), preset("2", window=0))[1:]
+    contenders = [preset("2", Settings(window=window)) for window in (400, 0)]
+    whole, none = compare(random_model, *contenders)[1:]
     assert max(whole.divergences) < 1e-6 < min(none.divergences)
 
 
@@ -84,7 +86,7 @@ def test_a_model_that_mlx_lm_cannot_quantize_fails_in_its_line_only(random_model
 def test_the_first_departure_is_where_generation_differs(tiny_lm):
     model, tokenizer = tiny_lm
     tokens = tokenizer.encode("import os\n\nclass A:\n    def f(self, x):\n" * 30)
-    contender = preset("K1V1", window=0, sink_tokens=0)
+    contender = preset("K1V1", UNPROTECTED)
     comparison = Comparison(model, [contender])
     comparison.text(tokens, 1, 24)
     texts = []
@@ -136,7 +138,7 @@ def test_a_question_in_a_chat_is_the_message_of_a_user(tiny_lm):
 
 
 def test_the_overlap_is_one_less_the_total_variation(random_model):
-    exact, ours = compare(random_model, preset("K1V1", window=0))
+    exact, ours = compare(random_model, preset("K1V1", Settings(window=0)))
     assert exact.overlaps == pytest.approx([1.0] * 100, abs=1e-5)  # float32 sums of 128 numbers
     # Pinsker's inequality: the total variation is at most the root of half of the divergence.
     bounds = [1 - (kl / 2) ** 0.5 for kl in ours.divergences]
@@ -146,7 +148,7 @@ def test_the_overlap_is_one_less_the_total_variation(random_model):
 
 @pytest.mark.parametrize("is_sampled", [False, True])
 def test_what_a_cache_writes_is_scored_with_the_exact_one(random_model, is_sampled):
-    comparison = Comparison(random_model, [preset("8"), preset("K1V1", window=0, sink_tokens=0)])
+    comparison = Comparison(random_model, [preset("8"), preset("K1V1", UNPROTECTED)])
     comparison.generation(TOKENS, 50, is_sampled, seed=3)
     exact, eight, one = (scores.generations[0] for scores in comparison.scores)
     assert exact.departure is None and len(exact.tokens) == len(one.losses) == 50
@@ -206,7 +208,7 @@ def test_presets_are_bits_or_a_split(name, bits):
 
 
 def test_presets_of_other_codecs_have_no_budget_of_layers():
-    contender = preset("qjl+affine:k3v2", uniform=True, window=16)
+    contender = preset("qjl+affine:k3v2", Settings(uniform=True, window=16))
     assert (contender.name, contender.codec) == ("qjl+affine K3V2", "qjl+affine")
     assert contender.settings == Settings(key_bits=3, value_bits=2, window=16)
 
@@ -216,7 +218,7 @@ def test_qjl_hurts_attention(tiny_lm):
     model, tokenizer = tiny_lm
     [tokens] = texts.contexts(tokenizer, texts.bundled_texts()[1:2], 600, 1)
     names = ("K3V3", "prod+turboquant:3", "qjl+turboquant:3")
-    comparison = Comparison(model, [preset(name, **SHORT) for name in names])
+    comparison = Comparison(model, [preset(name, SHORT) for name in names])
     comparison.text(tokens, 128)
     ours, prod, qjl = (scores.summary()["kl_mean"] for scores in comparison.scores[1:])
     # The variances of a product are as 1 : 5.6 : 16, and so are the divergences to second order.
@@ -228,7 +230,7 @@ def test_qjl_hurts_attention(tiny_lm):
 def test_a_first_chunk_that_is_read_once_for_all_caches_leaves_what_each_would_have_read(family):
     model = tiny_model(family)
     tokens = random_tokens(90, seed=1, vocabulary=512)
-    contenders = [EXACT, *([preset("4", **SHORT)] if family != "deepseek_v32" else [])]
+    contenders = [EXACT, *([preset("4", SHORT)] if family != "deepseek_v32" else [])]
     together = read_first_chunk(model, contenders, tokens[:80])
     for contender, shared in zip(contenders, together):
         alone = contender.make_cache(model)

@@ -137,7 +137,7 @@ def test_our_codec_simulated_is_our_cache(random_model, monkeypatch):
     monkeypatch.setattr(storage, "removable_mean", lambda x, _: mx.zeros((*x.shape[:2], 1, DIM)))
     ours = make_prompt_cache(random_model, key_bits=3, value_bits=2, window=16)
     expected = logits(random_model, ours)
-    cache = preset("turboquant:K3V2", window=16).make_cache(random_model)
+    cache = preset("turboquant:K3V2", Settings(window=16)).make_cache(random_model)
     measured = logits(random_model, cache)
     assert [type(layer) for layer in cache] == [SimulatedCache] * 2
     assert cache[0].rounded == ours[0].packed_tokens > 100
@@ -182,7 +182,7 @@ def test_a_head_dim_that_a_codec_cannot_have_is_refused_before_anything_runs(ran
 def test_keys_of_another_width_shared_layers_and_lists_of_caches_can_have_a_codec(family):
     model = tiny_model(family)
     prompt = mx.random.randint(0, 500, (1, 101), key=mx.random.key(1))
-    cache = preset("turboquant:8", window=0, sink_tokens=0).make_cache(model)
+    cache = preset("turboquant:8", Settings(window=0, sink_tokens=0)).make_cache(model)
     simulated = [part for part in flat_caches(cache) if isinstance(part, SimulatedCache)]
     assert simulated
     outputs = []

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm
+from tqdm import tqdm
 
 from ..lm import texts
 from ..lm.choice import treat_layers_alike
@@ -16,7 +16,6 @@ from ..lm.loading import (
     check_memory,
     device_nbytes,
     memory_nbytes,
-    model_errors,
     prepare_for_device,
     reason_of,
 )
@@ -24,11 +23,10 @@ from ..measure.benchmark import LEAST_NEW_TOKENS, Measurement, measure, median
 from ..measure.contenders import EXACT, MLX_LM, Contender, preset
 from ..measure.footprint import chunk_nbytes, footprint
 from ..measure.shapes import SHAPES, random_model
-from .calibrate import ensure_profile
-from .options import add_comparison_options, check_least, given_settings
+from .loading import MODEL_HELP, ensure_profile, load_lazily
+from .options import add_comparison_options, add_count, check_least, settings_of
 from .results import drawing_tools, machine, write_results
 
-_PRESETS = ("4", "3")
 _CONTEXTS = tuple(1024 * thousands for thousands in (1, 4, 16, 32, 64, 128))
 # The warm-up reads two chunks of a prompt at most, and decodes past a block of packed tokens.
 _WARM_UP_CONTEXT = 4096
@@ -38,13 +36,10 @@ _WARM_UP_TOKENS = 40
 def main(arguments: list[str]) -> None:
     """Run every cache at every context; prints a table and writes JSON and PNG."""
     args = _parser().parse_args(arguments)
-    least = {"contexts": 2, "batch": 1, "repeats": 1, "new_tokens": LEAST_NEW_TOKENS}
-    check_least(args, least)
-    settings = given_settings(args, ("kv_window", "kv_sinks", "uniform"))
-    contenders = [EXACT, *MLX_LM, *(preset(name, **settings) for name in args.kv_bits)]
+    check_least(args, contexts=2, batch=1, repeats=1, new_tokens=LEAST_NEW_TOKENS)
+    settings = settings_of(args)
+    contenders = [EXACT, *MLX_LM, *(preset(name, settings) for name in args.kv_bits)]
     with drawing_tools("benchmark"):
-        from tqdm import tqdm
-
         from . import benchmark_pictures
     args.out.mkdir(parents=True, exist_ok=True)
     model, tokenizer, tokens = _model_and_tokens(args)
@@ -158,8 +153,7 @@ def _model_and_tokens(args: argparse.Namespace) -> tuple[nn.Module, Any, list[in
         model = random_model(shape_config(args.shape))
         tokens = mx.random.randint(0, model.args.vocab_size, (8192,), key=mx.random.key(0))
         return model, None, tokens.tolist()
-    with model_errors(args.model):
-        model, tokenizer = mlx_lm.load(args.model, lazy=True)
+    model, tokenizer = load_lazily(args.model)
     encoded = texts.encode(tokenizer, texts.bundled_texts())
     return model, tokenizer, [token for text in encoded for token in text]
 
@@ -187,7 +181,7 @@ def shape_config(shape: str) -> dict[str, Any]:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """``--model`` or ``--shape``, one of which is needed."""
     group = parser.add_mutually_exclusive_group(required=True)
-    group.add_argument("--model", help="Folder of a model of mlx-lm, or its name on the hub")
+    group.add_argument("--model", help=MODEL_HELP)
     group.add_argument(
         "--shape",
         metavar="NAME",
@@ -209,15 +203,10 @@ def _parser() -> argparse.ArgumentParser:
         help="Tokens of the prompt (default: " + " ".join(map(str, _CONTEXTS)) + ", as far as "
         "they fit)",
     )
-    add_comparison_options(parser, _PRESETS)
-    add("--batch", type=int, default=1, help="Sequences at once (default: %(default)s)")
-    add(
-        "--new-tokens",
-        type=int,
-        default=128,
-        help="Tokens to decode after a prompt (default: %(default)s)",
-    )
-    add("--repeats", type=int, default=3, help="Runs to take the median of (default: 3)")
+    add_comparison_options(parser, "4", "3")
+    add_count(parser, "--batch", 1, "Sequences at once")
+    add_count(parser, "--new-tokens", 128, "Tokens to decode after a prompt")
+    add_count(parser, "--repeats", 3, "Runs to take the median of")
     add(
         "--out",
         type=Path,

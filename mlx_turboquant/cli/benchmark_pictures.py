@@ -5,73 +5,51 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.box import SIMPLE
-from rich.table import Table
 
-from .results import print_rich
-
-_COLUMNS = (
-    "context",
-    "cache",
-    "prefill tok/s",
-    "first token s",
-    "decode tok/s",
-    "cache MB",
-    "peak MB, prefill",
-    "peak MB, decode",
-    "graph ms",
-)
+from .results import print_rows
 
 
 def print_table(result: dict[str, Any]) -> None:
     """One line for each context and cache, with the ratio to the exact cache behind a number."""
     sequences = f", {result['batch']} sequences" if result["batch"] > 1 else ""
-    table = Table(
+    measured = [run for run in result["runs"] if run["repeats"]]
+    exact = {run["context"]: run for run in measured if run["cache"] == "exact"}
+    print_rows(
+        [_row(run, exact.get(run["context"]), result["batch"]) for run in measured],
+        width=150,
         title=f"{result['model']} on {result['device']}{sequences}, weights "
         f"{result['weights'] / 1e6:,.0f} MB",
         caption="In brackets: to the exact cache. Peak memory is without the weights; graph is the "
         "time that Python takes to build one step.",
-        box=SIMPLE,
     )
-    for column in _COLUMNS:
-        table.add_column(column, justify="left" if column == "cache" else "right")
-    exact: dict[str, Any] = {}
-    for run in result["runs"]:
-        if run["cache"] == "exact":
-            exact = run
-        if run["repeats"]:
-            table.add_row(*_cells(run, exact, result["batch"]))
-        if run["cache"] == result["caches"][-1]:
-            table.add_section()
-    print_rich(table, width=150)
     for cache, reason in result["failures"].items():
         print(f"{cache} is not possible: {reason}")
     for run in result["too_large"]:
         print(f"{run['cache']} with {run['context']:,} tokens would not fit into memory.")
 
 
-def _cells(run: dict[str, Any], exact: dict[str, Any], batch: int) -> list[str]:
-    same = exact if exact.get("context") == run["context"] and exact["repeats"] else None
-
+def _row(run: dict[str, Any], exact: dict[str, Any] | None, batch: int) -> dict[str, str]:
     def with_ratio(text: str, name: str, faster: bool = False) -> str:
-        if same is None or run is same:
+        if exact is None or run is exact:
             return text
-        ratio = same[name] / run[name] if faster else run[name] / same[name]
+        ratio = exact[name] / run[name] if faster else run[name] / exact[name]
         return f"{text} ({ratio:.2f})"
 
+    def megabytes(name: str) -> str:
+        return with_ratio(f"{run[name] / 1e6:,.0f}", name)
+
     prefill, decode = (_per_second(run, name, batch) for name in ("prefill", "decode"))
-    return [
-        f"{run['context']:,}",
-        run["cache"],
-        with_ratio(f"{prefill:,.0f}", "prefill", faster=True),
-        f"{run['first_token']:.2f}",
-        with_ratio(f"{decode:,.1f}", "decode", faster=True),
-        *(
-            with_ratio(f"{run[name] / 1e6:,.0f}", name)
-            for name in ("cache_nbytes", "prefill_peak", "decode_peak")
-        ),
-        with_ratio(f"{run['graph'] * 1e3:.2f}", "graph"),
-    ]
+    return {
+        "context": f"{run['context']:,}",
+        "cache": run["cache"],
+        "prefill tok/s": with_ratio(f"{prefill:,.0f}", "prefill", faster=True),
+        "first token s": f"{run['first_token']:.2f}",
+        "decode tok/s": with_ratio(f"{decode:,.1f}", "decode", faster=True),
+        "cache MB": megabytes("cache_nbytes"),
+        "peak MB, prefill": megabytes("prefill_peak"),
+        "peak MB, decode": megabytes("decode_peak"),
+        "graph ms": with_ratio(f"{run['graph'] * 1e3:.2f}", "graph"),
+    }
 
 
 def _per_second(run: dict[str, Any], name: str, batch: int) -> float:

@@ -19,11 +19,11 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..lm.enable import make_prompt_cache
-from ..lm.loading import model_errors, prepare_for_device
 from ..lm.prompt_cache import load_prompt_cache, save_prompt_cache
 from ..lm.report import cache_report, cache_size, mean_of_bits
-from .calibrate import ensure_profile
-from .options import add_cache_options, cache_settings, warn_without_effect
+from ..lm.settings import Settings
+from .loading import load_ready
+from .options import parse
 
 _HELP = """  /help        this list
   /reset       forget the conversation
@@ -41,20 +41,17 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "-v", "--verbose", action="store_true", help="Show /stats after every reply"
     )
-    add_cache_options(parser)
-    args = parser.parse_args(arguments)
-    settings = cache_settings(args)
-    warn_without_effect(args, {"pipeline": False})
+    args, settings = parse(parser, arguments, without_effect=("pipeline",))
     mx.random.seed(args.seed)
-    with model_errors(args.model):
-        model, tokenizer = load(
-            args.model,
-            adapter_path=args.adapter_path,
-            tokenizer_config={"trust_remote_code": args.trust_remote_code},
-            trust_remote_code=args.trust_remote_code,
-        )
-    prepare_for_device(model)
-    ensure_profile(model, tokenizer, args, settings)
+    model, tokenizer = load_ready(
+        load,
+        args,
+        settings,
+        args.model,
+        adapter_path=args.adapter_path,
+        tokenizer_config={"trust_remote_code": args.trust_remote_code},
+        trust_remote_code=args.trust_remote_code,
+    )
     conversation = Conversation(model, tokenizer, settings, args.system_prompt)
     sampler = make_sampler(
         args.temp,
@@ -78,7 +75,7 @@ class Conversation:
         self,
         model: nn.Module,
         tokenizer: TokenizerWrapper,
-        settings: dict[str, Any],
+        settings: Settings,
         system_prompt: str | None = None,
     ):
         self.model = model
@@ -128,7 +125,7 @@ class Conversation:
         self.cache, self.messages, self.tokens = cache, saved["messages"], saved["tokens"]
 
     def _clear_cache(self) -> None:
-        self.cache = make_prompt_cache(self.model, **self.settings)
+        self.cache = make_prompt_cache(self.model, self.settings)
         self.tokens: list[int] = []
 
     def _prompt(self) -> list[int]:

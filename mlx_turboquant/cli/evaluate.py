@@ -2,37 +2,33 @@
 
 import argparse
 import itertools
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
-import mlx_lm
+from tqdm import tqdm
 
 from ..lm import texts
 from ..lm.compressible import check_compressible, compressible_caches
-from ..lm.loading import check_memory, model_errors, prepare_for_device
+from ..lm.loading import check_memory, prepare_for_device
 from ..measure.contenders import MLX_LM, preset
 from ..measure.evaluate import REPLY_TOKENS, Comparison, passkey_prompt
 from ..methods import METHODS
-from .calibrate import ensure_profile
-from .options import add_comparison_options, check_least, given_settings
+from .loading import MODEL_HELP, ensure_profile, load_lazily
+from .options import add_comparison_options, add_count, check_least, settings_of
 from .results import drawing_tools, machine, write_results
-
-_PRESETS = ("4", "3.5", "3", "2.5", "2")
 
 
 def main(arguments: list[str]) -> None:
     """Compare caches on a model; prints a table and writes JSON and PNG."""
     args = _parser().parse_args(arguments)
     _check_numbers(args)
-    settings = given_settings(args, ("kv_window", "kv_sinks", "uniform"))
-    contenders = [preset(name, **settings) for name in args.kv_bits]
+    settings = settings_of(args)
+    contenders = [preset(name, settings) for name in args.kv_bits]
     contents = texts.read_texts(args.text) if args.text else texts.bundled_texts()
     with drawing_tools("evaluate"):
-        from tqdm import tqdm
-
         from . import pictures
-    with model_errors(args.model):
-        model, tokenizer = mlx_lm.load(args.model, lazy=True)
+    model, tokenizer = load_lazily(args.model)
     if args.chat and not tokenizer.has_chat_template:
         raise ValueError(f"The tokenizer of {args.model} has no chat template: leave out --chat.")
     name = ", ".join(map(str, args.text)) if args.text else "The bundled text"
@@ -81,24 +77,14 @@ def _parser() -> argparse.ArgumentParser:
         epilog="--kv-bits prod:4 qjl+affine:K3V2 simulates caches of other codecs, of "
         f"{', '.join(METHODS)}.",
     )
-    add = parser.add_argument
-    add("--model", required=True, help="Folder of a model of mlx-lm, or its name on the hub")
-    add_comparison_options(parser, _PRESETS)
+    add, count = parser.add_argument, partial(add_count, parser)
+    add("--model", required=True, help=MODEL_HELP)
+    add_comparison_options(parser, "4", "3.5", "3", "2.5", "2")
     add("--text", type=Path, nargs="+", help="Files to read in place of the bundled texts")
-    add("--context", type=int, default=2048, help="Tokens of a text (default: %(default)s)")
-    add("--samples", type=int, default=4, help="Texts of that length (default: %(default)s)")
-    add(
-        "--scored",
-        type=int,
-        default=256,
-        help="Last tokens of a text that are decoded and compared (default: %(default)s)",
-    )
-    add(
-        "--greedy",
-        type=int,
-        default=64,
-        help="Tokens after a text in which to look for the first departure (default: %(default)s)",
-    )
+    count("--context", 2048, "Tokens of a text")
+    count("--samples", 4, "Texts of that length")
+    count("--scored", 256, "Last tokens of a text that are decoded and compared")
+    count("--greedy", 64, "Tokens after a text in which to look for the first departure")
     add(
         "--generate",
         type=int,
@@ -115,8 +101,8 @@ def _parser() -> argparse.ArgumentParser:
         help="Lengths of the texts in which a code is hidden; nothing for none (default: half "
         "and all of --context)",
     )
-    add("--needle-depths", type=int, default=5, help="Places in each of them (default: 5)")
-    add("--needle-trials", type=int, default=1, help="Codes hidden at each place (default: 1)")
+    count("--needle-depths", 5, "Places in each of them")
+    count("--needle-trials", 1, "Codes hidden at each place")
     add("--chat", action="store_true", help="Ask for the code through the chat template")
     add(
         "--out",
@@ -130,8 +116,8 @@ def _parser() -> argparse.ArgumentParser:
 def _check_numbers(args: argparse.Namespace) -> None:
     if args.needle_lengths is None:
         args.needle_lengths = [args.context // 2, args.context]
-    least = {"context": 2, "samples": 1, "scored": 1, "greedy": 0, "generate": 0}
-    check_least(args, least | {"needle_depths": 1, "needle_trials": 1})
+    check_least(args, context=2, samples=1, scored=1, greedy=0, generate=0)
+    check_least(args, needle_depths=1, needle_trials=1)
     if args.scored >= args.context:
         raise ValueError(
             f"{args.scored} scored tokens are not fewer than the context of {args.context}: "

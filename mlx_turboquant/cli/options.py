@@ -2,33 +2,56 @@
 
 import argparse
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..cache.blocks import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW
 from ..lm.settings import Settings
 
-DEFAULT_BITS = 4.0
-_SETTINGS = {
-    "kv_bits": "bits",
-    "key_bits": "key_bits",
-    "value_bits": "value_bits",
-    "kv_window": "window",
-    "kv_sinks": "sink_tokens",
-    "max_kv_size": "max_size",
-    "uniform": "uniform",
-}
+# The seed of the rotation has no option: ``--seed`` is what mlx-lm samples with.
+_SETTINGS = ("bits", "key_bits", "value_bits", "uniform", "window", "sink_tokens", "max_size")
 
 
-def add_cache_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the cache to a parser of mlx-lm, in place of its own ``--kv-bits``."""
+def parse(
+    parser: argparse.ArgumentParser,
+    arguments: list[str],
+    without_effect: tuple[str, ...] = ("kv_group_size", "quantized_kv_start"),
+) -> tuple[argparse.Namespace, Settings]:
+    """Parse the options of a command of mlx-lm and those of the cache, in place of its own.
+
+    Says on stderr which of the options ``without_effect`` were given.
+
+    Raises:
+        ValueError: a setting that is not possible.
+    """
+    _add_cache_options(parser)
+    args = parser.parse_args(arguments)
+    settings = settings_of(args)
+    for name in without_effect:
+        if getattr(args, name) != parser.get_default(name):
+            print(f"{_option(name)} has no effect on the compressed cache.", file=sys.stderr)
+    return args, settings
+
+
+def given_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of :class:`.Settings` that were given on the command line."""
+    given = {name: getattr(args, name, None) for name in _SETTINGS}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The settings of the command line; raises ValueError if they are not possible."""
+    return Settings(**given_settings(args))
+
+
+def _add_cache_options(parser: argparse.ArgumentParser) -> None:
     parser.conflict_handler = "resolve"
     group = parser.add_argument_group("compressed cache")
     group.add_argument(
         "--kv-bits",
+        dest="bits",
         type=float,
-        help=f"Mean of bits per value, 2 to 8 in quarters (default: {DEFAULT_BITS:g})",
+        metavar="KV_BITS",
+        help=f"Mean of bits per value, 2 to 8 in quarters (default: {Settings.bits})",
     )
     group.add_argument("--key-bits", type=int, help="Bits per value of all keys, 1 to 8")
     group.add_argument("--value-bits", type=int, help="Bits per value of all values, 1 to 8")
@@ -36,9 +59,14 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     add_exact_token_options(group)
     group.add_argument(
         "--max-kv-size",
+        dest="max_size",
         type=int,
+        metavar="MAX_KV_SIZE",
         help="Tokens that a layer holds at most, after which the oldest are forgotten",
     )
+    # mlx-lm reads these, and would convert the layers that are not compressed. Its server would
+    # serve one request at a time.
+    parser.set_defaults(kv_bits=None, max_kv_size=None)
 
 
 def add_allocation_options(group: argparse._ActionsContainer) -> None:
@@ -66,16 +94,22 @@ def add_allocation_options(group: argparse._ActionsContainer) -> None:
 def add_exact_token_options(group: argparse._ActionsContainer) -> None:
     """Add the options of the tokens that stay exact."""
     group.add_argument(
-        "--kv-window", type=int, help=f"Recent tokens that stay exact (default: {DEFAULT_WINDOW})"
+        "--kv-window",
+        dest="window",
+        type=int,
+        metavar="KV_WINDOW",
+        help=f"Recent tokens that stay exact (default: {Settings.window})",
     )
     group.add_argument(
         "--kv-sinks",
+        dest="sink_tokens",
         type=int,
-        help=f"First tokens that stay exact (default: {DEFAULT_SINK_TOKENS})",
+        metavar="KV_SINKS",
+        help=f"First tokens that stay exact (default: {Settings.sink_tokens})",
     )
 
 
-def add_presets_option(parser: argparse.ArgumentParser, presets: tuple[str, ...]) -> None:
+def add_presets_option(parser: argparse.ArgumentParser, *presets: str) -> None:
     """Add the ``--kv-bits`` of several caches, each as :func:`.contenders.preset` reads it."""
     parser.add_argument(
         "--kv-bits",
@@ -86,43 +120,26 @@ def add_presets_option(parser: argparse.ArgumentParser, presets: tuple[str, ...]
     )
 
 
-def add_comparison_options(parser: argparse.ArgumentParser, presets: tuple[str, ...]) -> None:
+def add_comparison_options(parser: argparse.ArgumentParser, *presets: str) -> None:
     """Add the options of caches that are put side by side on one model."""
-    add_presets_option(parser, presets)
+    add_presets_option(parser, *presets)
     add_allocation_options(parser)
     add_exact_token_options(parser)
 
 
-def check_least(args: argparse.Namespace, least: dict[str, int]) -> None:
+def add_count(parser: argparse.ArgumentParser, option: str, default: int, text: str) -> None:
+    """Add an option that is a whole number, with its default in the help."""
+    parser.add_argument(option, type=int, default=default, help=f"{text} (default: {default})")
+
+
+def check_least(args: argparse.Namespace, **least: int) -> None:
     """Raise ValueError if an option, or one of its numbers, is less than ``least`` allows."""
     for name, limit in least.items():
         given = getattr(args, name)
         smallest = min(given) if isinstance(given, list | tuple) else given
         if smallest < limit:
-            option = "--" + name.replace("_", "-")
-            raise ValueError(f"{option} is {smallest}: use {limit} or more.")
+            raise ValueError(f"{_option(name)} is {smallest}: use {limit} or more.")
 
 
-def given_settings(args: argparse.Namespace, options: Iterable[str] = _SETTINGS) -> dict[str, Any]:
-    """The arguments of ``make_prompt_cache`` for those of ``options`` that were given."""
-    given = {_SETTINGS[option]: getattr(args, option) for option in options}
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def cache_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of ``make_prompt_cache`` that were given on the command line.
-
-    Raises:
-        ValueError: a setting that is not possible.
-    """
-    given = given_settings(args)
-    Settings(**given)  # before a model is loaded
-    return given
-
-
-def warn_without_effect(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
-    """Say on stderr which options of mlx-lm were given that do nothing here."""
-    for option, default in defaults.items():
-        if getattr(args, option) != default:
-            name = "--" + option.replace("_", "-")
-            print(f"{name} has no effect on the compressed cache.", file=sys.stderr)
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -6,83 +6,58 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.box import SIMPLE
-from rich.table import Table
 
-from .results import print_rich
-
-_COLUMNS = (
-    "cache",
-    "bits",
-    "bytes",
-    "KL mean",
-    "median",
-    "99 %",
-    "ppl",
-    "top-1",
-    "overlap",
-    "departs",
-    "codes",
-)
+from .results import print_rows
 
 
 def print_table(result: dict[str, Any]) -> None:
     """One line for each cache."""
-    table = Table(
+    codecs = [codec for codec in result["codecs"] if codec["failure"] is None]
+    failed = [codec for codec in result["codecs"] if codec["failure"] is not None]
+    print_rows(
+        [_row(codec, result["greedy"]) for codec in result["codecs"]],
         title=f"{result['texts']} texts of {result['context']:,} tokens, "
         f"the last {result['scored']} decoded; KL in nats",
         caption="bits, bytes: of one more value and token, scales included. top-1: same most "
         "probable token. overlap: 1 - total variation. departs: first greedy token that is not "
         "that of the exact cache.",
-        box=SIMPLE,
     )
-    for column in _COLUMNS:
-        is_name = column == "cache"
-        table.add_column(column, justify="left" if is_name else "right", no_wrap=is_name)
-    failed = [codec for codec in result["codecs"] if codec["failure"] is not None]
-    for codec in result["codecs"]:
-        table.add_row(*([codec["codec"], "-"] if codec in failed else _cells(codec, result)))
-    print_rich(table)
     for codec in failed:
         print(f"{codec['codec']} is not possible: {codec['failure']}")
-    _print_generations([codec for codec in result["codecs"] if codec not in failed])
-
-
-def _print_generations(codecs: list[dict[str, Any]]) -> None:
-    """What was written, stretch by stretch: the loss of its tokens under the exact model."""
     for i, exact in enumerate(codecs[0].get("generations", [])):
         kind = "Sampled" if exact["sampled"] else "Greedy"
-        table = Table(
+        print_rows(
+            [_generation_row(codec["codec"], codec["generations"][i]) for codec in codecs],
             title=f"{kind}: {exact['tokens']:,} tokens; their loss with the exact cache, in nats",
-            box=SIMPLE,
         )
-        table.add_column("cache", no_wrap=True)
-        table.add_column("departs", justify="right")
-        stretches = len(exact["losses"])
-        for number in range(1, stretches + 1):
-            table.add_column(f"{number}/{stretches}", justify="right")
-        for codec in codecs:
-            written = codec["generations"][i]
-            departure = "never" if written["departure"] is None else str(written["departure"])
-            losses = (f"{loss:.2f}" for loss in written["losses"])
-            table.add_row(codec["codec"], departure, *losses)
-        print_rich(table)
 
 
-def _cells(codec: dict[str, Any], result: dict[str, Any]) -> list[str]:
+def _row(codec: dict[str, Any], greedy: int) -> dict[str, str]:
+    if codec["failure"] is not None:
+        return {"cache": codec["codec"], "bits": "-"}
     departures = [d for d in codec["departures"] if d is not None]
     found = codec.get("needles_found")
-    return [
-        codec["codec"],
-        f"{codec['bits_per_value']:.2f}",
-        f"{codec['token_nbytes']:,.0f}",
-        *(f"{codec[key]:.5f}" for key in ("kl_mean", "kl_median", "kl_p99")),
-        f"{codec['perplexity']:.3f}",
-        f"{codec['top1_agreement']:.1%}",
-        f"{codec['overlap']:.1%}",
-        f"{min(departures)}" if departures else f"> {result['greedy']}",
-        "" if found is None else f"{found} of {len(codec['needles'])}",
-    ]
+    return {
+        "cache": codec["codec"],
+        "bits": f"{codec['bits_per_value']:.2f}",
+        "bytes": f"{codec['token_nbytes']:,.0f}",
+        "KL mean": f"{codec['kl_mean']:.5f}",
+        "median": f"{codec['kl_median']:.5f}",
+        "99 %": f"{codec['kl_p99']:.5f}",
+        "ppl": f"{codec['perplexity']:.3f}",
+        "top-1": f"{codec['top1_agreement']:.1%}",
+        "overlap": f"{codec['overlap']:.1%}",
+        "departs": f"{min(departures)}" if departures else f"> {greedy}",
+        "codes": "" if found is None else f"{found} of {len(codec['needles'])}",
+    }
+
+
+def _generation_row(name: str, written: dict[str, Any]) -> dict[str, str]:
+    """What was written, stretch by stretch: the loss of its tokens under the exact model."""
+    departure = "never" if written["departure"] is None else str(written["departure"])
+    losses = written["losses"]
+    stretches = {f"{i}/{len(losses)}": f"{loss:.2f}" for i, loss in enumerate(losses, 1)}
+    return {"cache": name, "departs": departure, **stretches}
 
 
 def draw(result: dict[str, Any], folder: Path) -> None:

@@ -13,9 +13,14 @@ from ..measure.contenders import EXACT, MLX_LM, preset
 from ..measure.footprint import chunk_nbytes, footprint
 from ..measure.shapes import random_model, unloaded_model
 from .benchmark import add_model_options, shape_config
-from .options import add_exact_token_options, add_presets_option, check_least, given_settings
+from .options import (
+    add_count,
+    add_exact_token_options,
+    add_presets_option,
+    check_least,
+    settings_of,
+)
 
-_PRESETS = ("8", "6", "5", "4.5", "4", "3.5", "3", "2.5", "2")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 # Below this memory macOS lets the GPU use two thirds of it, otherwise three quarters.
 _SMALL_MAC = 36 * 2**30
@@ -24,9 +29,9 @@ _SMALL_MAC = 36 * 2**30
 def main(arguments: list[str]) -> None:
     """Print the longest context and the bytes of a token for every cache."""
     args = _parser().parse_args(arguments)
-    check_least(args, {"batch": 1})
-    settings = given_settings(args, ("kv_window", "kv_sinks"))
-    contenders = [EXACT, *MLX_LM, *(preset(n, **settings) for n in args.kv_bits)]
+    check_least(args, batch=1)
+    settings = settings_of(args)
+    contenders = [EXACT, *MLX_LM, *(preset(name, settings) for name in args.kv_bits)]
     available, explanation = _available(args.memory)
     model, config = _model(args)
     treat_layers_alike(model)
@@ -102,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="Memory of a Mac, as 16GB, in place of what this machine lets MLX use",
     )
-    add_presets_option(parser, _PRESETS)
-    parser.add_argument("--batch", type=int, default=1, help="Sequences at once (default: 1)")
+    add_presets_option(parser, "8", "6", "5", "4.5", "4", "3.5", "3", "2.5", "2")
+    add_count(parser, "--batch", 1, "Sequences at once")
     add_exact_token_options(parser)
     return parser

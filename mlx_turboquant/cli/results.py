@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm import __version__ as mlx_lm_version
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -39,6 +40,21 @@ def machine() -> dict[str, Any]:
         "mlx_lm": mlx_lm_version,
         "version": __version__,
     }
+
+
+def print_rows(rows: list[dict[str, str]], width: int = 120, **options: Any) -> None:
+    """Print a table with the keys of the first row as columns and ``options`` of rich's Table.
+
+    A line follows each context, where rows have one.
+    """
+    table = Table(box=SIMPLE, **options)
+    for column in rows[0] if rows else ():
+        is_name = column == "cache"
+        table.add_column(column, justify="left" if is_name else "right", no_wrap=is_name)
+    for row, following in zip(rows, [*rows[1:], *rows[-1:]]):
+        is_last = row.get("context") != following.get("context")
+        table.add_row(*row.values(), end_section=is_last)
+    print_rich(table, width)
 
 
 def print_rich(table: Table, width: int = 120) -> None:

@@ -10,16 +10,15 @@ from collections.abc import Callable
 from functools import partial
 from http.server import ThreadingHTTPServer
 from types import SimpleNamespace
-from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import LRUPromptCache
 from mlx_lm.utils import _download, load, load_config, sharded_load
 
 from ..lm.enable import enable
-from ..lm.loading import model_errors, prepare_for_device
-from .calibrate import ensure_profile
-from .options import add_cache_options, cache_settings, warn_without_effect
+from ..lm.loading import model_errors
+from .loading import load_ready
+from .options import parse
 from .replaced import replaced
 
 _mlx_lm_server = importlib.import_module("mlx_lm.server")
@@ -39,8 +38,8 @@ def main(arguments: list[str]) -> None:
         replaced(
             _mlx_lm_server,
             argparse=SimpleNamespace(ArgumentParser=run.parser),
-            load=run.loader(load),
-            sharded_load=run.loader(sharded_load),
+            load=partial(run.load, load),
+            sharded_load=partial(run.load, sharded_load),
             LRUPromptCache=run.prompt_caches,
         ),
     ):
@@ -55,25 +54,17 @@ class _Run:
 
     def __init__(self, arguments: list[str]):
         self.arguments = arguments
-        self.args = argparse.Namespace()
-        self.settings: dict[str, Any] = {}
-        self.max_bytes: int | None = None
 
-    def parser(self, **_) -> argparse.ArgumentParser:
-        """The parser that mlx-lm adds its options to and then calls without arguments."""
+    def parser(self, **_) -> SimpleNamespace:
+        """What mlx-lm adds its options to, and then calls without arguments."""
         parser = argparse.ArgumentParser(prog="mlx_turboquant server", description=__doc__)
-        parse = partial(parser.parse_args, self.arguments)
-        parser.parse_args = lambda: self._checked(parser, parse)
-        return parser
+        return SimpleNamespace(
+            add_argument=parser.add_argument, parse_args=lambda: self._parse(parser)
+        )
 
-    def _checked(self, parser, parse) -> argparse.Namespace:
-        add_cache_options(parser)
-        args = self.args = parse()
-        self.settings = cache_settings(args)
-        self.max_bytes = args.prompt_cache_bytes
-        defaults = ("kv_group_size", "quantized_kv_start")
-        warn_without_effect(args, {option: parser.get_default(option) for option in defaults})
-        args.kv_bits = None  # mlx-lm would quantize by itself, and serve one request at a time
+    def _parse(self, parser: argparse.ArgumentParser) -> argparse.Namespace:
+        args, self.settings = parse(parser, self.arguments)
+        self.args = args
         for model in (args.model, args.draft_model):
             if model is not None:
                 with model_errors(model):
@@ -83,18 +74,12 @@ class _Run:
             socket.create_server((args.host, args.port)).close()
         return args
 
-    def loader(self, load: Callable[..., tuple]) -> Callable[..., tuple]:
-        """mlx-lm's loader with compression switched on, also for models that requests name."""
-
-        def load_enabled(*positional, **keywords):
-            with model_errors(positional[0]):
-                model, *rest = load(*positional, **keywords)
-            prepare_for_device(model)
-            ensure_profile(model, rest[0], self.args, self.settings)
-            return (enable(model, **self.settings), *rest)
-
-        return load_enabled
+    def load(self, load: Callable[..., tuple], *positional, **keywords) -> tuple:
+        """A model with compression switched on, also one that a request names."""
+        model, *rest = load_ready(load, self.args, self.settings, *positional, **keywords)
+        return (enable(model, self.settings), *rest)
 
     def prompt_caches(self, max_size: int) -> LRUPromptCache:
         """A store that keeps to the limit in bytes, as mlx-lm does only while it serves batches."""
-        return LRUPromptCache(max_size, *([] if self.max_bytes is None else [self.max_bytes]))
+        limit = self.args.prompt_cache_bytes
+        return LRUPromptCache(max_size) if limit is None else LRUPromptCache(max_size, limit)

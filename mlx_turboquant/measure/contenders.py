@@ -2,6 +2,7 @@
 
 import importlib
 import re
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import mlx.nn as nn
@@ -18,6 +19,8 @@ _mlx_lm_generate = importlib.import_module("mlx_lm.generate")
 # mlx-lm reads prompts in chunks of this size, and quantizes its own cache in these groups.
 CHUNK = 2048
 GROUP_SIZE = 64
+
+_DEFAULTS = Settings()
 
 
 class Contender(NamedTuple):
@@ -69,37 +72,35 @@ EXACT = Contender("exact")
 MLX_LM = (Contender("mlx-lm 8 bits", 8), Contender("mlx-lm 4 bits", 4))
 
 
-def preset(name: str, **settings: Any) -> Contender:
+def preset(name: str, settings: Settings = _DEFAULTS) -> Contender:
     """Our cache with a setting as ``4``, ``3.5`` (bits) or ``K5V3`` (of keys and values).
 
     With the names of methods before it, as ``prod:4`` or ``qjl+affine:K3V2``, a simulated one:
-    all layers have the same bits, and keys one more at a half. ``settings`` are other
-    fields of :class:`.Settings`.
+    all layers have the same bits, and keys one more at a half. All else is as in ``settings``.
 
     Raises:
         ValueError: a name of another form, or bits that cannot be.
     """
     codec, colon, bits_name = name.rpartition(":")
     split = re.fullmatch(r"[Kk](\d)[Vv](\d)", bits_name)
-    if split:
-        settings["key_bits"], settings["value_bits"] = map(int, split.groups())
-    elif re.fullmatch(r"\d(\.\d*)?", bits_name):
-        settings["bits"] = float(bits_name)
-    else:
+    if not split and not re.fullmatch(r"\d(\.\d*)?", bits_name):
         raise ValueError(
             f"{name!r} is not a preset: use bits as 4 or 3.5, a split as K5V3, "
             "or another codec and its bits as prod:4."
         )
     label = bits_name.upper() if split else f"{bits_name} bits"
+    if not split and not colon:
+        return Contender(label, settings=replace(settings, bits=float(bits_name)))
+    if split:
+        key_bits, value_bits = map(int, split.groups())
+    else:
+        key_bits, value_bits = int(float(bits_name) + 0.5), int(float(bits_name))
+    settings = replace(settings, key_bits=key_bits, value_bits=value_bits)
     if not colon:
-        return Contender(label, settings=Settings(**settings))
-    if not split:
-        bits = settings.pop("bits")
-        settings["key_bits"], settings["value_bits"] = int(bits + 0.5), int(bits)
-    settings.pop("uniform", None)
-    contender = Contender(f"{codec} {label}", settings=Settings(**settings), codec=codec)
-    method_roundings(codec, contender.settings)  # refuses what no model can have
-    return contender
+        return Contender(label, settings=settings)
+    settings = replace(settings, uniform=False)
+    method_roundings(codec, settings)  # refuses what no model can have
+    return Contender(f"{codec} {label}", settings=settings, codec=codec)
 
 
 def _token_values(layer: Any) -> int:
