@@ -21,7 +21,7 @@ class SplitVectors(NamedTuple):
     others: Any
 
 
-class ChannelSplit:
+class ChannelSplit(Method):
     """Quantizes some channels with one method and the others with another one.
 
     Args:
@@ -48,19 +48,16 @@ class ChannelSplit:
         nbits = sum(part.dim * part.bits_per_value for part in (outliers, others))
         self.bits_per_value = nbits / self.dim
 
-    def quantize(self, x: mx.array) -> SplitVectors:
-        """Pack vectors (..., dim) of float16, bfloat16 or float32."""
-        check_vectors(x, self.dim)
+    def _pack(self, x: mx.array) -> SplitVectors:
         # A value that is not finite makes both parts NaN.
         finite = mx.isfinite(x).all(axis=-1, keepdims=True)
         outliers, others = self._split(mx.where(finite, x, mx.nan))
         return SplitVectors(self.outliers.quantize(outliers), self.others.quantize(others))
 
-    def dequantize(self, packed: SplitVectors, dtype: mx.Dtype = mx.float32) -> mx.array:
-        """The reconstructed vectors (..., dim) in ``dtype``."""
+    def _values(self, packed: SplitVectors) -> mx.array:
         parts = [self.outliers.dequantize(packed.outliers), self.others.dequantize(packed.others)]
         places = mx.argsort(self._order(), axis=-1)
-        return _take(mx.concatenate(parts, axis=-1), places).astype(dtype)
+        return _take(mx.concatenate(parts, axis=-1), places)
 
     def inner_product(self, queries: mx.array, packed: SplitVectors) -> mx.array:
         """Products of queries (..., q, dim) with packed vectors (..., n): float32 (..., q, n)."""
