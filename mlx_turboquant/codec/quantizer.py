@@ -1,6 +1,5 @@
 """TurboQuantizer: vectors to a few bits per value and back, without training or calibration."""
 
-from functools import cache
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -91,7 +90,9 @@ class TurboQuantizer:
         self.bits_per_value = 32 * (words_per_vector(dim, bits) + 1) / dim
         self.gains = _GAINS if gain_search and bits > 1 else (1.0,)
         self.rotation = Rotation(dim, rotation, seed)
-        self.levels, self.thresholds = _codebook_arrays(dim, bits)
+        levels, thresholds = codebook(dim, bits)
+        self.levels = constant(levels.astype(np.float32))
+        self.thresholds = constant(thresholds.astype(np.float32))
         # With 4 bits a byte holds two codes, whose levels are found in one look-up.
         self._byte_levels: mx.array | None = None
         if bits == 4 and dim % 8 == 0:
@@ -244,9 +245,3 @@ def check_vectors(x: mx.array, dim: int) -> None:
             f"Vectors of dtype {x.dtype} cannot be quantized: "
             "convert them to float16, bfloat16 or float32."
         )
-
-
-@cache
-def _codebook_arrays(dim: int, bits: int) -> tuple[mx.array, mx.array]:
-    levels, thresholds = codebook(dim, bits)
-    return constant(levels.astype(np.float32)), constant(thresholds.astype(np.float32))

@@ -84,8 +84,8 @@ class PolarQuant(Method):
     def _values(self, packed: PolarVectors) -> mx.array:
         counts = [self.dim >> level for level in range(2, LEVELS + 1)]
         others = _unpack_bytes(packed.others, sum(counts))
-        codes = mx.split(others, np.cumsum(counts)[:-1].tolist(), axis=-1)
-        codes.insert(0, unpack(packed.first, _FIRST_BITS, self.dim // 2))
+        others = mx.split(others, np.cumsum(counts)[:-1].tolist(), axis=-1)
+        codes = [unpack(packed.first, _FIRST_BITS, self.dim // 2), *others]
         radii = packed.radii.astype(mx.float32)
         for level in range(LEVELS, 0, -1):
             angles = _angles(codes[level - 1], level)
