@@ -94,7 +94,8 @@ class VectorIndex:
             ValueError: another shape or dtype, a value that is not finite, a length above 1e18,
                 or a length below 1e-18 where the metric is "cosine". Nothing is added then.
         """
-        vectors = _array(vectors)
+        if not hasattr(vectors, "shape"):
+            vectors = mx.array(vectors)
         if len(vectors.shape) != 2 or vectors.shape[1] != self.quantizer.dim:
             raise ValueError(
                 f"An array of shape {tuple(vectors.shape)} does not hold vectors of "
@@ -137,7 +138,7 @@ class VectorIndex:
             ValueError: an empty index, another k, queries that :meth:`add` would not take as
                 vectors, or originals that are not (m, dim).
         """
-        queries = mx.array(_array(queries))
+        queries = mx.array(queries)
         check_vectors(queries, self.quantizer.dim)
         if self._count == 0:
             raise ValueError("The index is empty: add vectors before you search.")
@@ -323,7 +324,7 @@ class VectorIndex:
         """:meth:`_closeness` of queries (q, dim) to the originals of their ids (q, m)."""
         rows = []
         for query, row in zip(queries, np.array(ids)):
-            x = mx.array(_array(originals(row))).astype(mx.float32)
+            x = mx.array(originals(row)).astype(mx.float32)
             if x.shape != (row.size, query.size):
                 raise ValueError(
                     f"originals returned an array of shape {x.shape} for {row.size} ids: "
@@ -355,11 +356,6 @@ class VectorIndex:
 def _quantizer(dim: int, bits: int, seed: int) -> TurboQuantizer:
     # A gain search changes no recall at the dimensions of embeddings and takes ten times as long.
     return TurboQuantizer(dim, bits, seed=seed, gain_search=False)
-
-
-def _array(x: Any) -> Any:
-    """x itself, if it is an array of some library, or as an array."""
-    return x if hasattr(x, "shape") else mx.array(x)
 
 
 def _tiles(x: Any, rows: int) -> Iterator[tuple[int, mx.array]]:
