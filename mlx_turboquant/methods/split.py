@@ -45,9 +45,6 @@ class ChannelSplit(Method):
             )
         self.dim = outliers.dim + others.dim
         self.channels = channels
-        is_outlier = (channels[..., None] == mx.arange(self.dim)).any(axis=-2)
-        # All channels, outliers first.
-        self._order = mx.argsort(~is_outlier, axis=-1)
         self.outliers = outliers
         self.others = others
         nbits = sum(part.dim * part.bits_per_value for part in (outliers, others))
@@ -61,7 +58,7 @@ class ChannelSplit(Method):
 
     def _values(self, packed: SplitVectors) -> mx.array:
         parts = [self.outliers.dequantize(packed.outliers), self.others.dequantize(packed.others)]
-        places = mx.argsort(self._order, axis=-1)
+        places = mx.argsort(self._order(), axis=-1)
         return _take(mx.concatenate(parts, axis=-1), places)
 
     def inner_product(self, queries: mx.array, packed: SplitVectors) -> mx.array:
@@ -72,7 +69,12 @@ class ChannelSplit(Method):
         return products + self.others.inner_product(others, packed.others)
 
     def _split(self, x: mx.array) -> list[mx.array]:
-        return mx.split(_take(x, self._order), [self.outliers.dim], axis=-1)
+        return mx.split(_take(x, self._order()), [self.outliers.dim], axis=-1)
+
+    def _order(self) -> mx.array:
+        """All channels, outliers first."""
+        is_outlier = (self.channels[..., None] == mx.arange(self.dim)).any(axis=-2)
+        return mx.argsort(~is_outlier, axis=-1)
 
 
 def largest_channels(x: mx.array, count: int) -> mx.array:
