@@ -45,7 +45,13 @@ def write_whole(file: Path, write: Callable[[Path], None], key: str) -> None:
         complete = Path(folder) / file.name
         try:
             write(complete)
-            _write_checksum(complete, key)
+            read_header(complete)
+            crc = checksum(complete, key)
+            with complete.open("r+b") as content:
+                content.seek(_checksum_place(_header_bytes(content), key))
+                content.write(crc.encode())
+                content.flush()
+                os.fsync(content.fileno())
         except (RuntimeError, ValueError) as error:
             raise OSError(f"{file} cannot be written whole: is there space for it?") from error
         os.replace(complete, file)
@@ -90,9 +96,9 @@ def read_header(file: Path) -> dict[str, Any]:
     size = file.stat().st_size
     with file.open("rb") as content:
         length = int.from_bytes(content.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise ValueError(f"{file} is not a complete safetensors file: use another one.")
         try:
+            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+                raise ValueError("The header is longer than the file.")
             header = json.loads(content.read(length), object_pairs_hook=_unique)
             header.setdefault("__metadata__", {})
             _check_header(header, size - 8 - length)
@@ -140,17 +146,6 @@ def checksum(file: Path, key: str) -> str:
         while chunk := content.read(_CHUNK_BYTES):
             crc = zlib.crc32(chunk, crc)
     return f"{crc:08x}"
-
-
-def _write_checksum(file: Path, key: str) -> None:
-    """Put the checksum in the place that the header of a new file has for it."""
-    read_header(file)
-    crc = checksum(file, key)
-    with file.open("r+b") as content:
-        content.seek(_checksum_place(_header_bytes(content), key))
-        content.write(crc.encode())
-        content.flush()
-        os.fsync(content.fileno())
 
 
 def _header_bytes(content: BinaryIO) -> bytes:

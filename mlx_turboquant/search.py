@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,11 +66,9 @@ class VectorIndex:
         self.quantizer = _quantizer(dim, bits, seed)
         self._count = 0
         self._next_id = 0
-        self._buffers = {
-            name: mx.zeros((0, *shape), dtype) for name, (shape, dtype) in self._columns().items()
-        }
-        sizes = (buffer.itemsize * np.prod(buffer.shape[1:]) for buffer in self._buffers.values())
-        self.bits_per_value = 8 * float(sum(sizes)) / dim
+        self._buffers = {name: mx.zeros(*column) for name, column in self._columns(0).items()}
+        one_vector = self._columns(1).values()
+        self.bits_per_value = 8 * sum(prod(shape) * dtype.size for shape, dtype in one_vector) / dim
 
     def __len__(self) -> int:
         return self._count
@@ -95,22 +94,21 @@ class VectorIndex:
             ValueError: another shape or dtype, a value that is not finite, a length above 1e18,
                 or a length below 1e-18 where the metric is "cosine". Nothing is added then.
         """
-        vectors = _array(vectors)
+        if not hasattr(vectors, "shape"):
+            vectors = mx.array(vectors)
         if len(vectors.shape) != 2 or vectors.shape[1] != self.quantizer.dim:
             raise ValueError(
                 f"An array of shape {tuple(vectors.shape)} does not hold vectors of "
                 f"{self.quantizer.dim} values: add an array of shape (n, {self.quantizer.dim})."
             )
-        tiles = [self._pack(x, start) for start, x in _tiles(vectors, self._tile)]
+        tiles = [(first, self._pack(x, first)) for first, x in _tiles(vectors, self._tile)]
         start, stop = self._count, self._count + vectors.shape[0]
         ids = mx.arange(self._next_id, self._next_id + stop - start, dtype=mx.int64)
         self._reserve(stop)
         self._buffers["ids"][start:stop] = ids
-        for tile in tiles:
-            end = start + tile["scales"].size
+        for first, tile in tiles:
             for name, x in tile.items():
-                self._buffers[name][start:end] = x
-            start = end
+                self._buffers[name][start + first : start + first + len(x)] = x
         mx.eval(ids, *self._buffers.values())
         self._count, self._next_id = stop, self._next_id + ids.size
         return ids
@@ -140,7 +138,7 @@ class VectorIndex:
             ValueError: an empty index, another k, queries that :meth:`add` would not take as
                 vectors, or originals that are not (m, dim).
         """
-        queries = mx.array(_array(queries))
+        queries = mx.array(queries)
         check_vectors(queries, self.quantizer.dim)
         if self._count == 0:
             raise ValueError("The index is empty: add vectors before you search.")
@@ -208,9 +206,8 @@ class VectorIndex:
             OSError: the file cannot be written whole, for want of space for instance.
         """
         file = files.check_target(file, _KIND, "vector index")
-        settings = {name: getattr(self.quantizer, name) for name in ("dim", "bits", "seed")}
-        settings |= {"metric": self.metric, "next_id": self._next_id}
-        metadata = {name: str(value) for name, value in settings.items()}
+        metadata = {name: str(getattr(self.quantizer, name)) for name in ("dim", "bits", "seed")}
+        metadata |= {"metric": self.metric, "next_id": str(self._next_id)}
         metadata |= _VERSIONS | {_CHECKSUM_KEY: files.NO_CHECKSUM}
         arrays = {name: self._used(name) for name in self._buffers}
         files.write_whole(
@@ -248,13 +245,13 @@ class VectorIndex:
         gpu = mx.default_device().type == mx.DeviceType.gpu
         return min(1 << 16, (1 << 24 if gpu else 1 << 18) // self.quantizer.dim)
 
-    def _columns(self) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
-        """What is stored for each vector: a name, the shape and the dtype."""
+    def _columns(self, count: int) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
+        """What is stored for ``count`` vectors: the shape and the dtype of each array."""
         words = words_per_vector(self.quantizer.dim, self.quantizer.bits)
-        columns = {"codes": ((words,), mx.uint32), "scales": ((), mx.float32)}
+        columns = {"codes": ((count, words), mx.uint32), "scales": ((count,), mx.float32)}
         if self.metric == "l2":
-            columns["squared_lengths"] = ((), mx.float32)
-        return columns | {"ids": ((), mx.int64)}
+            columns["squared_lengths"] = ((count,), mx.float32)
+        return columns | {"ids": ((count,), mx.int64)}
 
     def _used(self, name: str) -> mx.array:
         return self._buffers[name][: self._count]
@@ -262,10 +259,9 @@ class VectorIndex:
     def _pack(self, x: mx.array, first: int) -> dict[str, mx.array]:
         """The columns of a tile of vectors without ids; ``first`` is its first row, for errors."""
         lengths = self._lengths(x, "Vector", first)
-        codes, scales = self.quantizer.quantize(x)
-        tile = {"codes": codes, "scales": scales}
+        tile = self.quantizer.quantize(x)._asdict()
         if self.metric == "cosine":
-            tile["scales"] = scales / lengths
+            tile["scales"] = tile["scales"] / lengths
         if self.metric == "l2":
             tile["squared_lengths"] = lengths * lengths
         mx.eval(tile)
@@ -328,7 +324,7 @@ class VectorIndex:
         """:meth:`_closeness` of queries (q, dim) to the originals of their ids (q, m)."""
         rows = []
         for query, row in zip(queries, np.array(ids)):
-            x = mx.array(_array(originals(row))).astype(mx.float32)
+            x = mx.array(originals(row)).astype(mx.float32)
             if x.shape != (row.size, query.size):
                 raise ValueError(
                     f"originals returned an array of shape {x.shape} for {row.size} ids: "
@@ -345,10 +341,7 @@ class VectorIndex:
         """Hold the arrays of a file; ValueError if an index cannot have such arrays."""
         mx.eval(arrays)
         count = arrays["scales"].size
-        columns = {
-            name: ((count, *shape), dtype) for name, (shape, dtype) in self._columns().items()
-        }
-        if {name: (x.shape, x.dtype) for name, x in arrays.items()} != columns:
+        if {name: (x.shape, x.dtype) for name, x in arrays.items()} != self._columns(count):
             raise ValueError(f"arrays of {count} vectors are not of their shape")
         ids = np.array(arrays["ids"])
         if (np.diff(ids, prepend=-1) <= 0).any() or (ids >= next_id).any():
@@ -363,11 +356,6 @@ class VectorIndex:
 def _quantizer(dim: int, bits: int, seed: int) -> TurboQuantizer:
     # A gain search changes no recall at the dimensions of embeddings and takes ten times as long.
     return TurboQuantizer(dim, bits, seed=seed, gain_search=False)
-
-
-def _array(x: Any) -> Any:
-    """x itself, if it is an array of some library, or as an array."""
-    return x if hasattr(x, "shape") else mx.array(x)
 
 
 def _tiles(x: Any, rows: int) -> Iterator[tuple[int, mx.array]]:

@@ -61,7 +61,6 @@ def codebook(dim: int, bits: int) -> Codebook:
     Raises:
         ValueError: a dimension or a number of bits that is not supported.
     """
-    check_dim(dim)
     check_bits(bits)
     if bits <= POLYNOMIAL_BITS:
         odd = np.arange(1.0 - 2**bits, 2**bits, 2)
@@ -71,16 +70,42 @@ def codebook(dim: int, bits: int) -> Codebook:
     return Codebook(levels, (levels[1:] + levels[:-1]) / 2)
 
 
+@cache
 def lloyd_max_levels(dim: int, bits: int) -> np.ndarray:
     """Levels of least mean squared error (arXiv 2504.19874, Eq. 4): float64 (2**bits,).
+
+    They are found by Newton's method for the positive levels. Every level c_i is the mean of its
+    cell: c_i - moment_i / mass_i = 0. Thresholds are midpoints of neighbouring levels, which makes
+    the Jacobian tridiagonal. The start is the high-rate solution (levels at quantiles of f^(1/3),
+    Panter and Dite); a step is shortened where it would take more than half of the distance between
+    two levels.
 
     Raises:
         ValueError: a dimension or a number of bits that is not supported.
     """
     check_dim(dim)
     check_bits(bits)
-    positive = _positive_levels(dim, bits)
-    return np.concatenate([-positive[::-1], positive])
+    count = 2 ** (bits - 1)
+    angle = np.linspace(0, _largest_angle(dim), 20001)
+    cumulative = np.cumsum(np.cos(angle) ** (dim / 3))
+    quantiles = (np.arange(count) + 0.5) / count * cumulative[-1]
+    levels = np.sqrt(dim) * np.sin(np.interp(quantiles, cumulative, angle))
+    for _ in range(100):
+        edges = _positive_edges(dim, levels)
+        mass, moment = _cell_moments(dim, edges)
+        centroid = moment / mass
+        inner = edges[1:-1]
+        density = _constant(dim) * np.exp((dim - 3) / 2 * np.log1p(-inner * inner / dim)) / 2
+        upper = (centroid[:-1] - inner) * density / mass[:-1]
+        lower = (centroid[1:] - inner) * density / mass[1:]
+        jacobian = np.diag(1 + np.append(upper, 0) - np.append(0, lower))
+        jacobian += np.diag(upper, 1) - np.diag(lower, -1)
+        step = np.linalg.solve(jacobian, levels - centroid)
+        shrinkage = np.diff(step, prepend=0) / np.diff(levels, prepend=0)
+        levels = levels - step / max(1, 2 * shrinkage.max())
+        if np.abs(step).max() < _TOLERANCE:
+            return np.concatenate([-levels[::-1], levels])
+    raise ArithmeticError(f"The codebook of dim {dim} and {bits} bits did not converge.")
 
 
 def distortion(dim: int, levels: np.ndarray) -> float:
@@ -110,14 +135,13 @@ def level_polynomial(dim: int, bits: int) -> tuple[float, float, float]:
     Raises:
         ValueError: a dimension that is not supported, or more than 4 bits.
     """
-    check_dim(dim)
     if bits not in range(MIN_BITS, POLYNOMIAL_BITS + 1):
         raise ValueError(
             f"There is no level polynomial for {bits} bits: it exists for 1 to {POLYNOMIAL_BITS}."
         )
     x = np.arange(1.0, 2**bits, 2)
     powers = x[:, None] ** np.array([1, 3, 5][: min(len(x), 3)])
-    positive = _positive_levels(dim, bits)
+    positive = lloyd_max_levels(dim, bits)[-len(x) :]
     for _ in range(200):
         mass, moment = _cell_moments(dim, _positive_edges(dim, positive))
         coefficients = np.linalg.solve(powers.T * mass @ powers, powers.T @ moment)
@@ -132,40 +156,6 @@ def evaluate_polynomial(coefficients: tuple[float, float, float], x: Any) -> Any
     a, b, c = coefficients
     squared = x * x
     return x * (a + squared * (b + squared * c))
-
-
-@cache
-def _positive_levels(dim: int, bits: int) -> np.ndarray:
-    """The positive Lloyd-Max levels, by Newton's method.
-
-    Every level c_i is the mean of its cell: c_i - moment_i / mass_i = 0. Thresholds are midpoints
-    of neighbouring levels, which makes the Jacobian tridiagonal. The start is the high-rate
-    solution (levels at quantiles of f^(1/3), Panter and Dite); a step is shortened where it would
-    take more than half of the distance between two levels.
-    """
-    levels = _high_rate_levels(dim, 2 ** (bits - 1))
-    for _ in range(100):
-        edges = _positive_edges(dim, levels)
-        mass, moment = _cell_moments(dim, edges)
-        centroid = moment / mass
-        density = _density(dim, edges[1:-1]) / 2
-        upper = (centroid[:-1] - edges[1:-1]) * density / mass[:-1]
-        lower = (centroid[1:] - edges[1:-1]) * density / mass[1:]
-        jacobian = np.diag(1 + np.append(upper, 0) - np.append(0, lower))
-        jacobian += np.diag(upper, 1) - np.diag(lower, -1)
-        step = np.linalg.solve(jacobian, levels - centroid)
-        shrinkage = np.diff(step, prepend=0) / np.diff(levels, prepend=0)
-        levels = levels - step / max(1, 2 * shrinkage.max())
-        if np.abs(step).max() < _TOLERANCE:
-            return levels
-    raise ArithmeticError(f"The codebook of dim {dim} and {bits} bits did not converge.")
-
-
-def _high_rate_levels(dim: int, count: int) -> np.ndarray:
-    angle = np.linspace(0, _largest_angle(dim), 20001)
-    cumulative = np.cumsum(np.cos(angle) ** (dim / 3))
-    quantiles = (np.arange(count) + 0.5) / count * cumulative[-1]
-    return np.sqrt(dim) * np.sin(np.interp(quantiles, cumulative, angle))
 
 
 def _positive_edges(dim: int, positive: np.ndarray) -> np.ndarray:
@@ -186,10 +176,6 @@ def _cell_moments(dim: int, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     log_tail = (dim - 1) / 2 * np.log1p(-(np.sin(angles) ** 2))
     moment = _constant(dim) * dim / (dim - 1) * np.exp(log_tail[:-1])
     return mass, moment * -np.expm1(np.diff(log_tail))
-
-
-def _density(dim: int, u: np.ndarray) -> np.ndarray:
-    return _constant(dim) * np.exp((dim - 3) / 2 * np.log1p(-u * u / dim))
 
 
 def _constant(dim: int) -> float:

@@ -33,12 +33,10 @@ def pack(codes: mx.array, bits: int) -> mx.array:
     packed, remaining = [], bits
     for width in planes(bits):
         remaining -= width
-        words = _words(dim, width)
+        per_word = 32 // width
         field = (codes >> remaining) & (2**width - 1)
-        padding = words * (32 // width) - dim
-        if padding:
-            field = mx.pad(field, [(0, 0)] * (codes.ndim - 1) + [(0, padding)])
-        field = field.reshape(*codes.shape[:-1], words, 32 // width)
+        field = mx.pad(field, [(0, 0)] * (codes.ndim - 1) + [(0, -dim % per_word)])
+        field = mx.unflatten(field, -1, (-1, per_word))
         packed.append((field << _shifts(width)).sum(axis=-1))
     return mx.concatenate(packed, axis=-1)
 
@@ -49,7 +47,7 @@ def unpack(words: mx.array, bits: int, dim: int) -> mx.array:
     for width in planes(bits):
         stop = start + _words(dim, width)
         field = (words[..., start:stop, None] >> _shifts(width)) & (2**width - 1)
-        field = field.reshape(*words.shape[:-1], -1)[..., :dim]
+        field = field.flatten(-2)[..., :dim]
         codes = field if codes is None else (codes << width) | field
         start = stop
     return codes

@@ -1,19 +1,11 @@
 """TurboQuantizer: vectors to a few bits per value and back, without training or calibration."""
 
-from functools import cache
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from .codebook import (
-    POLYNOMIAL_BITS,
-    check_bits,
-    check_dim,
-    codebook,
-    evaluate_polynomial,
-    level_polynomial,
-)
+from .codebook import POLYNOMIAL_BITS, codebook, evaluate_polynomial, level_polynomial
 from .constants import constant
 from .packing import byte_order, pack, unpack, words_per_vector
 from .rotation import Rotation
@@ -80,8 +72,7 @@ class TurboQuantizer:
         scale: str = "unbiased",
         gain_search: bool = True,
     ):
-        check_dim(dim)
-        check_bits(bits)
+        levels, thresholds = codebook(dim, bits)
         if scale not in SCALES:
             raise ValueError(f"Scale {scale!r} is not known: use one of {', '.join(SCALES)}.")
         self.dim = dim
@@ -91,7 +82,8 @@ class TurboQuantizer:
         self.bits_per_value = 32 * (words_per_vector(dim, bits) + 1) / dim
         self.gains = _GAINS if gain_search and bits > 1 else (1.0,)
         self.rotation = Rotation(dim, rotation, seed)
-        self.levels, self.thresholds = _codebook_arrays(dim, bits)
+        self.levels = constant(levels.astype(np.float32))
+        self.thresholds = constant(thresholds.astype(np.float32))
         # With 4 bits a byte holds two codes, whose levels are found in one look-up.
         self._byte_levels: mx.array | None = None
         if bits == 4 and dim % 8 == 0:
@@ -200,23 +192,18 @@ class TurboQuantizer:
 
     def _encode(self, y: mx.array) -> tuple[mx.array, mx.array]:
         """Codes of y (..., dim) and the gain (..., 1) that they were found with."""
-        if len(self.gains) == 1:
-            gain = mx.full((*y.shape[:-1], 1), self.gains[0])
-        else:
+        gain = mx.full((*y.shape[:-1], 1), self.gains[0])
+        if len(self.gains) > 1:
             cosines = []
-            for gain in self.gains:
+            for each in self.gains:
                 # One after the other; side by side they take four times the memory and the time.
                 y = mx.depends([y], cosines[-1:])[0]
-                cosines.append(self._cosine(y, gain))
+                levels = self._levels_of(self._codes_of(each * y))
+                length = mx.linalg.norm(levels, axis=-1, keepdims=True)
+                cosines.append((levels * y).sum(axis=-1, keepdims=True) / length)
             best = mx.argmax(mx.concatenate(cosines, axis=-1), axis=-1, keepdims=True)
             gain = mx.array(self.gains)[best]
         return self._codes_of(gain * y), gain
-
-    def _cosine(self, y: mx.array, gain: float) -> mx.array:
-        """The cosine (..., 1) between y and the levels of gain * y, times |y|."""
-        levels = self._levels_of(self._codes_of(gain * y))
-        length = mx.linalg.norm(levels, axis=-1, keepdims=True)
-        return (levels * y).sum(axis=-1, keepdims=True) / length
 
     def _scales(self, rotated: mx.array, codes: mx.array, gain: mx.array) -> mx.array:
         levels = self._levels_of(codes)
@@ -244,9 +231,3 @@ def check_vectors(x: mx.array, dim: int) -> None:
             f"Vectors of dtype {x.dtype} cannot be quantized: "
             "convert them to float16, bfloat16 or float32."
         )
-
-
-@cache
-def _codebook_arrays(dim: int, bits: int) -> tuple[mx.array, mx.array]:
-    levels, thresholds = codebook(dim, bits)
-    return constant(levels.astype(np.float32)), constant(thresholds.astype(np.float32))

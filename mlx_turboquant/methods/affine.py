@@ -5,7 +5,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..codec.codebook import check_dim
-from ..codec.quantizer import check_vectors
+from .common import Method
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -19,7 +19,7 @@ class AffineVectors(NamedTuple):
     offsets: mx.array
 
 
-class Affine:
+class Affine(Method):
     """scale * code + offset, with a scale and an offset in every group of values (mx.quantize).
 
     The vectors are not rotated. This is what mlx-lm's own quantized cache does. Groups that span
@@ -50,24 +50,17 @@ class Affine:
         self.group_size = group_size
         self.bits_per_value = bits + 32 / group_size
 
-    def quantize(self, x: mx.array) -> AffineVectors:
-        """Pack vectors (..., dim) of float16, bfloat16 or float32."""
-        check_vectors(x, self.dim)
+    def _pack(self, x: mx.array) -> AffineVectors:
         finite = mx.isfinite(x).all(axis=-1, keepdims=True)
-        rows = mx.where(finite, x, 0).astype(mx.float32).reshape(-1, self.dim)
-        parts = mx.quantize(rows, group_size=self.group_size, bits=self.bits)
-        codes, scales, offsets = (y.reshape(*x.shape[:-1], y.shape[-1]) for y in parts)
+        values = mx.where(finite, x, 0).astype(mx.float32)
+        # One axis more, because MLX takes no array of a single axis.
+        parts = mx.quantize(values[None], self.group_size, self.bits)
+        codes, scales, offsets = (part[0] for part in parts)
         scales = mx.where(finite, scales, mx.nan)
         return AffineVectors(codes, scales.astype(mx.bfloat16), offsets.astype(mx.bfloat16))
 
-    def dequantize(self, packed: AffineVectors, dtype: mx.Dtype = mx.float32) -> mx.array:
-        """The reconstructed vectors (..., dim) in ``dtype``."""
-        codes, *numbers = (part.reshape(-1, part.shape[-1]) for part in packed)
-        numbers = (x.astype(mx.float32) for x in numbers)
-        rows = mx.dequantize(codes, *numbers, group_size=self.group_size, bits=self.bits)
-        return rows.reshape(*packed.codes.shape[:-1], self.dim).astype(dtype)
-
-    def inner_product(self, queries: mx.array, packed: AffineVectors) -> mx.array:
-        """Products of queries (..., q, dim) with packed vectors (..., n): float32 (..., q, n)."""
-        check_vectors(queries, self.dim)
-        return queries.astype(mx.float32) @ self.dequantize(packed).swapaxes(-1, -2)
+    def _values(self, packed: AffineVectors) -> mx.array:
+        # One axis more, because MLX takes no array of a single axis.
+        codes, scales, offsets = (part[None] for part in packed)
+        scales, offsets = scales.astype(mx.float32), offsets.astype(mx.float32)
+        return mx.dequantize(codes, scales, offsets, self.group_size, self.bits)[0]

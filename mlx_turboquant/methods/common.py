@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from ..codec.quantizer import LARGEST_SCALE
+from ..codec.quantizer import LARGEST_SCALE, check_vectors
 
 
 class Method(Protocol):
@@ -15,19 +15,38 @@ class Method(Protocol):
     of arrays with the leading axes of the vectors: all that is stored for them. ``bits_per_value``
     are the bits that a value takes, with its share of all of these arrays. A zero vector comes back
     as zeros, one with a non-finite value as NaN in every value.
+
+    A method that inherits from this class defines ``_pack`` and ``_values``, and ``_project`` and
+    ``_restore`` if its values are not those of the vectors but of a linear map of them.
     """
 
     dim: int
     bits_per_value: float
 
     def quantize(self, x: mx.array) -> Any:
-        """Pack vectors (..., dim)."""
+        """Pack vectors (..., dim) of float16, bfloat16 or float32.
+
+        Raises:
+            ValueError: another shape or dtype.
+        """
+        check_vectors(x, self.dim)
+        return self._pack(x)
 
     def dequantize(self, packed: Any, dtype: mx.Dtype = mx.float32) -> mx.array:
         """The reconstructed vectors (..., dim) in ``dtype``."""
+        return self._restore(self._values(packed)).astype(dtype)
 
     def inner_product(self, queries: mx.array, packed: Any) -> mx.array:
         """Products of queries (..., q, dim) with packed vectors (..., n): float32 (..., q, n)."""
+        check_vectors(queries, self.dim)
+        return self._project(queries.astype(mx.float32)) @ self._values(packed).swapaxes(-1, -2)
+
+    def _project(self, queries: mx.array) -> mx.array:
+        """The linear map of float32 queries; its transpose is ``_restore``."""
+        return queries
+
+    def _restore(self, values: mx.array) -> mx.array:
+        return values
 
 
 def polar_form(x: mx.array) -> tuple[mx.array, mx.array]:
@@ -47,11 +66,8 @@ def polar_form(x: mx.array) -> tuple[mx.array, mx.array]:
     return directions, norms
 
 
-def map_arrays(function: Callable[..., mx.array], *packed: Any) -> Any:
-    """What ``quantize`` returned, with ``function`` of each array in place of the array.
-
-    Several results are mapped to one: ``function`` takes an array of each.
-    """
-    if isinstance(packed[0], mx.array):
-        return function(*packed)
-    return type(packed[0])(*(map_arrays(function, *parts) for parts in zip(*packed)))
+def map_arrays(function: Callable[[mx.array], mx.array], packed: Any) -> Any:
+    """What ``quantize`` returned, with ``function`` of each array in place of the array."""
+    if isinstance(packed, mx.array):
+        return function(packed)
+    return type(packed)(*(map_arrays(function, part) for part in packed))

@@ -11,8 +11,8 @@ import mlx.core as mx
 
 from ..codec.codebook import check_bits
 from ..codec.packing import pack, unpack, words_per_vector
-from ..codec.quantizer import check_vectors
 from ..codec.rotation import Rotation
+from .common import Method
 
 _ROUNDS = 16
 _LEAST_DEVIATION = 1e-6
@@ -31,8 +31,8 @@ class KVarNTiles(NamedTuple):
     deviations: mx.array
 
 
-class KVarN:
-    """KVarN for the keys or the values of a head.
+class KVarN(Method):
+    """KVarN for the keys or the values of a head, vectors (..., n, dim), n a multiple of the tile.
 
     Args:
         dim: Values per vector.
@@ -55,13 +55,7 @@ class KVarN:
         rounded, other = (tile, dim) if by_channel else (dim, tile)
         self.bits_per_value = 32 * words_per_vector(dim, bits) / dim + 32 / rounded + 16 / other
 
-    def quantize(self, x: mx.array) -> KVarNTiles:
-        """Pack vectors (..., n, dim) of float16, bfloat16 or float32, n a multiple of the tile.
-
-        Raises:
-            ValueError: another shape or dtype.
-        """
-        check_vectors(x, self.dim)
+    def _pack(self, x: mx.array) -> KVarNTiles:
         if x.shape[-2] % self.tile:
             raise ValueError(
                 f"{x.shape[-2]} vectors are not whole tiles of {self.tile}: use a multiple of that."
@@ -78,17 +72,11 @@ class KVarN:
         numbers = (scales * own, low * own, other)
         return KVarNTiles(pack(codes, self.bits), *(each.astype(mx.bfloat16) for each in numbers))
 
-    def dequantize(self, packed: KVarNTiles, dtype: mx.Dtype = mx.float32) -> mx.array:
-        """The reconstructed vectors (..., n, dim) in ``dtype``."""
+    def _values(self, packed: KVarNTiles) -> mx.array:
         codes = unpack(packed.codes, self.bits, self.dim).astype(mx.float32)
         scales, offsets, deviations = (part.astype(mx.float32) for part in packed[1:])
         tiles = (codes * scales + offsets) * deviations
-        return self.rotation.invert(tiles.flatten(-3, -2)).astype(dtype)
-
-    def inner_product(self, queries: mx.array, packed: KVarNTiles) -> mx.array:
-        """Products of queries (..., q, dim) with packed vectors (..., n): float32 (..., q, n)."""
-        check_vectors(queries, self.dim)
-        return queries.astype(mx.float32) @ self.dequantize(packed).swapaxes(-1, -2)
+        return self.rotation.invert(tiles.flatten(-3, -2))
 
 
 def _even_deviations(tiles: mx.array) -> tuple[mx.array, mx.array]:
@@ -110,8 +98,7 @@ def _even_deviations(tiles: mx.array) -> tuple[mx.array, mx.array]:
         spread = spread + tokens.max(axis=-2, keepdims=True) / tokens.min(axis=-2, keepdims=True)
         better = spread < least
         least = mx.where(better, spread, least)
-        pairs = zip(best, (of_channels, of_tokens))
-        best = tuple(mx.where(better, new, old) for old, new in pairs)
+        best = [mx.where(better, *pair) for pair in zip((of_channels, of_tokens), best)]
     return best
 
 

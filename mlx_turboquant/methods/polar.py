@@ -10,9 +10,9 @@ import numpy as np
 from ..codec.codebook import MAX_DIM, check_dim
 from ..codec.constants import constant
 from ..codec.packing import pack, unpack
-from ..codec.quantizer import LARGEST_SCALE, check_vectors
+from ..codec.quantizer import LARGEST_SCALE
 from ..codec.rotation import Rotation
-from .common import polar_form
+from .common import Method, polar_form
 
 BLOCK = 16
 LEVELS = 4
@@ -36,7 +36,7 @@ class PolarVectors(NamedTuple):
     radii: mx.array
 
 
-class PolarQuant:
+class PolarQuant(Method):
     """Angles of the recursive polar transform of a rotated vector (arXiv 2502.02617).
 
     Neighbouring coordinates become a radius and an angle, neighbouring radii again, four times. The
@@ -64,16 +64,15 @@ class PolarQuant:
             )
         check_dim(dim)
         self.dim = dim
-        self.rotation = Rotation(dim, seed=seed)
+        rotation = Rotation(dim, seed=seed)
+        self._project, self._restore = rotation.apply, rotation.invert
         blocks = dim // BLOCK
         other_bytes = -(-blocks * _ANGLES * _BITS // 8)
         self.bits_per_value = ((32 + 16) * blocks + 8 * other_bytes) / dim
 
-    def quantize(self, x: mx.array) -> PolarVectors:
-        """Pack vectors (..., dim) of float16, bfloat16 or float32."""
-        check_vectors(x, self.dim)
+    def _pack(self, x: mx.array) -> PolarVectors:
         directions, norms = polar_form(x)
-        radii, codes = self.rotation.apply(directions), []
+        radii, codes = self._project(directions), []
         for level in range(1, LEVELS + 1):
             even, odd = radii[..., ::2], radii[..., 1::2]
             codes.append(_angle_codes(mx.arctan2(odd, even), level))
@@ -82,20 +81,11 @@ class PolarQuant:
         others = _pack_bytes(mx.concatenate(codes[1:], axis=-1))
         return PolarVectors(pack(codes[0], _FIRST_BITS), others, radii)
 
-    def dequantize(self, packed: PolarVectors, dtype: mx.Dtype = mx.float32) -> mx.array:
-        """The reconstructed vectors (..., dim) in ``dtype``."""
-        return self.rotation.invert(self._rotated_values(packed)).astype(dtype)
-
-    def inner_product(self, queries: mx.array, packed: PolarVectors) -> mx.array:
-        """Products of queries (..., q, dim) with packed vectors (..., n): float32 (..., q, n)."""
-        check_vectors(queries, self.dim)
-        return self.rotation.apply(queries) @ self._rotated_values(packed).swapaxes(-1, -2)
-
-    def _rotated_values(self, packed: PolarVectors) -> mx.array:
+    def _values(self, packed: PolarVectors) -> mx.array:
         counts = [self.dim >> level for level in range(2, LEVELS + 1)]
         others = _unpack_bytes(packed.others, sum(counts))
-        codes = mx.split(others, np.cumsum(counts)[:-1].tolist(), axis=-1)
-        codes.insert(0, unpack(packed.first, _FIRST_BITS, self.dim // 2))
+        others = mx.split(others, np.cumsum(counts)[:-1].tolist(), axis=-1)
+        codes = [unpack(packed.first, _FIRST_BITS, self.dim // 2), *others]
         radii = packed.radii.astype(mx.float32)
         for level in range(LEVELS, 0, -1):
             angles = _angles(codes[level - 1], level)
@@ -143,14 +133,9 @@ def _pack_bytes(codes: mx.array) -> mx.array:
     count = codes.shape[-1]
     padding = [(0, 0)] * (codes.ndim - 1) + [(0, -count % 4)]
     fields = mx.unflatten(mx.pad(codes.astype(mx.uint8), padding), -1, (-1, 4))
-    return (fields << _shifts()).sum(axis=-1).astype(mx.uint8)
+    return (fields << mx.arange(0, 8, _BITS, mx.uint8)).sum(axis=-1).astype(mx.uint8)
 
 
 def _unpack_bytes(packed: mx.array, count: int) -> mx.array:
-    fields = (packed[..., None] >> _shifts()) & (2**_BITS - 1)
+    fields = (packed[..., None] >> mx.arange(0, 8, _BITS, mx.uint8)) & (2**_BITS - 1)
     return fields.flatten(-2)[..., :count]
-
-
-@cache
-def _shifts() -> mx.array:
-    return constant(mx.array([0, 2, 4, 6], mx.uint8))

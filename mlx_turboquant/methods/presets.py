@@ -1,44 +1,28 @@
 """Methods that are settings of :class:`.TurboQuantizer`, by the names of their papers.
 
-With c the cosine of a vector and its code, their relative squared errors are
+They take dim, bits and a seed, those of one bit dim and a seed. With y = Rx the rotated vector, q
+the levels of its code and c the cosine of both, their scales and relative squared errors are
 
-    turboquant_mse   about D, the error of the codebook; inner products shrink by the factor 1 - D
-    eden             1 / c^2 - 1, no bias
-    eden_biased      1 - c^2, the least; inner products shrink by the factor c^2
-    norm_corrected   2 - 2 c; inner products shrink by the factor c
+    turboquant_mse   the norm, |x| / sqrt(dim)   about D, the error of the codebook; inner products
+                                                 shrink by the factor 1 - D
+    eden             |x|^2 / <y, q>              1 / c^2 - 1, no bias
+    eden_biased      <y, q> / |q|^2              1 - c^2, the least; inner products shrink by c^2
+    norm_corrected   |x| / |q|, which keeps      2 - 2 c; inner products shrink by the factor c
+                     the length: the geometric
+                     mean of both scales of EDEN
+
+TurboQuant_mse is Algorithm 1 of arXiv 2504.19874, EDEN is arXiv 2108.08842. DRIVE (arXiv
+2105.08339) is EDEN with one bit: the signs of y and the scale |x|^2 / |y|_1, without bias, or
+|y|_1 / dim, with the least squared error.
 """
+
+from functools import partial
 
 from ..codec.quantizer import TurboQuantizer
 
-
-def turboquant_mse(dim: int, bits: int, *, seed: int = 0) -> TurboQuantizer:
-    """TurboQuant_mse (arXiv 2504.19874, Algorithm 1): the norm is the scale."""
-    return TurboQuantizer(dim, bits, scale="none", gain_search=False, seed=seed)
-
-
-def eden(dim: int, bits: int, *, seed: int = 0) -> TurboQuantizer:
-    """Unbiased EDEN (arXiv 2108.08842): the scale |x|^2 / <Rx, q>."""
-    return TurboQuantizer(dim, bits, scale="unbiased", gain_search=False, seed=seed)
-
-
-def eden_biased(dim: int, bits: int, *, seed: int = 0) -> TurboQuantizer:
-    """EDEN with the least squared error (arXiv 2108.08842): the scale <Rx, q> / |q|^2."""
-    return TurboQuantizer(dim, bits, scale="least_squares", gain_search=False, seed=seed)
-
-
-def norm_corrected(dim: int, bits: int, *, seed: int = 0) -> TurboQuantizer:
-    """The scale |x| / |q|, which keeps the length: the geometric mean of both scales of EDEN."""
-    return TurboQuantizer(dim, bits, scale="norm", gain_search=False, seed=seed)
-
-
-def drive(dim: int, *, seed: int = 0) -> TurboQuantizer:
-    """Unbiased DRIVE (arXiv 2105.08339): the signs of Rx and the scale |x|^2 / |Rx|_1.
-
-    It is :func:`eden` with one bit.
-    """
-    return eden(dim, 1, seed=seed)
-
-
-def drive_biased(dim: int, *, seed: int = 0) -> TurboQuantizer:
-    """DRIVE with the least squared error (arXiv 2105.08339): the scale |Rx|_1 / dim."""
-    return eden_biased(dim, 1, seed=seed)
+turboquant_mse = partial(TurboQuantizer, scale="none", gain_search=False)
+eden = partial(TurboQuantizer, scale="unbiased", gain_search=False)
+eden_biased = partial(TurboQuantizer, scale="least_squares", gain_search=False)
+norm_corrected = partial(TurboQuantizer, scale="norm", gain_search=False)
+drive = partial(eden, bits=1)
+drive_biased = partial(eden_biased, bits=1)

@@ -6,20 +6,19 @@ import mlx.core as mx
 
 from ..codec.codebook import MAX_BITS, check_bits
 from ..codec.quantizer import QuantizedVectors
+from .common import Method
 from .presets import turboquant_mse
 from .qjl import QJL, SignVectors
 
 
 class ProdVectors(NamedTuple):
-    """The arrays of both stages, as in :class:`.QuantizedVectors` and :class:`.qjl.SignVectors`."""
+    """The vectors of the first stage, and what it misses."""
 
-    codes: mx.array
-    scales: mx.array
-    signs: mx.array
-    residual_norms: mx.array
+    first: QuantizedVectors
+    second: SignVectors
 
 
-class TurboQuantProd:
+class TurboQuantProd(Method):
     """``bits`` - 1 bits of TurboQuant_mse and the QJL of the residual (arXiv 2504.19874, Alg. 2).
 
     Inner products are unbiased. For a query orthogonal to a unit vector, their variance times dim
@@ -48,23 +47,15 @@ class TurboQuantProd:
         self.second = QJL(dim, projection=projection, seed=seed)
         self.bits_per_value = self.first.bits_per_value + self.second.bits_per_value
 
-    def quantize(self, x: mx.array) -> ProdVectors:
-        """Pack vectors (..., dim) of float16, bfloat16 or float32."""
+    def _pack(self, x: mx.array) -> ProdVectors:
         first = self.first.quantize(x)
         residual = x.astype(mx.float32) - self.first.dequantize(first)
-        return ProdVectors(*first, *self.second.quantize(residual))
+        return ProdVectors(first, self.second.quantize(residual))
 
-    def dequantize(self, packed: ProdVectors, dtype: mx.Dtype = mx.float32) -> mx.array:
-        """The reconstructed vectors (..., dim) in ``dtype``."""
-        first, second = _stages(packed)
-        return (self.first.dequantize(first) + self.second.dequantize(second)).astype(dtype)
+    def _values(self, packed: ProdVectors) -> mx.array:
+        return self.first.dequantize(packed.first) + self.second.dequantize(packed.second)
 
     def inner_product(self, queries: mx.array, packed: ProdVectors) -> mx.array:
         """Products of queries (..., q, dim) with packed vectors (..., n): float32 (..., q, n)."""
-        first, second = _stages(packed)
-        products = self.first.inner_product(queries, first)
-        return products + self.second.inner_product(queries, second)
-
-
-def _stages(packed: ProdVectors) -> tuple[QuantizedVectors, SignVectors]:
-    return QuantizedVectors(*packed[:2]), SignVectors(*packed[2:])
+        products = self.first.inner_product(queries, packed.first)
+        return products + self.second.inner_product(queries, packed.second)

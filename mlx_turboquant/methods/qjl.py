@@ -10,9 +10,8 @@ import numpy as np
 from ..codec.codebook import check_bits, check_dim
 from ..codec.constants import constant
 from ..codec.packing import pack, unpack, words_per_vector
-from ..codec.quantizer import check_vectors
 from ..codec.rotation import Rotation, gaussian_matrix
-from .common import polar_form
+from .common import Method, polar_form
 
 PROJECTIONS = ("gaussian", "orthogonal")
 # Rotations use seeds as they are; a projection with the same seed must be independent of them.
@@ -26,7 +25,7 @@ class SignVectors(NamedTuple):
     norms: mx.array
 
 
-class QJL:
+class QJL(Method):
     """Signs of ``bits * dim`` random projections of a vector, and its norm (arXiv 2406.03482).
 
     With S of m = bits * dim rows, <q, k> is estimated by a |k| <Sq, sign(Sk)>, without bias. The
@@ -58,25 +57,19 @@ class QJL:
         self.bits_per_value = 32 * (words_per_vector(bits * dim, 1) + 1) / dim
         self.matrix, self.factor = _projection(dim, bits, projection, seed)
 
-    def quantize(self, x: mx.array) -> SignVectors:
-        """Pack vectors (..., dim) of float16, bfloat16 or float32."""
-        check_vectors(x, self.dim)
+    def _pack(self, x: mx.array) -> SignVectors:
         directions, norms = polar_form(x)
-        return SignVectors(pack(directions @ self.matrix.T >= 0, 1), norms.squeeze(-1))
+        return SignVectors(pack(self._project(directions) >= 0, 1), norms.squeeze(-1))
 
-    def dequantize(self, packed: SignVectors, dtype: mx.Dtype = mx.float32) -> mx.array:
-        """The reconstructed vectors (..., dim) in ``dtype``."""
-        return (self._scaled_signs(packed) @ self.matrix).astype(dtype)
-
-    def inner_product(self, queries: mx.array, packed: SignVectors) -> mx.array:
-        """Products of queries (..., q, dim) with packed vectors (..., n): float32 (..., q, n)."""
-        check_vectors(queries, self.dim)
-        projected = queries.astype(mx.float32) @ self.matrix.T
-        return projected @ self._scaled_signs(packed).swapaxes(-1, -2)
-
-    def _scaled_signs(self, packed: SignVectors) -> mx.array:
+    def _values(self, packed: SignVectors) -> mx.array:
         signs = unpack(packed.signs, 1, self.bits * self.dim).astype(mx.float32) * 2 - 1
         return signs * (self.factor * packed.norms[..., None])
+
+    def _project(self, queries: mx.array) -> mx.array:
+        return queries @ self.matrix.T
+
+    def _restore(self, values: mx.array) -> mx.array:
+        return values @ self.matrix
 
 
 @lru_cache(maxsize=8)

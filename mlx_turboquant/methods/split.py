@@ -1,5 +1,7 @@
 """Outlier channels and the other channels, each quantized by a method of its own."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -21,7 +23,7 @@ class SplitVectors(NamedTuple):
     others: Any
 
 
-class ChannelSplit:
+class ChannelSplit(Method):
     """Quantizes some channels with one method and the others with another one.
 
     Args:
@@ -48,19 +50,16 @@ class ChannelSplit:
         nbits = sum(part.dim * part.bits_per_value for part in (outliers, others))
         self.bits_per_value = nbits / self.dim
 
-    def quantize(self, x: mx.array) -> SplitVectors:
-        """Pack vectors (..., dim) of float16, bfloat16 or float32."""
-        check_vectors(x, self.dim)
+    def _pack(self, x: mx.array) -> SplitVectors:
         # A value that is not finite makes both parts NaN.
         finite = mx.isfinite(x).all(axis=-1, keepdims=True)
         outliers, others = self._split(mx.where(finite, x, mx.nan))
         return SplitVectors(self.outliers.quantize(outliers), self.others.quantize(others))
 
-    def dequantize(self, packed: SplitVectors, dtype: mx.Dtype = mx.float32) -> mx.array:
-        """The reconstructed vectors (..., dim) in ``dtype``."""
+    def _values(self, packed: SplitVectors) -> mx.array:
         parts = [self.outliers.dequantize(packed.outliers), self.others.dequantize(packed.others)]
         places = mx.argsort(self._order(), axis=-1)
-        return _take(mx.concatenate(parts, axis=-1), places).astype(dtype)
+        return _take(mx.concatenate(parts, axis=-1), places)
 
     def inner_product(self, queries: mx.array, packed: SplitVectors) -> mx.array:
         """Products of queries (..., q, dim) with packed vectors (..., n): float32 (..., q, n)."""
@@ -100,11 +99,9 @@ def turboquant_split(x: mx.array, bits: int, *, seed: int = 0) -> ChannelSplit:
     Raises:
         ValueError: fewer than 32 values, or bits that are not supported.
     """
-    dim = x.shape[-1]
-    count = _count(dim, dim // _SHARE)
-    outliers = turboquant_mse(count, bits + 1, seed=seed)
-    others = turboquant_mse(dim - count, bits, seed=seed + 1)
-    return ChannelSplit(largest_channels(x, count), outliers, others)
+    outliers = partial(turboquant_mse, bits=bits + 1, seed=seed)
+    others = partial(turboquant_mse, bits=bits, seed=seed + 1)
+    return _split_largest(x, x.shape[-1] // _SHARE, outliers, others)
 
 
 def qjl_with_outliers(
@@ -120,21 +117,23 @@ def qjl_with_outliers(
     Raises:
         ValueError: fewer than 16 values, or bits that are not supported.
     """
-    dim = x.shape[-1]
-    count = _count(dim, _QJL_OUTLIERS)
     outlier_bits = min(4 * bits, 8) if outlier_bits is None else outlier_bits
-    outliers = QJL(count, outlier_bits, seed=seed)
-    others = QJL(dim - count, bits, seed=seed + 1)
-    return ChannelSplit(largest_channels(x, count), outliers, others)
+    outliers = partial(QJL, bits=outlier_bits, seed=seed)
+    others = partial(QJL, bits=bits, seed=seed + 1)
+    return _split_largest(x, _QJL_OUTLIERS, outliers, others)
 
 
-def _count(dim: int, count: int) -> int:
+def _split_largest(
+    x: mx.array, count: int, outliers: Callable[[int], Method], others: Callable[[int], Method]
+) -> ChannelSplit:
+    """A split of the ``count`` largest channels of x, from what makes a method for a dimension."""
+    dim = x.shape[-1]
     if not 8 <= count <= dim - 8:
         raise ValueError(
             f"Vectors of {dim} values are too short to quantize outlier channels apart: "
             f"use {8 * _SHARE} values or more."
         )
-    return count
+    return ChannelSplit(largest_channels(x, count), outliers(count), others(dim - count))
 
 
 def _take(x: mx.array, channels: mx.array) -> mx.array:
