@@ -5,6 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 
 from ..kernels.tokens import BLOCK
@@ -35,7 +36,8 @@ class MethodRounding:
         self.seed = seed
         self.method: Method | None = None
         x = mx.zeros((1, dim))
-        self.vector_nbytes = _nbytes(_stored(make_method(name, x, bits, seed), x))
+        packed = _stored(make_method(name, x, bits, seed), x)
+        self.vector_nbytes = sum(part.nbytes for _, part in tree_flatten(packed))
 
     def __call__(self, x: mx.array) -> mx.array:
         """The reconstruction of x (B, H, n, dim), in its dtype."""
@@ -148,8 +150,3 @@ def _stored(method: Method, x: mx.array) -> Any:
         return part.astype(mx.bfloat16) if part.dtype == mx.float32 else part
 
     return map_arrays(narrowed, method.quantize(x))
-
-
-def _nbytes(packed: Any) -> int:
-    """Bytes of all arrays of what ``quantize`` returned."""
-    return packed.nbytes if isinstance(packed, mx.array) else sum(map(_nbytes, packed))
