@@ -110,7 +110,8 @@ class _Text:
         for cache in self.caches:
             cache.state = tree_map(_as_rows, cache.state)
         mx.eval([cache.state for cache in self.caches])
-        recorders = [_StandIn(layer) for layer in _layers(model)]
+        self.layers = _layers(model)
+        recorders = [_StandIn(layer) for layer in self.layers]
         self.exact = self._log_probabilities(recorders)[0]
         self.inputs = [each.input for each in recorders if each.input is not None]
         mx.eval(self.exact, *self.inputs)
@@ -134,19 +135,18 @@ class _Text:
 
     def _skipped(self, layer: int) -> list["_StandIn"]:
         """What replaces all below a ``layer``, which gets its recorded input."""
-        return [_StandIn(each, self.inputs[layer]) for each in _layers(self.model)[:layer]]
+        return [_StandIn(each, self.inputs[layer]) for each in self.layers[:layer]]
 
     def _log_probabilities(
         self, replaced: list["_StandIn"], caches: list[Any] | None = None
     ) -> mx.array:
         """Of the scored tokens in all rows, with the first layers of the model ``replaced``."""
-        layers, count = _layers(self.model), len(replaced)
-        originals = layers[:count]
-        layers[:count] = replaced
+        originals = self.layers[: len(replaced)]
+        self.layers[: len(replaced)] = replaced
         try:
             logits = self.model(self.scored, cache=caches or copy.deepcopy(self.caches))
         finally:
-            layers[:count] = originals
+            self.layers[: len(originals)] = originals
         return nn.log_softmax(logits.astype(mx.float32), axis=-1)
 
     def _skipping_changes_nothing(self) -> bool:

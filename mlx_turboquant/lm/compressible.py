@@ -74,24 +74,15 @@ def compressible_caches(model: nn.Module) -> list[Compressible]:
 
 
 def compressed_caches(
-    model: nn.Module,
-    places: list[Compressible],
-    bits: list[tuple[int, int]],
-    settings: Settings,
+    model: nn.Module, places: list[Compressible], bits: list[tuple[int, int]], settings: Settings
 ) -> list[Any]:
     """A new prompt cache with these bits of keys and values in the compressed ``places``."""
     caches = plain_caches(model)
-    for place, (key_bits, value_bits) in zip(places, bits):
+    names = ("window", "sink_tokens", "max_size", "seed")
+    options = {name: getattr(settings, name) for name in names}
+    for place, pair in zip(places, bits):
         cache_class = TurboQuantLatentCache if place.values is None else TurboQuantKVCache
-        compressed = cache_class(
-            key_bits,
-            value_bits,
-            window=settings.window,
-            sink_tokens=settings.sink_tokens,
-            max_size=settings.max_size,
-            seed=settings.seed,
-        )
-        place.put(caches, compressed)
+        place.put(caches, cache_class(*pair, **options))
     return caches
 
 
