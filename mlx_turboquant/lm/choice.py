@@ -46,15 +46,8 @@ class ModelChoice:
             key_bits, value_bits = uniform_bits(settings.bits)
             pair = (settings.key_bits or key_bits, settings.value_bits or value_bits)
             return [pair] * len(self.compressible)
-        if settings not in self._chosen:
-            self._chosen[settings] = self._choose(settings)
-        return self._chosen[settings]
-
-    def divergence(self, bits: Sequence[tuple[int, int]]) -> float | None:
-        """The divergence to expect with these bits, in nats; None without a profile."""
-        return None if self.expected is None else expected_divergence(self.expected, bits)
-
-    def _choose(self, settings: Settings) -> list[tuple[int, int]]:
+        if settings in self._chosen:
+            return self._chosen[settings]
         bits = allocate(self.weighed, settings.bits, settings.key_bits, settings.value_bits)
         divergence = self.divergence(bits)
         if divergence is None:
@@ -65,7 +58,12 @@ class ModelChoice:
         elif divergence > _LARGE_DIVERGENCE:
             text = "With %g bits the expected divergence is %.2g nats: use %s."
             _log.warning(text, settings.bits, divergence, self._remedy())
+        self._chosen[settings] = bits
         return bits
+
+    def divergence(self, bits: Sequence[tuple[int, int]]) -> float | None:
+        """The divergence to expect with these bits, in nats; None without a profile."""
+        return None if self.expected is None else expected_divergence(self.expected, bits)
 
     def _remedy(self) -> str:
         for budget in BUDGETS:

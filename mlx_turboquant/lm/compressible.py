@@ -57,9 +57,12 @@ def compressible_caches(model: nn.Module) -> list[Compressible]:
     """
     caches = plain_caches(model)
     model(mx.zeros((1, 1), mx.int32), cache=caches)
+    layers = getattr(model, "layers", [])
+    if len(layers) != len(caches):
+        layers = [model] * len(caches)
     found = []
-    for i, (cache, layer) in enumerate(zip(caches, layers_of(model, caches))):
-        modules = [module for _, module in layer.named_modules()]
+    for i, (cache, layer) in enumerate(zip(caches, layers)):
+        modules = layer.modules()
         if any("indexer" in module for module in modules):
             continue
         # Multi-head latent attention, with the projections of keys and values absorbed.
@@ -99,12 +102,6 @@ def check_compressible(model: nn.Module, compressible: list[Compressible]) -> No
             f"No layer of this model can be compressed (its caches: {names}): "
             "use a model with plain KVCache layers."
         )
-
-
-def layers_of(model: nn.Module, caches: list[Any]) -> list[nn.Module]:
-    """The layer of each cache, or always the model if it has another number of layers."""
-    layers = getattr(model, "layers", [])
-    return layers if len(layers) == len(caches) else [model] * len(caches)
 
 
 def attention_scopes(model: nn.Module) -> list[dict[str, Any]]:

@@ -24,8 +24,8 @@ from .profile import fingerprint
 # Changes whenever the state of a cache is written in another way.
 FORMAT_VERSION = "3"
 
-_KNOWN_CACHES = {TurboQuantKVCache, TurboQuantLatentCache, ArraysCache, CacheList}
-_KNOWN_CACHES |= {ChunkedKVCache, KVCache, RotatingKVCache}
+_MLX_LM_CACHES = (ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache)
+_KNOWN_CACHES = (TurboQuantKVCache, TurboQuantLatentCache, *_MLX_LM_CACHES)
 # mlx-lm looks classes up by name in its own module.
 mlx_lm_cache.TurboQuantKVCache = TurboQuantKVCache
 mlx_lm_cache.TurboQuantLatentCache = TurboQuantLatentCache

@@ -61,15 +61,14 @@ def read_first_chunk(
     plain = plain_caches(model)
     if all(type(layer) in (KVCache, *_STATES) for layer in plain):
         together = [
-            _FirstChunk([cache[i] for cache in caches]) if type(layer) is KVCache else layer
-            for i, layer in enumerate(plain)
+            _FirstChunk(layers) if type(own) is KVCache else own
+            for own, *layers in zip(plain, *caches)
         ]
         model(chunk, cache=together)
         for cache in caches:
-            cache[:] = [
-                layer if type(own) is KVCache else copy.deepcopy(own)
-                for layer, own in zip(cache, plain)
-            ]
+            for i, own in enumerate(plain):
+                if type(own) is not KVCache:
+                    cache[i] = copy.deepcopy(own)
     else:
         for cache in caches:
             model(chunk, cache=cache)
@@ -282,12 +281,9 @@ def passkey_prompt(
     prompt, code = hide_codes(tokenizer, text, length - len(start), depth=depth, seed=seed)
     if chat:
         message = {"role": "user", "content": tokenizer.decode(prompt) + " which six digits?"}
-        prompt = tokenizer.apply_chat_template(
-            [message], add_generation_prompt=True, enable_thinking=False
-        )
-    else:
-        prompt = start + prompt
-    return list(prompt), code
+        options = {"add_generation_prompt": True, "enable_thinking": False}
+        return list(tokenizer.apply_chat_template([message], **options)), code
+    return start + prompt, code
 
 
 def _first_code(tokenizer, tokens: Iterable[int]) -> str | None:

@@ -145,8 +145,5 @@ def simulated_prompt_cache(model: nn.Module, codec: str, settings: Settings) -> 
 
 def _stored(method: Method, x: mx.array) -> Any:
     """What ``quantize`` returns for x, with numbers of 32 bits in bfloat16."""
-
-    def narrowed(part: mx.array) -> mx.array:
-        return part.astype(mx.bfloat16) if part.dtype == mx.float32 else part
-
-    return map_arrays(narrowed, method.quantize(x))
+    packed = method.quantize(x)
+    return map_arrays(lambda a: a.astype(mx.bfloat16) if a.dtype == mx.float32 else a, packed)
