@@ -170,8 +170,6 @@ def _worthwhile_bits(side: Side) -> list[int]:
     for bits in cheapest_first:
         if corners and side.divergences[bits] >= side.divergences[corners[-1]]:
             continue
-        if corners and nbytes(bits) == nbytes(corners[-1]):
-            continue
         while len(corners) > 1 and _gain(side, corners[-1], bits) >= _gain(side, *corners[-2:]):
             corners.pop()
         corners.append(bits)

@@ -53,10 +53,8 @@ def key_demands(model: nn.Module, compressible: list[Compressible]) -> list[floa
 def key_demand(queries: mx.array, keys: mx.array, scale: float) -> mx.array:
     """KL divergence of the attention weights in nats per unit of D: a lazy float32 scalar.
 
-    Args:
-        queries: (B, query_heads, L, dim) of any float dtype; the last row sees all tokens.
-        keys: (B, H, n, dim) of any float dtype.
-        scale: Factor of the scores.
+    ``queries`` (B, query_heads, L, dim), of which the last row sees all tokens, and ``keys``
+    (B, H, n, dim) have any float dtype; ``scale`` is the factor of the scores.
     """
     batch, heads, count, dim = keys.shape
     keys = keys.astype(mx.float32)

@@ -186,21 +186,20 @@ class Comparison:
                 size = cache_size(cache)
                 scores.bits_in_all = 16 * size.nbytes / size.fp16_nbytes
 
-        self._each(tokens[: first - 1], measure)
+        self._each(mx.array(tokens)[: first - 1], measure)
 
-    def _each(self, tokens: list[int], measure: Callable[[Scores, list[Any]], Any]) -> None:
-        """Measure what has not failed, each with a cache that has read the tokens.
+    def _each(self, tokens: mx.array, measure: Callable[[Scores, list[Any]], Any]) -> None:
+        """Let every cache that has not failed read the tokens, and measure it.
 
-        What ``measure`` returns ends it if it is true.
+        A true result of ``measure`` ends this.
         """
         working = [scores for scores in self.scores if scores.failure is None]
         contenders = [scores.contender for scores in working]
-        prompt = mx.array(tokens)
-        caches = read_first_chunk(self.model, contenders, prompt, self.progress)
+        caches = read_first_chunk(self.model, contenders, tokens, self.progress)
         while caches:
             scores, cache = working.pop(0), caches.pop(0)
             try:
-                read_on(self.model, scores.contender, cache, prompt, self.progress)
+                read_on(self.model, scores.contender, cache, tokens, self.progress)
                 if measure(scores, cache):
                     return
             except Exception as error:  # whatever mlx-lm's cache raises with a model
@@ -238,7 +237,7 @@ class Comparison:
             scores.generations.append(Generation(is_sampled, written, losses, departure))
             self.progress(count)
 
-        self._each(prompt[:-1], measure)
+        self._each(mx.array(prompt[:-1]), measure)
 
     def needle(self, tokenizer, prompt: list[int], code: str, length: int, depth: float) -> None:
         """Let every contender go on after a passkey prompt; the first six digits must be the code.
@@ -257,7 +256,7 @@ class Comparison:
                 self.progress((len(self.scores) - 1) * unread)
             return is_lost
 
-        self._each(prompt[:-1], measure)
+        self._each(mx.array(prompt[:-1]), measure)
 
 
 def exact_losses(model: nn.Module, prompt: list[int], following: list[int]) -> list[float]:

@@ -90,9 +90,8 @@ def unloaded_model(config: dict[str, Any]) -> nn.Module:
         model.tie_word_embeddings = True
         model.pop("lm_head")
     model.set_dtype(mx.bfloat16)
-    quantization = config.get("quantization")
-    if quantization is not None:
-        _quantize(model, config, quantization)
+    if config.get("quantization") is not None:
+        _quantize(model, config)
     return model.eval()
 
 
@@ -109,13 +108,13 @@ def random_model(config: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _quantize(model: nn.Module, config: dict[str, Any], quantization: dict[str, Any]) -> None:
-    usual = getattr(model, "quant_predicate", None)
+def _quantize(model: nn.Module, config: dict[str, Any]) -> None:
+    quantization = config["quantization"]
+    usual = getattr(model, "quant_predicate", None) or (lambda path, module: True)
 
     def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if path in quantization:  # what the configuration says of single layers
-            return quantization[path]
-        return True if usual is None else usual(path, module)
+        # The configuration may say something of single layers.
+        return quantization[path] if path in quantization else usual(path, module)
 
     sizes = (quantization["group_size"], quantization["bits"], quantization.get("mode", "affine"))
     with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints the bits of a weight

@@ -51,14 +51,8 @@ class SimulatedCache(KVCache):
 
     The first ``sink_tokens`` and the last ``window`` stay exact, and up to ``block`` - 1 more. A
     block is rounded when the next tokens come: those of a chunk see each other exactly. It can
-    neither be batched nor saved.
-
-    Args:
-        key_rounding: What becomes of the keys (B, H, n, dim) of whole blocks, in their dtype.
-        value_rounding: What becomes of their values.
-        window: Recent tokens that stay exact.
-        sink_tokens: First tokens that stay exact.
-        block: Tokens that are rounded together.
+    neither be batched nor saved. ``key_rounding`` and ``value_rounding`` return what becomes of the
+    keys and values (B, H, n, dim) of whole blocks, in their dtype.
     """
 
     def __init__(
