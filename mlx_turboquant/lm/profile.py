@@ -98,13 +98,11 @@ def save_profile(profile: Profile, file: Path | None = None) -> Path:
     """
     file = file or profile_path(profile.fingerprint)
     file.parent.mkdir(parents=True, exist_ok=True)
-    layers = [
+    contents = {"format": FORMAT_VERSION, "codec": CODEC_VERSION, **profile._asdict()}
+    contents["layers"] = [
         {"keys": keys} if values is None else {"keys": keys, "values": values}
-        for keys, values in zip(profile.keys, profile.values)
+        for keys, values in zip(contents.pop("keys"), contents.pop("values"))
     ]
-    contents = {"format": FORMAT_VERSION, "codec": CODEC_VERSION}
-    contents |= {"fingerprint": profile.fingerprint, "texts": profile.texts}
-    contents |= {"tokens": profile.tokens, "layers": layers}
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}-") as folder:
         complete = Path(folder) / file.name
         complete.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")

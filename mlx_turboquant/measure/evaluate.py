@@ -40,12 +40,10 @@ def _ignore(tokens: int) -> None:
     pass
 
 
-def read_prompt(
-    model: nn.Module, contender: Contender, tokens: mx.array, progress: Progress = _ignore
-) -> list[Any]:
+def read_prompt(model: nn.Module, contender: Contender, tokens: mx.array) -> list[Any]:
     """A cache of ``contender`` that has read the tokens (n,) as mlx-lm reads a prompt."""
-    [cache] = read_first_chunk(model, [contender], tokens, progress)
-    read_on(model, contender, cache, tokens, progress)
+    [cache] = read_first_chunk(model, [contender], tokens)
+    read_on(model, contender, cache, tokens)
     return cache
 
 
