@@ -69,9 +69,22 @@ def divergences_by_bits(dim: int, measured: dict[int, float]) -> tuple[float, ..
     divergences = [float("inf")]
     for bits in range(1, MAX_BITS + 1):
         base = max((b for b in measured if b <= bits), default=min(measured))
-        ratio = relative_error(dim, bits) / relative_error(dim, base)
-        divergences.append(measured[base] * ratio)
+        divergences.append(measured[base] * (relative_error(dim, bits) / relative_error(dim, base)))
     return tuple(divergences)
+
+
+def measured_layer(
+    keys: Vectors,
+    values: Vectors | None,
+    key_divergences: dict[int, float],
+    value_divergences: dict[int, float] | None,
+) -> Layer:
+    """The layer with these vectors, whose divergences were measured at some bits."""
+    key_side = Side(keys, divergences_by_bits(keys.dim, key_divergences), MIN_KEY_BITS)
+    if values is None or value_divergences is None:
+        return Layer(key_side, None)
+    divergences = divergences_by_bits(values.dim, value_divergences)
+    return Layer(key_side, Side(values, divergences, MIN_VALUE_BITS))
 
 
 def uniform_bits(bits: float) -> tuple[int, int]:
@@ -96,32 +109,29 @@ def allocate(
     Raises:
         ValueError: the fewest possible bits exceed the budget.
     """
-    sides = [side for layer in layers for side in layer if side is not None]
-    is_key = [side is layer.keys for layer in layers for side in layer if side is not None]
-    fixed = [key_bits if key else value_bits for key in is_key]
-    worthwhile = [_worthwhile_bits(side) for side in sides]
-    chosen = [bits[0] if fix is None else fix for bits, fix in zip(worthwhile, fixed)]
-    values = sum(side.vectors.heads * side.vectors.dim for side in sides)
-    room = bits / 8 * values - sum(side.vectors.nbytes(b) for side, b in zip(sides, chosen))
+    sides = {(i, j): side for i, layer in enumerate(layers) for j, side in enumerate(layer) if side}
+    chosen, steps = {}, []
+    for place, side in sides.items():
+        fixed = (key_bits, value_bits)[place[1]]
+        worthwhile = _worthwhile_bits(side) if fixed is None else [fixed]
+        chosen[place] = worthwhile[0]
+        steps += [(_gain(side, *step), place, step) for step in pairwise(worthwhile)]
+    values = sum(side.vectors.heads * side.vectors.dim for side in sides.values())
+    room = bits / 8 * values - sum(sides[at].vectors.nbytes(b) for at, b in chosen.items())
     if room < 0:
-        least = mean_bits(layers, _pairs(layers, chosen))
         raise ValueError(
             f"A budget of {bits:g} bits is not possible: with the fewest bits that this model can "
-            f"have, or with those that are fixed, a value takes {least:.4g}: use a larger budget."
+            f"have, or with those that are fixed, a value takes {bits - 8 * room / values:.4g}: "
+            "use a larger budget."
         )
-    steps = [
-        (_gain(sides[i], *step), i, step)
-        for i, bits in enumerate(worthwhile)
-        if fixed[i] is None
-        for step in pairwise(bits)
-    ]
     # The gains of a side fall from step to step, so sorting keeps its steps in their order.
-    for _, i, (before, after) in sorted(steps, reverse=True):
-        nbytes = sides[i].vectors.nbytes(after) - sides[i].vectors.nbytes(before)
-        if chosen[i] == before and nbytes <= room:
-            chosen[i] = after
+    for _, place, (before, after) in sorted(steps, reverse=True):
+        vectors = sides[place].vectors
+        nbytes = vectors.nbytes(after) - vectors.nbytes(before)
+        if chosen[place] == before and nbytes <= room:
+            chosen[place] = after
             room -= nbytes
-    return _pairs(layers, chosen)
+    return [(chosen[i, 0], chosen.get((i, 1), chosen[i, 0])) for i in range(len(layers))]
 
 
 def chosen_sides(
@@ -146,16 +156,6 @@ def mean_bits(layers: Sequence[Layer], bits: Sequence[tuple[int, int]]) -> float
     return 8 * nbytes / sum(vectors.heads * vectors.dim for vectors, _ in sides)
 
 
-def _pairs(layers: Sequence[Layer], chosen: Sequence[int]) -> list[tuple[int, int]]:
-    """The bits that were chosen for all sides, in their order, as a pair for every layer."""
-    remaining = iter(chosen)
-    pairs = []
-    for layer in layers:
-        key = next(remaining)
-        pairs.append((key, key if layer.values is None else next(remaining)))
-    return pairs
-
-
 def _worthwhile_bits(side: Side) -> list[int]:
     """The bits that a side may have, ascending, each with a smaller gain than the one before.
 
@@ -169,8 +169,6 @@ def _worthwhile_bits(side: Side) -> list[int]:
     corners: list[int] = []
     for bits in cheapest_first:
         if corners and side.divergences[bits] >= side.divergences[corners[-1]]:
-            continue
-        if corners and nbytes(bits) == nbytes(corners[-1]):
             continue
         while len(corners) > 1 and _gain(side, corners[-1], bits) >= _gain(side, *corners[-2:]):
             corners.pop()

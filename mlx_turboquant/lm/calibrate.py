@@ -7,8 +7,7 @@ rows of one batch, and the layers below it, whose output is the same, are not co
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from mlx.utils import tree_map
 from ..kernels.quantize import quantize
 from ..kernels.storage import VALUE_MEAN_ENERGY, removable_mean, shared_quantizer
 from .compressible import Compressible, check_compressible, compressible_caches, plain_caches
-from .profile import MEASURED_BITS, Divergences, Profile, at_least, fingerprint
+from .profile import LEAST_DIVERGENCE, MEASURED_BITS, Profile, fingerprint
 from .texts import encode, start_tokens
 
 _FOLDER = Path(__file__).parent / "calibration"
@@ -29,7 +28,7 @@ _SINKS = 4
 _PREFIX_TOKENS = 512
 _EXACT_PART = 1 / 8
 # As many tokens are scored as all passes together may have: it is less than reading 16 000 tokens.
-_SCORED_TOKENS = range(24, 129)
+_LEAST_SCORED, _MOST_SCORED = 24, 128
 _PASSED_TOKENS = 12_000
 _LEAST_TOKENS = 64
 _ROWS = [(side, bits) for side, measured in MEASURED_BITS.items() for bits in measured]
@@ -72,36 +71,31 @@ def calibrate(
                 f"The text {name} has {len(part)} tokens and calibration needs {_LEAST_TOKENS}: "
                 "give a longer text."
             )
-    most = _scored_tokens(len(compressible), len(texts))
+    passes = len(texts) * len(compressible)
+    # Half of the layers are computed in a pass on average.
+    wanted = int(_PASSED_TOKENS / (passes * len(_ROWS) / 2)) // 8 * 8
+    most = min(max(wanted, _LEAST_SCORED), _MOST_SCORED)
     scored = [min(most, len(part) // 2) for part in tokens.values()]
-    measured = [[] for _ in compressible]
-    progress(0, len(texts) * len(compressible))
+    keys = tuple({bits: () for bits in MEASURED_BITS["keys"]} for _ in compressible)
+    values = tuple({bits: () for bits in MEASURED_BITS["values"]} for _ in compressible)
+    finished = 0
+    progress(finished, passes)
     for part, count in zip(tokens.values(), scored):
         text = _Text(model, part, count)
-        for of_layer, place in zip(measured, compressible):
-            of_layer.append(text.divergences(place))
-            progress(sum(map(len, measured)), len(texts) * len(compressible))
+        for place, *sides in zip(compressible, keys, values):
+            rows = ((side, bits) for side in sides for bits in side)
+            for (side, bits), found in zip(rows, text.divergences(place)):
+                side[bits] += (max(found, LEAST_DIVERGENCE),)
+            finished += 1
+            progress(finished, passes)
         mx.clear_cache()
-    keys, values = [], []
-    for of_layer, place in zip(measured, compressible):
-        sides: dict[str, Divergences] = {"keys": {}, "values": {}}
-        for (side, bits), of_texts in zip(_ROWS, zip(*of_layer)):
-            sides[side][bits] = tuple(map(at_least, of_texts))
-        keys.append(sides["keys"])
-        values.append(None if place.values is None else sides["values"])
-    return Profile(fingerprint(model), tuple(texts), sum(scored), tuple(keys), tuple(values))
+    values = tuple(None if at.values is None else x for at, x in zip(compressible, values))
+    return Profile(fingerprint(model), tuple(texts), sum(scored), keys, values)
 
 
 def divergence(exact: mx.array, other: mx.array) -> mx.array:
     """KL(exact || other) in nats of log-probabilities (..., vocabulary): float32 (...)."""
     return (mx.exp(exact) * (exact - other)).sum(axis=-1)
-
-
-def _scored_tokens(layers: int, texts: int) -> int:
-    """Tokens of each text whose output is compared; half of the layers are computed on average."""
-    passes = layers * texts * len(_ROWS) / 2
-    wanted = int(_PASSED_TOKENS / passes) // 8 * 8
-    return min(max(wanted, _SCORED_TOKENS.start), _SCORED_TOKENS.stop - 1)
 
 
 class _Text:
@@ -116,9 +110,9 @@ class _Text:
         for cache in self.caches:
             cache.state = tree_map(_as_rows, cache.state)
         mx.eval([cache.state for cache in self.caches])
-        recorders = [_Recorder(layer) for layer in _layers(model)]
-        with _replaced_layers(model, recorders):
-            self.exact = self._log_probabilities(copy.deepcopy(self.caches))[0]
+        self.layers = _layers(model)
+        recorders = [_StandIn(layer) for layer in self.layers]
+        self.exact = self._log_probabilities(recorders)[0]
         self.inputs = [each.input for each in recorders if each.input is not None]
         mx.eval(self.exact, *self.inputs)
         self.can_skip = self._skipping_changes_nothing()
@@ -136,14 +130,23 @@ class _Text:
                 for name, bits in _ROWS
             ]
             setattr(cache, side, mx.concatenate(rows))
-        rows = self._log_probabilities(caches, place.layer if self.can_skip else 0)
+        rows = self._log_probabilities(self._skipped(place.layer if self.can_skip else 0), caches)
         return divergence(self.exact, rows).mean(axis=-1).tolist()
 
-    def _log_probabilities(self, caches: list[Any], layer: int = 0) -> mx.array:
-        """Of the scored tokens in all rows, from the recorded input of a ``layer`` on."""
-        skipped = [_Skipped(each, self.inputs[layer]) for each in _layers(self.model)[:layer]]
-        with _replaced_layers(self.model, skipped):
-            logits = self.model(self.scored, cache=caches)
+    def _skipped(self, layer: int) -> list["_StandIn"]:
+        """What replaces all below a ``layer``, which gets its recorded input."""
+        return [_StandIn(each, self.inputs[layer]) for each in self.layers[:layer]]
+
+    def _log_probabilities(
+        self, replaced: list["_StandIn"], caches: list[Any] | None = None
+    ) -> mx.array:
+        """Of the scored tokens in all rows, with the first layers of the model ``replaced``."""
+        originals = self.layers[: len(replaced)]
+        self.layers[: len(replaced)] = replaced
+        try:
+            logits = self.model(self.scored, cache=caches or copy.deepcopy(self.caches))
+        finally:
+            self.layers[: len(originals)] = originals
         return nn.log_softmax(logits.astype(mx.float32), axis=-1)
 
     def _skipping_changes_nothing(self) -> bool:
@@ -152,7 +155,7 @@ class _Text:
         if last < 1 or len(self.inputs) != len(self.caches):
             return False
         try:
-            rows = self._log_probabilities(copy.deepcopy(self.caches), last)
+            rows = self._log_probabilities(self._skipped(last))
         except Exception:  # whatever a model of its own kind raises
             return False
         return mx.allclose(rows[0], self.exact, atol=1e-3).item()
@@ -175,47 +178,21 @@ def _quantized(x: mx.array, count: int, bits: int, are_keys: bool) -> mx.array:
     return mx.concatenate([x[:, :, :_SINKS], restored, x[:, :, end:]], axis=2)
 
 
-class _Wrapped:
-    """Stands for a layer of a model, whose attributes it has."""
+class _StandIn:
+    """Stands for a layer: keeps its input, and returns ``output`` without it if there is one."""
 
-    def __init__(self, layer: nn.Module):
+    input: mx.array | None = None
+
+    def __init__(self, layer: nn.Module, output: mx.array | None = None):
         self.layer = layer
+        self.output = output
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.layer, name)
 
-
-class _Recorder(_Wrapped):
-    """Keeps the first argument of a layer."""
-
-    input: mx.array | None = None
-
     def __call__(self, x: mx.array, *arguments: Any, **keywords: Any) -> Any:
         self.input = x
-        return self.layer(x, *arguments, **keywords)
-
-
-class _Skipped(_Wrapped):
-    """Returns what a later layer is to get."""
-
-    def __init__(self, layer: nn.Module, output: mx.array):
-        super().__init__(layer)
-        self.output = output
-
-    def __call__(self, *arguments: Any, **keywords: Any) -> mx.array:
-        return self.output
-
-
-@contextmanager
-def _replaced_layers(model: nn.Module, others: Sequence[Any]) -> Iterator[None]:
-    """The first layers of a model replaced, in the list that it goes through."""
-    layers = _layers(model)
-    originals = layers[: len(others)]
-    layers[: len(others)] = others
-    try:
-        yield
-    finally:
-        layers[: len(others)] = originals
+        return self.layer(x, *arguments, **keywords) if self.output is None else self.output
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

@@ -7,17 +7,7 @@ from dataclasses import dataclass, field
 import mlx.nn as nn
 
 from ..codec.codebook import relative_error
-from .allocation import (
-    BUDGETS,
-    MIN_KEY_BITS,
-    MIN_VALUE_BITS,
-    Layer,
-    Side,
-    allocate,
-    divergences_by_bits,
-    expected_divergence,
-    uniform_bits,
-)
+from .allocation import BUDGETS, Layer, allocate, expected_divergence, measured_layer, uniform_bits
 from .compressible import Compressible, compressible_caches
 from .demands import key_demands
 from .profile import Profile, find_profile, fingerprint
@@ -56,15 +46,8 @@ class ModelChoice:
             key_bits, value_bits = uniform_bits(settings.bits)
             pair = (settings.key_bits or key_bits, settings.value_bits or value_bits)
             return [pair] * len(self.compressible)
-        if settings not in self._chosen:
-            self._chosen[settings] = self._choose(settings)
-        return self._chosen[settings]
-
-    def divergence(self, bits: Sequence[tuple[int, int]]) -> float | None:
-        """The divergence to expect with these bits, in nats; None without a profile."""
-        return None if self.expected is None else expected_divergence(self.expected, bits)
-
-    def _choose(self, settings: Settings) -> list[tuple[int, int]]:
+        if settings in self._chosen:
+            return self._chosen[settings]
         bits = allocate(self.weighed, settings.bits, settings.key_bits, settings.value_bits)
         divergence = self.divergence(bits)
         if divergence is None:
@@ -73,13 +56,14 @@ class ModelChoice:
                 "matter, which lowers the divergence by a third and more at the same size."
             )
         elif divergence > _LARGE_DIVERGENCE:
-            _log.warning(
-                "With %g bits the expected divergence is %.2g nats: use %s.",
-                settings.bits,
-                divergence,
-                self._remedy(),
-            )
+            text = "With %g bits the expected divergence is %.2g nats: use %s."
+            _log.warning(text, settings.bits, divergence, self._remedy())
+        self._chosen[settings] = bits
         return bits
+
+    def divergence(self, bits: Sequence[tuple[int, int]]) -> float | None:
+        """The divergence to expect with these bits, in nats; None without a profile."""
+        return None if self.expected is None else expected_divergence(self.expected, bits)
 
     def _remedy(self) -> str:
         for budget in BUDGETS:
@@ -122,13 +106,8 @@ def _weighed_by_demand(compressible: list[Compressible], demands: list[float]) -
         # Not max(): a demand that is not a number says nothing.
         weight = _KEY_WEIGHT_OF_DEMAND * demand
         weight = weight if weight > _LEAST_KEY_WEIGHT else _LEAST_KEY_WEIGHT
-        keys = Side(place.keys, _unit_divergences(place.keys.dim, weight), MIN_KEY_BITS)
-        values = None
-        if place.values is not None:
-            values = Side(place.values, _unit_divergences(place.values.dim, 1.0), MIN_VALUE_BITS)
-        layers.append(Layer(keys, values))
+        keys, values = place.keys, place.values
+        of_values = None if values is None else {1: relative_error(values.dim, 1)}
+        of_keys = {1: weight * relative_error(keys.dim, 1)}
+        layers.append(measured_layer(keys, values, of_keys, of_values))
     return layers
-
-
-def _unit_divergences(dim: int, weight: float) -> tuple[float, ...]:
-    return divergences_by_bits(dim, {1: weight * relative_error(dim, 1)})

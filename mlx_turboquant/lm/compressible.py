@@ -57,9 +57,12 @@ def compressible_caches(model: nn.Module) -> list[Compressible]:
     """
     caches = plain_caches(model)
     model(mx.zeros((1, 1), mx.int32), cache=caches)
+    layers = getattr(model, "layers", [])
+    if len(layers) != len(caches):
+        layers = [model] * len(caches)
     found = []
-    for i, (cache, layer) in enumerate(zip(caches, layers_of(model, caches))):
-        modules = [module for _, module in layer.named_modules()]
+    for i, (cache, layer) in enumerate(zip(caches, layers)):
+        modules = layer.modules()
         if any("indexer" in module for module in modules):
             continue
         # Multi-head latent attention, with the projections of keys and values absorbed.
@@ -74,24 +77,15 @@ def compressible_caches(model: nn.Module) -> list[Compressible]:
 
 
 def compressed_caches(
-    model: nn.Module,
-    places: list[Compressible],
-    bits: list[tuple[int, int]],
-    settings: Settings,
+    model: nn.Module, places: list[Compressible], bits: list[tuple[int, int]], settings: Settings
 ) -> list[Any]:
     """A new prompt cache with these bits of keys and values in the compressed ``places``."""
     caches = plain_caches(model)
-    for place, (key_bits, value_bits) in zip(places, bits):
+    names = ("window", "sink_tokens", "max_size", "seed")
+    options = {name: getattr(settings, name) for name in names}
+    for place, pair in zip(places, bits):
         cache_class = TurboQuantLatentCache if place.values is None else TurboQuantKVCache
-        compressed = cache_class(
-            key_bits,
-            value_bits,
-            window=settings.window,
-            sink_tokens=settings.sink_tokens,
-            max_size=settings.max_size,
-            seed=settings.seed,
-        )
-        place.put(caches, compressed)
+        place.put(caches, cache_class(*pair, **options))
     return caches
 
 
@@ -108,12 +102,6 @@ def check_compressible(model: nn.Module, compressible: list[Compressible]) -> No
             f"No layer of this model can be compressed (its caches: {names}): "
             "use a model with plain KVCache layers."
         )
-
-
-def layers_of(model: nn.Module, caches: list[Any]) -> list[nn.Module]:
-    """The layer of each cache, or always the model if it has another number of layers."""
-    layers = getattr(model, "layers", [])
-    return layers if len(layers) == len(caches) else [model] * len(caches)
 
 
 def attention_scopes(model: nn.Module) -> list[dict[str, Any]]:

@@ -9,9 +9,7 @@ D(b) being the relative mean squared error of b bits in d dimensions. To second 
 variance s_j in the scores moves a softmax p by a KL divergence of half of sum p_j (1 - p_j) s_j.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,48 +27,34 @@ def key_demands(model: nn.Module, compressible: list[Compressible]) -> list[floa
 
     The model reads pseudo-random tokens. It is 0 for layers that have an attention of their own.
     """
+    demands: dict[int, mx.array] = {}
+
+    def recording(attention, queries, keys, values, cache=None, scale=1.0, mask=None, **others):
+        if keys.shape[-1] == queries.shape[-1]:
+            demands[id(cache)] = key_demand(queries, keys, scale)
+        return attention(queries, keys, values, cache=cache, scale=scale, mask=mask, **others)
+
     caches = plain_caches(model)
     vocabulary = getattr(getattr(model, "args", None), "vocab_size", 128)
     tokens = mx.random.randint(0, vocabulary, (1, _TOKENS), key=mx.random.key(0))
-    with _recorded_demands(model) as demands:
-        logits = model(tokens, cache=caches)
+    originals = [(scope, scope[HOOKED_NAME]) for scope in attention_scopes(model)]
+    for scope, original in originals:
+        scope[HOOKED_NAME] = partial(recording, original)
+    try:
+        model(tokens, cache=caches)
+    finally:
+        for scope, original in originals:
+            scope[HOOKED_NAME] = original
     mx.eval(demands, [cache.state for cache in caches])
-    del logits
     found = (demands.get(id(each.of(caches))) for each in compressible)
     return [0.0 if demand is None else demand.item() for demand in found]
-
-
-@contextmanager
-def _recorded_demands(model: nn.Module) -> Iterator[dict[int, mx.array]]:
-    """The demands of all layers that attend in a ``with`` block, by the ids of their caches."""
-    demands: dict[int, mx.array] = {}
-    scopes = attention_scopes(model)
-    originals = [scope[HOOKED_NAME] for scope in scopes]
-
-    def recording(original: Any) -> Any:
-        def attention(queries, keys, values, cache=None, scale=1.0, mask=None, **keywords):
-            if keys.shape[-1] == queries.shape[-1]:
-                demands[id(cache)] = key_demand(queries, keys, scale)
-            return original(queries, keys, values, cache=cache, scale=scale, mask=mask, **keywords)
-
-        return attention
-
-    for scope, original in zip(scopes, originals):
-        scope[HOOKED_NAME] = recording(original)
-    try:
-        yield demands
-    finally:
-        for scope, original in zip(scopes, originals):
-            scope[HOOKED_NAME] = original
 
 
 def key_demand(queries: mx.array, keys: mx.array, scale: float) -> mx.array:
     """KL divergence of the attention weights in nats per unit of D: a lazy float32 scalar.
 
-    Args:
-        queries: (B, query_heads, L, dim) of any float dtype; the last row sees all tokens.
-        keys: (B, H, n, dim) of any float dtype.
-        scale: Factor of the scores.
+    ``queries`` (B, query_heads, L, dim), of which the last row sees all tokens, and ``keys``
+    (B, H, n, dim) have any float dtype; ``scale`` is the factor of the scores.
     """
     batch, heads, count, dim = keys.shape
     keys = keys.astype(mx.float32)

@@ -17,14 +17,14 @@ from mlx.utils import tree_flatten
 from platformdirs import user_cache_path
 
 from ..codec.quantizer import CODEC_VERSION
-from .allocation import MIN_KEY_BITS, MIN_VALUE_BITS, Layer, Side, divergences_by_bits
+from .allocation import Layer, measured_layer
 from .compressible import Compressible
 
 FORMAT_VERSION = "1"
 # The bits at which a side is quantized to measure what that does.
 MEASURED_BITS = {"keys": (2, 3), "values": (1, 2)}
-# Smaller divergences are lost in rounding.
-_LEAST_DIVERGENCE = 1e-9
+# The least that a profile holds: smaller divergences are lost in rounding.
+LEAST_DIVERGENCE = 1e-9
 _MAX_FILE_BYTES = 1 << 24
 
 _log = logging.getLogger("mlx_turboquant")
@@ -62,18 +62,12 @@ class Profile(NamedTuple):
                 "calibrate the model again."
             )
         average = geometric_mean if geometric else fmean
-        layers = []
-        for part, keys, values in zip(compressible, self.keys, self.values):
-            pairs = ((part.keys, keys, MIN_KEY_BITS), (part.values, values, MIN_VALUE_BITS))
-            layers.append(Layer(*(_side(*pair, average) for pair in pairs)))
-        return layers
 
+        def means(side: Divergences | None) -> dict[int, float] | None:
+            return side and {bits: average(texts) for bits, texts in side.items()}
 
-def _side(vectors, divergences: Divergences | None, min_bits: int, average) -> Side | None:
-    if vectors is None or divergences is None:
-        return None
-    measured = {bits: average(texts) for bits, texts in divergences.items()}
-    return Side(vectors, divergences_by_bits(vectors.dim, measured), min_bits)
+        sides = zip(compressible, map(means, self.keys), map(means, self.values))
+        return [measured_layer(place.keys, place.values, *measured) for place, *measured in sides]
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -104,22 +98,11 @@ def save_profile(profile: Profile, file: Path | None = None) -> Path:
     """
     file = file or profile_path(profile.fingerprint)
     file.parent.mkdir(parents=True, exist_ok=True)
-    layers = [
-        {
-            name: {str(bits): list(texts) for bits, texts in side.items()}
-            for name, side in (("keys", keys), ("values", values))
-            if side is not None
-        }
-        for keys, values in zip(profile.keys, profile.values)
+    contents = {"format": FORMAT_VERSION, "codec": CODEC_VERSION, **profile._asdict()}
+    contents["layers"] = [
+        {"keys": keys} if values is None else {"keys": keys, "values": values}
+        for keys, values in zip(contents.pop("keys"), contents.pop("values"))
     ]
-    contents = {
-        "format": FORMAT_VERSION,
-        "codec": CODEC_VERSION,
-        "fingerprint": profile.fingerprint,
-        "texts": profile.texts,
-        "tokens": profile.tokens,
-        "layers": layers,
-    }
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}-") as folder:
         complete = Path(folder) / file.name
         complete.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
@@ -181,31 +164,23 @@ def _checked(contents: dict[str, Any]) -> Profile:
         raise ValueError(f"{tokens} tokens were scored")
     sides = {
         name: tuple(
-            _checked_side(layer.get(name), MEASURED_BITS[name], len(texts))
-            for layer in contents["layers"]
+            _checked_side(layer.get(name), name, len(texts)) for layer in contents["layers"]
         )
-        for name in ("keys", "values")
+        for name in MEASURED_BITS
     }
     if not sides["keys"] or None in sides["keys"]:
         raise ValueError("a layer has no keys")
     return Profile(contents["fingerprint"], texts, tokens, **sides)
 
 
-def _checked_side(
-    side: dict[str, list[float]] | None, bits: tuple[int, ...], texts: int
-) -> Divergences | None:
+def _checked_side(side: dict[str, list[float]] | None, name: str, texts: int) -> Divergences | None:
     if side is None:
         return None
-    if set(side) != set(map(str, bits)):
+    if set(side) != set(map(str, MEASURED_BITS[name])):
         raise ValueError(f"a side was measured at {sorted(side)} bits")
     for numbers in side.values():
         if len(numbers) != texts or not all(type(x) is float for x in numbers):
             raise ValueError("a side has not one divergence for each text")
-        if not all(math.isfinite(x) and x > 0 for x in numbers):
+        if not all(0 < x < math.inf for x in numbers):
             raise ValueError("a divergence is not a positive number")
-    return {b: tuple(side[str(b)]) for b in bits}
-
-
-def at_least(divergence: float) -> float:
-    """``divergence``, or the least that a profile holds if rounding left less of a small one."""
-    return max(divergence, _LEAST_DIVERGENCE)
+    return {bits: tuple(side[str(bits)]) for bits in MEASURED_BITS[name]}

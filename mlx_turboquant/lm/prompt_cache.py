@@ -1,13 +1,14 @@
 """Prompt-cache files: mlx-lm's own format, checked before and after mlx-lm reads it."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache
 
 from .. import files
 from ..cache.latent import TurboQuantLatentCache
@@ -23,18 +24,8 @@ from .profile import fingerprint
 # Changes whenever the state of a cache is written in another way.
 FORMAT_VERSION = "3"
 
-_KNOWN_CACHES = {
-    cache.__name__: cache
-    for cache in (
-        TurboQuantKVCache,
-        TurboQuantLatentCache,
-        mlx_lm_cache.ArraysCache,
-        mlx_lm_cache.CacheList,
-        mlx_lm_cache.ChunkedKVCache,
-        mlx_lm_cache.KVCache,
-        mlx_lm_cache.RotatingKVCache,
-    )
-}
+_MLX_LM_CACHES = (ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache)
+_KNOWN_CACHES = (TurboQuantKVCache, TurboQuantLatentCache, *_MLX_LM_CACHES)
 # mlx-lm looks classes up by name in its own module.
 mlx_lm_cache.TurboQuantKVCache = TurboQuantKVCache
 mlx_lm_cache.TurboQuantLatentCache = TurboQuantLatentCache
@@ -57,19 +48,13 @@ def save_prompt_cache(
         OSError: the file cannot be written whole, for want of space for instance.
     """
     file = check_target(file)
-    metadata = {
-        **(metadata or {}),
-        "format": FORMAT_VERSION,
-        "codec": CODEC_VERSION,
-        "seed": _seeds(cache),
-        "fingerprint": fingerprint(model),
-        "checksum": files.NO_CHECKSUM,
-    }
-    files.write_whole(
-        file,
-        lambda path: mlx_lm_cache.save_prompt_cache(str(path), cache, metadata),
-        _CHECKSUM_KEY,
-    )
+    own = {"format": FORMAT_VERSION, "codec": CODEC_VERSION, "seed": _seeds(cache)}
+    own |= {"fingerprint": fingerprint(model), "checksum": files.NO_CHECKSUM}
+
+    def write(path: Path) -> None:
+        mlx_lm_cache.save_prompt_cache(str(path), cache, {**(metadata or {}), **own})
+
+    files.write_whole(file, write, _CHECKSUM_KEY)
     return file
 
 
@@ -86,7 +71,14 @@ def load_prompt_cache(
     """
     file = files.safetensors_path(file)
     header = files.read_header(file)
-    saved = _saved_metadata(file, header)
+    texts = header["__metadata__"].items()
+    saved = {key.removeprefix("0."): text for key, text in texts if key.startswith("0.")}
+    if "codec" not in saved:
+        raise ValueError(
+            f"{file} is not a prompt cache of mlx_turboquant: use a file that it has saved."
+        )
+    versions = {"format": FORMAT_VERSION, "codec": CODEC_VERSION}
+    files.check_versions(file, saved, versions, "process the prompt again")
     if model is not None:
         check_fingerprint(file, saved.get("fingerprint"), model)
     _check_names(file, header)
@@ -95,8 +87,8 @@ def load_prompt_cache(
     try:
         cache, metadata = mlx_lm_cache.load_prompt_cache(str(file), return_metadata=True)
         seeds = _seeds(cache)
-        for layer in cache:
-            _check_plain(layer)
+        for part in _with_parts(cache):
+            _check_plain(part)
         mx.eval([layer.state for layer in cache])
     except Exception as error:
         raise damaged(file, str(error)) from error
@@ -122,43 +114,28 @@ def check_fingerprint(file: str | Path, expected: str | None, model: nn.Module) 
         )
 
 
-def _saved_metadata(file: Path, header: dict[str, Any]) -> dict[str, str]:
-    """The caller's metadata, of a file that this version can read."""
-    texts = header["__metadata__"].items()
-    saved = {key.removeprefix("0."): text for key, text in texts if key.startswith("0.")}
-    if "codec" not in saved:
-        raise ValueError(
-            f"{file} is not a prompt cache of mlx_turboquant: use a file that it has saved."
-        )
-    versions = {"format": FORMAT_VERSION, "codec": CODEC_VERSION}
-    files.check_versions(file, saved, versions, "process the prompt again")
-    return saved
-
-
 def _check_names(file: Path, header: dict[str, Any]) -> None:
     """Refuse classes that are not caches, and lists that lack entries, which mlx-lm would fill."""
     metadata = header["__metadata__"]
     classes = {text for key, text in metadata.items() if key.startswith("1.")}
-    if unknown := classes - set(_KNOWN_CACHES):
+    if unknown := classes - {cache.__name__ for cache in _KNOWN_CACHES}:
         raise damaged(file, f"{sorted(unknown)[0]!r} is not a kind of cache")
-    layers = {name.split(".")[0] for name in header if name != "__metadata__"}
+    arrays = [name for name in header if name != "__metadata__"]
+    layers = {name.split(".")[0] for name in arrays}
     if len(layers) != sum(key.startswith("1.") for key in metadata):
         raise damaged(file, f"{len(layers)} layers and another number of classes")
-    for names in (metadata, [name for name in header if name != "__metadata__"]):
-        _check_lists(file, names)
+    _check_lists(file, metadata)
+    _check_lists(file, arrays)
 
 
 def _check_lists(file: Path, names: Iterable[str]) -> None:
     children = defaultdict(set)
     for name in names:
-        *parents, child = name.split(".")
-        if len(parents) > _MAX_DEPTH:
-            raise damaged(file, f"{len(parents)} nested lists")
-        while True:
-            children[tuple(parents)].add(child)
-            if not parents:
-                break
-            *parents, child = parents
+        parts = tuple(name.split("."))
+        if len(parts) - 1 > _MAX_DEPTH:
+            raise damaged(file, f"{len(parts) - 1} nested lists")
+        for depth, part in enumerate(parts):
+            children[parts[:depth]].add(part)
     for parent, keys in children.items():
         try:
             places = sorted(map(int, keys))
@@ -183,33 +160,36 @@ def _check_model(file: Path, cache: list[Any], seeds: str, model: nn.Module) -> 
 def _seeds(caches: Iterable[Any]) -> str:
     """The seeds of the compressed caches; ValueError for a class that this package cannot save."""
     seeds: set[str] = set()
-    for cache in caches:
-        if type(cache) not in _KNOWN_CACHES.values():
+    for cache in _with_parts(caches):
+        if type(cache) not in _KNOWN_CACHES:
             raise ValueError(f"{type(cache).__name__} is not a kind of cache that is saved.")
         if isinstance(cache, TurboQuantKVCache):
             seeds.add(str(cache.seed))
-        else:
-            seeds.update(filter(None, _seeds(getattr(cache, "caches", ())).split(" ")))
     return " ".join(sorted(seeds))
+
+
+def _with_parts(caches: Iterable[Any]) -> Iterator[Any]:
+    """The caches, and those within each ``CacheList``."""
+    for cache in caches:
+        yield cache
+        if type(cache) is CacheList:
+            yield from _with_parts(cache.caches)
 
 
 def _check_plain(cache: Any) -> None:
     """Refuse a cache of mlx-lm whose numbers do not fit its arrays, which mlx-lm never checks."""
-    if isinstance(cache, mlx_lm_cache.CacheList):
-        for part in cache.caches:
-            _check_plain(part)
-    elif isinstance(cache, mlx_lm_cache.ArraysCache):
+    if isinstance(cache, ArraysCache):
         *arrays, left_padding, lengths = (*cache.cache, cache.left_padding, cache.lengths)
         rows = {len(x) for x in (*arrays, left_padding, lengths) if x is not None}
         check_state(len(rows) < 2, "arrays of different batches")
-    elif not isinstance(cache, TurboQuantKVCache):
+    elif not isinstance(cache, (TurboQuantKVCache, CacheList)):
         keys, values, *numbers = cache.state
         check_state(all(type(n) is int and n >= 0 for n in numbers), "a number is not one")
         held = 0 if keys is None else keys.shape[2]
         if keys is not None or values is not None:
             check_vectors(keys, held, keys)
             check_vectors(values, held, keys)
-        if isinstance(cache, mlx_lm_cache.RotatingKVCache):
+        if isinstance(cache, RotatingKVCache):
             most, tokens = min(cache.offset, cache.max_size), cache._idx
             check_state(cache.keep <= cache.max_size, "more to keep than there can be")
         else:

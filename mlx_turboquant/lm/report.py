@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import mlx.nn as nn
 
 from ..kernels.tokens import BLOCK
-from .allocation import Layer, expected_divergence
+from .allocation import expected_divergence
 from .choice import choice_of
 from .compressible import flat_caches
 
@@ -60,8 +60,8 @@ class CacheReport(NamedTuple):
     """The size of a prompt cache, its layers by class, and the bits of the compressed ones.
 
     ``token_nbytes`` is what one more token takes in compressed layers. ``divergence`` is the KL
-    divergence of the output to expect with these bits, in nats, and ``heaviest`` names the keys or
-    values of layers that make most of it; both are None without a profile of the model.
+    divergence of the output to expect with these bits, in nats, and ``heaviest`` names the three
+    sides (keys or values) of layers that make most of it; both are None without a profile.
     """
 
     size: CacheSize
@@ -81,16 +81,12 @@ class CacheReport(NamedTuple):
         rows = [("cache", "layers", "bits", "MB", "MB in fp16", "")]
         for cache, layers, bits, remark, *sizes in self.kinds:
             bits = "exact" if bits is None else f"{bits:.4g}"
-            sizes = (f"{nbytes / 1e6:,.2f}" for nbytes in sizes)
-            rows.append((cache, str(layers), bits, *sizes, remark))
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if index in (1, 3, 4) else cell.ljust(width)
-                for index, (cell, width) in enumerate(zip(row, widths))
-            ).rstrip()
-            for row in rows
-        ]
+            rows.append((cache, str(layers), bits, *(f"{x / 1e6:,.2f}" for x in sizes), remark))
+        columns = []
+        for align, column in zip("<><>><", zip(*rows)):
+            width = max(map(len, column))
+            columns.append([f"{cell:{align}{width}}" for cell in column])
+        lines = ["  ".join(row).rstrip() for row in zip(*columns)]
         if not self.compressed_layers:
             return "\n".join([*lines, "Nothing is compressed."])
         for name, bits in (("keys", self.key_bits), ("values", self.value_bits)):
@@ -146,9 +142,14 @@ def cache_report(cache: list[Any], model: nn.Module | None = None) -> CacheRepor
     if expected is None or len(expected) != len(compressed):
         return report
     bits = list(zip(report.key_bits, report.value_bits))
-    return report._replace(
-        divergence=expected_divergence(expected, bits), heaviest=_heaviest(expected, bits)
-    )
+    shares = [
+        (side.divergences[b], f"{name} of layer {i}")
+        for i, (layer, pair) in enumerate(zip(expected, bits))
+        for name, side, b in zip(("keys", "values"), layer, pair)
+        if side is not None
+    ]
+    heaviest = [name for _, name in sorted(shares, reverse=True)[:3]]
+    return report._replace(divergence=expected_divergence(expected, bits), heaviest=heaviest)
 
 
 def _layer_kind(name: str, layers: list[Any]) -> LayerKind:
@@ -157,8 +158,7 @@ def _layer_kind(name: str, layers: list[Any]) -> LayerKind:
         remark = f"{packed:,} tokens a layer packed, {exact:,} exact"
         bits = mean_of_bits([x.key_bits for x in layers], [x.value_bits for x in layers])
     else:
-        remark = _WHY_NOT.get(name, "a kind that is left as it is")
-        bits = None
+        remark, bits = _WHY_NOT.get(name, "a kind that is left as it is"), None
     size = cache_size(layers)
     return LayerKind(name, len(layers), bits, remark, size.nbytes, size.fp16_nbytes)
 
@@ -166,14 +166,3 @@ def _layer_kind(name: str, layers: list[Any]) -> LayerKind:
 def mean_of_bits(key_bits: list[int], value_bits: list[int]) -> float:
     """The mean of the bits of all layers, which have as many keys as values."""
     return sum(key_bits + value_bits) / (2 * len(key_bits))
-
-
-def _heaviest(layers: list[Layer], bits: list[tuple[int, int]]) -> list[str]:
-    """The three sides of layers from which most of the expected divergence comes."""
-    shares = [
-        (side.divergences[b], f"{name} of layer {i}")
-        for i, (layer, pair) in enumerate(zip(layers, bits))
-        for name, side, b in zip(("keys", "values"), layer, pair)
-        if side is not None
-    ]
-    return [name for _, name in sorted(shares, reverse=True)[:3]]

@@ -2,7 +2,8 @@
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -66,16 +67,16 @@ def measure(
         mx.clear_cache()
         progress(chunk.shape[1])
     prefill = time.perf_counter() - begin
-    decoder = _Decoder(model, contender, cache, prompts[:, -1:])
-    decoder.step()
+    steps = _decode(model, contender, cache, prompts[:, -1:])
+    next(steps)
     first_token = time.perf_counter() - begin
     mx.synchronize()  # the next step, which holds dense tokens while it is computed
     prefill_active, prefill_peak = mx.get_active_memory() - before, mx.get_peak_memory() - before
     mx.reset_peak_memory()
     for _ in range(_WARM_UP_TOKENS):
-        decoder.step()
+        next(steps)
     begin = time.perf_counter()
-    graphs = [decoder.step() for _ in range(new_tokens - _WARM_UP_TOKENS)]
+    graphs = list(islice(steps, new_tokens - _WARM_UP_TOKENS))
     decode = (time.perf_counter() - begin) / len(graphs)
     mx.synchronize()
     progress(new_tokens + 1)
@@ -92,28 +93,24 @@ def measure(
     )
 
 
-class _Decoder:
-    """Greedy decoding one step ahead of what is known, as in mlx-lm's ``generate_step``."""
+def _decode(
+    model: nn.Module, contender: Contender, cache: list[Any], tokens: mx.array
+) -> Iterator[float]:
+    """Greedy decoding one step ahead of what is known, as in mlx-lm's ``generate_step``.
 
-    def __init__(self, model: nn.Module, contender: Contender, cache: list[Any], tokens: mx.array):
-        self.model, self.contender, self.cache = model, contender, cache
-        self.next = self._submit(tokens)[0]
-
-    def step(self) -> float:
-        """Wait for one token of each sequence; returns the seconds of building the next graph."""
-        tokens = self.next
-        self.next, seconds = self._submit(tokens)
-        mx.eval(tokens)
-        return seconds
-
-    def _submit(self, tokens: mx.array) -> tuple[mx.array, float]:
+    Yields the seconds of building the next graph whenever a token of each sequence is known.
+    """
+    known = None
+    while True:
         begin = time.perf_counter()
-        logits = self.model(tokens, cache=self.cache)[:, -1]
-        self.contender.after_chunk(self.cache)
-        following = logits.argmax(axis=-1, keepdims=True)
+        following = model(tokens, cache=cache)[:, -1].argmax(axis=-1, keepdims=True)
+        contender.after_chunk(cache)
         seconds = time.perf_counter() - begin
         mx.async_eval(following)
-        return following, seconds
+        if known is not None:
+            mx.eval(known)
+            yield seconds
+        known = tokens = following
 
 
 def median(measurements: list[Measurement]) -> Measurement:

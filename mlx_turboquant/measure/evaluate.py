@@ -9,7 +9,6 @@ import copy
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -41,12 +40,10 @@ def _ignore(tokens: int) -> None:
     pass
 
 
-def read_prompt(
-    model: nn.Module, contender: Contender, tokens: mx.array, progress: Progress = _ignore
-) -> list[Any]:
+def read_prompt(model: nn.Module, contender: Contender, tokens: mx.array) -> list[Any]:
     """A cache of ``contender`` that has read the tokens (n,) as mlx-lm reads a prompt."""
-    [cache] = read_first_chunk(model, [contender], tokens, progress)
-    read_on(model, contender, cache, tokens, progress)
+    [cache] = read_first_chunk(model, [contender], tokens)
+    read_on(model, contender, cache, tokens)
     return cache
 
 
@@ -62,15 +59,14 @@ def read_first_chunk(
     plain = plain_caches(model)
     if all(type(layer) in (KVCache, *_STATES) for layer in plain):
         together = [
-            _FirstChunk([cache[i] for cache in caches]) if type(layer) is KVCache else layer
-            for i, layer in enumerate(plain)
+            _FirstChunk(layers) if type(own) is KVCache else own
+            for own, *layers in zip(plain, *caches)
         ]
         model(chunk, cache=together)
         for cache in caches:
-            cache[:] = [
-                layer if type(own) is KVCache else copy.deepcopy(own)
-                for layer, own in zip(cache, plain)
-            ]
+            for i, own in enumerate(plain):
+                if type(own) is not KVCache:
+                    cache[i] = copy.deepcopy(own)
     else:
         for cache in caches:
             model(chunk, cache=cache)
@@ -173,26 +169,41 @@ class Comparison:
         first = len(tokens) - scored
         exact: list[mx.array] = []
         continuation: list[int] = []
-        tokens = mx.array(tokens)
-        for scores, cache in self._first_chunk(tokens[: first - 1]):
-            with _failure_of(scores):
-                read_on(self.model, scores.contender, cache, tokens[: first - 1], self.progress)
-                self._score(scores, cache, tokens[first - 1 :], exact)
-                scores.positions += range(first, first + scored)
-                self._depart(scores, cache, tokens[-1].item(), continuation, greedy)
-                scores.bits = scores.contender.bits_per_value(cache)
-                scores.token_nbytes = scores.contender.token_nbytes(cache)
-                if scores.contender.settings is not None:
-                    size = cache_size(cache)
-                    scores.bits_in_all = 16 * size.nbytes / size.fp16_nbytes
 
-    def _first_chunk(self, tokens: mx.array) -> Iterator[tuple[Scores, list[Any]]]:
-        """What has not failed, each with a cache that has read the first chunk of the tokens."""
+        def measure(scores: Scores, cache: list[Any]) -> None:
+            self._score(scores, cache, mx.array(tokens[first - 1 :]), exact)
+            scores.positions += range(first, first + scored)
+            following = islice(greedy_tokens(self.model, cache, tokens[-1]), greedy)
+            if scores.contender is EXACT:
+                continuation.extend(following)
+            scores.departures.append(first_difference(continuation, following))
+            self.progress(greedy)
+            scores.bits = scores.contender.bits_per_value(cache)
+            scores.token_nbytes = scores.contender.token_nbytes(cache)
+            if scores.contender.settings is not None:
+                size = cache_size(cache)
+                scores.bits_in_all = 16 * size.nbytes / size.fp16_nbytes
+
+        self._each(mx.array(tokens)[: first - 1], measure)
+
+    def _each(self, tokens: mx.array, measure: Callable[[Scores, list[Any]], Any]) -> None:
+        """Let every cache that has not failed read the tokens, and measure it.
+
+        A true result of ``measure`` ends this.
+        """
         working = [scores for scores in self.scores if scores.failure is None]
         contenders = [scores.contender for scores in working]
         caches = read_first_chunk(self.model, contenders, tokens, self.progress)
         while caches:
-            yield working.pop(0), caches.pop(0)
+            scores, cache = working.pop(0), caches.pop(0)
+            try:
+                read_on(self.model, scores.contender, cache, tokens, self.progress)
+                if measure(scores, cache):
+                    return
+            except Exception as error:  # whatever mlx-lm's cache raises with a model
+                if scores.contender.mlx_lm_bits is None:
+                    raise
+                scores.failure = reason_of(error)
             mx.clear_cache()
 
     def _score(
@@ -210,47 +221,40 @@ class Comparison:
             scores.agreements += agreements.tolist()
             scores.overlaps += overlaps.tolist()
 
-    def _depart(
-        self, scores: Scores, cache: list[Any], token: int, continuation: list[int], greedy: int
-    ) -> None:
-        tokens = islice(greedy_tokens(self.model, cache, token), greedy)
-        if scores.contender is EXACT:
-            continuation += tokens
-        scores.departures.append(first_difference(continuation, tokens))
-        self.progress(greedy)
-
     def generation(self, prompt: list[int], count: int, is_sampled: bool, seed: int = 0) -> None:
         """Let every contender write ``count`` tokens after a prompt, and score them exactly."""
-        tokens = mx.array(prompt[:-1])
+        follow = partial(sampled_tokens, seed=seed) if is_sampled else greedy_tokens
         exact: list[int] = []
-        for scores, cache in self._first_chunk(tokens):
-            with _failure_of(scores):
-                read_on(self.model, scores.contender, cache, tokens, self.progress)
-                follow = partial(sampled_tokens, seed=seed) if is_sampled else greedy_tokens
-                written = list(islice(follow(self.model, cache, prompt[-1]), count))
-                exact = exact or written
-                losses = exact_losses(self.model, prompt, written)
-                departure = first_difference(exact, written)
-                scores.generations.append(Generation(is_sampled, written, losses, departure))
-                self.progress(count)
+
+        def measure(scores: Scores, cache: list[Any]) -> None:
+            written = list(islice(follow(self.model, cache, prompt[-1]), count))
+            if scores.contender is EXACT:
+                exact.extend(written)
+            losses = exact_losses(self.model, prompt, written)
+            departure = first_difference(exact, written)
+            scores.generations.append(Generation(is_sampled, written, losses, departure))
+            self.progress(count)
+
+        self._each(mx.array(prompt[:-1]), measure)
 
     def needle(self, tokenizer, prompt: list[int], code: str, length: int, depth: float) -> None:
         """Let every contender go on after a passkey prompt; the first six digits must be the code.
 
         Where the exact cache does not find it, the others are not asked.
         """
-        tokens = mx.array(prompt[:-1])
-        for scores, cache in self._first_chunk(tokens):
-            with _failure_of(scores):
-                read_on(self.model, scores.contender, cache, tokens, self.progress)
-                continuation = greedy_tokens(self.model, cache, prompt[-1])
-                found = _first_code(tokenizer, islice(continuation, REPLY_TOKENS)) == code
-                scores.needles.append(Needle(length, depth, found))
-                self.progress(REPLY_TOKENS)
-                if scores.contender is EXACT and not found:
-                    unread = max(len(tokens) - CHUNK, 0) + REPLY_TOKENS
-                    self.progress((len(self.scores) - 1) * unread)
-                    return
+
+        def measure(scores: Scores, cache: list[Any]) -> bool:
+            continuation = greedy_tokens(self.model, cache, prompt[-1])
+            found = _first_code(tokenizer, islice(continuation, REPLY_TOKENS)) == code
+            scores.needles.append(Needle(length, depth, found))
+            self.progress(REPLY_TOKENS)
+            is_lost = scores.contender is EXACT and not found
+            if is_lost:
+                unread = max(len(prompt) - 1 - CHUNK, 0) + REPLY_TOKENS
+                self.progress((len(self.scores) - 1) * unread)
+            return is_lost
+
+        self._each(mx.array(prompt[:-1]), measure)
 
 
 def exact_losses(model: nn.Module, prompt: list[int], following: list[int]) -> list[float]:
@@ -274,12 +278,9 @@ def passkey_prompt(
     prompt, code = hide_codes(tokenizer, text, length - len(start), depth=depth, seed=seed)
     if chat:
         message = {"role": "user", "content": tokenizer.decode(prompt) + " which six digits?"}
-        prompt = tokenizer.apply_chat_template(
-            [message], add_generation_prompt=True, enable_thinking=False
-        )
-    else:
-        prompt = start + prompt
-    return list(prompt), code
+        options = {"add_generation_prompt": True, "enable_thinking": False}
+        return list(tokenizer.apply_chat_template([message], **options)), code
+    return start + prompt, code
 
 
 def _first_code(tokenizer, tokens: Iterable[int]) -> str | None:
@@ -287,18 +288,6 @@ def _first_code(tokenizer, tokens: Iterable[int]) -> str | None:
     reply = []
     for token in tokens:
         reply.append(token)
-        digits = re.search(r"\d{6}", tokenizer.decode(reply))
-        if digits:
+        if digits := re.search(r"\d{6}", tokenizer.decode(reply)):
             return digits[0]
     return None
-
-
-@contextmanager
-def _failure_of(scores: Scores) -> Iterator[None]:
-    """Whatever mlx-lm's own cache raises with a model that it does not support."""
-    try:
-        yield
-    except Exception as error:
-        if scores.contender.mlx_lm_bits is None:
-            raise
-        scores.failure = reason_of(error)

@@ -1,5 +1,6 @@
 """How many bytes a cache takes, before it is filled: for a plan, and for what fits."""
 
+from bisect import bisect_right
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -40,14 +41,7 @@ class Footprint(NamedTuple):
 
     def longest(self, nbytes: float) -> int:
         """The most tokens of a prompt that fit in so many bytes."""
-        few, many = 0, 1 << 40
-        if self.prompt_nbytes(many) <= nbytes:
-            return many
-        while many - few > 1:
-            middle = (few + many) // 2
-            fits = self.prompt_nbytes(middle) <= nbytes
-            few, many = (middle, many) if fits else (few, middle)
-        return few
+        return bisect_right(range(1, (1 << 40) + 1), nbytes, key=self.prompt_nbytes)
 
 
 def footprint(model: nn.Module, contender: Contender) -> Footprint:
@@ -95,9 +89,8 @@ def chunk_nbytes(model: nn.Module) -> int:
 
 def _scores(model: nn.Module, contender: Contender) -> int:
     """Bytes of the scores of a chunk for one token, where MLX does not fuse them: in 16 bits."""
-    arguments = model.args
-    heads = getattr(arguments, "num_attention_heads", 0)
-    head_dim = getattr(arguments, "head_dim", None) or arguments.hidden_size // max(heads, 1)
+    heads = getattr(model.args, "num_attention_heads", 0)
+    head_dim = getattr(model.args, "head_dim", None) or model.args.hidden_size // max(heads, 1)
     fused = contender.mlx_lm_bits is None and head_dim in _FUSED_DIMS
     return 0 if fused else 2 * 2 * heads * CHUNK
 

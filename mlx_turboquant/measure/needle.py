@@ -92,8 +92,7 @@ def hide_lines(
     if depth is not None:
         places[0] = min(starts, key=lambda place: abs(place - depth * room))
     tokens, last = [], 0
-    for i in sorted(range(len(lines)), key=places.__getitem__):
-        place = places[i]
+    for place, i in sorted(zip(places, range(len(lines)))):
         tokens += text_tokens[last:place]
         tokens += before[i] if text_tokens[place] in opens else after[i]
         last = place

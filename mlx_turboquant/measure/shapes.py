@@ -12,95 +12,60 @@ _GROUP_SIZE = 64
 _BITS = 4
 
 
-def _llama(**arguments: Any) -> dict[str, Any]:
-    common = {"model_type": "llama", "num_key_value_heads": 8, "rms_norm_eps": 1e-5}
-    rope = {"rope_theta": 500000.0, "max_position_embeddings": 131072}
-    return {**common, **rope, "tie_word_embeddings": False, **arguments}
+def _shape(
+    kind: str, hidden: int, intermediate: int, layers: int, heads: int, **others: Any
+) -> dict[str, Any]:
+    widths = {"hidden_size": hidden, "intermediate_size": intermediate}
+    counts = {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": 8}
+    limit = {"max_position_embeddings": 131072, "tie_word_embeddings": False}
+    return {"model_type": kind, **widths, **counts, **limit, **others}
 
 
-def _llama_3(factor: float = 8.0, **arguments: Any) -> dict[str, Any]:
+def _llama(*sizes: int, **others: Any) -> dict[str, Any]:
+    return _shape("llama", *sizes, **{"rms_norm_eps": 1e-5, "rope_theta": 500000.0, **others})
+
+
+def _llama_3(*sizes: int, factor: float = 8.0, **others: Any) -> dict[str, Any]:
     scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0}
     scaling |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    return _llama(vocab_size=128256, rope_scaling=scaling, **arguments)
+    return _llama(*sizes, vocab_size=128256, rope_scaling=scaling, **others)
 
 
-def _qwen3(**arguments: Any) -> dict[str, Any]:
-    common = {"model_type": "qwen3", "num_key_value_heads": 8, "head_dim": 128}
-    common |= {"vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0}
-    return {**common, "max_position_embeddings": 40960, "tie_word_embeddings": False, **arguments}
+def _qwen3(*sizes: int, kind: str = "qwen3", **others: Any) -> dict[str, Any]:
+    common = {"head_dim": 128, "vocab_size": 151936, "rms_norm_eps": 1e-6}
+    common |= {"rope_theta": 1000000.0, "max_position_embeddings": 40960}
+    return _shape(kind, *sizes, **common, **others)
 
 
-def _widths(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, int]:
-    sizes = {"hidden_size": hidden, "intermediate_size": intermediate}
-    return {**sizes, "num_hidden_layers": layers, "num_attention_heads": heads}
-
+_TIED = {"tie_word_embeddings": True}
+_SHORT = {"max_position_embeddings": 32768}
+_EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+_EXPERTS |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
+_GEMMA_3 = {"head_dim": 256, "vocab_size": 262208, "sliding_window": 1024}
+_GEMMA_3 |= {"sliding_window_pattern": 6, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+_YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0}
+_YARN |= {"original_max_position_embeddings": 4096}
+_GPT_OSS = {"head_dim": 64, "vocab_size": 201088, "num_local_experts": 32}
+_GPT_OSS |= {"num_experts_per_tok": 4, "sliding_window": 128, "rope_theta": 150000}
 
 # The configurations that these models are published with, as far as they bear on shapes.
 SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3.2-1b": _llama_3(32.0, **_widths(2048, 8192, 16, 32), tie_word_embeddings=True),
-    "llama-3.2-3b": _llama_3(
-        32.0, **_widths(3072, 8192, 28, 24), head_dim=128, tie_word_embeddings=True
-    ),
-    "llama-3.1-8b": _llama_3(**_widths(4096, 14336, 32, 32)),
-    "llama-3.3-70b": _llama_3(**_widths(8192, 28672, 80, 64)),
-    "mistral-7b": _llama(
-        **_widths(4096, 14336, 32, 32),
-        vocab_size=32768,
-        rope_theta=1000000.0,
-        max_position_embeddings=32768,
-    ),
+    "llama-3.2-1b": _llama_3(2048, 8192, 16, 32, factor=32.0, **_TIED),
+    "llama-3.2-3b": _llama_3(3072, 8192, 28, 24, factor=32.0, head_dim=128, **_TIED),
+    "llama-3.1-8b": _llama_3(4096, 14336, 32, 32),
+    "llama-3.3-70b": _llama_3(8192, 28672, 80, 64),
+    "mistral-7b": _llama(4096, 14336, 32, 32, vocab_size=32768, rope_theta=1e6, **_SHORT),
     "mistral-small-24b": _llama(
-        **_widths(5120, 32768, 40, 32),
-        head_dim=128,
-        vocab_size=131072,
-        rope_theta=100000000.0,
-        max_position_embeddings=32768,
+        5120, 32768, 40, 32, head_dim=128, vocab_size=131072, rope_theta=1e8, **_SHORT
     ),
-    "qwen3-4b": _qwen3(**_widths(2560, 9728, 36, 32), tie_word_embeddings=True),
-    "qwen3-8b": _qwen3(**_widths(4096, 12288, 36, 32)),
-    "qwen3-32b": _qwen3(**_widths(5120, 25600, 64, 64)),
+    "qwen3-4b": _qwen3(2560, 9728, 36, 32, **_TIED),
+    "qwen3-8b": _qwen3(4096, 12288, 36, 32),
+    "qwen3-32b": _qwen3(5120, 25600, 64, 64),
     "qwen3-30b-a3b": _qwen3(
-        **_widths(2048, 6144, 48, 32),
-        model_type="qwen3_moe",
-        num_key_value_heads=4,
-        num_experts=128,
-        num_experts_per_tok=8,
-        moe_intermediate_size=768,
-        decoder_sparse_step=1,
-        mlp_only_layers=[],
-        norm_topk_prob=True,
+        2048, 6144, 48, 32, kind="qwen3_moe", **{**_EXPERTS, "num_key_value_heads": 4}
     ),
-    "gemma-3-12b": {
-        **_widths(3840, 15360, 48, 16),
-        "model_type": "gemma3_text",
-        "num_key_value_heads": 8,
-        "head_dim": 256,
-        "vocab_size": 262208,
-        "sliding_window": 1024,
-        "sliding_window_pattern": 6,
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": True,
-        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-    },
-    "gpt-oss-20b": {
-        **_widths(2880, 2880, 24, 64),
-        "model_type": "gpt_oss",
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "vocab_size": 201088,
-        "num_local_experts": 32,
-        "num_experts_per_tok": 4,
-        "sliding_window": 128,
-        "max_position_embeddings": 131072,
-        "rope_theta": 150000,
-        "rope_scaling": {
-            "rope_type": "yarn",
-            "factor": 32.0,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "original_max_position_embeddings": 4096,
-        },
-    },
+    "gemma-3-12b": _shape("gemma3_text", 3840, 15360, 48, 16, **_GEMMA_3, **_TIED),
+    "gpt-oss-20b": _shape("gpt_oss", 2880, 2880, 24, 64, **_GPT_OSS, rope_scaling=_YARN),
 }
 
 
@@ -125,9 +90,8 @@ def unloaded_model(config: dict[str, Any]) -> nn.Module:
         model.tie_word_embeddings = True
         model.pop("lm_head")
     model.set_dtype(mx.bfloat16)
-    quantization = config.get("quantization")
-    if quantization is not None:
-        _quantize(model, config, quantization)
+    if config.get("quantization") is not None:
+        _quantize(model, config)
     return model.eval()
 
 
@@ -144,13 +108,13 @@ def random_model(config: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _quantize(model: nn.Module, config: dict[str, Any], quantization: dict[str, Any]) -> None:
-    usual = getattr(model, "quant_predicate", None)
+def _quantize(model: nn.Module, config: dict[str, Any]) -> None:
+    quantization = config["quantization"]
+    usual = getattr(model, "quant_predicate", None) or (lambda path, module: True)
 
     def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if path in quantization:  # what the configuration says of single layers
-            return quantization[path]
-        return True if usual is None else usual(path, module)
+        # The configuration may say something of single layers.
+        return quantization[path] if path in quantization else usual(path, module)
 
     sizes = (quantization["group_size"], quantization["bits"], quantization.get("mode", "affine"))
     with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints the bits of a weight

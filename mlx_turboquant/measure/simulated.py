@@ -5,6 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 
 from ..kernels.tokens import BLOCK
@@ -35,7 +36,8 @@ class MethodRounding:
         self.seed = seed
         self.method: Method | None = None
         x = mx.zeros((1, dim))
-        self.vector_nbytes = _nbytes(_stored(make_method(name, x, bits, seed), x))
+        packed = _stored(make_method(name, x, bits, seed), x)
+        self.vector_nbytes = sum(part.nbytes for _, part in tree_flatten(packed))
 
     def __call__(self, x: mx.array) -> mx.array:
         """The reconstruction of x (B, H, n, dim), in its dtype."""
@@ -49,14 +51,8 @@ class SimulatedCache(KVCache):
 
     The first ``sink_tokens`` and the last ``window`` stay exact, and up to ``block`` - 1 more. A
     block is rounded when the next tokens come: those of a chunk see each other exactly. It can
-    neither be batched nor saved.
-
-    Args:
-        key_rounding: What becomes of the keys (B, H, n, dim) of whole blocks, in their dtype.
-        value_rounding: What becomes of their values.
-        window: Recent tokens that stay exact.
-        sink_tokens: First tokens that stay exact.
-        block: Tokens that are rounded together.
+    neither be batched nor saved. ``key_rounding`` and ``value_rounding`` return what becomes of the
+    keys and values (B, H, n, dim) of whole blocks, in their dtype.
     """
 
     def __init__(
@@ -143,13 +139,5 @@ def simulated_prompt_cache(model: nn.Module, codec: str, settings: Settings) -> 
 
 def _stored(method: Method, x: mx.array) -> Any:
     """What ``quantize`` returns for x, with numbers of 32 bits in bfloat16."""
-
-    def narrowed(part: mx.array) -> mx.array:
-        return part.astype(mx.bfloat16) if part.dtype == mx.float32 else part
-
-    return map_arrays(narrowed, method.quantize(x))
-
-
-def _nbytes(packed: Any) -> int:
-    """Bytes of all arrays of what ``quantize`` returned."""
-    return packed.nbytes if isinstance(packed, mx.array) else sum(map(_nbytes, packed))
+    packed = method.quantize(x)
+    return map_arrays(lambda a: a.astype(mx.bfloat16) if a.dtype == mx.float32 else a, packed)
