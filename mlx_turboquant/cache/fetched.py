@@ -18,7 +18,8 @@ class Link:
 
     Left to itself, MLX computes the dense tokens of many layers of a chunk in advance, because they
     need nothing but packed ones. So the attention of a layer is submitted when that of the layer
-    before has ended, while the GPU still has the rest of that layer to do.
+    before has ended, while the GPU still has the rest of that layer to do. The last layer has its
+    turn too, though no cache needs its attention: that is one of all layers.
     """
 
     is_hooked: bool = False
