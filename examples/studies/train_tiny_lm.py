@@ -6,7 +6,8 @@ The text is Python source code, by default this interpreter's standard library. 
 sequences hide passkeys (see mlx_turboquant/measure/needle.py) and end with questions about them,
 first in short contexts, where looking up is quickly learned, then in longer ones. The model is
 quantized to 8 bits, saved in mlx-lm's format, loaded again and evaluated. An H200 takes eight
-minutes. To try every part on a CPU: ``--steps 6 --scale 0.02 --passkey-prompts 1 --held-out-tokens 8192``.
+minutes. To try every part on a CPU:
+``--steps 6 --scale 0.02 --passkey-prompts 1 --held-out-tokens 8192``.
 """
 
 import argparse
