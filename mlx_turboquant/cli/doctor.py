@@ -65,7 +65,7 @@ def _configurations() -> Iterator[tuple[type[Kernel], tuple[Any, ...], str]]:
         for key_bits, value_bits in _SPLITS:
             pair = (shared_quantizer(dim, key_bits, 0), shared_quantizer(dim, value_bits, 0))
             configuration = Configuration(*pair, *[mx.float16] * 3, group=4, rows=1)
-            yield DecodeAttention, configuration, f"{dim} values, K{key_bits} V{value_bits}"
+            yield DecodeAttention, (configuration,), f"{dim} values, K{key_bits} V{value_bits}"
     quantizers = (shared_quantizer(128, 4, 0),) * 2
     for dtype in (mx.float32, mx.bfloat16):
         for group, rows, mask, has_sinks in (
@@ -77,9 +77,9 @@ def _configurations() -> Iterator[tuple[type[Kernel], tuple[Any, ...], str]]:
             label = f"{str(dtype)[9:]}, {group} query heads, {rows} rows, mask {mask}"
             yield (
                 DecodeAttention,
-                Configuration(*quantizers, *[dtype] * 3, group, rows, mask, has_sinks),
+                (Configuration(*quantizers, *[dtype] * 3, group, rows, mask, has_sinks),),
                 label,
             )
     latents = (shared_quantizer(512, 4, 0),) * 2
     configuration = Configuration(*latents, *[mx.bfloat16] * 3, 16, 1, "additive", is_latent=True)
-    yield DecodeAttention, configuration, "512 values, K4, latent vectors"
+    yield DecodeAttention, (configuration,), "512 values, K4, latent vectors"

@@ -106,8 +106,8 @@ class DecodeAttention:
 
     name = "decode_attention"
 
-    def __init__(self, *configuration):
-        wanted = self._configuration = Configuration(*configuration)
+    def __init__(self, configuration: Configuration):
+        wanted = self._configuration = configuration
         dim, value_dim = wanted.keys.dim, wanted.values.dim
         mask = MASK_KINDS.index(wanted.mask_kind)
         order, power = arguments.order_and_power(wanted.keys)
@@ -168,7 +168,7 @@ class DecodeAttention:
         dim = max(tokens.keys.quantizer.dim, tokens.values.quantizer.dim)
         if not supports(cls.name, dim, _MAX_DIM):
             return None
-        return checked(cls, *cls.configuration(queries, tokens, mask, sinks))
+        return checked(cls, cls.configuration(queries, tokens, mask, sinks))
 
     @staticmethod
     def configuration(

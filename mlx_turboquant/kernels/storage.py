@@ -72,7 +72,7 @@ class Layout(NamedTuple):
 
 
 def layouts_of(key_bits: int, value_bits: int | None) -> list[Layout]:
-    """Those of keys and values; without bits for values, of vectors that are both."""
+    """The layouts of keys and values, or without bits for values that of latent vectors."""
     if value_bits is None:
         return [Layout(key_bits, True, VALUE_MEAN_ENERGY)]
     return [Layout(key_bits, True, 0.0), Layout(value_bits, False, VALUE_MEAN_ENERGY)]

@@ -140,7 +140,7 @@ class _MakeCompressedCache:
         return make_prompt_cache(self.model(), self.settings)
 
     def plain_caches(self) -> list[Any]:
-        """Those that mlx-lm makes for the model when it is not enabled."""
+        """The caches that mlx-lm makes for the model when it is not enabled."""
         model = self.model()
         if self.replaced is not None:
             return self.replaced()

@@ -120,7 +120,7 @@ def log_probabilities(
 
 
 def token_losses(rows: mx.array, tokens: mx.array) -> list[float]:
-    """Those of tokens (n,), in nats, under log-probabilities (n, vocabulary)."""
+    """The losses of tokens (n,), in nats, under log-probabilities (n, vocabulary)."""
     return (-mx.take_along_axis(rows, tokens[:, None], axis=-1)[:, 0]).tolist()
 
 

@@ -45,7 +45,7 @@ class Footprint(NamedTuple):
 
 
 def footprint(model: nn.Module, contender: Contender) -> Footprint:
-    """That of the caches that ``contender`` makes for a model, none of which is evaluated.
+    """The footprint of the caches that ``contender`` makes; nothing of the model is evaluated.
 
     One token goes through the model lazily, which tells heads and dimensions.
 

@@ -106,9 +106,9 @@ class SimulatedCache(KVCache):
 def method_roundings(
     codec: str, settings: Settings, dims: tuple[int, int] = (_USUAL_DIM, _USUAL_DIM)
 ) -> list[MethodRounding]:
-    """Those of keys and values of these ``dims``, with the bits of ``settings``.
+    """The roundings of keys and values of these ``dims``, with the bits of ``settings``.
 
-    ``codec`` is the name of a method, or those for keys and values, as ``qjl+affine``.
+    ``codec`` names a method, or one for keys and one for values, as ``qjl+affine``.
 
     Raises:
         ValueError: another name, or bits or a dimension that a method cannot have.

@@ -283,7 +283,7 @@ def attention_arguments(tokens, group, rows, dtype, mask="none", sinks=False):
 
 def attention_kernel(queries, tokens, scale, mask, sinks) -> DecodeAttention:
     """Whatever its check says."""
-    return DecodeAttention(*DecodeAttention.configuration(queries, tokens, mask, sinks))
+    return DecodeAttention(DecodeAttention.configuration(queries, tokens, mask, sinks))
 
 
 def launched_attention(*arguments) -> mx.array:

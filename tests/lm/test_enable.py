@@ -9,6 +9,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from mlx_turboquant import TurboQuantKVCache, cache_size, disable, enable, make_prompt_cache
 from mlx_turboquant.kernels import runtime
+from mlx_turboquant.lm.settings import Settings
 
 
 def test_eight_bits_change_the_logits_by_less_than_a_percent(random_model):
@@ -119,3 +120,24 @@ def test_sizes_count_tokens_and_bytes_of_all_layers(random_model):
         size.fp16_nbytes == 200 * 2 * 2 * 64 * 2 * 2
     )  # heads, keys and values, dim, bytes, layers
     assert str(size).startswith("200 tokens, ")
+
+
+def test_settings_can_be_given_as_one_object(random_model):
+    settings = Settings(3, window=16, seed=5)
+    for cache in (
+        make_prompt_cache(random_model, settings),
+        make_prompt_cache(random_model, settings.bits, window=16, seed=5),
+    ):
+        assert [(layer.window, layer.seed) for layer in cache] == [(16, 5)] * 2
+    assert make_prompt_cache(random_model, settings, window=0)[0].window == 0
+
+
+def test_a_disabled_model_gets_arrays_from_caches_that_it_has(random_model):
+    """Of the same step as before: the link is told, and nothing else is asked."""
+    cache = make_prompt_cache(random_model, 4, window=0, sink_tokens=0)
+    random_model(mx.ones((1, 64), mx.int32), cache=cache)
+    new = mx.random.normal((1, 2, 1, 64))
+    assert not isinstance(cache[0].update_and_fetch(new, new)[0], mx.array)
+    disable(random_model)
+    cache[0].trim(1)
+    assert isinstance(cache[0].update_and_fetch(new, new)[0], mx.array)
