@@ -4,6 +4,7 @@ import mlx.core as mx
 
 from ..kernels.attention import MAX_DECODE_ROWS
 from ..kernels.storage import PackedTokens
+from ..kernels.tokens import CachedTokens, Span
 from .fetched import Fetched, Link, Step, fetch
 
 
@@ -71,6 +72,21 @@ class CompressedCache:
             # Left to the end of the chunk, all layers would grow their packed buffers at once.
             mx.async_eval(self._exact, self._packed.arrays)
         return fetched
+
+    def _seen(self, count: int, sinks: int, recent_start: int, *spans: Span) -> CachedTokens:
+        """The packed tokens between the first and the later ones of ``count`` exact ones."""
+        sides = self._packed.sides
+        return CachedTokens(
+            keys=sides[0] if sides else None,
+            values=sides[-1] if sides else None,
+            packed_count=self._packed.count,
+            exact_keys=self._exact[0],
+            exact_values=self._exact[-1],
+            exact_count=count,
+            sink_count=sinks,
+            recent_start=recent_start,
+            spans=spans,
+        )
 
     @property
     def keys(self) -> mx.array | None:

@@ -150,18 +150,9 @@ class BatchTurboQuantKVCache(CompressedCache):
 
     def _tokens(self) -> CachedTokens:
         """All tokens, as attention reads them."""
-        sides = self._packed.sides
-        return CachedTokens(
-            keys=sides[0] if sides else None,
-            values=sides[-1] if sides else None,
-            packed_count=self._packed.count,
-            exact_keys=self._exact[0],
-            exact_values=self._exact[-1],
-            exact_count=self._end,
-            sink_count=max(self._sinks),
-            recent_start=self._end - max(self._recent),
-            spans=self._spans(self._end, self._recent),
-        )
+        recent_start = self._end - max(self._recent)
+        spans = self._spans(self._end, self._recent)
+        return self._seen(self._end, max(self._sinks), recent_start, *spans)
 
     def _spans(self, end: int, recent: list[int]) -> tuple[Span, ...]:
         """One for each sequence, or none where they are all the same."""

@@ -92,25 +92,22 @@ Fetched = tuple[CompressedArray | CompressedTokens, ...]
 class Step:
     """What the last step of one token returned, and for how many more steps it holds.
 
-    Until then nothing changes but the exact buffers of ``tokens``, which get one token, and their
-    count: it saves the host of a fast GPU half of its work between the layers.
+    Until then nothing changes but the exact buffers, which get one token, and their count: it
+    saves the host of a fast GPU half of its work between the layers.
     """
 
     returned: Fetched
-    tokens: CachedTokens
     left: int
 
     @classmethod
     def of(cls, fetched: Fetched, left: int) -> "Step | None":
         """There is none if other code than attention was given arrays of all tokens."""
-        if type(fetched[0]) is CompressedArray:
-            return None
-        return cls(fetched, fetched[0].tokens, left)
+        return None if type(fetched[0]) is CompressedArray else cls(fetched, left)
 
     def repeat(self) -> Fetched:
         """Count one more token, which has been written."""
         self.left -= 1
-        self.tokens.exact_count += 1
+        self.returned[0].tokens.exact_count += 1
         return self.returned
 
 

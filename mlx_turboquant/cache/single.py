@@ -176,18 +176,9 @@ class TurboQuantKVCache(CompressedCache):
 
     def _tokens(self) -> CachedTokens:
         """All tokens, as attention reads them."""
-        count, sides = self.exact_tokens, self._packed.sides
+        count = self.exact_tokens
         sinks = min(count, self.sink_tokens)
-        return CachedTokens(
-            keys=sides[0] if sides else None,
-            values=sides[-1] if sides else None,
-            packed_count=self._packed.count,
-            exact_keys=self._exact[0],
-            exact_values=self._exact[-1],
-            exact_count=count,
-            sink_count=sinks,
-            recent_start=sinks,
-        )
+        return self._seen(count, sinks, sinks)
 
     @property
     def _most_exact(self) -> int:

@@ -203,14 +203,14 @@ class DecodeAttention:
         masks = {
             "none": None,
             "causal": "causal",
-            "boolean": _normal(shape, 4) > -1,
-            "additive": _normal(shape, 4),
+            "boolean": reference.normal(shape, 4) > -1,
+            "additive": reference.normal(shape, 4),
         }
-        queries = _normal((*shape[:3], wanted.keys.dim), 5).astype(wanted.query_dtype)
+        queries = reference.normal((*shape[:3], wanted.keys.dim), 5).astype(wanted.query_dtype)
         scale, mask = wanted.keys.dim**-0.5, masks[wanted.mask_kind]
-        sinks = _normal((query_heads,), 6) if wanted.has_sinks else None
+        sinks = reference.normal((query_heads,), 6) if wanted.has_sinks else None
         expected = reference.decode_attention(queries, tokens, scale, mask, sinks)
-        outputs = (self._launch(rows, queries, tokens, scale, mask, sinks) for rows in self._attend)
+        outputs = (self(queries, tokens, scale, mask, sinks, rows) for rows in self._attend)
         dtype = wanted.query_dtype
         return worst([compare(output, expected, dtype, HALF_ARITHMETIC) for output in outputs])
 
@@ -221,23 +221,12 @@ class DecodeAttention:
         scale: float,
         mask: None | str | mx.array,
         sinks: mx.array | None,
+        tile: int | None = None,
     ) -> mx.array:
-        """Two launches for :func:`decode_attention`, with its arguments."""
-        batch, heads = tokens.exact_keys.shape[:2]
-        is_long = batch * heads * tokens.packed_count >= _LONG_TOKENS
-        rows = self._long_rows if is_long else self._rows
-        return self._launch(rows, queries, tokens, scale, mask, sinks)
+        """Two launches for :func:`decode_attention`, with its arguments.
 
-    def _launch(
-        self,
-        tile: int,
-        queries: mx.array,
-        tokens: CachedTokens,
-        scale: float,
-        mask: None | str | mx.array,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        """With ``tile`` query rows in each threadgroup."""
+        A threadgroup has ``tile`` query rows, or as many as suit the number of packed tokens.
+        """
         batch, query_heads, rows, _ = queries.shape
         keys, values = tokens.keys, tokens.values
         masks, strides = [], (0, 0, 0)
@@ -245,6 +234,9 @@ class DecodeAttention:
             mask, strides = _mask_arguments(mask, (batch, query_heads, rows, tokens.count))
             masks = [mask]
         heads, group_rows = batch * tokens.exact_keys.shape[1], self._group_rows
+        if tile is None:
+            is_long = heads * tokens.packed_count >= _LONG_TOKENS
+            tile = self._long_rows if is_long else self._rows
         tiles = -(-group_rows // tile)
         fitting = 2048 // max(tile, _ROWS)  # threadgroups that fill a GPU
         splits, packed_splits, sizes = _divided(
@@ -378,7 +370,3 @@ def _check_shapes(queries: mx.array, tokens: CachedTokens) -> None:
             f"A buffer of {capacity} packed tokens ends within a step of the kernel: "
             f"use a multiple of {CAPACITY_UNIT}."
         )
-
-
-def _normal(shape: tuple[int, ...], seed: int) -> mx.array:
-    return mx.random.normal(shape, key=mx.random.key(seed))

@@ -145,12 +145,13 @@ def example_tokens(
     """
     packed, exact = [], []
     for i, (dtype, quantizer) in enumerate(zip(dtypes, quantizers)):
-        x = _normal((1, 2, 70, quantizer.dim), i) + mean
+        x = normal((1, 2, 70, quantizer.dim), i) + mean
         means = x.mean(axis=2, keepdims=True)
         packed.append(packed_vectors(x, means, quantizer, interleaved=i == 0))
-        exact.append(_normal((1, 2, 24, quantizer.dim), 2 + i).astype(dtype))
+        exact.append(normal((1, 2, 24, quantizer.dim), 2 + i).astype(dtype))
     return CachedTokens(packed[0], packed[-1], 70, exact[0], exact[-1], 20, 4, 4)
 
 
-def _normal(shape: tuple[int, ...], seed: int) -> mx.array:
+def normal(shape: tuple[int, ...], seed: int) -> mx.array:
+    """Random numbers for checks, the same for the same seed: float32."""
     return mx.random.normal(shape, key=mx.random.key(seed))

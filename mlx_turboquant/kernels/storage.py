@@ -291,11 +291,8 @@ def _codes_shape(layout: Layout, heads: tuple[int, ...], dim: int, tokens: int) 
 
 def _resized(side: PackedVectors, capacity: int) -> PackedVectors:
     """The vectors in new, larger buffers."""
-    codes, scales = (
-        _longer(side.codes, _slots(side, capacity)),
-        _longer(side.scales, capacity),
-    )
-    return side._replace(codes=codes, scales=scales)
+    codes = _longer(side.codes, _slots(side, capacity))
+    return side._replace(codes=codes, scales=_longer(side.scales, capacity))
 
 
 def _longer(x: mx.array, length: int) -> mx.array:

@@ -63,7 +63,8 @@ def connect(model: nn.Module, cache: list[Any]) -> None:
         setattr(model, _ATTRIBUTE, link)
         _hook_attention(model, link)
         link.needs_arrays = _raises_without_arrays(model, link)
-    _hook_attention(model, link)
+    elif not link.is_hooked:
+        _hook_attention(model, link)
     _link(cache, link)
 
 
