@@ -1,8 +1,12 @@
 """What the caches of one sequence and of several have in common: the way of a new key."""
 
+from functools import lru_cache
+
 import mlx.core as mx
 
+from ..codec.constants import constant
 from ..kernels.attention import MAX_DECODE_ROWS
+from ..kernels.runtime import backend
 from ..kernels.storage import PackedTokens
 from ..kernels.tokens import CachedTokens, Span
 from .fetched import Fetched, Link, Step, fetch
@@ -121,3 +125,22 @@ class CompressedCache:
     def nbytes(self) -> int:
         """Bytes of everything that is held, free space in the buffers included."""
         return sum(x.nbytes for x in self._exact) + self._packed.nbytes
+
+
+def write_tokens(buffer: mx.array, x: mx.array, start: int) -> None:
+    """Write tokens x (B, H, n, dim) to a buffer (B, H, capacity, dim) from ``start`` on.
+
+    On a GPU the step before may still be running. It reads the buffer, and MLX would copy that
+    before it wrote the slice: choosing between old and new is one launch for both.
+    """
+    count = x.shape[2]
+    if backend() == "reference" or count > 1:
+        buffer[:, :, start : start + count] = x
+    else:
+        buffer[...] = mx.where(_column(start, buffer.shape[2]), x, buffer)
+
+
+@lru_cache(maxsize=64)
+def _column(token: int, capacity: int) -> mx.array:
+    """Where a token lies in a buffer, for all layers of a step: boolean (capacity, 1)."""
+    return constant(mx.arange(capacity)[:, None] == token)

@@ -20,7 +20,7 @@ from ..codec.constants import constant
 from ..kernels.attention import MAX_DECODE_ROWS
 from ..kernels.storage import PackedTokens
 from ..kernels.tokens import CachedTokens, Span, visible_columns
-from .base import CompressedCache
+from .base import CompressedCache, write_tokens
 from .blocks import leaving_tokens, tokens_until_block
 from .fetched import Link
 
@@ -135,9 +135,9 @@ class BatchTurboQuantKVCache(CompressedCache):
 
     def _write(self, new: list[mx.array]) -> None:
         count = new[0].shape[2]
-        start, self._end = self._end, self._end + count
         for buffer, x in zip(self._exact, new):
-            buffer[:, :, start : self._end] = x
+            write_tokens(buffer, x, self._end)
+        self._end += count
         self._recent = [recent + count for recent in self._recent]
 
     def _steps_alike(self) -> int:

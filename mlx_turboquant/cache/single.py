@@ -23,7 +23,7 @@ import mlx.core as mx
 from ..codec.codebook import check_bits
 from ..kernels.storage import PackedTokens, check_state, check_vectors, layouts_of
 from ..kernels.tokens import CachedTokens
-from .base import CompressedCache
+from .base import CompressedCache, write_tokens
 from .batch import BatchTurboQuantKVCache
 from .blocks import (
     DEFAULT_SINK_TOKENS,
@@ -151,10 +151,9 @@ class TurboQuantKVCache(CompressedCache):
 
     def _write(self, new: list[mx.array]) -> None:
         start = self.exact_tokens
-        stop = start + new[0].shape[2]
         for buffer, x in zip(self._exact, new):
-            buffer[:, :, start:stop] = x
-        self.offset += stop - start
+            write_tokens(buffer, x, start)
+        self.offset += new[0].shape[2]
 
     def _steps_alike(self) -> int:
         """Steps of one token before one that packs a block or finds the exact buffers full."""
