@@ -94,6 +94,16 @@ def flat_caches(cache: list[Any]) -> list[Any]:
     return [part for layer in cache for part in getattr(layer, "caches", (layer,))]
 
 
+def text_arguments(model: nn.Module) -> Any:
+    """The configuration that has the sizes: the model's, or that of the text model it wraps.
+
+    None for a model without one.
+    """
+    own = getattr(model, "args", None)
+    wrapped = getattr(getattr(model, "language_model", None), "args", None)
+    return own if wrapped is None or hasattr(own, "hidden_size") else wrapped
+
+
 def check_compressible(model: nn.Module, compressible: list[Compressible]) -> None:
     """Raise ValueError if no cache of a model can be compressed."""
     if not compressible:

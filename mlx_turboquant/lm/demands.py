@@ -15,7 +15,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..kernels.storage import removable_mean
-from .compressible import HOOKED_NAME, Compressible, attention_scopes, plain_caches
+from .compressible import (
+    HOOKED_NAME,
+    Compressible,
+    attention_scopes,
+    plain_caches,
+    text_arguments,
+)
 
 _TOKENS = 256
 # A demand is the mean over the last queries, which have the most tokens to look at.
@@ -35,7 +41,7 @@ def key_demands(model: nn.Module, compressible: list[Compressible]) -> list[floa
         return attention(queries, keys, values, cache=cache, scale=scale, mask=mask, **others)
 
     caches = plain_caches(model)
-    vocabulary = getattr(getattr(model, "args", None), "vocab_size", 128)
+    vocabulary = getattr(text_arguments(model), "vocab_size", 128)
     tokens = mx.random.randint(0, vocabulary, (1, _TOKENS), key=mx.random.key(0))
     originals = [(scope, scope[HOOKED_NAME]) for scope in attention_scopes(model)]
     for scope, original in originals:

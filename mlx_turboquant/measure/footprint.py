@@ -9,7 +9,7 @@ from mlx_lm.models.cache import KVCache
 
 from ..cache.single import TurboQuantKVCache
 from ..kernels.storage import GROWTH, LEAST_GROWTH
-from ..lm.compressible import flat_caches
+from ..lm.compressible import flat_caches, text_arguments
 from .contenders import CHUNK, GROUP_SIZE, Contender
 
 # For heads of other widths, MLX's attention over many queries has all scores in memory at once.
@@ -81,16 +81,18 @@ def footprint(model: nn.Module, contender: Contender) -> Footprint:
 
 def chunk_nbytes(model: nn.Module) -> int:
     """Bytes that the activations of one chunk of a prompt take, about."""
-    width = max(getattr(model.args, "intermediate_size", 0), 2 * model.args.hidden_size)
-    experts = getattr(model.args, "num_experts_per_tok", 0)
-    width = max(width, experts * getattr(model.args, "moe_intermediate_size", 0))
+    sizes = text_arguments(model)
+    width = max(getattr(sizes, "intermediate_size", 0), 2 * sizes.hidden_size)
+    experts = getattr(sizes, "num_experts_per_tok", 0)
+    width = max(width, experts * getattr(sizes, "moe_intermediate_size", 0))
     return 8 * CHUNK * width
 
 
 def _scores(model: nn.Module, contender: Contender) -> int:
     """Bytes of the scores of a chunk for one token, where MLX does not fuse them: in 16 bits."""
-    heads = getattr(model.args, "num_attention_heads", 0)
-    head_dim = getattr(model.args, "head_dim", None) or model.args.hidden_size // max(heads, 1)
+    sizes = text_arguments(model)
+    heads = getattr(sizes, "num_attention_heads", 0)
+    head_dim = getattr(sizes, "head_dim", None) or sizes.hidden_size // max(heads, 1)
     fused = contender.mlx_lm_bits is None and head_dim in _FUSED_DIMS
     return 0 if fused else 2 * 2 * heads * CHUNK
 

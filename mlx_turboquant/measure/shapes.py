@@ -37,6 +37,17 @@ def _qwen3(*sizes: int, kind: str = "qwen3", **others: Any) -> dict[str, Any]:
     return _shape(kind, *sizes, **common, **others)
 
 
+def _hybrid(*sizes: int, kind: str = "qwen3_5", **others: Any) -> dict[str, Any]:
+    """Gated delta nets in three of four layers, and attention over all tokens in the fourth."""
+    common = {"head_dim": 256, "vocab_size": 248320, "rms_norm_eps": 1e-6}
+    common |= {"full_attention_interval": 4, "max_position_embeddings": 262144}
+    # Qwen writes "rope_type"; mlx-lm would rename it, within this very dictionary.
+    rope = {"type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25}
+    heads = {"linear_num_key_heads": 16, "linear_num_value_heads": 48}
+    dims = {"linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4}
+    return _shape(kind, *sizes, **common, **heads, **dims, rope_parameters=rope, **others)
+
+
 _TIED = {"tie_word_embeddings": True}
 _SHORT = {"max_position_embeddings": 32768}
 _EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
@@ -47,6 +58,9 @@ _YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.
 _YARN |= {"original_max_position_embeddings": 4096}
 _GPT_OSS = {"head_dim": 64, "vocab_size": 201088, "num_local_experts": 32}
 _GPT_OSS |= {"num_experts_per_tok": 4, "sliding_window": 128, "rope_theta": 150000}
+_HYBRID_EXPERTS = {"num_experts": 128, "num_experts_per_tok": 10, "moe_intermediate_size": 640}
+_HYBRID_EXPERTS |= {"shared_expert_intermediate_size": 640}
+_MUSE_GLIMMER = {"head_dim": 128, "vocab_size": 202048, "sliding_window": 2048}
 
 # The configurations that these models are published with, as far as they bear on shapes.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -66,6 +80,17 @@ SHAPES: dict[str, dict[str, Any]] = {
     ),
     "gemma-3-12b": _shape("gemma3_text", 3840, 15360, 48, 16, **_GEMMA_3, **_TIED),
     "gpt-oss-20b": _shape("gpt_oss", 2880, 2880, 24, 64, **_GPT_OSS, rope_scaling=_YARN),
+    "qwen3.8-27b": _hybrid(5120, 17408, 64, 24, num_key_value_heads=4),
+    # Three of four layers have a sliding window.
+    "muse-glimmer-30b": _shape(
+        "muse_glimmer", 6656, 19968, 52, 32, num_key_value_heads=2, **_MUSE_GLIMMER
+    ),
+    # No published model: the heads and widths of Qwen3.8-Flash-Next, which mlx-lm does not know,
+    # with a quarter of its experts and without its index of tokens, hyper-connections and table
+    # of n-grams.
+    "hybrid-24-2": _hybrid(
+        2560, 640, 48, 24, kind="qwen3_5_moe", num_key_value_heads=2, **_HYBRID_EXPERTS
+    ),
 }
 
 
@@ -105,6 +130,8 @@ def random_model(config: dict[str, Any]) -> nn.Module:
     for module in model.modules():
         if "scales" in module:
             _fill(module)
+        elif isinstance(module, nn.Conv1d):
+            _fill_convolution(module)
     return model
 
 
@@ -131,3 +158,9 @@ def _fill(module: nn.Module) -> None:
     if "biases" in module:
         offset = -scale * (2**module.bits - 1) / 2
         module.biases = mx.full(module.scales.shape, offset, mx.bfloat16)
+
+
+def _fill_convolution(module: nn.Conv1d) -> None:
+    """Weights of the variance 1 / inputs; MLX's own count the inputs of all groups."""
+    inputs = module.weight.shape[1] * module.weight.shape[2]
+    module.weight = mx.random.normal(module.weight.shape, mx.bfloat16, scale=inputs**-0.5)

@@ -412,6 +412,16 @@ def test_plan_says_what_fits_without_loading_anything():
     assert longest["4 bits"] > 2.8 * longest["exact"] and longest["3 bits"] > longest["4 bits"]
 
 
+def test_plan_knows_a_hybrid_of_which_few_layers_grow():
+    result = run("plan", "--shape", "qwen3.8-27b", "--memory", "64GB", "--kv-bits", "4")
+    assert result.returncode == 0, result.stderr
+    first, _, *rows = result.stdout.splitlines()
+    assert first.endswith("weights 15.1 GB.")
+    table = {row[:15].strip(): int(row[15:].split()[0].replace(",", "")) for row in rows[:4]}
+    assert table["exact"] == 16 * 2 * 4 * 256 * 2  # of 64 layers, in two bytes
+    assert 3.9 < table["exact"] / table["4 bits"] < 4
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
