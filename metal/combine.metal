@@ -13,12 +13,11 @@
 // `count` is all query rows of all heads of all sequences. A threadgroup joins one of them. Each of its
 // SIMDS SIMD groups sums every SIMDS-th split, its lanes over the coordinates, relative to the largest
 // maximum it has seen, and BATCH splits at once: with that, one wait for memory is all there is for up to
-// SIMDS * BATCH splits. Then each thread adds up the SIMD groups' sums of a coordinate, and the first
-// SIMD group rotates, which mixes all of them.
+// SIMDS * BATCH splits, but a lane needs BATCH * DIM / 32 registers. Then each thread adds up the SIMD
+// groups' sums of a coordinate, and the first SIMD group rotates, which mixes all of them.
 
-constexpr int COORDINATES = (DIM + 31) / 32;
-constexpr int BATCH = COORDINATES > 4 ? 48 / COORDINATES : 12;
-constexpr int THREADS = SIMDS * 32;
+constexpr int COORDINATES = (DIM + LANES - 1) / LANES;
+constexpr int THREADS = SIMDS * LANES;
 constexpr int OUTPUTS = (DIM + THREADS - 1) / THREADS;
 threadgroup float values[SIMDS * DIM];
 threadgroup float exact_values[SIMDS * DIM];
@@ -31,45 +30,52 @@ const int splits = int(partial_shape[1]);
 const int lane = int(thread_index_in_simdgroup);
 const int simd = int(simdgroup_index_in_threadgroup);
 const int query = int(threadgroup_position_in_grid.x);
-const long first = long(query) * splits;
+// 32 bits are enough within the splits of one query.
+const device float* parts = partial + long(query) * splits * (DIM + 2);
 const int packed_splits = sizes[0];
 const int group_rows = sizes[1];
-const int rows = sizes[2];
 
 // What the end needs is loaded now.
 float means[OUTPUTS];
 float signs[OUTPUTS];
+#pragma unroll
 for (int k = 0; k < OUTPUTS; k++) {
-  const int i = min(k * THREADS + simd * 32 + lane, DIM - 1);
-  means[k] = mean[long(query / group_rows) * DIM + i];
+  const int i = min(k * THREADS + simd * LANES + lane, DIM - 1);
+  means[k] = mean[query / group_rows * DIM + i];
   signs[k] = rotation[i];
 }
+#if SINKS
+const float sink = sinks[query / sizes[2] % sizes[3]];
+#endif
 
 float largest = -1e30f;
 float total = 0.0f;
 float packed = 0.0f;
 float sums[COORDINATES];
 float exact_sums[COORDINATES];
+#pragma unroll
 for (int k = 0; k < COORDINATES; k++) {
   sums[k] = 0.0f;
   exact_sums[k] = 0.0f;
 }
 for (int start = simd; start < splits; start += BATCH * SIMDS) {
-  float parts[BATCH * COORDINATES];
+  float loaded[BATCH * COORDINATES];
   float part_maxima[BATCH];
   float part_sums[BATCH];
   float batch_largest = largest;
 #pragma unroll
   for (int b = 0; b < BATCH; b++) {
     const int s = start + b * SIMDS;
-    const long at = first + min(s, splits - 1);
-    part_maxima[b] = partial[at * (DIM + 2) + DIM];
-    part_sums[b] = s < splits ? partial[at * (DIM + 2) + DIM + 1] : 0.0f;
+    const device float* part = parts + min(s, splits - 1) * (DIM + 2);
+    const device float* own = part + lane;
+    part_maxima[b] = part[DIM];
+    part_sums[b] = part[DIM + 1];
+#pragma unroll
     for (int k = 0; k < COORDINATES; k++) {
-      const float part = partial[at * (DIM + 2) + min(k * 32 + lane, DIM - 1)];
-      parts[b * COORDINATES + k] = s < splits ? part : 0.0f;
+      loaded[b * COORDINATES + k] = own[DIM % LANES == 0 ? k * LANES : min(k * LANES, DIM - 1 - lane)];
     }
   }
+#pragma unroll
   for (int b = 0; b < BATCH; b++) {
     batch_largest = max(batch_largest, part_maxima[b]);
   }
@@ -77,23 +83,28 @@ for (int start = simd; start < splits; start += BATCH * SIMDS) {
   largest = batch_largest;
   total *= correction;
   packed *= correction;
+#pragma unroll
   for (int k = 0; k < COORDINATES; k++) {
     sums[k] *= correction;
     exact_sums[k] *= correction;
   }
+#pragma unroll
   for (int b = 0; b < BATCH; b++) {
-    const bool exact = start + b * SIMDS >= packed_splits;
-    const float weight = exp(part_maxima[b] - largest);
+    const int s = start + b * SIMDS;
+    const bool exact = s >= packed_splits;
+    const float weight = s < splits ? exp(part_maxima[b] - largest) : 0.0f;
     total += weight * part_sums[b];
     packed += exact ? 0.0f : weight * part_sums[b];
+#pragma unroll
     for (int k = 0; k < COORDINATES; k++) {
-      sums[k] += (exact ? 0.0f : weight) * parts[b * COORDINATES + k];
-      exact_sums[k] += (exact ? weight : 0.0f) * parts[b * COORDINATES + k];
+      sums[k] += (exact ? 0.0f : weight) * loaded[b * COORDINATES + k];
+      exact_sums[k] += (exact ? weight : 0.0f) * loaded[b * COORDINATES + k];
     }
   }
 }
+#pragma unroll
 for (int k = 0; k < COORDINATES; k++) {
-  const int i = k * 32 + lane;
+  const int i = k * LANES + lane;
   if (i < DIM) {
     values[simd * DIM + i] = sums[k];
     exact_values[simd * DIM + i] = exact_sums[k];
@@ -107,7 +118,6 @@ if (lane == 0) {
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
 #if SINKS
-const float sink = sinks[query / rows % sizes[3]];
 largest = max(largest, sink);
 #endif
 for (int s = 0; s < SIMDS; s++) {
@@ -118,24 +128,31 @@ packed = 0.0f;
 #if SINKS
 total = exp(sink - largest);
 #endif
-float weights[SIMDS];
-for (int s = 0; s < SIMDS; s++) {
-  weights[s] = exp(maxima[s] - largest);
-  total += weights[s] * totals[s];
-  packed += weights[s] * packed_totals[s];
-}
-float exact_sum[OUTPUTS];
+float rotated_sums[OUTPUTS];
+float exact_outputs[OUTPUTS];
+#pragma unroll
 for (int k = 0; k < OUTPUTS; k++) {
-  const int i = min(k * THREADS + simd * 32 + lane, DIM - 1);
-  float sum = 0.0f;
-  exact_sum[k] = packed * means[k];
-  for (int s = 0; s < SIMDS; s++) {
-    sum += weights[s] * values[s * DIM + i];
-    exact_sum[k] += weights[s] * exact_values[s * DIM + i];
+  rotated_sums[k] = 0.0f;
+  exact_outputs[k] = 0.0f;
+}
+for (int s = 0; s < SIMDS; s++) {
+  const float weight = exp(maxima[s] - largest);
+  total += weight * totals[s];
+  packed += weight * packed_totals[s];
+#pragma unroll
+  for (int k = 0; k < OUTPUTS; k++) {
+    const int i = min(k * THREADS + simd * LANES + lane, DIM - 1);
+    rotated_sums[k] += weight * values[s * DIM + i];
+    exact_outputs[k] += weight * exact_values[s * DIM + i];
   }
-  if (k * THREADS + simd * 32 + lane < DIM) {
-    rotated[i] = sum * rsqrt(float(POWER));
+}
+#pragma unroll
+for (int k = 0; k < OUTPUTS; k++) {
+  const int i = k * THREADS + simd * LANES + lane;
+  if (i < DIM) {
+    rotated[i] = rotated_sums[k] * rsqrt(float(POWER));
   }
+  exact_outputs[k] += packed * means[k];
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 if (simd == 0) {
@@ -143,10 +160,11 @@ if (simd == 0) {
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 const float inverse_total = total == 0.0f ? 0.0f : 1.0f / total;
+#pragma unroll
 for (int k = 0; k < OUTPUTS; k++) {
-  const int i = k * THREADS + simd * 32 + lane;
+  const int i = k * THREADS + simd * LANES + lane;
   if (i < DIM) {
     const float value = matrix_row<ORDER, POWER, true>(rotation + DIM, rotated, i);
-    out[long(query) * DIM + i] = T((value * signs[k] + exact_sum[k]) * inverse_total);
+    out[long(query) * DIM + i] = T((value * signs[k] + exact_outputs[k]) * inverse_total);
   }
 }

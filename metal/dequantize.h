@@ -6,6 +6,7 @@
 // Copies or writes eight values of a vector, 16 bytes at a time; `out` is a multiple of that.
 template <typename T>
 METAL_FUNC void copy_eight(const device T* from, device T* out) {
+#pragma unroll
   for (int piece = 0; piece < int(sizeof(T)) / 2; piece++) {
     ((device uint4*)out)[piece] = ((const device uint4*)from)[piece];
   }
@@ -15,6 +16,7 @@ template <typename T>
 METAL_FUNC void store_eight(const thread float* x, device T* out) {
   if constexpr (sizeof(T) == 2) {
     uint pairs[4];
+#pragma unroll
     for (int k = 0; k < 4; k++) {
       const uint low = as_type<ushort>(T(x[2 * k]));
       pairs[k] = low | (uint(as_type<ushort>(T(x[2 * k + 1]))) << 16);
@@ -26,6 +28,7 @@ METAL_FUNC void store_eight(const thread float* x, device T* out) {
     all.w = pairs[3];
     ((device uint4*)out)[0] = all;
   } else {
+#pragma unroll
     for (int k = 0; k < 8; k++) {
       out[k] = T(x[k]);
     }
@@ -39,21 +42,21 @@ template <int DIM, int BITS, int ORDER, int POWER, int STRIDE, typename Scales, 
 METAL_FUNC void restore_vector(const device uint* codes, Scales scales, Mean mean, Constants constants,
     const device T* exact, bool packed, int from, device T* out, threadgroup float* values, int lane) {
   if (!packed) {
-    for (int i = lane; i < DIM; i += 32) {
-      out[i] = exact[long(from) * DIM + i];
+    for (int i = lane; i < DIM; i += LANES) {
+      out[i] = exact[from * DIM + i];
     }
     return;
   }
   constexpr int SIGNS = level_count<BITS>();
   const device uint* words = codes + token_start<vector_words<DIM, BITS>(), STRIDE>(from);
   const float scale = float(scales[from]);
-  for (int i = lane; i < DIM; i += 32) {
+  for (int i = lane; i < DIM; i += LANES) {
     values[i] = scale * level_of<BITS>(constants, code_at<DIM, BITS>(words, STRIDE, i));
   }
   simdgroup_barrier(mem_flags::mem_threadgroup);
   butterflies<DIM, POWER>(values, uint(lane));
   const float normalisation = rsqrt(float(POWER));
-  for (int i = lane; i < DIM; i += 32) {
+  for (int i = lane; i < DIM; i += LANES) {
     const float value = matrix_row<ORDER, POWER, true>(constants + SIGNS + DIM, values, i);
     out[i] = T(value * normalisation * constants[SIGNS + i] + mean[i]);
   }
@@ -63,7 +66,8 @@ METAL_FUNC void restore_vector(const device uint* codes, Scales scales, Mean mea
 // Tokens `first` to `last` - 1 of a row of dequantize.metal by one SIMD group; `sizes` are those of that
 // kernel, `codes` to `out` belong to the row. For a Hadamard rotation of a power of two a lane has at least
 // eight coordinates in its registers, with their signs and means, and several vectors are restored at
-// once; any other rotation goes through `values` in threadgroup memory.
+// once; any other rotation goes through `values` in threadgroup memory. 32 bits are enough for indices
+// within a row.
 template <int DIM, int BITS, int ORDER, int POWER, int STRIDE, typename Scales, typename Mean,
           typename Constants, typename T, typename Sizes>
 METAL_FUNC void restore_tokens(const device uint* codes, Scales scales, Mean mean, Constants constants,
@@ -73,27 +77,30 @@ METAL_FUNC void restore_tokens(const device uint* codes, Scales scales, Mean mea
   const int recent = sizes[0] + sizes[1];
   const int shift = sizes[2] - recent;
   if constexpr (ORDER == 1 && DIM >= 64) {
-    constexpr int COUNT = DIM > 256 ? DIM / 32 : 8;
-    constexpr int LANES = DIM / COUNT;
+    constexpr int COUNT = DIM > 256 ? DIM / LANES : 8;
+    constexpr int VECTOR_LANES = DIM / COUNT;
     constexpr int SIGNS = level_count<BITS>();
     constexpr int PLANES = plane_count<BITS>();
-    const int begin = lane % LANES * COUNT;
+    const int begin = uint(lane) % VECTOR_LANES * COUNT;
     float signs[COUNT];
     float means[COUNT];
+#pragma unroll
     for (int k = 0; k < COUNT; k++) {
       signs[k] = constants[SIGNS + begin + k] * rsqrt(float(DIM));
       means[k] = mean[begin + k];
     }
-    for (int start = first; start < last; start += 32 / LANES) {
-      const int token = start + lane / LANES;
+    for (int start = first; start < last; start += LANES / VECTOR_LANES) {
+      const int token = start + int(uint(lane) / VECTOR_LANES);
       const bool packed = token >= sinks && token < recent && token < last;
       float x[COUNT];
       if (simd_any(packed)) {
         const int from = packed ? token - sinks : 0;
         const device uint* words = codes + token_start<vector_words<DIM, BITS>(), STRIDE>(from);
+#pragma unroll
         for (int eight = 0; eight < COUNT; eight += 8) {
           uint loaded[PLANES];
           load_eight<DIM, BITS, STRIDE>(loaded, words, begin + eight);
+#pragma unroll
           for (int pair = 0; pair < 4; pair++) {
             const uint codes_of_pair = code_pair<8, BITS>(loaded, pair);
             x[eight + 2 * pair] = level_of<BITS>(constants, codes_of_pair & 0xFFFFu);
@@ -102,18 +109,20 @@ METAL_FUNC void restore_tokens(const device uint* codes, Scales scales, Mean mea
         }
         lane_butterflies<DIM, COUNT>(x, lane);
         const float scale = float(scales[from]);
+#pragma unroll
         for (int k = 0; k < COUNT; k++) {
           x[k] = fma(scale * signs[k], x[k], means[k]);
         }
       }
       if (token < last) {
-        device T* to = out + long(token) * DIM + begin;
+        device T* to = out + (token * DIM + begin);
         const int from = token < sinks ? token : token + shift;
+#pragma unroll
         for (int eight = 0; eight < COUNT; eight += 8) {
           if (packed) {
             store_eight(x + eight, to + eight);
           } else {
-            copy_eight(exact + long(from) * DIM + begin + eight, to + eight);
+            copy_eight(exact + (from * DIM + begin) + eight, to + eight);
           }
         }
       }
@@ -123,7 +132,7 @@ METAL_FUNC void restore_tokens(const device uint* codes, Scales scales, Mean mea
       const bool packed = token >= sinks && token < recent;
       const int from = token < sinks ? token : token + (packed ? -sinks : shift);
       restore_vector<DIM, BITS, ORDER, POWER, STRIDE>(codes, scales, mean, constants, exact, packed, from,
-          out + long(token) * DIM, values, lane);
+          out + token * DIM, values, lane);
     }
   }
 }

@@ -24,12 +24,13 @@ threadgroup float scratch[GROUPS * LONGER];
 
 const int lane = int(thread_index_in_simdgroup);
 const int group = int(simdgroup_index_in_threadgroup);
-const long number = long(threadgroup_position_in_grid.x) * GROUPS + group;
+// In 32 bits, in which the grid counts threads: a division of 64 bits would cost hundreds of instructions.
+const uint number = threadgroup_position_in_grid.x * GROUPS + group;
 const int count = sizes[3];
-if (SIDES == 1 && number == 0 && lane == 0) {
+if (SIDES == 1 && number == 0u && lane == 0) {
   values[0] = exact_values[0];
 }
-const int runs = (count + TOKENS - 1) / TOKENS;
+const uint runs = (count + TOKENS - 1) / TOKENS;
 const long row = number / runs;
 const int first = int(number % runs) * TOKENS;
 const int last = min(first + TOKENS, count);

@@ -16,12 +16,12 @@ threadgroup float query[QUERIES * DIM];
 
 const int query_count = sizes[0];
 const int count = sizes[1];
-const int index = int(thread_index_in_simdgroup) + 32 * int(simdgroup_index_in_threadgroup);
-const int vector = int(threadgroup_position_in_grid.x) * 32 * SIMDS + index;
+const int index = int(thread_index_in_simdgroup) + LANES * int(simdgroup_index_in_threadgroup);
+const int vector = int(threadgroup_position_in_grid.x) * LANES * SIMDS + index;
 const long row = long(threadgroup_position_in_grid.y);
 const int first_query = int(threadgroup_position_in_grid.z) * QUERIES;
 
-for (int i = index; i < QUERIES * DIM; i += 32 * SIMDS) {
+for (int i = index; i < QUERIES * DIM; i += LANES * SIMDS) {
   const long at = (row * query_count + first_query) * DIM + i;
   query[i] = first_query + i / DIM < query_count ? queries[at] : 0.0f;
 }

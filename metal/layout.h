@@ -27,8 +27,8 @@ METAL_FUNC constexpr int vector_words() {
 
 // Where coordinate i of a plane of WIDTH bits lies: the shift of its field in word i * WIDTH / 32.
 template <int WIDTH>
-METAL_FUNC constexpr uint field_shift(int i) {
-  return uint((i % (32 / WIDTH)) / 2 * WIDTH + i % 2 * 16);
+METAL_FUNC constexpr uint field_shift(uint i) {
+  return (i % (32 / WIDTH)) / 2 * WIDTH + i % 2 * 16;
 }
 
 // Planes of a code of BITS bits.

@@ -23,20 +23,32 @@ METAL_FUNC float level_of(Levels levels, uint code) {
   }
 }
 
-// What level_pair needs, from the levels of level_of: four coefficients, or the table, which `count`
-// threads write. Returns the unit in which level_pair gives levels.
+// The four coefficients of level_pair, from the levels of level_of.
 template <int BITS, typename Levels>
-METAL_FUNC float prepare_levels(
-    Levels levels, thread half2* coefficients, threadgroup half* table, int index, int count) {
+METAL_FUNC void load_coefficients(Levels levels, thread half2* coefficients) {
   if constexpr (BITS <= 4) {
     for (int k = 0; k < 4; k++) {
       coefficients[k] = half2(half(levels[3 + k]));
     }
-    return levels[7];
-  } else {
+  }
+}
+
+// The table of level_pair, which `count` threads write.
+template <int BITS, typename Levels>
+METAL_FUNC void store_table(Levels levels, threadgroup half* table, int index, int count) {
+  if constexpr (BITS > 4) {
     for (int i = index; i < 1 << BITS; i += count) {
       table[i] = half(levels[i]);
     }
+  }
+}
+
+// The unit in which level_pair gives levels.
+template <int BITS, typename Levels>
+METAL_FUNC float level_unit(Levels levels) {
+  if constexpr (BITS <= 4) {
+    return levels[7];
+  } else {
     return 1.0f;
   }
 }

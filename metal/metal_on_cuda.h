@@ -1,6 +1,7 @@
 // The part of Metal that the kernels here use, for CUDA: with this in front, mx.fast.cuda_kernel compiles
-// their text unchanged. TURBOQUANT_FUNCTIONS is the header of a kernel's functions. A SIMD group is a warp and a threadgroup is a block. All 32 lanes must take
-// part in the simd functions.
+// their text unchanged. TURBOQUANT_FUNCTIONS is the header of a kernel's functions, TURBOQUANT_CONSTANTS defines what
+// they are made for. A SIMD group is a warp and a threadgroup is a block. All 32 lanes must take part in the simd
+// functions.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -75,6 +76,7 @@ template <class To, class From> __device__ inline To as_type(From x) {
   return reinterpret_cast<To&>(x);
 }
 
+TURBOQUANT_CONSTANTS
 #include TURBOQUANT_FUNCTIONS
 }  // namespace turboquant
 

@@ -8,17 +8,19 @@ template <int DIM, int BITS>
 METAL_FUNC uint packed_word(const threadgroup float* codes, int w) {
   constexpr int width = first_plane<BITS>();
   constexpr int words = plane_words<DIM, width>();
-  uint word = 0u;
-  if (w < words) {
-    for (int j = 0; j < 32 / width; j++) {
-      int i = w * (32 / width) + j;
-      if (i < DIM) {
-        uint field = (uint(codes[i]) >> (BITS - width)) & ((1u << width) - 1u);
-        word |= field << field_shift<width>(j);
-      }
+  if constexpr (BITS > width) {
+    if (w >= words) {
+      return packed_word<DIM, BITS - width>(codes, w - words);
     }
-  } else if constexpr (BITS > width) {
-    word = packed_word<DIM, BITS - width>(codes, w - words);
+  }
+  uint word = 0u;
+#pragma unroll
+  for (int j = 0; j < 32 / width; j++) {
+    const int i = w * (32 / width) + j;
+    if (DIM % (32 / width) == 0 || i < DIM) {
+      const uint field = (uint(codes[i]) >> (BITS - width)) & ((1u << width) - 1u);
+      word |= field << field_shift<width>(j);
+    }
   }
   return word;
 }
@@ -27,124 +29,106 @@ METAL_FUNC uint packed_word(const threadgroup float* codes, int w) {
 template <int BITS>
 METAL_FUNC int cell_of(const threadgroup float2* cells, float y) {
   int cell = 0;
+#pragma unroll
   for (int step = 1 << BITS >> 2; step > 0; step /= 2) {
     cell += y > cells[cell + step - 1].x ? step : 0;
   }
   return cell;
 }
 
-// Quantizes one vector with LANES lanes, as quantize.metal describes. Lane `lane` holds the coordinates
-// k * LANES + lane. `values` are DIM floats of threadgroup memory of these lanes alone, `cells` are
-// shared by the threadgroup: limit above a positive level, and that level. All threads take part, but
-// where not `inside` nothing is read or written.
-template <int DIM, int BITS, int ORDER, int POWER, int GAINS, int LANES, typename X, typename Mean,
+// Quantizes one vector with VECTOR_LANES lanes, as quantize.metal describes. Lane `lane` holds the
+// coordinates k * VECTOR_LANES + lane. `values` are DIM floats of threadgroup memory of these lanes alone,
+// `cells` are shared by the threadgroup: limit above a positive level, and that level. All threads take
+// part, but where not `inside` nothing is written.
+template <int DIM, int BITS, int ORDER, int POWER, int GAINS, int VECTOR_LANES, typename X, typename Mean,
           typename Levels, typename Thresholds, typename Gains, typename Signs, typename Matrix>
 METAL_FUNC void quantize_vector(X x, Mean mean, Levels levels, Thresholds thresholds, Gains gains,
     Signs signs, Matrix matrix, device uint* codes, device bfloat16_t* scale_out,
     threadgroup float* values, threadgroup float2* cells, bool inside, int lane, int thread_index,
     int thread_count) {
-  constexpr int COORDINATES = (DIM + LANES - 1) / LANES;
+  constexpr int COORDINATES = (DIM + VECTOR_LANES - 1) / VECTOR_LANES;
   constexpr int POSITIVE = 1 << BITS >> 1;
   for (int cell = thread_index; cell < POSITIVE; cell += thread_count) {
-    float2 limit_and_level;
-    limit_and_level.x = cell + 1 < POSITIVE ? float(thresholds[POSITIVE + cell]) : INFINITY;
-    limit_and_level.y = level_of<BITS>(levels, uint(POSITIVE + cell));
-    cells[cell] = limit_and_level;
+    cells[cell].x = cell + 1 < POSITIVE ? float(thresholds[POSITIVE + cell]) : INFINITY;
+    cells[cell].y = level_of<BITS>(levels, uint(POSITIVE + cell));
   }
 
+  // Seen from its first one, the coordinates of a lane are at constant offsets.
+  x += lane;
+  mean += lane;
+  signs += lane;
+  threadgroup float* own = values + lane;
   float coordinates[COORDINATES];
   float largest = 0.0f;
-  bool finite = true;
+#pragma unroll
   for (int k = 0; k < COORDINATES; k++) {
-    const int i = k * LANES + lane;
-    float value = 0.0f;
-    if (inside && i < DIM) {
-      value = float(x[i]) - mean[i];
-    }
-    coordinates[k] = value;
-    finite = finite && isfinite(value);
-    largest = max(largest, abs(value));
+    const int i = k * VECTOR_LANES;
+    coordinates[k] = i + lane < DIM ? float(x[i]) - mean[i] : 0.0f;
+    largest = max(largest, abs(coordinates[k]));
   }
-  for (ushort step = 1; step < LANES; step *= 2) {
-    largest = max(largest, simd_shuffle_xor(largest, step));
-  }
-  finite = shared_sum<LANES>(finite ? 0.0f : 1.0f) == 0.0f;
-  // With the largest coordinate at one no square overflows or vanishes; two factors, because the
-  // inverse of a tiny one would overflow.
+  largest = shared_max<VECTOR_LANES>(largest);
+  // With the largest coordinate at one no square overflows or vanishes. Subnormal numbers, of which the
+  // inverse would overflow, count as zeros, as they do on many GPUs.
   const float lift = largest < 1e-30f ? 1e30f : 1.0f;
-  const float inverse = largest == 0.0f ? 0.0f : 1.0f / (largest * lift);
+  const float inverse = largest < 1.1755e-38f ? 0.0f : 1.0f / (largest * lift);
+#pragma unroll
   for (int k = 0; k < COORDINATES; k++) {
-    const int i = k * LANES + lane;
-    coordinates[k] *= i < DIM ? lift * inverse * signs[i] : 0.0f;
+    const int i = k * VECTOR_LANES;
+    coordinates[k] *= i + lane < DIM ? lift * inverse * signs[i] : 0.0f;
   }
 
-  for (int half_run = 1; half_run < POWER; half_run *= 2) {
-    if (half_run < LANES) {
-      const float sign = (lane & half_run) == 0 ? 1.0f : -1.0f;
-      for (int k = 0; k < COORDINATES; k++) {
-        coordinates[k] = sign * coordinates[k] + simd_shuffle_xor(coordinates[k], ushort(half_run));
-      }
-    } else {
-      const int step = half_run / LANES;
-      for (int pair = 0; pair < COORDINATES / 2; pair++) {
-        const int k = pair / step * 2 * step + pair % step;
-        const float a = coordinates[k];
-        const float b = coordinates[k + step];
-        coordinates[k] = a + b;
-        coordinates[k + step] = a - b;
-      }
-    }
-  }
+  strided_butterflies<COORDINATES, POWER, VECTOR_LANES>(coordinates, lane);
   if constexpr (ORDER > 1) {
+#pragma unroll
     for (int k = 0; k < COORDINATES; k++) {
-      const int i = k * LANES + lane;
-      if (i < DIM) {
-        values[i] = coordinates[k];
+      const int i = k * VECTOR_LANES;
+      if (i + lane < DIM) {
+        own[i] = coordinates[k];
       }
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
-    for (int k = 0; k < COORDINATES; k++) {
-      const int i = k * LANES + lane;
-      coordinates[k] = i < DIM ? matrix_row<ORDER, POWER, false>(matrix, values, i) : 0.0f;
-    }
+    strided_matrix_rows<DIM, ORDER, POWER, COORDINATES, VECTOR_LANES>(coordinates, matrix, values, lane);
   }
   float squared_norm = 0.0f;
+#pragma unroll
   for (int k = 0; k < COORDINATES; k++) {
     squared_norm += coordinates[k] * coordinates[k];
   }
-  const float rms = sqrt(shared_sum<LANES>(squared_norm) / float(DIM));
+  // It is not a number where a coordinate is not finite: infinity has become infinity times zero.
+  const float rms = sqrt(shared_sum<VECTOR_LANES>(squared_norm) / float(DIM));
   const float inverse_rms = rms == 0.0f ? 0.0f : 1.0f / rms;
 
-  // The gains ascend, so a coordinate only moves on to the next cell: cells are wider than the steps of
-  // the gains up to 5 bits.
+  // From here on the coordinates are in threadgroup memory, each still used by its own lane alone. So the
+  // next loop stays one, whose code fits an instruction cache, and its sums have the registers.
   threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
+  for (int k = 0; k < COORDINATES; k++) {
+    const int i = k * VECTOR_LANES;
+    if (i + lane < DIM) {
+      own[i] = coordinates[k];
+    }
+  }
+  float tried[GAINS];
   float products[GAINS];
   float squared_lengths[GAINS];
+#pragma unroll
   for (int g = 0; g < GAINS; g++) {
+    tried[g] = gains[g];
     products[g] = 0.0f;
     squared_lengths[g] = 0.0f;
   }
-#pragma unroll
-  for (int k = 0; k < COORDINATES; k++) {
-    const float y = abs(coordinates[k]) * inverse_rms;
-    const threadgroup float2* cell = cells + cell_of<BITS>(cells, float(gains[0]) * y);
-    float2 limit_and_level = cell[0];
-    if (DIM % LANES != 0 && k * LANES + lane >= DIM) {
-      limit_and_level.x = INFINITY;
-      limit_and_level.y = 0.0f;
-    }
+  // The gains ascend, so a coordinate only moves on; up to 5 bits at most to the next cell, because cells
+  // are wider than the steps of the gains.
+  for (int i = 0; i < DIM - lane; i += VECTOR_LANES) {
+    const float y = abs(own[i]) * inverse_rms;
+    int cell = cell_of<BITS>(cells, tried[0] * y);
+    float2 limit_and_level = cells[cell];
 #pragma unroll
     for (int g = 0; g < GAINS; g++) {
-      const float scaled = float(gains[g]) * y;
-      if constexpr (BITS <= 5) {
-        if (scaled > limit_and_level.x) {
-          cell++;
-          limit_and_level = cell[0];
-        }
-      } else {
-        while (scaled > limit_and_level.x) {
-          cell++;
-          limit_and_level = cell[0];
+      while (tried[g] * y > limit_and_level.x) {
+        limit_and_level = cells[++cell];
+        if (BITS <= 5) {
+          break;
         }
       }
       products[g] = fma(limit_and_level.y, y, products[g]);
@@ -155,32 +139,35 @@ METAL_FUNC void quantize_vector(X x, Mean mean, Levels levels, Thresholds thresh
   float gain = 1.0f;
   float product = 0.0f;
   float squared_length = 1.0f;
+#pragma unroll
   for (int g = 0; g < GAINS; g++) {
-    const float candidate = shared_sum<LANES>(products[g]);
-    const float candidate_length = shared_sum<LANES>(squared_lengths[g]);
+    const float candidate = shared_sum<VECTOR_LANES>(products[g]);
+    const float candidate_length = shared_sum<VECTOR_LANES>(squared_lengths[g]);
     if (candidate * candidate * squared_length > product * product * candidate_length) {
-      gain = gains[g];
+      gain = tried[g];
       product = candidate;
       squared_length = candidate_length;
     }
   }
 
+#pragma unroll
   for (int k = 0; k < COORDINATES; k++) {
-    const int i = k * LANES + lane;
-    if (i < DIM) {
-      const int cell = cell_of<BITS>(cells, gain * (abs(coordinates[k]) * inverse_rms));
-      values[i] = float(coordinates[k] > 0.0f ? POSITIVE + cell : POSITIVE - 1 - cell);
+    const int i = k * VECTOR_LANES;
+    if (i + lane < DIM) {
+      const float y = own[i];
+      const int cell = cell_of<BITS>(cells, gain * (abs(y) * inverse_rms));
+      own[i] = float(y > 0.0f ? POSITIVE + cell : POSITIVE - 1 - cell);
     }
   }
   simdgroup_barrier(mem_flags::mem_threadgroup);
   if (inside) {
     // <y, y> / <y, q> in units of rms; a vector of zeros has scale 0.
     float scale = product == 0.0f ? 0.0f : float(DIM) / product * rms * rsqrt(float(POWER)) * largest;
-    scale = finite ? min(scale, 3.3895e38f) : NAN;
+    scale = isfinite(rms) ? min(scale, 3.3895e38f) : NAN;
     if (lane == 0) {
       scale_out[0] = bfloat16_t(scale);
     }
-    for (int w = lane; w < vector_words<DIM, BITS>(); w += LANES) {
+    for (int w = lane; w < vector_words<DIM, BITS>(); w += VECTOR_LANES) {
       codes[w] = packed_word<DIM, BITS>(values, w);
     }
   }

@@ -15,14 +15,13 @@
 //
 // A row is one head of one sequence; WORDS is vector_words<DIM, KEY_BITS>().
 //
-// Threadgroups with y = 0 take keys, those with y = 1 values. LANES lanes quantize one vector: every
+// Threadgroups with y = 0 take keys, those with y = 1 values. VECTOR_LANES lanes quantize one vector: every
 // step but the packing is a sum over its coordinates, and the fewer lanes share it, the fewer steps a
 // sum takes; a lane has room for sixteen coordinates in its registers. A coordinate stays in its lane
-// through all gains. The codes go to threadgroup memory, where a lane collects the
-// fields of a whole word.
+// through all gains. The codes go to threadgroup memory, where a lane collects the fields of a whole word.
 
-constexpr int VECTORS = GROUPS * 32 / LANES;
-constexpr int VALUE_VECTORS = GROUPS * 32 / VALUE_LANES;
+constexpr int VECTORS = GROUPS * LANES / VECTOR_LANES;
+constexpr int VALUE_VECTORS = GROUPS * LANES / VALUE_VECTOR_LANES;
 constexpr int words = vector_words<DIM, KEY_BITS>();
 constexpr int value_words = vector_words<VALUE_DIM, VALUE_BITS>();
 constexpr int FLOATS = VECTORS * DIM;
@@ -32,24 +31,29 @@ threadgroup float floats[FLOATS > VALUE_FLOATS ? FLOATS : VALUE_FLOATS];
 threadgroup float2 cells[CELLS];
 
 const int count = sizes[1];
-const long vectors = long(sizes[0]) * count;
-const int thread_index = int(simdgroup_index_in_threadgroup) * 32 + int(thread_index_in_simdgroup);
+// A division of 64 bits would cost hundreds of instructions and their registers. 32 bits are enough: the
+// grid counts threads in 32 bits, and a vector has eight or more.
+const uint vectors = uint(sizes[0]) * uint(count);
+const uint thread_index = simdgroup_index_in_threadgroup * LANES + thread_index_in_simdgroup;
 if (threadgroup_position_in_grid.y == 0) {
-  const int group = thread_index / LANES;
-  const long vector = long(threadgroup_position_in_grid.x) * VECTORS + group;
+  const uint group = thread_index / VECTOR_LANES;
+  const uint vector = threadgroup_position_in_grid.x * VECTORS + group;
   const bool inside = vector < vectors;
-  const long at = inside ? vector : 0;
-  quantize_vector<DIM, KEY_BITS, ORDER, POWER, KEY_GAINS, LANES>(
-      keys + at * DIM, key_mean + at / count * DIM, key_levels, key_thresholds, key_gains, key_signs, key_matrix,
+  const long at = inside ? vector : 0u;
+  const long row = uint(at) / uint(count);
+  quantize_vector<DIM, KEY_BITS, ORDER, POWER, KEY_GAINS, VECTOR_LANES>(
+      keys + at * DIM, key_mean + row * DIM, key_levels, key_thresholds, key_gains, key_signs, key_matrix,
       key_codes + at * words, key_scales + at, floats + group * DIM, cells, inside,
-      thread_index % LANES, thread_index, GROUPS * 32);
+      int(thread_index % VECTOR_LANES), int(thread_index), GROUPS * LANES);
 } else {
-  const int group = thread_index / VALUE_LANES;
-  const long vector = long(threadgroup_position_in_grid.x) * VALUE_VECTORS + group;
+  const uint group = thread_index / VALUE_VECTOR_LANES;
+  const uint vector = threadgroup_position_in_grid.x * VALUE_VECTORS + group;
   const bool inside = vector < vectors;
-  const long at = inside ? vector : 0;
-  quantize_vector<VALUE_DIM, VALUE_BITS, VALUE_ORDER, VALUE_POWER, VALUE_GAINS, VALUE_LANES>(
-      values + at * VALUE_DIM, value_mean + at / count * VALUE_DIM, value_levels, value_thresholds,
+  const long at = inside ? vector : 0u;
+  const long row = uint(at) / uint(count);
+  quantize_vector<VALUE_DIM, VALUE_BITS, VALUE_ORDER, VALUE_POWER, VALUE_GAINS, VALUE_VECTOR_LANES>(
+      values + at * VALUE_DIM, value_mean + row * VALUE_DIM, value_levels, value_thresholds,
       value_gains, value_signs, value_matrix, value_codes + at * value_words, value_scales + at,
-      floats + group * VALUE_DIM, cells, inside, thread_index % VALUE_LANES, thread_index, GROUPS * 32);
+      floats + group * VALUE_DIM, cells, inside, int(thread_index % VALUE_VECTOR_LANES),
+      int(thread_index), GROUPS * LANES);
 }

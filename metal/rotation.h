@@ -2,15 +2,21 @@
 // and sums over lanes.
 #pragma once
 
+// Index of the first value of a pair; the second is half_run, a power of two, behind it. There is no
+// division, which would cost some twenty instructions where half_run is not known to the compiler.
+METAL_FUNC constexpr int first_of_pair(int pair, int half_run) {
+  return pair + (pair & -half_run);
+}
+
 // The Hadamard transform of every run of POWER values of x[DIM], not normalised. Called by all lanes
 // of one SIMD group, which alone uses x: a barrier of that group separates the stages.
 template <int DIM, int POWER>
 METAL_FUNC void butterflies(threadgroup float* x, uint lane) {
   for (int half_run = 1; half_run < POWER; half_run *= 2) {
-    for (int pair = int(lane); pair < DIM / 2; pair += 32) {
-      int i = pair / half_run * 2 * half_run + pair % half_run;
-      float a = x[i];
-      float b = x[i + half_run];
+    for (int pair = int(lane); pair < DIM / 2; pair += LANES) {
+      const int i = first_of_pair(pair, half_run);
+      const float a = x[i];
+      const float b = x[i + half_run];
       x[i] = a + b;
       x[i + half_run] = a - b;
     }
@@ -18,29 +24,53 @@ METAL_FUNC void butterflies(threadgroup float* x, uint lane) {
   }
 }
 
-// The Hadamard transform of DIM values, of which this lane has x[COUNT], those from lane * COUNT on; not
-// normalised. DIM / COUNT neighbouring lanes share a vector: the first stages are within a lane.
-template <int DIM, int COUNT>
-METAL_FUNC void lane_butterflies(thread float* x, int lane) {
+// The Hadamard transform of every run of RUN values of x[COUNT], which are in registers; not normalised.
+template <int COUNT, int RUN>
+METAL_FUNC void register_butterflies(thread float* x) {
 #pragma unroll
-  for (int half_run = 1; half_run < COUNT; half_run *= 2) {
+  for (int half_run = 1; half_run < RUN; half_run *= 2) {
 #pragma unroll
     for (int pair = 0; pair < COUNT / 2; pair++) {
-      const int i = pair / half_run * 2 * half_run + pair % half_run;
+      const int i = first_of_pair(pair, half_run);
       const float a = x[i];
       const float b = x[i + half_run];
       x[i] = a + b;
       x[i + half_run] = a - b;
     }
   }
+}
+
+// The stage of a Hadamard transform that joins values of lanes that are `step` apart.
+template <int COUNT>
+METAL_FUNC void lane_stage(thread float* x, int lane, int step) {
+  const float sign = (lane & step) == 0 ? 1.0f : -1.0f;
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) {
+    x[i] = fma(sign, x[i], simd_shuffle_xor(x[i], ushort(step)));
+  }
+}
+
+// The Hadamard transform of DIM values, of which this lane has x[COUNT], those from lane * COUNT on; not
+// normalised. DIM / COUNT neighbouring lanes share a vector: the first stages are within a lane.
+template <int DIM, int COUNT>
+METAL_FUNC void lane_butterflies(thread float* x, int lane) {
+  register_butterflies<COUNT, COUNT>(x);
 #pragma unroll
   for (int step = 1; step < DIM / COUNT; step *= 2) {
-    const float sign = (lane & step) == 0 ? 1.0f : -1.0f;
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) {
-      x[i] = fma(sign, x[i], simd_shuffle_xor(x[i], ushort(step)));
-    }
+    lane_stage<COUNT>(x, lane, step);
   }
+}
+
+// The Hadamard transform of every run of POWER values of a vector that LANE_COUNT neighbouring lanes share;
+// not normalised. This lane has x[COUNT], every LANE_COUNT-th value from `lane` on: the first stages are
+// between lanes.
+template <int COUNT, int POWER, int LANE_COUNT>
+METAL_FUNC void strided_butterflies(thread float* x, int lane) {
+#pragma unroll
+  for (int step = 1; step < (POWER < LANE_COUNT ? POWER : LANE_COUNT); step *= 2) {
+    lane_stage<COUNT>(x, lane, step);
+  }
+  register_butterflies<COUNT, POWER / LANE_COUNT>(x);
 }
 
 // Coordinate i of the ORDER x ORDER matrix times x, which is ORDER rows of POWER values. ORDER is 1,
@@ -50,21 +80,55 @@ METAL_FUNC float matrix_row(Matrix matrix, const threadgroup float* x, int i) {
   if constexpr (ORDER == 1) {
     return x[i];
   } else {
-    int row = i / POWER;
+    // Seen from here, all columns are at constant offsets.
+    matrix += uint(i) / POWER * (TRANSPOSED ? 1 : ORDER);
+    x += uint(i) % POWER;
     float sum = 0.0f;
     for (int column = 0; column < ORDER; column++) {
-      float entry = TRANSPOSED ? matrix[column * ORDER + row] : matrix[row * ORDER + column];
-      sum += entry * x[column * POWER + i % POWER];
+      sum += matrix[column * (TRANSPOSED ? ORDER : 1)] * x[column * POWER];
     }
     return sum;
   }
 }
 
-// The sum over the LANES neighbours that share a vector or a token, in all of them.
-template <int LANES>
+// Coordinates of the matrix, not transposed, times `values`, DIM of them in threadgroup memory: those that a
+// lane has in strided_butterflies, together, so that most values are loaded once for all of them.
+template <int DIM, int ORDER, int POWER, int COUNT, int LANE_COUNT, typename Matrix>
+METAL_FUNC void strided_matrix_rows(
+    thread float* x, Matrix matrix, const threadgroup float* values, int lane) {
+  matrix += uint(lane) / POWER * ORDER;
+  values += uint(lane) % POWER;
+#pragma unroll
+  for (int k = 0; k < COUNT; k++) {
+    x[k] = 0.0f;
+  }
+  for (int column = 0; column < ORDER; column++) {
+#pragma unroll
+    for (int k = 0; k < COUNT; k++) {
+      const int i = k * LANE_COUNT;
+      if (i + lane < DIM) {
+        x[k] += matrix[i / POWER * ORDER + column] * values[column * POWER + i % POWER];
+      }
+    }
+  }
+}
+
+// The sum over the COUNT neighbouring lanes that share a vector or a token, in all of them.
+template <int COUNT>
 METAL_FUNC float shared_sum(float x) {
-  for (ushort step = 1; step < LANES; step *= 2) {
+#pragma unroll
+  for (ushort step = 1; step < COUNT; step *= 2) {
     x += simd_shuffle_xor(x, step);
+  }
+  return x;
+}
+
+// The largest value of those lanes, in all of them.
+template <int COUNT>
+METAL_FUNC float shared_max(float x) {
+#pragma unroll
+  for (ushort step = 1; step < COUNT; step *= 2) {
+    x = max(x, simd_shuffle_xor(x, step));
   }
   return x;
 }

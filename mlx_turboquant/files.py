@@ -1,4 +1,4 @@
-"""Files of arrays, in the safetensors format: written whole, and checked before they are read."""
+"""Files that are written whole: JSON, and arrays in the safetensors format, checked when read."""
 
 import json
 import os
@@ -54,6 +54,19 @@ def write_whole(file: Path, write: Callable[[Path], None], key: str) -> None:
                 os.fsync(content.fileno())
         except (RuntimeError, ValueError) as error:
             raise OSError(f"{file} cannot be written whole: is there space for it?") from error
+        os.replace(complete, file)
+
+
+def write_json(file: Path, contents: dict[str, Any]) -> None:
+    """Write ``file`` so that it is complete or not there; its folder is made where there is none.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}-") as folder:
+        complete = Path(folder) / file.name
+        complete.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
         os.replace(complete, file)
 
 

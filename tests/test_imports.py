@@ -15,7 +15,7 @@ ROOT = Path(mlx_turboquant.__file__).parent
 ARROWS = {
     "codec": set(),
     "files": set(),
-    "kernels": {"codec"},
+    "kernels": {"codec", "files"},
     "methods": {"codec"},
     "search": {"codec", "kernels", "files"},
     "cache": {"codec", "kernels"},

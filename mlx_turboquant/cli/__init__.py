@@ -13,6 +13,7 @@ COMMANDS = {
     "benchmark": "measure speed and memory of a model with different caches",
     "plan": "say what context fits into memory, before anything is downloaded",
     "doctor": "check the kernels on this machine",
+    "tune": "find the fastest settings of the kernels on this machine",
 }
 _USAGE = "usage: mlx_turboquant COMMAND [options]\n\ncommands:\n" + "".join(
     f"  {name:13} {purpose}\n" for name, purpose in COMMANDS.items()

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ..lm import texts
 from ..lm.choice import treat_layers_alike
+from ..lm.compressible import text_arguments
 from ..lm.loading import (
     check_memory,
     device_nbytes,
@@ -151,7 +152,9 @@ def _model_and_tokens(args: argparse.Namespace) -> tuple[nn.Module, Any, list[in
     """
     if args.shape is not None:
         model = random_model(shape_config(args.shape))
-        tokens = mx.random.randint(0, model.args.vocab_size, (8192,), key=mx.random.key(0))
+        tokens = mx.random.randint(
+            0, text_arguments(model).vocab_size, (8192,), key=mx.random.key(0)
+        )
         return model, None, tokens.tolist()
     model, tokenizer = load_lazily(args.model)
     encoded = texts.encode(tokenizer, texts.bundled_texts())
@@ -178,9 +181,9 @@ def shape_config(shape: str) -> dict[str, Any]:
         ) from error
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """``--model`` or ``--shape``, one of which is needed."""
-    group = parser.add_mutually_exclusive_group(required=True)
+def add_model_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """``--model`` or ``--shape``, one of which is needed if ``required``."""
+    group = parser.add_mutually_exclusive_group(required=required)
     group.add_argument("--model", help=MODEL_HELP)
     group.add_argument(
         "--shape",

@@ -1,56 +1,182 @@
 """``mlx_turboquant doctor``: every kernel on this machine, compared with plain MLX."""
 
 import argparse
+import datetime
+import platform
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx_lm import __version__ as mlx_lm_version
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
 from .. import __version__
-from ..kernels.attention import Configuration, DecodeAttention
+from ..files import write_json
+from ..kernels.attention import MAX_DECODE_ROWS, Configuration, DecodeAttention
 from ..kernels.quantize import Dequantize, InnerProduct, Quantize
-from ..kernels.runtime import Kernel, backend
+from ..kernels.runtime import Kernel, backend, thread_limits
 from ..kernels.storage import shared_quantizer
+from ..kernels.tuning import (
+    Tunings,
+    default_tunings,
+    device_name,
+    kernel_version,
+    saved_tunings,
+)
+from ..lm.heads import Heads
+from ..measure.tune import LENGTHS, Ratio, ratio
+from .tune import described
 
 _DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
 _SPLITS = ((4, 4), (4, 2), (3, 2), (3, 1), (5, 4), (6, 6), (8, 8))
 _FAILURES = (RuntimeError, ValueError)
+# What a report times: heads of Llama-3.1-8B, Qwen3-30B-A3B and Qwen3.8-27B.
+_TIMED = (
+    Heads(8, 4, 128, 128, False),
+    Heads(4, 8, 128, 128, False),
+    Heads(4, 6, 256, 256, False),
+)
+_DEFAULT_REPORT = "mlx_turboquant-report.json"
+
+
+class Checked(NamedTuple):
+    """What became of one configuration of a kernel; ``verdict`` is "ok", or what is wrong."""
+
+    kernel: str
+    configuration: str
+    error: float | None
+    allowed: float | None
+    seconds: float
+    verdict: str
 
 
 def main(arguments: list[str]) -> None:
     """Run the checks and print a table; exit status 1 if a kernel failed."""
-    parser = argparse.ArgumentParser(prog="mlx_turboquant doctor", description=__doc__)
-    parser.parse_args(arguments)
-    target = backend()
-    device = mx.device_info().get("device_name", "CPU")
+    args = _parser().parse_args(arguments)
     print(f"mlx_turboquant {__version__}, mlx {mx.__version__}, mlx-lm {mlx_lm_version}")
-    print(f"Device: {device}. Kernels run on: {target}.")
-    if target == "reference":
+    print(f"Device: {device_name()}. Kernels run on: {backend()}.")
+    results: list[Checked] = []
+    if backend() == "reference":
         print(
             "Without a GPU, plain MLX operations take the place of the kernels: nothing to check."
         )
-        return
+    else:
+        _print_settings()
+        results = [_check(*each) for each in tqdm(list(_configurations()), leave=False)]
+        _print_results(results)
+    if args.report is not None:
+        write_json(args.report, _report(results))
+        print(f"The report is in {args.report}: it says nothing about you, read it and attach it.")
+    sys.exit(1 if any(each.verdict != "ok" for each in results) else 0)
+
+
+def _check(kernel: type[Kernel], configuration: tuple[Any, ...], label: str) -> Checked:
+    begin = time.perf_counter()
+    error = allowed = None
+    try:
+        error, allowed = kernel(*configuration).check()
+        verdict = "ok" if error <= allowed else "WRONG"
+    except _FAILURES as failure:
+        verdict = _first_line(failure)
+    return Checked(kernel.name, label, error, allowed, time.perf_counter() - begin, verdict)
+
+
+def _print_settings() -> None:
+    """Which settings of the attention kernel are in use, and where they come from."""
+    for least, tuning in default_tunings(backend(), MAX_DECODE_ROWS):
+        print(f"Settings of the table from {least:,} packed tokens on: {described(tuning)}.")
+    for heads, tunings in saved_tunings().items():
+        for least, tuning in tunings:
+            print(f"Tuned for {heads}, from {least:,} packed tokens on: {described(tuning)}.")
+
+
+def _print_results(results: list[Checked]) -> None:
     table = Table("kernel", "configuration", "worst error", "allowed", "seconds", "verdict")
-    failed = 0
-    for kernel, configuration, label in _configurations():
-        begin = time.perf_counter()
-        try:
-            agreement = kernel(*configuration).check()
-            error, allowed = f"{agreement.error:.1e}", f"{agreement.allowed:.1e}"
-            verdict = "ok" if agreement.holds else "WRONG"
-        except _FAILURES as failure:
-            error, allowed, verdict = "", "", str(failure).strip().splitlines()[0]
-        failed += verdict != "ok"
-        seconds = f"{time.perf_counter() - begin:.2f}"
-        table.add_row(kernel.name, label, error, allowed, seconds, verdict)
+    for each in results:
+        errors = ("" if x is None else f"{x:.1e}" for x in (each.error, each.allowed))
+        row = (each.kernel, each.configuration, *errors, f"{each.seconds:.2f}", each.verdict)
+        table.add_row(*row)
     Console().print(table)
-    print(f"{table.row_count - failed} of {table.row_count} configurations are right.")
-    sys.exit(1 if failed else 0)
+    right = sum(each.verdict == "ok" for each in results)
+    print(f"{right} of {len(results)} configurations are right.")
+
+
+def _report(results: list[Checked]) -> dict[str, Any]:
+    """All that the authors need to know of a machine, and nothing of its user."""
+    device = mx.device_info()
+    report: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "device": {
+            name: device[name]
+            for name in ("device_name", "architecture", "memory_size")
+            if name in device
+        },
+        "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {
+            "mlx_turboquant": __version__,
+            "mlx": mx.__version__,
+            "mlx_lm": mlx_lm_version,
+        },
+        "kernels": kernel_version(),
+        "backend": backend(),
+        "checks": [each._asdict() for each in results],
+    }
+    if backend() == "reference":
+        return report
+    report["settings"] = {
+        "table": _as_lists(default_tunings(backend(), MAX_DECODE_ROWS)),
+        "tuned": {heads: _as_lists(each) for heads, each in saved_tunings().items()},
+    }
+    report["ratios"] = [each._asdict() for each in _ratios()]
+    if backend() == "metal":
+        report["thread_limits"] = _thread_limits()
+    return report
+
+
+def _as_lists(tunings: Tunings) -> list[dict[str, int]]:
+    return [{"packed_tokens": least, **tuning._asdict()} for least, tuning in tunings]
+
+
+def _ratios() -> list[Ratio]:
+    return [ratio(heads, length) for heads in _TIMED for length in LENGTHS]
+
+
+def _thread_limits() -> list[dict[str, Any]]:
+    """Of every configuration, what Apple's compiler lets it have, beside what another one needs."""
+    limits = []
+    for kernel, configuration, label in tqdm(list(_configurations()), leave=False):
+        try:
+            threads: dict[str, int] | str = thread_limits(kernel, *configuration)
+        except _FAILURES as failure:
+            threads = _first_line(failure)
+        limits.append({"kernel": kernel.name, "configuration": label, "threads": threads})
+    return limits
+
+
+def _first_line(failure: Exception) -> str:
+    """What an error says, without the name of a folder of the user's."""
+    text = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+    return text.replace(str(Path(__file__).parents[2]), "...").replace(str(Path.home()), "~")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mlx_turboquant doctor", description=__doc__)
+    parser.add_argument(
+        "--report",
+        type=Path,
+        nargs="?",
+        const=Path(_DEFAULT_REPORT),
+        metavar="FILE",
+        help="Write all that was found, the speed of the attention kernel and the registers that "
+        f"Metal's compiler uses to a file for an issue (default: {_DEFAULT_REPORT})",
+    )
+    return parser
 
 
 def _configurations() -> Iterator[tuple[type[Kernel], tuple[Any, ...], str]]:

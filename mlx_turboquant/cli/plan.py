@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
     settings = settings_of(args)
     contenders = [EXACT, *MLX_LM, *(preset(name, settings) for name in args.kv_bits)]
     available, explanation = _available(args.memory)
-    model, config = _model(args)
+    model, config = model_without_weights(args)
     treat_layers_alike(model)
     footprints = [footprint(model, contender) for contender in contenders]
     # A Mac keeps the weights as they are; this machine may be a CPU.
@@ -60,8 +60,8 @@ def main(arguments: list[str]) -> None:
     )
 
 
-def _model(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
-    """The model without weights, and its configuration."""
+def model_without_weights(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of ``--model`` or ``--shape``, of which nothing is read, and its configuration."""
     if args.shape is not None:
         config = shape_config(args.shape)
         return random_model(config), config

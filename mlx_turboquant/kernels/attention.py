@@ -10,7 +10,6 @@ from ..codec.quantizer import TurboQuantizer
 from . import arguments, reference
 from .runtime import (
     LANES,
-    SIMDS,
     THREADGROUP_BYTES,
     Agreement,
     Constant,
@@ -23,6 +22,7 @@ from .runtime import (
     worst,
 )
 from .tokens import BLOCK, CAPACITY_UNIT, CachedTokens, Span
+from .tuning import TARGETS, Tuning, Tunings, tunings
 
 # Up to so many query rows a call is a decode step (or the check of drafted tokens).
 MAX_DECODE_ROWS = 8
@@ -32,13 +32,8 @@ MASK_KINDS = ("none", "causal", "boolean", "additive")
 HALF_ARITHMETIC = 6e-3
 # A row of outputs is in the registers of a SIMD group.
 _MAX_DIM = 512
-# Tokens that a SIMD group takes in one step.
-_PACKED_TOKENS = 64
+# Exact tokens that a SIMD group takes in one step.
 _EXACT_TOKENS = 8
-# Query rows of a threadgroup, at most, and on CUDA those with so many packed tokens in all heads.
-# Eight need up to 255 registers, and half as many threadgroups fit a multiprocessor; but a code is
-# unpacked once for eight rows, which pays where all have work.
-_ROWS, _LONG_ROWS, _LONG_TOKENS = 4, {"cuda": 8}, 96 * 1024
 _INPUTS = (
     "queries",
     "key_codes",
@@ -83,6 +78,26 @@ def decode_attention(
     return kernel(queries, tokens, scale, mask, sinks)
 
 
+class Sizes(NamedTuple):
+    """The beginning of the array ``sizes`` of decode_attention.metal, which knows these names.
+
+    Columns of the mask are sinks, packed tokens and recent ones, whose place in the exact buffers
+    is ``recent_shift`` before their column. ``spans`` follow: a :class:`.Span` for each sequence.
+    """
+
+    exact_count: int
+    splits: int
+    packed_splits: int
+    sink_columns: int
+    recent_shift: int
+    mask_batch_stride: int
+    mask_head_stride: int
+    mask_row_stride: int
+
+
+_SIZES = {name.upper(): place for place, name in enumerate((*Sizes._fields, "spans"))}
+
+
 class Configuration(NamedTuple):
     """All that decides which kernels an attention needs, besides the machine.
 
@@ -102,48 +117,77 @@ class Configuration(NamedTuple):
 
 
 class DecodeAttention:
-    """``decode_attention.metal`` and ``combine.metal`` in one configuration."""
+    """``decode_attention.metal`` and ``combine.metal`` in one configuration.
+
+    ``chosen`` takes the place of the tunings of this machine.
+    """
 
     name = "decode_attention"
 
-    def __init__(self, configuration: Configuration):
+    def __init__(self, configuration: Configuration, chosen: Tunings | None = None):
         wanted = self._configuration = configuration
-        dim, value_dim = wanted.keys.dim, wanted.values.dim
-        mask = MASK_KINDS.index(wanted.mask_kind)
+        self._group_rows = wanted.group * wanted.rows
+        self._wider = max(wanted.keys.dim, wanted.values.dim)
+        self._target = TARGETS["cuda" if backend() == "cuda" else "metal"]
+        self.tunings = chosen or tunings(
+            backend(), wanted.keys.dim, wanted.values.dim, self._group_rows
+        )
+        self._attend: dict[Tuning, Launch] = {
+            tuning: self._build(tuning) for _, tuning in self.tunings
+        }
+        self._combine_simds = min(8, THREADGROUP_BYTES // (16 * wanted.values.dim))
+        self._combine = self._build_combine()
+
+    def _build(self, tuning: Tuning) -> Launch:
+        wanted = self._configuration
         order, power = arguments.order_and_power(wanted.keys)
+        mask = MASK_KINDS.index(wanted.mask_kind)
+        rows, coordinates = self._rows(tuning), self._coordinates(tuning)
         constants: dict[str, Constant] = {
             "QUERY_T": wanted.query_dtype,
             "KEY_T": wanted.key_dtype,
             "VALUE_T": wanted.value_dtype,
-            "DIM": dim,
-            "VALUE_DIM": value_dim,
+            "DIM": wanted.keys.dim,
+            "VALUE_DIM": wanted.values.dim,
             "ORDER": order,
             "POWER": power,
             "KEY_BITS": wanted.keys.bits,
             "VALUE_BITS": wanted.values.bits,
             "VALUE_STRIDE": BLOCK if wanted.is_latent else 1,
-            "SIMDS": SIMDS,
             "MASK": mask,
             "MASK_ARRAY": mask > 1,
+            "ROWS": rows,
+            "COORDINATES": coordinates,
+            "TOKENS": tuning.tokens,
+            "BATCH": tuning.batch,
+            "SIMDS": tuning.simds,
+            "HALF_SUMS": self._target.half_sums,
+            "AHEAD": self._target.ahead,
+            **_SIZES,
         }
         inputs = (*_INPUTS, "mask") if mask > 1 else _INPUTS
-        # The kernels by the query rows of a threadgroup: with few packed tokens, with many.
-        self._group_rows = wanted.group * wanted.rows
-        self._rows, self._long_rows = (
-            _rows_per_threadgroup(most, self._group_rows, max(dim, value_dim))
-            for most in (_ROWS, _LONG_ROWS.get(backend(), _ROWS))
-        )
-        self._attend: dict[int, Launch] = {
-            rows: build(self.name, inputs, ("partial",), constants | {"ROWS": rows})
-            for rows in (self._rows, self._long_rows)
-        }
-        self._combine_simds = min(8, THREADGROUP_BYTES // (16 * value_dim))
-        self._combine = self._build_combine()
+        blocks = 1 if rows * self._lane_values(coordinates) > 32 else 2
+        return build(self.name, inputs, ("partial",), constants, blocks)
+
+    def _rows(self, tuning: Tuning) -> int:
+        """Query rows of a threadgroup: as few threadgroups as possible, all as full as possible."""
+        most = max(1, min(tuning.rows, LANES * tuning.accumulators // self._wider))
+        return -(-self._group_rows // -(-self._group_rows // most))
+
+    def _coordinates(self, tuning: Tuning) -> int:
+        """Neighbouring coordinates of a value that a lane takes."""
+        return 8 if self._rows(tuning) * self._lane_values(8) <= tuning.accumulators else 4
+
+    def _lane_values(self, coordinates: int) -> int:
+        """Floats of output that a lane holds for a row."""
+        run = LANES * coordinates
+        return -(-self._configuration.values.dim // run) * coordinates
 
     def _build_combine(self) -> Launch:
         wanted = self._configuration
         order, power = arguments.order_and_power(wanted.values)
         inputs = ("partial", "mean", "rotation", "sizes")
+        coordinates = -(-wanted.values.dim // LANES)
         constants: dict[str, Constant] = {
             "T": wanted.query_dtype,
             "SINKS": wanted.has_sinks,
@@ -151,6 +195,7 @@ class DecodeAttention:
             "ORDER": order,
             "POWER": power,
             "SIMDS": self._combine_simds,
+            "BATCH": max(1, self._target.combined // max(4, coordinates)),
         }
         return build(
             "combine", (*inputs, "sinks") if wanted.has_sinks else inputs, ("out",), constants
@@ -193,7 +238,7 @@ class DecodeAttention:
         )
 
     def check(self) -> Agreement:
-        """Compares the attention over 90 tokens, for every number of rows of a threadgroup."""
+        """Compares the attention over 90 tokens, with every tuning."""
         wanted = self._configuration
         sides = 1 if wanted.is_latent else 2
         dtypes = (wanted.key_dtype, wanted.value_dtype)[:sides]
@@ -210,7 +255,7 @@ class DecodeAttention:
         scale, mask = wanted.keys.dim**-0.5, masks[wanted.mask_kind]
         sinks = reference.normal((query_heads,), 6) if wanted.has_sinks else None
         expected = reference.decode_attention(queries, tokens, scale, mask, sinks)
-        outputs = (self(queries, tokens, scale, mask, sinks, rows) for rows in self._attend)
+        outputs = (self(queries, tokens, scale, mask, sinks, each) for each in self._attend)
         dtype = wanted.query_dtype
         return worst([compare(output, expected, dtype, HALF_ARITHMETIC) for output in outputs])
 
@@ -221,11 +266,11 @@ class DecodeAttention:
         scale: float,
         mask: None | str | mx.array,
         sinks: mx.array | None,
-        tile: int | None = None,
+        tuning: Tuning | None = None,
     ) -> mx.array:
         """Two launches for :func:`decode_attention`, with its arguments.
 
-        A threadgroup has ``tile`` query rows, or as many as suit the number of packed tokens.
+        The ``tuning`` is one of :attr:`tunings`; None takes the one for the number of tokens.
         """
         batch, query_heads, rows, _ = queries.shape
         keys, values = tokens.keys, tokens.values
@@ -234,13 +279,14 @@ class DecodeAttention:
             mask, strides = _mask_arguments(mask, (batch, query_heads, rows, tokens.count))
             masks = [mask]
         heads, group_rows = batch * tokens.exact_keys.shape[1], self._group_rows
-        if tile is None:
-            is_long = heads * tokens.packed_count >= _LONG_TOKENS
-            tile = self._long_rows if is_long else self._rows
-        tiles = -(-group_rows // tile)
-        fitting = 2048 // max(tile, _ROWS)  # threadgroups that fill a GPU
+        if tuning is None:
+            packed = heads * tokens.packed_count
+            tuning = next(each for least, each in reversed(self.tunings) if packed >= least)
+        tiles = -(-group_rows // self._rows(tuning))
         splits, packed_splits, sizes = _divided(
-            fitting // (heads * tiles),
+            tuning.threadgroups // (heads * tiles),
+            tuning.tokens * LANES * tuning.simds,
+            _EXACT_TOKENS * tuning.simds,
             tokens.packed_count,
             tokens.exact_count,
             tokens.sink_count,
@@ -262,10 +308,11 @@ class DecodeAttention:
             *masks,
         ]
         value_dim = self._configuration.values.dim
-        [partial] = self._attend[tile](
+        threads = LANES * tuning.simds
+        [partial] = self._attend[tuning](
             inputs=inputs,
-            grid=(heads * LANES * SIMDS, splits, tiles),
-            threadgroup=(LANES * SIMDS, 1, 1),
+            grid=(heads * threads, splits, tiles),
+            threadgroup=(threads, 1, 1),
             output_shapes=[(heads * group_rows, splits, value_dim + 2)],
             output_dtypes=[mx.float32],
         )
@@ -298,6 +345,8 @@ def mask_kind(mask: None | str | mx.array) -> str:
 @lru_cache(maxsize=64)
 def _divided(
     most: int,
+    packed_step: int,
+    exact_step: int,
     packed_count: int,
     exact_count: int,
     sink_count: int,
@@ -307,32 +356,18 @@ def _divided(
 ) -> tuple[int, int, mx.array]:
     """Threadgroups of a head, those of its packed tokens (at most ``most``), and the sizes.
 
-    Those of packed tokens all take the same number of steps; those of exact tokens few enough to
-    run beside them. ``sizes`` are those of decode_attention.metal, for all layers of a step.
+    A threadgroup takes ``packed_step`` or ``exact_step`` tokens in a step. Those of packed tokens
+    all take the same number of steps; those of exact tokens few enough to run beside them. The
+    sizes are those of decode_attention.metal, for all layers of a step.
     """
-    blocks = -(-packed_count // (_PACKED_TOKENS * SIMDS))
+    blocks = -(-packed_count // packed_step)
     steps = max(1, -(-blocks // max(1, most)))
     packed_splits = max(1, -(-blocks // steps))
-    splits = packed_splits - (-exact_count // (2 * steps * _EXACT_TOKENS * SIMDS))
-    sizes = arguments.sizes(
-        exact_count,
-        splits,
-        packed_splits,
-        sink_count,
-        sink_count + packed_count - recent_start,
-        *mask_strides,
-        *chain(*(spans or [(packed_count, sink_count, recent_start)])),
-    )
-    return splits, packed_splits, sizes
-
-
-def _rows_per_threadgroup(most: int, group_rows: int, dim: int) -> int:
-    """A power of two of query rows, at most ``most``, whose outputs fit in the registers.
-
-    These are up to 32 floats a lane. Queries and outputs then fit in the threadgroup memory too.
-    """
-    most = 1 << (min(most, 1024 // dim).bit_length() - 1)
-    return min(most, 1 << (group_rows - 1).bit_length())
+    splits = packed_splits - (-exact_count // (2 * steps * exact_step))
+    recent_shift = sink_count + packed_count - recent_start
+    sizes = Sizes(exact_count, splits, packed_splits, sink_count, recent_shift, *mask_strides)
+    spans = spans or (Span(packed_count, sink_count, recent_start),)
+    return splits, packed_splits, arguments.sizes(*sizes, *chain(*spans))
 
 
 def _mask_arguments(

@@ -98,7 +98,7 @@ class Quantize:
             order, power = arguments.order_and_power(quantizer)
             lanes = 32 if dim > 256 else 16 if dim > 128 else 8
             constants |= {f"{name}T": dtype, f"{name}DIM": dim, f"{name}ORDER": order}
-            constants |= {f"{name}POWER": power, f"{name}LANES": lanes}
+            constants |= {f"{name}POWER": power, f"{name}VECTOR_LANES": lanes}
             constants |= {f"{name or 'KEY_'}BITS": bits}
             constants |= {f"{name or 'KEY_'}GAINS": len(quantizer.gains)}
             self._most_lanes = max(self._most_lanes, lanes)
@@ -108,7 +108,7 @@ class Quantize:
             for name in (f"{side}s", *(f"{side}_{parameter}" for parameter in _PARAMETERS))
         ]
         outputs = ("key_codes", "key_scales", "value_codes", "value_scales")
-        self._launch = build(self.name, (*inputs, "sizes"), outputs, constants)
+        self._launch = build(self.name, (*inputs, "sizes"), outputs, constants, cuda_blocks=3)
 
     @classmethod
     def of(

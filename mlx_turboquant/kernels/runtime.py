@@ -9,6 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Hashable
+from contextvars import ContextVar
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -16,18 +17,18 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import mlx.core as mx
 
-# Lanes of a SIMD group.
+# Lanes of a SIMD group; the text of all kernels knows it by this name.
 LANES = 32
 # SIMD groups in a threadgroup, where a kernel says nothing else.
 SIMDS = 4
 THREADGROUP_BYTES = 32768
+_MOST_THREADS = 1024
+# What MLX says of a launch of more threads than the registers of a kernel allow.
+_OVER_LIMIT = r"maximum allowed threads per threadgroup \((\d+)\)"
 BACKEND_VARIABLE = "MLX_TURBOQUANT_BACKEND"
 
 # Headers of the functions that a kernel uses, where it has none of its own name.
 _FUNCTIONS = {"combine": "rotation.h", "inner_product": "levels.h"}
-# Threadgroups of 256 threads that fit the registers of a CUDA multiprocessor: 2 leave a thread 128
-# registers, 3 leave it 80, which is enough where nothing spills; eight query rows need up to 255.
-_CUDA_BLOCKS = {"quantize": 3}
 # What a kernel's text calls the types that it is compiled for.
 _TYPES = {mx.float16: "float16_t", mx.bfloat16: "bfloat16_t", mx.float32: "float"}
 
@@ -36,6 +37,8 @@ Launch = Callable[..., list[mx.array]]
 
 _log = logging.getLogger("mlx_turboquant")
 _forced_backend: str | None = None
+# Where thread_limits notes what it finds; otherwise None.
+_limits: ContextVar[dict[str, int] | None] = ContextVar("limits", default=None)
 
 
 class Agreement(NamedTuple):
@@ -156,10 +159,69 @@ def worst(agreements: list[Agreement]) -> Agreement:
 
 
 def build(
-    name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], constants: dict[str, Constant]
+    name: str,
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    constants: dict[str, Constant],
+    cuda_blocks: int = 2,
 ) -> Launch:
-    """The kernel of metal/NAME.metal with these constants, called as ``mx.fast`` describes."""
-    return _built(backend(), name, inputs, outputs, tuple(constants.items()))
+    """The kernel of metal/NAME.metal with these constants, called as ``mx.fast`` describes.
+
+    So many threadgroups of 256 threads fit the registers of a CUDA multiprocessor: 1 leaves a
+    thread 255 registers, 2 leave it 128, 3 leave it 80.
+    """
+    limits = _limits.get()
+    arguments = (backend(), name, inputs, outputs, tuple(constants.items()), cuda_blocks)
+    if limits is None:
+        return _built(*arguments)
+    return _limiting(
+        limits, name, inputs.index("sizes"), _built(*arguments, "if (sizes[0] < 0) { return; }\n")
+    )
+
+
+def thread_limits(kernel: type[Kernel], *configuration: Hashable) -> dict[str, int]:
+    """For each launch of a kernel, the threads of a threadgroup that its registers allow.
+
+    Metal tells them to who wants more, and that is what its compiler says of its registers: 1 024
+    threads may have 104 half-registers each, 512 208, 384 256. The kernels do no more than return.
+
+    Raises:
+        RuntimeError, ValueError: a kernel that does not compile.
+    """
+    limits: dict[str, int] = {}
+    token = _limits.set(limits)
+    try:
+        kernel(*configuration).check()
+    finally:
+        _limits.reset(token)
+    return limits
+
+
+def _limiting(limits: dict[str, int], name: str, sizes: int, launch: Launch) -> Launch:
+    """In place of a launch, one of 1 024 threads; notes the limit, and returns zeros."""
+
+    def limited(
+        *,
+        inputs: list[mx.array],
+        grid: tuple[int, int, int],
+        threadgroup: tuple[int, int, int],
+        output_shapes: list[tuple[int, ...]],
+        output_dtypes: list[mx.Dtype],
+    ) -> list[mx.array]:
+        inputs = [mx.full(x.shape, -1) if i == sizes else x for i, x in enumerate(inputs)]
+        shapes = {"output_shapes": output_shapes, "output_dtypes": output_dtypes}
+        most = (_MOST_THREADS, 1, 1)
+        limit = _MOST_THREADS
+        try:
+            mx.eval(launch(inputs=inputs, grid=most, threadgroup=most, init_value=0, **shapes))
+        except (RuntimeError, ValueError) as error:
+            if (found := re.search(_OVER_LIMIT, str(error))) is None:
+                raise
+            limit = int(found[1])
+        limits[name] = min(limit, limits.get(name, limit))
+        return [mx.zeros(*each) for each in zip(output_shapes, output_dtypes)]
+
+    return limited
 
 
 @cache
@@ -169,29 +231,40 @@ def _built(
     inputs: tuple[str, ...],
     outputs: tuple[str, ...],
     constants: tuple[tuple[str, Constant], ...],
+    cuda_blocks: int,
+    prologue: str = "",
 ) -> Launch:
     # Constants are part of the text: as template arguments they would cost the host time at each
     # launch. All types are among them: MLX tells compiled kernels apart by their names alone.
-    definitions = " ".join(_definition(*pair) for pair in constants)
+    definitions = [_definition(*pair) for pair in (("LANES", LANES), *constants)]
     label = "_".join(_TYPES.get(value, str(value)) for _, value in constants)
     names = {"input_names": list(inputs), "output_names": list(outputs)}
-    names |= {"name": f"turboquant_{name}_{label}"}
+    names |= {"name": f"turboquant_{name}_{label}{'_limited' if prologue else ''}"}
     file, functions = _file(f"{name}.metal"), _FUNCTIONS.get(name, f"{name}.h")
     body = file.read_text(encoding="ascii")
+    # What functions are made for comes before them.
+    header = "\n".join(definitions) + "\n"
     if target == "metal" and not _metal_reads_files():
-        source = f"{definitions}\n{_without_comments(body)}"
-        return mx.fast.metal_kernel(**names, header=_joined(functions, set()), source=source)
+        header += _joined(functions, set())
+        source = prologue + _without_comments(body)
+        return mx.fast.metal_kernel(**names, header=header, source=source)
     # MLX copies the text at each launch, a microsecond a kilobyte: the compiler gets the files'
     # names, and a comment has what MLX looks for in the text.
     used = " ".join(sorted(set(re.findall(r"\w+_shape\b|thread\w*_in_\w+|simd\w+_in_\w+", body))))
-    source = f'{definitions}  // {used}\n#include "{file}"\n'
+    source = f'// {used}\n{prologue}#include "{file}"\n'
     if target == "metal":
-        return mx.fast.metal_kernel(**names, header=_including(functions), source=source)
-    blocks = 1 if ("ROWS", 8) in constants else _CUDA_BLOCKS.get(name, 2)
-    header = f"#define TURBOQUANT_BLOCKS {blocks}\n"
-    header += f'#define TURBOQUANT_FUNCTIONS "{_file(functions)}"\n{_including("metal_on_cuda.h")}'
+        return mx.fast.metal_kernel(**names, header=header + _including(functions), source=source)
+    macros = [each for each in definitions if each.startswith("#")]
+    values = [each for each in definitions if not each.startswith("#")]
+    lines = [
+        f"#define TURBOQUANT_BLOCKS {cuda_blocks}",
+        f'#define TURBOQUANT_FUNCTIONS "{_file(functions)}"',
+        f"#define TURBOQUANT_CONSTANTS {' '.join(values)}",
+        *macros,
+        _including("metal_on_cuda.h"),
+    ]
     return mx.fast.cuda_kernel(
-        **names, header=header, source=f"TURBOQUANT_USING_DECLARATIONS\n{source}"
+        **names, header="\n".join(lines), source=f"TURBOQUANT_USING_DECLARATIONS\n{source}"
     )
 
 
@@ -230,8 +303,8 @@ def _definition(name: str, value: Constant) -> str:
     if isinstance(value, mx.Dtype):
         return f"using {name} = {_TYPES[value]};"
     if isinstance(value, bool):  # which decides whether arguments exist
-        return f"\n#define {name} {int(value)}\n"
-    return f"constexpr int {name} = {value};"
+        return f"#define {name} {int(value)}"
+    return f"constant constexpr int {name} = {value};"
 
 
 def _joined(name: str, seen: set[str]) -> str:

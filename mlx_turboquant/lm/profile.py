@@ -4,8 +4,6 @@ import hashlib
 import json
 import logging
 import math
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, geometric_mean
@@ -17,6 +15,7 @@ from mlx.utils import tree_flatten
 from platformdirs import user_cache_path
 
 from ..codec.quantizer import CODEC_VERSION
+from ..files import write_json
 from .allocation import Layer, measured_layer
 from .compressible import Compressible
 
@@ -91,22 +90,16 @@ def profile_path(fingerprint: str) -> Path:
 def save_profile(profile: Profile, file: Path | None = None) -> Path:
     """Write a profile to ``file`` or to :func:`profile_path`, and return the path.
 
-    The file is complete or not there: it is written to a temporary name and renamed.
-
     Raises:
         OSError: the file cannot be written.
     """
     file = file or profile_path(profile.fingerprint)
-    file.parent.mkdir(parents=True, exist_ok=True)
     contents = {"format": FORMAT_VERSION, "codec": CODEC_VERSION, **profile._asdict()}
     contents["layers"] = [
         {"keys": keys} if values is None else {"keys": keys, "values": values}
         for keys, values in zip(contents.pop("keys"), contents.pop("values"))
     ]
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}-") as folder:
-        complete = Path(folder) / file.name
-        complete.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
-        os.replace(complete, file)
+    write_json(file, contents)
     return file
 
 

@@ -7,9 +7,12 @@ covered.
 
 import copy
 import itertools
+import json
 import platform
 import random
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -19,8 +22,8 @@ from mlx_turboquant import VectorIndex, enable, make_prompt_cache
 from mlx_turboquant.cli import doctor
 from mlx_turboquant.codec.packing import unpack
 from mlx_turboquant.codec.quantizer import QuantizedVectors, TurboQuantizer
-from mlx_turboquant.kernels import attention, reference, runtime
-from mlx_turboquant.kernels.attention import DecodeAttention
+from mlx_turboquant.kernels import attention, reference, runtime, tuning
+from mlx_turboquant.kernels.attention import Configuration, DecodeAttention
 from mlx_turboquant.kernels.quantize import (
     Dequantize,
     InnerProduct,
@@ -31,6 +34,16 @@ from mlx_turboquant.kernels.quantize import (
 )
 from mlx_turboquant.kernels.storage import shared_quantizer
 from mlx_turboquant.kernels.tokens import Span
+from mlx_turboquant.kernels.tuning import (
+    TARGETS,
+    Tuning,
+    kernel_version,
+    reset_tunings,
+    saved_tunings,
+    tunings,
+)
+from mlx_turboquant.lm.heads import Heads
+from mlx_turboquant.measure import tune as measure_tune
 
 ON_EXECUTOR = platform.system() == "Linux" and runtime.backend() == "reference"
 if ON_EXECUTOR:
@@ -43,6 +56,8 @@ KERNELS = ("quantize", "dequantize", "decode_attention", "combine", "inner_produ
 DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
 BITS = (1, 2, 3, 4, 5, 6, 8)
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
+FOUR_ROWS = Tuning(4, accumulators=32, tokens=2, batch=4, simds=4, threadgroups=40)
+EIGHT_ROWS = FOUR_ROWS._replace(rows=8)
 MASKS = ("none", "causal", "boolean", "boolean per head", "additive", "left padding")
 
 
@@ -281,6 +296,11 @@ def attention_arguments(tokens, group, rows, dtype, mask="none", sinks=False):
     return queries, tokens, queries.shape[-1] ** -0.5, masks[mask], logits
 
 
+def tune(monkeypatch, *chosen: tuple[int, Tuning]) -> None:
+    """Let new kernels have these tunings, by the number of packed tokens from which they hold."""
+    monkeypatch.setattr(attention, "tunings", lambda *heads: chosen)
+
+
 def attention_kernel(queries, tokens, scale, mask, sinks) -> DecodeAttention:
     """Whatever its check says."""
     return DecodeAttention(DecodeAttention.configuration(queries, tokens, mask, sinks))
@@ -318,21 +338,18 @@ def test_attention_takes_keys_and_values_of_different_width(dim, value_dim):
 def test_attention_takes_eight_query_rows_at_once(
     monkeypatch, dim, key_bits, value_bits, dtype, group, rows, mask
 ):
-    """As on CUDA, on the executor too, where there are many packed tokens."""
-    monkeypatch.setattr(attention, "_LONG_ROWS", {"cuda": 8, "metal": 8})
     tokens = cached_tokens(dim, dim, key_bits, value_bits, dtype, packed=300)
     arguments = attention_arguments(tokens, group, rows, dtype, mask)
-    kernel = attention_kernel(*arguments)
-    assert kernel.check().holds
-    for long_tokens in (0, 2 * 2 * 300 + 1):
-        monkeypatch.setattr(attention, "_LONG_TOKENS", long_tokens)
+    for least in (0, 2 * 2 * 300):
+        tune(monkeypatch, (0, FOUR_ROWS), (least + 1, EIGHT_ROWS))
+        kernel = attention_kernel(*arguments)
+        assert kernel.check().holds
         assert_is_attention(kernel(*arguments), *arguments)
 
 
 def test_many_packed_tokens_in_all_heads_take_eight_query_rows(kernels_run, monkeypatch):
     """With the kernel that the check before the first use has compiled."""
-    monkeypatch.setattr(attention, "_LONG_ROWS", {"cuda": 8, "metal": 8})
-    monkeypatch.setattr(attention, "_LONG_TOKENS", 2 * 2 * 300)
+    tune(monkeypatch, (0, FOUR_ROWS), (2 * 2 * 300, EIGHT_ROWS))
     threadgroups, checks = [], []
     for packed in (299, 300):
         arguments = attention_arguments(cached_tokens(packed=packed), 8, 1, mx.float32)
@@ -342,6 +359,43 @@ def test_many_packed_tokens_in_all_heads_take_eight_query_rows(kernels_run, monk
         assert_is_attention(output, *arguments)
     assert threadgroups == [2, 1]  # for eight query heads
     assert checks[0] == checks[1]
+
+
+@pytest.mark.parametrize("group, passes", [(3, 1), (6, 1), (7, 1), (12, 2), (16, 2), (17, 3)])
+def test_a_group_of_query_heads_is_divided_evenly(kernels_run, monkeypatch, group, passes):
+    """So that a code is unpacked as few times as possible."""
+    tune(monkeypatch, (0, EIGHT_ROWS))
+    assert_attention_agrees(*attention_arguments(cached_tokens(), group, 1, mx.float32))
+    assert kernels_run[0][1]["grid"][2] == passes
+
+
+TUNINGS = [
+    FOUR_ROWS,
+    EIGHT_ROWS._replace(accumulators=64),
+    FOUR_ROWS._replace(tokens=1, batch=2),
+    EIGHT_ROWS._replace(tokens=1, simds=8),
+    FOUR_ROWS._replace(batch=8, simds=2),
+    FOUR_ROWS._replace(threadgroups=1, simds=1),
+]
+
+
+@pytest.mark.parametrize("chosen", TUNINGS)
+@pytest.mark.parametrize("dim, key_bits, value_bits", [(64, 5, 1), (96, 7, 3), (256, 4, 6)])
+def test_a_tuning_does_not_change_the_result(monkeypatch, chosen, dim, key_bits, value_bits):
+    tune(monkeypatch, (0, chosen))
+    tokens = cached_tokens(dim, dim, key_bits, value_bits, packed=300)
+    assert_attention_agrees(*attention_arguments(tokens, 6, 1, mx.float32, "boolean"))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dim, value_dim, bits", [(128, 128, 4), (80, 96, 3), (512, 512, 6)])
+def test_the_text_is_right_as_each_gpu_gets_it(monkeypatch, target, dim, value_dim, bits):
+    """With sums of halves and words loaded ahead too, which only CUDA gets."""
+    monkeypatch.setitem(attention.TARGETS, "metal", TARGETS[target])
+    tokens = cached_tokens(dim, value_dim, bits, bits, packed=300)
+    if dim == 512:
+        tokens = replace(tokens, values=tokens.keys, exact_values=tokens.exact_keys)
+    assert_attention_agrees(*attention_arguments(tokens, 4, 2, mx.float32, "causal"))
 
 
 @pytest.mark.parametrize("packed", [1, 31, 32, 33, 700])
@@ -599,6 +653,54 @@ def test_doctor_prints_a_verdict_for_every_check(few_checks, capsys):
     assert leaving.value.code == 0
     assert "quantize" in output and "dequantize" in output
     assert "2 of 2 configurations are right." in output
+
+
+def test_a_report_has_checks_speed_settings_and_registers(few_checks, monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "_TIMED", [Heads(2, 4, 64, 64, False)])
+    monkeypatch.setattr(doctor, "LENGTHS", [64])
+    with pytest.raises(SystemExit):
+        doctor.main(["--report", str(tmp_path / "report.json")])
+    text = (tmp_path / "report.json").read_text()
+    report = json.loads(text)
+    assert [each["verdict"] for each in report["checks"]] == ["ok", "ok"]
+    assert report["ratios"][0]["ratio"] > 0
+    assert report["settings"]["table"][0]["rows"] >= 1
+    assert report["kernels"] == kernel_version()
+    if runtime.backend() == "metal":
+        assert [list(each["threads"]) for each in report["thread_limits"]] == [
+            ["quantize"],
+            ["dequantize"],
+        ]
+    assert str(Path.home()) not in text and platform.node() not in text
+
+
+@pytest.mark.skipif(runtime.backend() == "cuda", reason="CUDA does not tell the limit")
+def test_the_threads_that_registers_allow_are_asked_of_metal(kernels_run, monkeypatch):
+    """The executor allows all; what MLX says on a Mac of fewer is read."""
+    quantizers = (shared_quantizer(64, 4, 0),) * 2
+    configuration = Configuration(*quantizers, *[mx.float16] * 3, 4, 1)
+    limits = runtime.thread_limits(DecodeAttention, configuration)
+    assert list(limits) == ["decode_attention", "combine"]
+    assert all(32 <= limit <= 1024 and limit % 32 == 0 for limit in limits.values())
+    said = "is greater than the maximum allowed threads per threadgroup (384)."
+    assert re.search(runtime._OVER_LIMIT, said)[1] == "384"
+    # A kernel that is built for use has none of it.
+    assert DecodeAttention(configuration).check().holds
+
+
+def test_tune_keeps_what_is_fastest(monkeypatch, tmp_path):
+    monkeypatch.setattr(tuning, "user_cache_path", lambda name: tmp_path)
+    heads = Heads(1, 6, 64, 64, False)
+    monkeypatch.setattr(measure_tune, "LENGTHS", [64, 192])
+    monkeypatch.setattr(measure_tune, "_ROUNDS", 1)
+    measured = list(measure_tune.tune(heads))
+    assert [each.tokens for each in measured] == [64, 192]
+    assert all(each.best <= each.table for each in measured)
+    kept = tunings(runtime.backend(), 64, 64, 6)
+    assert kept[0] == (0, measured[0].tuning)
+    assert kept[-1][1] == measured[1].tuning
+    assert saved_tunings()
+    reset_tunings()
 
 
 def test_doctor_fails_if_a_kernel_does(few_checks, monkeypatch, capsys, tmp_path):

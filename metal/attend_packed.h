@@ -1,0 +1,100 @@
+// Attention over packed tokens: scores, weights and values of one block after the other.
+#pragma once
+#include "packed_tokens.h"
+#include "softmax.h"
+
+// On Apple's GPUs 32 bits of bytes behind a buffer's beginning are a part of the load.
+METAL_FUNC bfloat16_t scale_at(const device bfloat16_t* scales, uint vector) {
+  return *(const device bfloat16_t*)((const device char*)scales + vector * uint(sizeof(bfloat16_t)));
+}
+
+// Of the tokens of this lane in a block; loaded before the scores are computed, so that nobody waits for them.
+struct Scales {
+  bfloat16_t keys[TOKENS];
+  bfloat16_t values[TOKENS];
+};
+
+METAL_FUNC void load(thread Scales& scales, const device bfloat16_t* keys, const device bfloat16_t* values,
+    uint first) {
+  for (int t = 0; t < TOKENS; t++) {
+    scales.keys[t] = scale_at(keys, first + t * LANES);
+    scales.values[t] = scale_at(values, first + t * LANES);
+  }
+}
+
+// The weights of the tokens of a block, as halves in threadgroup memory, where the lanes that take the
+// values find them. A value's scale counts as a part of its weight, which then fits a half.
+template <typename Mask>
+METAL_FUNC void weigh_block(thread Running& running, thread float (&scores)[TOKENS][ROWS],
+    thread const Scales& scales, threadgroup Memory& memory, int first_token, int sink_columns, Mask mask,
+    thread const Place& place) {
+  float inverse_scale[TOKENS];
+  for (int t = 0; t < TOKENS; t++) {
+    const int token = first_token + t * LANES + int(place.lane);
+    const float key_scale = float(scales.keys[t]);
+    const float value_log = log(max(float(scales.values[t]), 1e-20f));
+    inverse_scale[t] = exp(-value_log);
+    for (int r = 0; r < ROWS; r++) {
+      const float score = scores[t][r] * (key_scale * memory.factors[r]) + memory.mean_scores[r] + value_log;
+      scores[t][r] =
+          visible(score, token < place.count, sink_columns + token, memory.mask_starts[r], mask);
+    }
+  }
+  update(running, scores);
+  for (int t = 0; t < TOKENS; t++) {
+    half weights[2 * ROW_WORDS];
+    weights[2 * ROW_WORDS - 1] = half(0.0f);
+    for (int r = 0; r < ROWS; r++) {
+      const float weight = exp(scores[t][r] - running.largest[r]);
+      running.total[r] += weight * inverse_scale[t];
+      weights[r] = half(weight);
+    }
+    uint words[ROW_WORDS];
+    for (int k = 0; k < ROW_WORDS; k++) {
+      words[k] = as_type<uint>(half2(weights[2 * k], weights[2 * k + 1]));
+    }
+    store_words<ROW_WORDS>(
+        memory.packed.weights[place.simd], (t * LANES + place.lane) * ROW_WORDS, words);
+  }
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+}
+
+// The readers `keys` and `values` are at the first block, with AHEAD behind its first words.
+template <typename Constants, typename Mask>
+METAL_FUNC void attend_packed(thread Running& running, threadgroup Memory& memory, thread Keys& keys,
+    thread Values& values, const device bfloat16_t* key_scales, const device bfloat16_t* value_scales,
+    Constants constants, int last_block, int sink_columns, Mask mask, thread const Place& place) {
+  half2 key_coefficients[4];
+  half2 value_coefficients[4];
+  load_coefficients<KEY_BITS>(constants + KEY_LEVELS, key_coefficients);
+  if (AHEAD) {
+    load_coefficients<VALUE_BITS>(constants + VALUE_LEVELS, value_coefficients);
+  }
+  for (int block = place.first_block; block * BLOCK_TOKENS < place.count; block += place.block_step) {
+    // Words that are loaded ahead of the last block are not used, and must exist.
+    const int blocks = AHEAD ? min(place.block_step, last_block - block) : place.block_step;
+    Scales scales;
+    load(scales, key_scales, value_scales, place.first_vector + uint(block) * BLOCK_TOKENS + place.lane);
+    float scores[TOKENS][ROWS];
+    for (int t = 0; t < TOKENS; t++) {
+      for (int r = 0; r < ROWS; r++) {
+        scores[t][r] = 0.0f;
+      }
+    }
+    score_block(scores, keys, uint(blocks), key_coefficients, memory);
+    weigh_block(running, scores, scales, memory, block * BLOCK_TOKENS, sink_columns, mask, place);
+    if (!AHEAD) {
+      // Here they take no registers while the scores are computed, where those are scarcest.
+      load_coefficients<VALUE_BITS>(constants + VALUE_LEVELS, value_coefficients);
+    }
+    add_block(running, values, uint(blocks), value_coefficients, memory, place);
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+  }
+  const float unit = level_unit<VALUE_BITS>(constants + VALUE_LEVELS);
+  for (int r = 0; r < ROWS; r++) {
+    for (int k = 0; k < PAIRS; k++) {
+      running.output[r][k].x *= unit;
+      running.output[r][k].y *= unit;
+    }
+  }
+}

@@ -1,0 +1,132 @@
+// What the phases of decode_attention.metal share: sizes, threadgroup memory, a thread's place, small loads.
+#pragma once
+#include "levels.h"
+#include "rotation.h"
+
+// Tokens of a step of a SIMD group: a lane scores TOKENS packed ones; exact ones are read as they come.
+constant constexpr int BLOCK_TOKENS = LANES * TOKENS;
+constant constexpr int EXACT_TOKENS = 8;
+// Keys are read in runs of 32 coordinates, whole words of every plane. Where sums are halves, a sum of a
+// chunk of two runs is the longest.
+constant constexpr int RUN = 32;
+constant constexpr int RUNS = HALF_SUMS ? 2 : 1;
+constant constexpr int CHUNKS = (DIM + RUNS * RUN - 1) / (RUNS * RUN);
+constant constexpr int PADDED = CHUNKS * RUNS * RUN;
+constant constexpr int KEY_PLANES = plane_count<KEY_BITS>();
+constant constexpr int KEY_WORDS = vector_words<DIM, KEY_BITS>();
+// For the values a lane takes PIECES runs of COORDINATES coordinates; VALUE_LANES lanes share a token, and
+// AT_ONCE tokens are taken in a step.
+constant constexpr int VALUE_LANES =
+    VALUE_DIM <= 8 * COORDINATES ? 8 : (VALUE_DIM <= 16 * COORDINATES ? 16 : 32);
+constant constexpr int PIECES = (VALUE_DIM + LANES * COORDINATES - 1) / (LANES * COORDINATES);
+constant constexpr int PAIRS = PIECES * COORDINATES / 2;
+constant constexpr int AT_ONCE = LANES / VALUE_LANES;
+constant constexpr int STEPS = BLOCK_TOKENS / AT_ONCE;
+constant constexpr int PLANES = plane_count<VALUE_BITS>();
+constant constexpr int VALUE_WORDS = vector_words<VALUE_DIM, VALUE_BITS>();
+// How often loops are unrolled: twice, so that words which are loaded ahead stay in their registers.
+constant constexpr int UNROLLED = AHEAD ? 2 : 1;
+constant constexpr int EXACT_UNROLLED = AHEAD ? DIM / 8 : 4;
+// Where the parts of `constants` begin.
+constant constexpr int KEY_LEVELS = 8;
+constant constexpr int VALUE_LEVELS = KEY_LEVELS + level_count<KEY_BITS>();
+constant constexpr int SIGNS = VALUE_LEVELS + level_count<VALUE_BITS>();
+constant constexpr int MATRIX = SIGNS + DIM;
+// Words with the weights of a token, two rows in each.
+constant constexpr int ROW_WORDS = (ROWS + 1) / 2;
+// Rows that are joined at once.
+constant constexpr int JOINED = ROWS < 2 ? ROWS : 2;
+
+// Queries of packed tokens: rotated, as halves, eight coordinates in a uint4. The weights take the place
+// of the rows that were rotated.
+struct PackedMemory {
+  uint4 queries[PADDED / 8][ROWS];
+  union {
+    float rotated[SIMDS][PADDED];
+    uint4 weights[SIMDS][BLOCK_TOKENS * ROW_WORDS / 4];
+  };
+};
+
+struct ExactMemory {
+  float queries[ROWS][DIM];
+  float scores[SIMDS][EXACT_TOKENS][ROWS];
+};
+
+struct JoinMemory {
+  float largest[SIMDS][ROWS];
+  float total[SIMDS][ROWS];
+  float output[SIMDS][JOINED][VALUE_DIM];
+};
+
+struct Memory {
+  // What a phase needs, one after the other.
+  union {
+    PackedMemory packed;
+    ExactMemory exact;
+    JoinMemory join;
+  };
+  // For each row: the factor of its scores, the score of the mean of the keys, and where its mask begins, or
+  // with a causal mask the last column that it sees.
+  float factors[ROWS];
+  float mean_scores[ROWS];
+  long mask_starts[ROWS];
+  // How many rows there are, where the partial result of the first one begins, and how far they are apart: here,
+  // because registers are scarce until the end.
+  int row_count;
+  uint first_output;
+  uint output_stride;
+  half key_table[level_count<KEY_BITS>()];
+  half value_table[level_count<VALUE_BITS>()];
+};
+
+// What a SIMD group works on: the rows from `first_row` on of a key head, `head` counting those of all
+// sequences, and the blocks `first_block`, `first_block + block_step` and so on, of `count` tokens in all. The
+// first token of the head is vector `first_vector` of its buffer.
+struct Place {
+  uint lane;
+  int simd;
+  int head;
+  int first_row;
+  int first_block;
+  int block_step;
+  int count;
+  uint first_vector;
+};
+
+// The first coordinate of pair k of a lane.
+METAL_FUNC uint coordinate_of(uint lane, uint k) {
+  const uint piece = 2 * k / COORDINATES;
+  return (piece * VALUE_LANES + lane % VALUE_LANES) * COORDINATES + 2 * k % COORDINATES;
+}
+
+// COUNT words of threadgroup memory from word `at` on, four or two in one access where COUNT allows it.
+template <int COUNT>
+METAL_FUNC void load_words(const threadgroup uint4* words, uint at, thread uint* out) {
+  if constexpr (COUNT % 4 == 0) {
+    for (int k = 0; k < COUNT / 4; k++) {
+      const uint4 four = words[at / 4 + k];
+      out[4 * k] = four.x;
+      out[4 * k + 1] = four.y;
+      out[4 * k + 2] = four.z;
+      out[4 * k + 3] = four.w;
+    }
+  } else if constexpr (COUNT % 2 == 0) {
+    for (int k = 0; k < COUNT / 2; k++) {
+      const uint2 two = ((const threadgroup uint2*)words)[at / 2 + k];
+      out[2 * k] = two.x;
+      out[2 * k + 1] = two.y;
+    }
+  } else {
+    for (int k = 0; k < COUNT; k++) {
+      out[k] = ((const threadgroup uint*)words)[at + k];
+    }
+  }
+}
+
+// The opposite of load_words.
+template <int COUNT>
+METAL_FUNC void store_words(threadgroup uint4* words, uint at, const thread uint* in) {
+  for (int k = 0; k < COUNT; k++) {
+    ((threadgroup uint*)words)[at + k] = in[k];
+  }
+}

@@ -1,0 +1,148 @@
+// The scores of a block of packed tokens, and the sum of its values: what decode_attention.metal spends its
+// time on.
+#pragma once
+#include "packed_words.h"
+#include "softmax.h"
+
+// Products are added in halves, two coordinates an operation (HALF_SUMS, for GPUs that have such operations), or
+// in floats.
+METAL_FUNC half2 add_product(half2 a, half2 b, half2 sum) {
+  return fma(a, b, sum);
+}
+
+METAL_FUNC float add_product(half2 a, half2 b, float sum) {
+  return fma(float(a.y), float(b.y), fma(float(a.x), float(b.x), sum));
+}
+
+METAL_FUNC void add_weighted(half2 level, half weight, thread half2& sum) {
+  sum = fma(level, half2(weight), sum);
+}
+
+METAL_FUNC void add_weighted(half2 level, half weight, thread float2& sum) {
+  sum.x = fma(float(level.x), float(weight), sum.x);
+  sum.y = fma(float(level.y), float(weight), sum.y);
+}
+
+template <typename Sum, int COUNT, int OTHERS>
+METAL_FUNC void clear(thread Sum (&sums)[COUNT][OTHERS]) {
+  for (int i = 0; i < COUNT; i++) {
+    for (int j = 0; j < OTHERS; j++) {
+      sums[i][j] = Sum(half(0.0f));
+    }
+  }
+}
+
+// Adds the products of a run of keys and queries.
+template <typename Sum>
+METAL_FUNC void add_scores(thread Sum (&sums)[TOKENS][ROWS], const thread uint (&words)[TOKENS][KEY_BITS],
+    const thread half2* coefficients, const threadgroup Memory& memory, int run) {
+#pragma unroll
+  for (int i = 0; i < RUN / 8; i++) {
+    half2 levels[TOKENS][4];
+    for (int t = 0; t < TOKENS; t++) {
+      for (int k = 0; k < 4; k++) {
+        levels[t][k] = level_pair<KEY_BITS>(
+            coefficients, memory.key_table, code_pair<RUN, KEY_BITS>(words[t], i * 4 + k));
+      }
+    }
+    for (int r = 0; r < ROWS; r++) {
+      const uint4 query = memory.packed.queries[run * (RUN / 8) + i][r];
+      for (int t = 0; t < TOKENS; t++) {
+        sums[t][r] = add_product(levels[t][0], as_type<half2>(query.x), sums[t][r]);
+        sums[t][r] = add_product(levels[t][1], as_type<half2>(query.y), sums[t][r]);
+        sums[t][r] = add_product(levels[t][2], as_type<half2>(query.z), sums[t][r]);
+        sums[t][r] = add_product(levels[t][3], as_type<half2>(query.w), sums[t][r]);
+      }
+    }
+  }
+}
+
+// Adds the values of BATCH steps from step `step` of the block on, times the weights of their tokens.
+template <typename Pair>
+METAL_FUNC void add_values(thread Pair (&sums)[ROWS][PAIRS], const thread uint (&words)[BATCH][PIECES][PLANES],
+    const thread half2* coefficients, const threadgroup Memory& memory, int step, thread const Place& place) {
+#pragma unroll
+  for (int b = 0; b < BATCH; b++) {
+    const uint token = (step + b) * AT_ONCE + place.lane / VALUE_LANES;
+    uint weights[ROW_WORDS];
+    load_words<ROW_WORDS>(memory.packed.weights[place.simd], token * ROW_WORDS, weights);
+    for (int k = 0; k < PAIRS; k++) {
+      const int piece = 2 * k / COORDINATES;
+      const half2 level = level_pair<VALUE_BITS>(coefficients, memory.value_table,
+          code_pair<8, VALUE_BITS>(words[b][piece], k % (COORDINATES / 2)));
+      for (int r = 0; r < ROWS; r++) {
+        const half2 two = as_type<half2>(weights[r / 2]);
+        add_weighted(level, r % 2 == 0 ? two.x : two.y, sums[r][k]);
+      }
+    }
+  }
+}
+
+// Scores of a block of keys, without their scales; the next block is `blocks` further. With AHEAD the words of a run
+// are loaded while those of the run before are used, at the end the first ones of the next block.
+METAL_FUNC void score_block(thread float (&scores)[TOKENS][ROWS], thread Keys& keys, uint blocks,
+    const thread half2* coefficients, const threadgroup Memory& memory) {
+#pragma unroll 1
+  for (int chunk = 0; chunk < CHUNKS; chunk++) {
+    half2 sums[TOKENS][ROWS];
+    clear(sums);
+#pragma unroll
+    for (int k = 0; k < RUNS; k++) {
+      const int run = chunk * RUNS + k;
+      Keys now = keys;
+      const bool is_last = AHEAD && k + 1 == RUNS && chunk + 1 == CHUNKS;
+      if (is_last) {
+        turn<KEY_BITS>(keys, blocks);
+      }
+      load(keys, is_last ? 0 : run + AHEAD);
+      if constexpr (HALF_SUMS) {
+        add_scores(sums, AHEAD ? now.words : keys.words, coefficients, memory, run);
+      } else {
+        add_scores(scores, AHEAD ? now.words : keys.words, coefficients, memory, run);
+      }
+    }
+    for (int t = 0; HALF_SUMS && t < TOKENS; t++) {
+      for (int r = 0; r < ROWS; r++) {
+        scores[t][r] += float(sums[t][r].x + sums[t][r].y);
+      }
+    }
+  }
+  if (!AHEAD) {
+    turn<KEY_BITS>(keys, blocks);
+  }
+}
+
+// Adds the values of a block; the next block is `blocks` further. With AHEAD the first words are there, and those
+// of the next block are loaded.
+METAL_FUNC void add_block(thread Running& running, thread Values& values, uint blocks,
+    const thread half2* coefficients, const threadgroup Memory& memory, thread const Place& place) {
+  // A sum of halves has at most 32 terms.
+  constexpr int TERMS = STEPS < 32 ? STEPS : 32;
+  for (int start = 0; start < STEPS; start += TERMS) {
+    half2 sums[ROWS][PAIRS];
+    clear(sums);
+#pragma unroll UNROLLED
+    for (int step = start; step < start + TERMS; step += BATCH) {
+      Values now = values;
+      const bool is_last = AHEAD && step + BATCH == STEPS;
+      if (is_last) {
+        turn(values, blocks);
+      }
+      load(values, is_last ? 0 : step + AHEAD * BATCH, place.lane);
+      if constexpr (HALF_SUMS) {
+        add_values(sums, AHEAD ? now.words : values.words, coefficients, memory, step, place);
+      } else {
+        add_values(running.output, AHEAD ? now.words : values.words, coefficients, memory, step, place);
+      }
+    }
+    for (int r = 0; HALF_SUMS && r < ROWS; r++) {
+      for (int k = 0; k < PAIRS; k++) {
+        running.output[r][k].x += float(sums[r][k].x);
+        running.output[r][k].y += float(sums[r][k].y);
+      }
+    }
+  }
+  if (!AHEAD) {
+    turn(values, blocks);
+  }
+}

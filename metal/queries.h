@@ -1,0 +1,71 @@
+// The first phase of decode_attention.metal: the queries of a threadgroup in its memory.
+#pragma once
+#include "attention_memory.h"
+
+// Coordinate i of a row times the factor of the scores; zero behind the last coordinate and the last row.
+template <typename Queries, typename Constants>
+METAL_FUNC float query_at(
+    Queries queries, Constants constants, thread const Place& place, int group_rows, int row, int i) {
+  const bool exists = i < DIM && place.first_row + row < group_rows;
+  const long at = long(place.head) * group_rows + min(place.first_row + row, group_rows - 1);
+  const float query = float(queries[at * DIM + min(i, DIM - 1)]);
+  return exists ? query * constants[0] : 0.0f;
+}
+
+// For exact tokens: in the original coordinates, as floats.
+template <typename Queries, typename Constants>
+METAL_FUNC void prepare_exact_queries(threadgroup Memory& memory, Queries queries, Constants constants,
+    thread const Place& place, int group_rows) {
+  for (int row = place.simd; row < ROWS; row += SIMDS) {
+    for (int i = int(place.lane); i < DIM; i += LANES) {
+      memory.exact.queries[row][i] = query_at(queries, constants, place, group_rows, row, i);
+    }
+  }
+}
+
+// Eight floats as halves, pair after pair.
+METAL_FUNC uint4 eight_halves(const thread float* x) {
+  uint4 pairs;
+  pairs.x = as_type<uint>(half2(half(x[0]), half(x[1])));
+  pairs.y = as_type<uint>(half2(half(x[2]), half(x[3])));
+  pairs.z = as_type<uint>(half2(half(x[4]), half(x[5])));
+  pairs.w = as_type<uint>(half2(half(x[6]), half(x[7])));
+  return pairs;
+}
+
+// For packed tokens: rotated, in units of the norm, so that halves hold any query.
+template <typename Queries, typename Mean, typename Constants>
+METAL_FUNC void prepare_packed_queries(threadgroup Memory& memory, Queries queries, Mean key_mean,
+    Constants constants, thread const Place& place, int group_rows) {
+  threadgroup float* rotated = memory.packed.rotated[place.simd];
+  for (int row = place.simd; row < ROWS; row += SIMDS) {
+    float mean_score = 0.0f;
+    float squared_norm = 0.0f;
+    for (int i = int(place.lane); i < PADDED; i += LANES) {
+      const float query = query_at(queries, constants, place, group_rows, row, i);
+      const int at = min(i, DIM - 1);
+      mean_score += query * key_mean[long(place.head) * DIM + at];
+      squared_norm += query * query;
+      rotated[i] = query * constants[SIGNS + at];
+    }
+    mean_score = simd_sum(mean_score);
+    const float norm = sqrt(simd_sum(squared_norm));
+    if (place.lane == 0) {
+      memory.mean_scores[row] = mean_score;
+      memory.factors[row] = norm * rsqrt(float(DIM)) * level_unit<KEY_BITS>(constants + KEY_LEVELS);
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    butterflies<DIM, POWER>(rotated, place.lane);
+    const float scale = norm > 0.0f ? sqrt(float(DIM)) * rsqrt(float(POWER)) / norm : 0.0f;
+    for (int i = int(place.lane); i < PADDED / 8; i += LANES) {
+      float eight[8];
+      for (int k = 0; k < 8; k++) {
+        eight[k] = i * 8 + k < DIM
+            ? scale * matrix_row<ORDER, POWER, false>(constants + MATRIX, rotated, i * 8 + k)
+            : 0.0f;
+      }
+      memory.packed.queries[i][row] = eight_halves(eight);
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+  }
+}

@@ -1,0 +1,57 @@
+"""``mlx_turboquant tune``: find the fastest division of the attention kernel's work on this GPU."""
+
+import argparse
+
+from rich.console import Console
+from rich.table import Table
+
+from ..kernels.runtime import backend
+from ..kernels.tuning import Tuning, device_name, reset_tunings, tuning_path
+from ..lm.heads import Heads, attention_heads
+from ..measure.tune import tune
+from .benchmark import add_model_options
+from .plan import model_without_weights
+
+
+def main(arguments: list[str]) -> None:
+    """Tune for the heads of a model or shape, or forget what was found."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if args.reset:
+        existed = reset_tunings()
+        print("The tunings of this machine are forgotten." if existed else "There are none.")
+        return
+    if args.model is None and args.shape is None:
+        parser.error("--model, --shape or --reset is needed")
+    if backend() == "reference":
+        raise ValueError(
+            "The kernels do not run on this machine, which has no GPU: tune on a Mac or with CUDA."
+        )
+    table = Table("heads", "tokens", "table", "best", "setting")
+    print(f"Device: {device_name()}. Time of an attention, to that of MLX's own with bfloat16:")
+    for heads in attention_heads(model_without_weights(args)[0]):
+        for measured in tune(heads):
+            ratios = (f"{x / measured.exact:.2f}x" for x in (measured.table, measured.best))
+            setting = "that of the table" if measured.is_table else described(measured.tuning)
+            table.add_row(_label(heads), f"{measured.tokens:,}", *ratios, setting)
+    Console().print(table)
+    print(f"The best settings are kept in {tuning_path()} and used from now on.")
+
+
+def described(tuning: Tuning) -> str:
+    """The numbers of a tuning, for people."""
+    return ", ".join(f"{name} {value}" for name, value in tuning._asdict().items())
+
+
+def _label(heads: Heads) -> str:
+    widths = str(heads.dim) if heads.dim == heads.value_dim else f"{heads.dim}, {heads.value_dim}"
+    return f"{heads.key_heads * heads.group} on {heads.key_heads} of {widths}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mlx_turboquant tune", description=__doc__)
+    add_model_options(parser, required=False)
+    parser.add_argument(
+        "--reset", action="store_true", help="Forget what was found on this machine"
+    )
+    return parser

@@ -1,0 +1,199 @@
+"""The numbers of decode_attention.metal that decide its speed and not its result.
+
+A table has them for each kind of GPU. What ``mlx_turboquant tune`` measured on this machine, in a
+file of the user's cache folder, comes first.
+"""
+
+import hashlib
+import json
+import logging
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+from platformdirs import user_cache_path
+
+from ..files import write_json
+
+_FORMAT_VERSION = 1
+_MAX_FILE_BYTES = 1 << 20
+# The values that a number of a tuning may have.
+_ALLOWED = {
+    "rows": range(1, 17),
+    "accumulators": (32, 64),
+    "tokens": (1, 2),
+    "batch": (2, 4, 8),
+    "simds": range(1, 9),
+    "threadgroups": range(1, (1 << 14) + 1),
+}
+
+_log = logging.getLogger("mlx_turboquant")
+
+
+class Tuning(NamedTuple):
+    """How decode_attention.metal divides its work.
+
+    A threadgroup of ``simds`` SIMD groups takes ``rows`` query rows at the most, for which a lane
+    holds up to ``accumulators`` floats of output. A lane scores ``tokens`` packed tokens at once,
+    and loads the words of ``batch`` steps of values at once. ``threadgroups`` fill the GPU.
+    """
+
+    rows: int
+    accumulators: int
+    tokens: int
+    batch: int
+    simds: int
+    threadgroups: int
+
+
+class Target(NamedTuple):
+    """What does not depend on the length.
+
+    With ``half_sums`` short sums are pairs of halves, for GPUs that have such operations; with
+    ``ahead`` words are loaded before they are used, for GPUs that hide the latency of memory by
+    many registers, not by many SIMD groups. combine.metal loads ``combined`` floats of partial
+    results at once.
+    """
+
+    half_sums: bool
+    ahead: bool
+    combined: int
+
+
+# Tunings by the number of packed tokens of all heads from which they hold.
+Tunings = tuple[tuple[int, Tuning], ...]
+
+TARGETS = {"metal": Target(False, False, 16), "cuda": Target(True, True, 48)}
+_CUDA_SHORT = Tuning(4, accumulators=32, tokens=2, batch=4, simds=4, threadgroups=512)
+# Eight rows need up to 255 registers, and fewer threadgroups fit a multiprocessor; but a code is
+# unpacked once for all of them, which pays from so many packed tokens on.
+_CUDA_LONG = (96 * 1024, Tuning(8, accumulators=64, tokens=2, batch=8, simds=4, threadgroups=256))
+_APPLE = Tuning(8, accumulators=32, tokens=2, batch=4, simds=4, threadgroups=0)
+# Cores of the smallest GPU of each size of Apple's chips, which the last letter of MLX's
+# "architecture" names: none, Pro, Max, Ultra. Four threadgroups of four SIMD groups fit a core.
+_CORES = {"g": 8, "s": 14, "c": 24, "d": 48}
+_THREADGROUPS_OF_A_CORE = 4
+
+
+def tunings(target: str, dim: int, value_dim: int, group_rows: int) -> Tunings:
+    """Those for ``group_rows`` query rows of a key head: of this machine, or of the table."""
+    saved = saved_tunings().get(heads_key(dim, value_dim, group_rows))
+    return saved or default_tunings(target, group_rows)
+
+
+def heads_key(dim: int, value_dim: int, group_rows: int) -> str:
+    """How a file names keys of ``dim`` values that ``group_rows`` query rows share."""
+    widths = f"{dim}" if dim == value_dim else f"{dim} and {value_dim}"
+    return f"{widths} values, {group_rows} query rows"
+
+
+def default_tunings(target: str, group_rows: int) -> Tunings:
+    """Those of the table."""
+    if target == "cuda":
+        short = (0, _CUDA_SHORT)
+        return (short, _CUDA_LONG) if group_rows > _CUDA_SHORT.rows else (short,)
+    cores = least_cores(str(mx.device_info().get("architecture", "")))
+    return ((0, _APPLE._replace(threadgroups=cores * _THREADGROUPS_OF_A_CORE)),)
+
+
+def least_cores(architecture: str) -> int:
+    """Cores of the smallest GPU that MLX gives this name to, as "applegpu_g13s"."""
+    return _CORES.get(architecture[-1:], _CORES["g"])
+
+
+def device_name() -> str:
+    """The GPU, as MLX names it."""
+    return str(mx.device_info().get("device_name", "unknown"))
+
+
+@cache
+def kernel_version() -> str:
+    """A hash of the text of all kernels: a tuning holds for one version of it."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(str(files("mlx_turboquant.metal"))).glob("*.[hm]*")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def tuning_path() -> Path:
+    """Where the tunings of this machine are kept."""
+    return user_cache_path("mlx_turboquant") / "tunings.json"
+
+
+def save_tunings(found: dict[str, Tunings]) -> Path:
+    """Add tunings, by :func:`heads_key`, to those of this machine; later kernels use them.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    file = tuning_path()
+    contents = {
+        "format": _FORMAT_VERSION,
+        "device": device_name(),
+        "kernels": kernel_version(),
+        "tunings": {
+            heads: [{"packed_tokens": least, **tuning._asdict()} for least, tuning in each]
+            for heads, each in (_load(file) | found).items()
+        },
+    }
+    write_json(file, contents)
+    saved_tunings.cache_clear()
+    return file
+
+
+def reset_tunings() -> bool:
+    """Forget the tunings of this machine; returns whether there were any.
+
+    Raises:
+        OSError: the file cannot be removed.
+    """
+    existed = tuning_path().exists()
+    tuning_path().unlink(missing_ok=True)
+    saved_tunings.cache_clear()
+    return existed
+
+
+@cache
+def saved_tunings() -> dict[str, Tunings]:
+    """Those that were measured on this machine, by :func:`heads_key`.
+
+    They are read once in a process, so that all layers of a model agree.
+    """
+    return _load(tuning_path())
+
+
+def _load(file: Path) -> dict[str, Tunings]:
+    """The tunings in a file; none, and a line in the log, if they are not for this machine."""
+    try:
+        with file.open("rb") as content:
+            contents = json.loads(content.read(_MAX_FILE_BYTES))
+        made_for = contents["format"], contents["device"], contents["kernels"]
+        if made_for != (_FORMAT_VERSION, device_name(), kernel_version()):
+            raise ValueError(f"they are those of {contents['device']}, version {made_for[::2]}")
+        return {heads: _checked(each) for heads, each in contents["tunings"].items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        _log.warning(
+            "The tunings in %s are not used (%s): run `mlx_turboquant tune` again.", file, error
+        )
+        return {}
+
+
+def _checked(entries: list[dict[str, Any]]) -> Tunings:
+    found = []
+    for entry in entries:
+        least, tuning = entry["packed_tokens"], Tuning(*(entry[name] for name in Tuning._fields))
+        for name, value in tuning._asdict().items():
+            if type(value) is not int or value not in _ALLOWED[name]:
+                raise ValueError(f"{name} is {value!r}")
+        if type(least) is not int or least < 0:
+            raise ValueError(f"packed_tokens is {least!r}")
+        found.append((least, tuning))
+    if not found:
+        raise ValueError("there is none for some heads")
+    # The first one holds from no token on.
+    found.sort()
+    return ((0, found[0][1]), *found[1:])

@@ -1,0 +1,66 @@
+"""What the attention of a model looks like: heads and dimensions of its compressed layers."""
+
+from collections import Counter
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .compressible import (
+    HOOKED_NAME,
+    attention_scopes,
+    check_compressible,
+    compressed_caches,
+    compressible_caches,
+)
+from .settings import Settings
+
+
+class Heads(NamedTuple):
+    """``key_heads`` heads of keys and values, each for ``group`` query heads.
+
+    Where attention is latent, one vector of ``dim`` values is key and value.
+    """
+
+    key_heads: int
+    group: int
+    dim: int
+    value_dim: int
+    is_latent: bool
+
+
+def attention_heads(model: nn.Module) -> dict[Heads, int]:
+    """The heads of a model's compressed layers, and how many layers have them, most first.
+
+    One token goes through the model lazily: nothing is computed.
+
+    Raises:
+        ValueError: no layer of the model can be compressed.
+    """
+    places = compressible_caches(model)
+    check_compressible(model, places)
+    cache = compressed_caches(model, places, [(4, 4)] * len(places), Settings())
+    found: Counter[Heads] = Counter()
+
+    def counting(attend):
+        def count(queries, keys, *arguments, **keywords):
+            tokens = getattr(keys, "tokens", None)
+            if tokens is not None:
+                _, key_heads, _, dim = tokens.exact_keys.shape
+                group = queries.shape[1] // key_heads
+                value_dim = tokens.exact_values.shape[3]
+                found[Heads(key_heads, group, dim, value_dim, tokens.is_latent)] += 1
+            return attend(queries, keys, *arguments, **keywords)
+
+        return count
+
+    scopes = attention_scopes(model)
+    originals = [scope[HOOKED_NAME] for scope in scopes]
+    try:
+        for scope, original in zip(scopes, originals):
+            scope[HOOKED_NAME] = counting(original)
+        model(mx.zeros((1, 1), mx.int32), cache=cache)
+    finally:
+        for scope, original in zip(scopes, originals):
+            scope[HOOKED_NAME] = original
+    return dict(found.most_common())

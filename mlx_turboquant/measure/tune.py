@@ -1,0 +1,236 @@
+"""Which division of the attention kernel's work is fastest on this machine."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from statistics import median
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from ..codec.packing import words_per_vector
+from ..kernels.attention import Configuration, DecodeAttention
+from ..kernels.runtime import backend
+from ..kernels.storage import shared_quantizer
+from ..kernels.tokens import BLOCK, CAPACITY_UNIT, CachedTokens, PackedVectors
+from ..kernels.tuning import Tuning, Tunings, default_tunings, heads_key, save_tunings
+from ..lm.heads import Heads
+
+# Packed tokens of a sequence: a short chat, a document, a repository.
+LENGTHS = (2048, 16384, 65536)
+_BITS = 4
+_EXACT_TOKENS = 160
+_ROUNDS = 5
+_ROUND_SECONDS = 0.01
+# What is faster by less than this may be so by chance.
+_LEAST_GAIN = 0.02
+
+Attend = Callable[[mx.array], mx.array]
+
+
+class Measured(NamedTuple):
+    """Seconds of an attention over so many packed tokens: MLX's own, the table's and the best."""
+
+    tokens: int
+    exact: float
+    table: float
+    best: float
+    tuning: Tuning
+    is_table: bool
+
+
+class Ratio(NamedTuple):
+    """The time of our attention over so many packed tokens, to that of MLX's own with bfloat16."""
+
+    heads: str
+    tokens: int
+    ratio: float | None
+
+
+def ratio(heads: Heads, length: int) -> Ratio:
+    """Measured with the settings in use; None where the kernel does not run."""
+    setup = _Setup(heads, length)
+    kernel = _kernel(heads, None)
+    arms = {"exact": setup.exact, "ours": kernel and setup.attention(kernel)}
+    seconds = _seconds(arms, setup.queries)
+    name = heads_key(heads.dim, heads.value_dim, heads.group)
+    name += f" on {heads.key_heads} key heads"
+    return Ratio(name, length, seconds["ours"] / seconds["exact"] if kernel else None)
+
+
+def tune(heads: Heads) -> Iterator[Measured]:
+    """Measure the sensible tunings for these heads at each of ``LENGTHS``, and keep the best.
+
+    One number is changed at a time, then those that gained are changed together, and last the
+    number of threadgroups.
+
+    Raises:
+        OSError: the result cannot be kept.
+    """
+    best: list[tuple[int, Tuning]] = []
+    kernels: dict[Tuning, DecodeAttention | None] = {}
+    for length in LENGTHS:
+        measured = _tune_length(heads, length, kernels)
+        best.append((length * heads.key_heads, measured.tuning))
+        yield measured
+    save_tunings({heads_key(heads.dim, heads.value_dim, heads.group): _by_length(best)})
+
+
+def _by_length(best: list[tuple[int, Tuning]]) -> Tunings:
+    """A tuning holds from the middle between its length and the one before."""
+    found = [(0, best[0][1])]
+    for (before, _), (packed_tokens, tuning) in zip(best, best[1:]):
+        if tuning != found[-1][1]:
+            found.append((math.isqrt(before * packed_tokens), tuning))
+    return tuple(found)
+
+
+def _tune_length(
+    heads: Heads, length: int, kernels: dict[Tuning, DecodeAttention | None]
+) -> Measured:
+    setup = _Setup(heads, length)
+
+    def attend(tuning: Tuning) -> Attend | None:
+        if tuning not in kernels:
+            kernels[tuning] = _kernel(heads, ((0, tuning),))
+        return setup.attention(kernels[tuning]) if kernels[tuning] else None
+
+    packed_tokens = length * heads.key_heads
+    table = next(
+        tuning
+        for least, tuning in reversed(default_tunings(backend(), heads.group))
+        if packed_tokens >= least
+    )
+    seconds = _seconds({tuning: attend(tuning) for tuning in _changed(table)}, setup.queries)
+    gains = {
+        name: value
+        for tuning, each in seconds.items()
+        for name, value in tuning._asdict().items()
+        if value != getattr(table, name) and each < (1 - _LEAST_GAIN) * seconds[table]
+    }
+    together = table._replace(**gains)
+    fastest = min((table, together, *seconds), key=lambda each: seconds.get(each, math.inf))
+    last = {table, together, fastest}
+    last |= {fastest._replace(threadgroups=fastest.threadgroups * n // 2) for n in (1, 4, 8)}
+    arms: dict[Tuning | str, Attend | None] = {tuning: attend(tuning) for tuning in last}
+    seconds = _seconds({"exact": setup.exact, **arms}, setup.queries)
+    mlx = seconds.pop("exact")
+    fastest = min(seconds, key=seconds.get)
+    if seconds[fastest] > (1 - _LEAST_GAIN) * seconds[table]:
+        fastest = table
+    is_table = fastest == table
+    return Measured(length, mlx, seconds[table], seconds[fastest], fastest, is_table)
+
+
+class _Setup:
+    """One token's queries and random tokens, packed and dense."""
+
+    def __init__(self, heads: Heads, length: int):
+        self._tokens = _random_tokens(heads, length)
+        shape = (1, heads.key_heads * heads.group, 1, heads.dim)
+        self.queries = mx.random.normal(shape).astype(mx.bfloat16)
+        self._scale = heads.dim**-0.5
+        # Without the exact ones: for most numbers of tokens MLX takes a slow way on CUDA.
+        self._dense = [
+            mx.random.normal((1, heads.key_heads, length, dim)).astype(mx.bfloat16)
+            for dim in (heads.dim, heads.value_dim)
+        ]
+        mx.eval(self.queries, self._dense)
+
+    def exact(self, queries: mx.array) -> mx.array:
+        """MLX's own attention over dense keys and values."""
+        return mx.fast.scaled_dot_product_attention(queries, *self._dense, scale=self._scale)
+
+    def attention(self, kernel: DecodeAttention) -> Attend:
+        """Ours over packed ones."""
+        return lambda queries: kernel(queries, self._tokens, self._scale, None, None)
+
+
+def _changed(table: Tuning) -> list[Tuning]:
+    """The tuning of the table, and those that differ from it in one number."""
+    others = {
+        "rows": (4, 8, 16),
+        "accumulators": (32, 64),
+        "tokens": (1, 2),
+        "batch": (2, 4, 8),
+        "simds": (2, 4, 8),
+    }
+    changed = [table._replace(**{name: value}) for name in others for value in others[name]]
+    return list(dict.fromkeys([table, *changed]))
+
+
+def _kernel(heads: Heads, tunings: Tunings | None) -> DecodeAttention | None:
+    """With these tunings or those in use; None if it is wrong or the machine cannot run it."""
+    quantizers = [shared_quantizer(dim, _BITS, 0) for dim in (heads.dim, heads.value_dim)]
+    configuration = Configuration(
+        *quantizers, *[mx.bfloat16] * 3, heads.group, 1, is_latent=heads.is_latent
+    )
+    try:
+        kernel = DecodeAttention(configuration, tunings)
+        return kernel if kernel.check().holds else None
+    except (RuntimeError, ValueError):
+        return None
+
+
+def _seconds(
+    arms: dict[Tuning | str, Attend | None], queries: mx.array
+) -> dict[Tuning | str, float]:
+    """Seconds of an attention, one after the other; those that do not run have none."""
+    runs = {name: attend for name, attend in arms.items() if attend is not None}
+    repeats, taken = {}, {name: [] for name in runs}
+    for name, attend in runs.items():
+        _chain(attend, queries, 2)
+        repeats[name] = max(4, int(_ROUND_SECONDS / _chain(attend, queries, 4)))
+    for _ in range(_ROUNDS):
+        for name, attend in runs.items():
+            taken[name].append(_chain(attend, queries, repeats[name]))
+    return {name: median(each) for name, each in taken.items()}
+
+
+def _chain(attend: Attend, queries: mx.array, count: int) -> float:
+    """Seconds of each of ``count`` calls, which wait for each other as layers do."""
+    begin = time.perf_counter()
+    for _ in range(count):
+        output = attend(queries)
+        [queries] = mx.depends([queries], [output])
+    mx.eval(output)
+    return (time.perf_counter() - begin) / count
+
+
+def _random_tokens(heads: Heads, length: int) -> CachedTokens:
+    """Any codes: what they are does not matter to the speed."""
+    capacity = -(-length // CAPACITY_UNIT) * CAPACITY_UNIT
+
+    def codes(*shape: int) -> mx.array:
+        return mx.random.randint(0, 1 << 31, shape, mx.uint32)
+
+    sides = []
+    for interleaved, dim in ((True, heads.dim), (False, heads.value_dim)):
+        words = words_per_vector(dim, _BITS)
+        shape = (capacity // BLOCK, words, BLOCK) if interleaved else (capacity, words)
+        sides.append(
+            PackedVectors(
+                shared_quantizer(dim, _BITS, 0),
+                interleaved,
+                codes(1, heads.key_heads, *shape),
+                mx.ones((1, heads.key_heads, capacity), mx.bfloat16),
+                mx.zeros((1, heads.key_heads, 1, dim)),
+            )
+        )
+    exact = [
+        mx.random.normal((1, heads.key_heads, _EXACT_TOKENS, dim)).astype(mx.bfloat16)
+        for dim in (heads.dim, heads.value_dim)
+    ]
+    if heads.is_latent:
+        sides[1], exact[1] = sides[0], exact[0]
+    mx.eval([side[2:] for side in sides], exact)
+    return CachedTokens(
+        keys=sides[0],
+        values=sides[1],
+        packed_count=length,
+        exact_keys=exact[0],
+        exact_values=exact[1],
+        exact_count=_EXACT_TOKENS,
+        sink_count=4,
+        recent_start=4,
+    )
