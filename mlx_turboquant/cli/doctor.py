@@ -2,10 +2,12 @@
 
 import argparse
 import datetime
+import json
 import platform
 import sys
 import time
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +31,7 @@ from ..kernels.tuning import (
     saved_tunings,
 )
 from ..lm.heads import Heads
-from ..measure.tune import LENGTHS, Ratio, ratio
+from ..measure.tune import LENGTHS, ratio
 from .tune import described
 
 _DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
@@ -41,6 +43,8 @@ _TIMED = (
     Heads(4, 8, 128, 128, False),
     Heads(4, 6, 256, 256, False),
 )
+# What Mesa's compiler for Apple's G13 needs for each configuration.
+_COUNTED = "g13_registers.json"
 _DEFAULT_REPORT = "mlx_turboquant-report.json"
 
 
@@ -133,7 +137,7 @@ def _report(results: list[Checked]) -> dict[str, Any]:
         "table": _as_lists(default_tunings(backend(), MAX_DECODE_ROWS)),
         "tuned": {heads: _as_lists(each) for heads, each in saved_tunings().items()},
     }
-    report["ratios"] = [each._asdict() for each in _ratios()]
+    report["ratios"] = [ratio(heads, count)._asdict() for heads in _TIMED for count in LENGTHS]
     if backend() == "metal":
         report["thread_limits"] = _thread_limits()
     return report
@@ -143,19 +147,29 @@ def _as_lists(tunings: Tunings) -> list[dict[str, int]]:
     return [{"packed_tokens": least, **tuning._asdict()} for least, tuning in tunings]
 
 
-def _ratios() -> list[Ratio]:
-    return [ratio(heads, length) for heads in _TIMED for length in LENGTHS]
-
-
 def _thread_limits() -> list[dict[str, Any]]:
-    """Of every configuration, what Apple's compiler lets it have, beside what another one needs."""
+    """Of every configuration, the threads that Apple's compiler leaves it, and what Mesa's needs.
+
+    The latter are half-registers of an M1 or M2. They were counted once: ``is_current`` says
+    whether for these kernels.
+    """
+    counted = json.loads(files(__package__).joinpath(_COUNTED).read_text(encoding="ascii"))
     limits = []
     for kernel, configuration, label in tqdm(list(_configurations()), leave=False):
         try:
             threads: dict[str, int] | str = thread_limits(kernel, *configuration)
         except _FAILURES as failure:
             threads = _first_line(failure)
-        limits.append({"kernel": kernel.name, "configuration": label, "threads": threads})
+        mesa = counted["half_registers"].get(f"{kernel.name}, {label}")
+        limits.append(
+            {
+                "kernel": kernel.name,
+                "configuration": label,
+                "threads": threads,
+                "mesa": mesa,
+                "is_current": counted["kernels"] == kernel_version(),
+            }
+        )
     return limits
 
 

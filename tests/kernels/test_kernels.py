@@ -639,6 +639,12 @@ def few_checks(monkeypatch):
     monkeypatch.setattr(doctor, "_configurations", lambda: iter(checks))
 
 
+def test_registers_were_counted_for_every_configuration_of_the_doctor():
+    counted = json.loads(Path(doctor.__file__).with_name(doctor._COUNTED).read_text())
+    labels = {f"{kernel.name}, {label}" for kernel, _, label in doctor._configurations()}
+    assert set(counted["half_registers"]) == labels
+
+
 def test_the_doctor_checks_every_kernel_with_what_it_takes():
     configurations = reversed(list(doctor._configurations()))
     first = {kernel: configuration for kernel, configuration, _ in configurations}
