@@ -101,7 +101,9 @@ def _tune_length(
         for least, tuning in reversed(default_tunings(backend(), heads.group))
         if packed_tokens >= least
     )
-    seconds = _seconds({tuning: attend(tuning) for tuning in _changed(table)}, setup.queries)
+    seconds = _seconds(
+        {tuning: attend(tuning) for tuning in _changed(table, heads.group)}, setup.queries
+    )
     gains = {
         name: value
         for tuning, each in seconds.items()
@@ -146,10 +148,10 @@ class _Setup:
         return lambda queries: kernel(queries, self._tokens, self._scale, None, None)
 
 
-def _changed(table: Tuning) -> list[Tuning]:
+def _changed(table: Tuning, group: int) -> list[Tuning]:
     """The tuning of the table, and those that differ from it in one number."""
     others = {
-        "rows": (4, 8, 16),
+        "rows": [rows for rows in (4, 8, 16) if rows < 2 * group],
         "accumulators": (32, 64),
         "tokens": (1, 2),
         "batch": (2, 4, 8),
