@@ -4,6 +4,15 @@ from tokens import cached_tokens, normal
 
 from mlx_turboquant.kernels.attention import decode_attention
 from mlx_turboquant.kernels.quantize import dense
+from mlx_turboquant.kernels.runtime import force_backend
+
+@pytest.fixture(autouse=True)
+def plain_mlx():
+    """What is tested here is the meaning of the kernels, whose halves would need more tolerance."""
+    force_backend("reference")
+    yield
+    force_backend(None)
+
 
 BATCH, COUNT = 2, 4 + 70 + 11  # sinks, packed and recent tokens of cached_tokens
 # float32 sums in another order, through a rotation; half types round the output.
