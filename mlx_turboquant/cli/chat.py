@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,18 +19,20 @@ from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..lm.enable import make_prompt_cache
+from ..lm.enable import enable, make_prompt_cache
 from ..lm.prompt_cache import load_prompt_cache, save_prompt_cache
+from ..lm.prompt_store import SHOWN_TOKENS, PromptStore
 from ..lm.report import cache_report, cache_size, mean_of_bits
 from ..lm.settings import Settings
 from .loading import load_ready
-from .options import parse
+from .options import add_store_options, open_store, parse
 
 _HELP = """  /help        this list
   /reset       forget the conversation
   /stats       what the cache holds
   /save FILE   save the conversation and its cache
   /load FILE   go on with a saved conversation
+  /sessions    the conversations of the prompt store, for --resume
   Ctrl-C       stop the reply
   Ctrl-D       leave"""
 
@@ -41,7 +44,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "-v", "--verbose", action="store_true", help="Show /stats after every reply"
     )
+    parser.add_argument(
+        "--resume", metavar="NAME", help="Go on with a conversation of the prompt store"
+    )
+    add_store_options(parser)
     args, settings = parse(parser, arguments, without_effect=("pipeline",))
+    store = open_store(args)
+    sessions = Sessions(store.folder / "sessions", args.resume) if store else None
+    if args.resume is not None and sessions is None:
+        raise ValueError("--resume needs the folder of the conversations: add --prompt-store DIR.")
     mx.random.seed(args.seed)
     model, tokenizer = load_ready(
         load,
@@ -52,7 +63,11 @@ def main(arguments: list[str]) -> None:
         tokenizer_config={"trust_remote_code": args.trust_remote_code},
         trust_remote_code=args.trust_remote_code,
     )
-    conversation = Conversation(model, tokenizer, settings, args.system_prompt)
+    if store is not None:
+        enable(model, settings)
+    conversation = Conversation(model, tokenizer, settings, args.system_prompt, store)
+    if args.resume is not None:
+        conversation.load(sessions.file)
     sampler = make_sampler(
         args.temp,
         args.top_p,
@@ -65,7 +80,38 @@ def main(arguments: list[str]) -> None:
         "max_tokens": args.max_tokens,
         "prefill_step_size": args.prefill_step_size,
     }
-    Chat(conversation, generation, args.verbose).run(args.model)
+    Chat(conversation, generation, args.verbose, sessions).run(args.model)
+    if sessions is not None and conversation.tokens:
+        conversation.save(sessions.file)
+        print(f"To go on: mlx_turboquant chat --resume {sessions.name} with the same options")
+    if store is not None:
+        store.close()
+
+
+class Sessions:
+    """Conversations in the folder of a prompt store: the one that goes on, and the others.
+
+    Raises:
+        ValueError: a ``name`` that there is no conversation of.
+    """
+
+    def __init__(self, folder: Path, name: str | None):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        self.folder = folder
+        self.name = name or time.strftime("%Y-%m-%d-%H%M%S")
+        if name is not None and name not in self.names():
+            known = ", ".join(self.names()) or "there is none"
+            raise ValueError(f"There is no conversation {name!r}: use one of these ({known}).")
+
+    @property
+    def file(self) -> Path:
+        """Where the conversation is kept."""
+        return self.folder / f"{self.name}.safetensors"
+
+    def names(self) -> list[str]:
+        """Of all conversations, the latest first."""
+        files = sorted(self.folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
+        return [file.stem for file in reversed(files)]
 
 
 class Conversation:
@@ -77,8 +123,10 @@ class Conversation:
         tokenizer: TokenizerWrapper,
         settings: Settings,
         system_prompt: str | None = None,
+        store: PromptStore | None = None,
     ):
         self.model = model
+        self.store = store
         self.tokenizer = tokenizer
         self.settings = settings
         self.system_prompt = system_prompt
@@ -95,6 +143,8 @@ class Conversation:
         self.messages.append({"role": "user", "content": text})
         prompt = self._prompt()
         seen = self._reuse_cache(prompt)
+        if self.store is not None and (found := self.store.find(self.model, prompt, seen)):
+            self.cache, seen = found
         answer, generated = "", []
         try:
             for response in stream_generate(
@@ -106,6 +156,9 @@ class Conversation:
         finally:
             self.messages.append({"role": "assistant", "content": answer})
             self.tokens = (prompt + generated)[: cache_size(self.cache).tokens]
+            if self.store is not None:
+                beginning = self.tokenizer.decode(self.tokens[:SHOWN_TOKENS])
+                self.store.keep(self.model, self.tokens, self.cache, text=beginning)
 
     def save(self, file: Path) -> Path:
         """Write the cache and the conversation to one file; see ``save_prompt_cache``."""
@@ -153,9 +206,14 @@ class Chat:
     """The terminal side: reads lines, runs commands, streams replies."""
 
     def __init__(
-        self, conversation: Conversation, generation: dict[str, Any], verbose: bool = False
+        self,
+        conversation: Conversation,
+        generation: dict[str, Any],
+        verbose: bool = False,
+        sessions: Sessions | None = None,
     ):
         self.conversation = conversation
+        self.sessions = sessions
         self.verbose = verbose
         self.generation = generation
         self.console = make_console()
@@ -165,6 +223,7 @@ class Chat:
             "/stats": self._stats,
             "/save": self._save,
             "/load": self._load,
+            "/sessions": self._sessions,
         }
 
     def run(self, model_name: str) -> None:
@@ -247,6 +306,12 @@ class Chat:
             raise ValueError("/load needs a file name: /load FILE")
         self.conversation.load(Path(name).expanduser())
         self._stats(name)
+
+    def _sessions(self, _: str) -> None:
+        if self.sessions is None:
+            raise ValueError("There are no conversations without a store: use --prompt-store DIR")
+        for name in self.sessions.names():
+            self._note(name)
 
     def _note(self, text: str) -> None:
         self.console.print(f"  {text}", style="ui.muted", markup=False)

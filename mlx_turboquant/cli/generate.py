@@ -2,14 +2,16 @@
 
 import importlib
 from argparse import Namespace
+from pathlib import Path
 from types import SimpleNamespace
 
-from ..lm.enable import make_prompt_cache
+from ..lm.enable import enable, make_prompt_cache
 from ..lm.prompt_cache import check_fingerprint, load_prompt_cache
+from ..lm.prompt_store import SHOWN_TOKENS, PromptStore
 from ..lm.report import cache_report
 from ..lm.settings import Settings
 from .loading import load_ready
-from .options import given_settings, parse
+from .options import add_store_options, given_settings, open_store, parse
 from .replaced import replaced
 
 # The package mlx_lm hides the module behind the function of the same name.
@@ -24,7 +26,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "-v", dest="report", action="store_true", help="Show the cache of each kind of layer"
     )
+    add_store_options(parser)
     args, settings = parse(parser, arguments)
+    store = open_store(args)
     if args.prompt_cache_file is not None:
         if given_settings(args):
             raise ValueError(
@@ -32,7 +36,7 @@ def main(arguments: list[str]) -> None:
                 "leave out the options of the compressed cache."
             )
         args.profile, args.calibrate = None, False  # its bits are chosen
-    run = _Run(args, settings)
+    run = _Run(args, settings, store)
     with replaced(
         _mlx_lm_generate,
         setup_arg_parser=lambda: SimpleNamespace(parse_args=lambda: args),
@@ -41,14 +45,17 @@ def main(arguments: list[str]) -> None:
         generate=run.generate,
     ):
         _mlx_lm_generate.main()
+    if store is not None:
+        store.close()
 
 
 class _Run:
     """One run of mlx-lm's command: the functions that stand in for its own."""
 
-    def __init__(self, args: Namespace, settings: Settings):
+    def __init__(self, args: Namespace, settings: Settings, store: PromptStore | None):
         self.args = args
         self.settings = settings
+        self.store = store
         self.fingerprint: str | None = None
 
     def load(self, *positional, **keywords):
@@ -67,12 +74,25 @@ class _Run:
         return cache, {"tokenizer_config": "{}", **metadata, "model": model}
 
     def generate(self, model, tokenizer, prompt, *, prompt_cache, draft_model, **keywords):
+        tokens = None
         if prompt_cache is None:
             prompt_cache = make_prompt_cache(model, self.settings)
+            if self.store is not None and draft_model is None:
+                enable(model, self.settings)
+                tokens = list(prompt)
+                prompt_cache, known = self.store.find(model, tokens) or (prompt_cache, 0)
+                prompt = tokens[known:]
+                print(f"Prompt: {known:,} of {len(tokens):,} tokens from the store")
             if draft_model is not None:
                 prompt_cache += make_prompt_cache(draft_model, self.settings)
         keywords |= {"prompt_cache": prompt_cache, "draft_model": draft_model}
         text = _generate(model, tokenizer, prompt, **keywords)
+        if tokens is not None:
+            beginning, name = (
+                tokenizer.decode(tokens[:SHOWN_TOKENS]),
+                Path(self.args.model or "").name,
+            )
+            self.store.keep(model, tokens, prompt_cache, name, beginning)
         if self.args.verbose:
             report = cache_report(prompt_cache, model)
             if self.args.report:

@@ -1,12 +1,15 @@
 """The command-line options of the compressed cache, shared by all commands."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
+from ..lm.prompt_store import PromptStore
 from ..lm.settings import Settings
 
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 # The seed of the rotation has no option: ``--seed`` is what mlx-lm samples with.
 _SETTINGS = ("bits", "key_bits", "value_bits", "uniform", "window", "sink_tokens", "max_size")
 
@@ -107,6 +110,47 @@ def add_exact_token_options(group: argparse._ActionsContainer) -> None:
         metavar="KV_SINKS",
         help=f"First tokens that stay exact (default: {Settings.sink_tokens})",
     )
+
+
+def add_store_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the prompt store."""
+    group = parser.add_argument_group("prompt store")
+    group.add_argument(
+        "--prompt-store",
+        metavar="DIR",
+        help="Folder in which prompts are kept, packed, so that none is read twice",
+    )
+    group.add_argument(
+        "--prompt-store-size",
+        metavar="SIZE",
+        default="20GB",
+        help="Bytes that it may have, as 20GB; least recently used prompts go first "
+        "(default: %(default)s)",
+    )
+
+
+def open_store(args: argparse.Namespace) -> PromptStore | None:
+    """The store of the options, if any.
+
+    Raises:
+        ValueError: a folder or a size that is not possible.
+        OSError: the folder cannot be written to.
+    """
+    if args.prompt_store is None:
+        return None
+    return PromptStore(args.prompt_store, parse_size(args.prompt_store_size))
+
+
+def parse_size(text: str) -> int:
+    """The bytes of a size like "16GB", "24GiB" or "512MB".
+
+    Raises:
+        ValueError: a text of another form.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?|)B?\s*", text.upper())
+    if match is None or float(match[1]) == 0:
+        raise ValueError(f"{text!r} is not a size of memory: use one as 16GB or 24GiB.")
+    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def add_presets_option(parser: argparse.ArgumentParser, *presets: str) -> None:

@@ -1,7 +1,6 @@
 """``mlx_turboquant plan``: what context fits into memory, before anything is downloaded."""
 
 import argparse
-import re
 from typing import Any
 
 import mlx.nn as nn
@@ -18,10 +17,10 @@ from .options import (
     add_exact_token_options,
     add_presets_option,
     check_least,
+    parse_size,
     settings_of,
 )
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 # Below this memory macOS lets the GPU use two thirds of it, otherwise three quarters.
 _SMALL_MAC = 36 * 2**30
 
@@ -77,18 +76,6 @@ def _available(memory: str | None) -> tuple[float, str]:
     total = parse_size(memory)
     part = 2 / 3 if total < _SMALL_MAC else 3 / 4
     return part * total, f"Of {_size(total)} macOS lets the GPU use {_size(part * total)}"
-
-
-def parse_size(text: str) -> int:
-    """The bytes of a size like "16GB", "24GiB" or "512MB".
-
-    Raises:
-        ValueError: a text of another form.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?|)B?\s*", text.upper())
-    if match is None or float(match[1]) == 0:
-        raise ValueError(f"{text!r} is not a size of memory: use one as 16GB or 24GiB.")
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def _size(nbytes: float) -> str:

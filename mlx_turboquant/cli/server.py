@@ -2,27 +2,36 @@
 
 import argparse
 import importlib
+import json
 import logging
 import os
 import signal
 import socket
 from collections.abc import Callable
 from functools import partial
-from http.server import ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.models.cache import LRUPromptCache
 from mlx_lm.utils import _download, load, load_config, sharded_load
 
 from ..lm.enable import enable
 from ..lm.loading import model_errors
+from ..lm.prompt_store import SHOWN_TOKENS, PromptStore
 from .loading import load_ready
-from .options import parse
+from .options import add_store_options, open_store, parse
 from .replaced import replaced
 
 _mlx_lm_server = importlib.import_module("mlx_lm.server")
 _WAITING_CONNECTIONS = 128
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+_log = logging.getLogger("mlx_turboquant")
 
 
 def main(arguments: list[str]) -> None:
@@ -32,6 +41,7 @@ def main(arguments: list[str]) -> None:
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     run = _Run(arguments)
+    handler, answer_get = _mlx_lm_server.APIHandler, _mlx_lm_server.APIHandler.do_GET
     with (
         # Python's five would turn away clients that connect at once.
         replaced(ThreadingHTTPServer, request_queue_size=_WAITING_CONNECTIONS),
@@ -42,8 +52,11 @@ def main(arguments: list[str]) -> None:
             sharded_load=partial(run.load, sharded_load),
             LRUPromptCache=run.prompt_caches,
         ),
+        replaced(handler, do_GET=lambda request: run.get(request, answer_get)),
     ):
         _mlx_lm_server.main()
+    if run.store is not None:
+        run.store.close()
     # Threads of MLX for the streams of a thread that has ended would abort the interpreter's end.
     logging.shutdown()
     os._exit(0)
@@ -54,10 +67,14 @@ class _Run:
 
     def __init__(self, arguments: list[str]):
         self.arguments = arguments
+        self.store: PromptStore | None = None
+        self.model: nn.Module | None = None
+        self.tokenizer: Any = None
 
     def parser(self, **_) -> SimpleNamespace:
         """What mlx-lm adds its options to, and then calls without arguments."""
         parser = argparse.ArgumentParser(prog="mlx_turboquant server", description=__doc__)
+        add_store_options(parser)
         return SimpleNamespace(
             add_argument=parser.add_argument, parse_args=lambda: self._parse(parser)
         )
@@ -65,6 +82,7 @@ class _Run:
     def _parse(self, parser: argparse.ArgumentParser) -> argparse.Namespace:
         args, self.settings = parse(parser, self.arguments)
         self.args = args
+        self.store = self._open_store()
         for model in (args.model, args.draft_model):
             if model is not None:
                 with model_errors(model):
@@ -76,10 +94,78 @@ class _Run:
 
     def load(self, load: Callable[..., tuple], *positional, **keywords) -> tuple:
         """A model with compression switched on, also one that a request names."""
-        model, *rest = load_ready(load, self.args, self.settings, *positional, **keywords)
-        return (enable(model, self.settings), *rest)
+        model, tokenizer, *rest = load_ready(
+            load, self.args, self.settings, *positional, **keywords
+        )
+        self.model, self.tokenizer = enable(model, self.settings), tokenizer
+        return (model, tokenizer, *rest)
+
+    def _open_store(self) -> PromptStore | None:
+        """The store of the options; without one, where it cannot be written, requests go on."""
+        if self.args.prompt_store is not None:
+            if self.args.draft_model is not None:
+                raise ValueError("--prompt-store does not keep caches of a --draft-model: use one.")
+            if self.args.host not in _LOOPBACK:
+                raise ValueError(
+                    f"With --prompt-store all who reach {self.args.host} could find out by timing "
+                    f"what others have asked: listen on one of {', '.join(_LOOPBACK)}."
+                )
+        try:
+            return open_store(self.args)
+        except OSError as error:
+            _log.warning("There is no prompt store: %s", error)
+            return None
 
     def prompt_caches(self, max_size: int) -> LRUPromptCache:
-        """A store that keeps to the limit in bytes, as mlx-lm does only while it serves batches."""
+        """One that keeps to the limit in bytes, as mlx-lm does only while it serves batches."""
         limit = self.args.prompt_cache_bytes
-        return LRUPromptCache(max_size) if limit is None else LRUPromptCache(max_size, limit)
+        limits = (max_size,) if limit is None else (max_size, limit)
+        return LRUPromptCache(*limits) if self.store is None else _StoredPrompts(self, *limits)
+
+    def get(self, handler: BaseHTTPRequestHandler, others: Callable[..., None]) -> None:
+        """Answer a GET request: of the store here, any other by mlx-lm."""
+        if handler.path != "/v1/prompt-store" or self.store is None:
+            others(handler)
+            return
+        handler._set_completion_headers(200)
+        handler.end_headers()
+        handler.wfile.write(json.dumps(self.store.statistics()).encode())
+
+
+class _StoredPrompts(LRUPromptCache):
+    """mlx-lm's caches in memory, with the prompt store behind them."""
+
+    def __init__(self, run: _Run, *limits: int):
+        super().__init__(*limits)
+        self._run = run
+
+    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list]:
+        cache, rest = super().fetch_nearest_cache(model, tokens)
+        in_memory, on_disk = len(tokens) - len(rest), 0
+        if _are_tokens(tokens):
+            found = self._run.store.find(self._run.model, tokens, in_memory)
+            if found is not None:
+                cache, on_disk = found
+                rest = tokens[on_disk:]
+        _log.info(
+            "Prompt of %d tokens: %d from memory, %d from disk, %d to read",
+            len(tokens),
+            0 if on_disk else in_memory,
+            on_disk,
+            len(rest),
+        )
+        return cache, rest
+
+    def insert_cache(
+        self, model: Any, tokens: list[int], prompt_cache: list[Any], **keywords: str
+    ) -> None:
+        super().insert_cache(model, tokens, prompt_cache, **keywords)
+        if _are_tokens(tokens):
+            text = self._run.tokenizer.decode(tokens[:SHOWN_TOKENS])
+            name = Path(self._run.args.model or "").name
+            self._run.store.keep(self._run.model, tokens, prompt_cache, name, text)
+
+
+def _are_tokens(tokens: list[Any]) -> bool:
+    """Whether these are tokens alone, and no parts of pictures among them."""
+    return all(type(token) is int for token in tokens)

@@ -1,7 +1,8 @@
 import pytest
 
-from mlx_turboquant import cache_size, save_prompt_cache
-from mlx_turboquant.cli.chat import Conversation
+from mlx_turboquant import cache_size, enable, save_prompt_cache
+from mlx_turboquant.cli.chat import Conversation, Sessions
+from mlx_turboquant.lm.prompt_store import PromptStore
 from mlx_turboquant.lm.settings import Settings
 
 
@@ -65,3 +66,26 @@ def test_a_file_without_a_conversation_changes_nothing(conversation, tmp_path):
     with pytest.raises(ValueError, match="holds no conversation"):
         conversation.load(file)
     assert (conversation.messages, conversation.tokens) == (messages, tokens)
+
+
+def test_a_conversation_begins_with_what_the_store_knows(tiny_lm, tmp_path):
+    model, tokenizer = tiny_lm
+    enable(model, 8)
+    long = "import os\n" * 200
+    expected, processed = answer(Conversation(model, tokenizer, Settings(8)), long)
+    store = PromptStore(tmp_path, delay=0)
+    answer(Conversation(model, tokenizer, Settings(8), store=store), long)
+    store.close()
+    again = Conversation(model, tokenizer, Settings(8), store=PromptStore(tmp_path))
+    text, few = answer(again, long)
+    assert text == expected and few < processed / 10
+    assert cache_size(again.cache).tokens == len(again.tokens)
+
+
+def test_conversations_are_listed_and_an_unknown_one_is_refused(conversation, tmp_path):
+    answer(conversation, "import os")
+    sessions = Sessions(tmp_path / "sessions", None)
+    conversation.save(sessions.file)
+    assert Sessions(tmp_path / "sessions", sessions.name).names() == [sessions.name]
+    with pytest.raises(ValueError, match=f"no conversation 'other': .*{sessions.name}"):
+        Sessions(tmp_path / "sessions", "other")

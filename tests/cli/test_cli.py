@@ -267,6 +267,83 @@ def test_a_chat_streams_stops_saves_and_leaves(tmp_path):
     assert (tmp_path / "talk.safetensors").is_file()
 
 
+def test_a_prompt_that_was_generated_from_is_read_once(tmp_path):
+    prompt = "import os\n" * 150
+    options = ("--prompt", prompt, "--max-tokens", "5", "--prompt-store", str(tmp_path))
+    first, second = (run("generate", "--model", TINY_LM, *options) for _ in range(2))
+    total = re.search(r"Prompt: 0 of ([\d,]+) tokens from the store\n", first.stdout)[1]
+    known = int(total.replace(",", "")) - 1
+    assert f"Prompt: {known:,} of {total} tokens from the store\n" in second.stdout
+    answers = [result.stdout.split("==========")[1] for result in (first, second)]
+    assert answers[0] == answers[1]
+
+
+def test_a_chat_goes_on_where_it_was_left(tmp_path):
+    def chat(*options: str) -> pexpect.spawn:
+        arguments = ["-m", "mlx_turboquant", "chat", "--model", TINY_LM, "--max-tokens", "20"]
+        arguments += ["--prompt-store", str(tmp_path), *options]
+        return pexpect.spawn(sys.executable, arguments, encoding="utf-8", timeout=60)
+
+    first = chat()
+    first.expect("›")
+    first.sendline("def add(a, b):")
+    first.expect("tokens/s")
+    first.expect("›")
+    first.sendeof()
+    first.expect(r"--resume ([\d-]+) ")
+    name = first.match[1]
+    first.expect(pexpect.EOF)
+    second = chat("--resume", name)
+    second.expect("›")
+    second.sendline("/stats")
+    second.expect("2 messages")
+    second.expect("›")
+    second.sendline("/sessions")
+    second.expect(name)
+    second.expect("›")
+    second.sendeof()
+    second.expect(pexpect.EOF)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--resume", "monday"), "add --prompt-store DIR"),
+        (("--prompt-store", "{}", "--resume", "monday"), "no conversation 'monday'"),
+        (("--prompt-store", "{}", "--prompt-store-size", "20 bananas"), "is not a size"),
+    ],
+)
+def test_a_conversation_that_there_is_not_is_one_sentence(tmp_path, options, message):
+    options = [option.format(tmp_path) for option in options]
+    assert_refused(run("chat", "--model", TINY_LM, *options), message)
+
+
+def test_store_lists_checks_prunes_and_clears(tmp_path):
+    options = ("--max-tokens", "2", "--prompt-store", str(tmp_path))
+    for line in ("import os\n", "x = 1\n"):
+        run("generate", "--model", TINY_LM, "--prompt", line * 150, *options)
+    listed = run("store", "list", str(tmp_path)).stdout
+    assert "tiny-lm" in listed and "import os" in listed and "2 prompts, " in listed
+    assert "2 of 2 prompts are as they were written." in run("store", "check", str(tmp_path)).stdout
+    file = min(tmp_path.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1])
+    checked = run("store", "check", str(tmp_path))
+    assert checked.returncode == 1 and "1 of 2 prompts are as they were" in checked.stdout
+    assert "0 prompts removed, 1 left." in run("store", "prune", str(tmp_path)).stdout
+    assert "1 prompts removed, 0 left." in run("store", "clear", str(tmp_path)).stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("list", __file__), "is not a folder: give the folder of a prompt store."),
+        (("prune", "{}", "--size", "20 bananas"), "'20 bananas' is not a size of memory"),
+    ],
+)
+def test_a_store_that_there_is_not_is_one_sentence(tmp_path, arguments, message):
+    assert_refused(run("store", *(each.format(tmp_path) for each in arguments)), message)
+
+
 EVALUATE = ("evaluate", "--model", TINY_LM)
 SHORT = ("--context", "300", "--samples", "1", "--scored", "40", "--greedy", "4")
 

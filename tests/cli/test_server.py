@@ -1,5 +1,6 @@
 """The server as its users see it: a process of its own, and the openai client."""
 
+import json
 import os
 import random
 import signal
@@ -218,3 +219,108 @@ def test_limited_caches_are_served_in_batches():
             answers = list(pool.map(lambda prompt: complete(api, prompt, 24), short + long))
         assert all(answers)
         assert answers[:6] == [complete(api, prompt, 24) for prompt in short]
+
+
+def long_text(count: int = 1200) -> str:
+    rng = random.Random(7)
+    return " ".join(random_names(count // 4, rng))
+
+
+def asked(port: int, prompt: str) -> tuple[str, int]:
+    """The answer, and how many tokens of the prompt were known."""
+    response = client(port).completions.create(
+        model="default_model", prompt=prompt, max_tokens=8, temperature=0
+    )
+    details = response.usage.prompt_tokens_details
+    return response.choices[0].text, details.cached_tokens
+
+
+def statistics(port: int) -> dict[str, int]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/prompt-store") as answer_:
+        return json.load(answer_)
+
+
+def wait_until_written(port: int) -> None:
+    for _ in range(300):
+        if statistics(port)["written"]:
+            return
+        time.sleep(0.1)
+    pytest.fail("Nothing is written after 30 seconds.")
+
+
+STORED = ("--kv-bits", "8", "--kv-window", "32", "--log-level", "INFO", "--prompt-store")
+
+
+def test_a_prompt_is_known_after_a_restart(tmp_path):
+    prompt, port = long_text(), free_port()
+    with server(port, *STORED, str(tmp_path)) as process:
+        first, known = asked(port, prompt)
+        assert known == 0
+        process.terminate()  # which writes what is pending
+        process.wait(30)
+    with server(port, *STORED, str(tmp_path)) as process:
+        second, known = asked(port, prompt)
+        assert second == first
+        # All but the last one.
+        assert f"Prompt of {known + 1} tokens: 0 from memory, {known} from disk, 1 to read" in (
+            messages_of(process)
+        )
+        third, _ = asked(port, prompt + " and so on")
+        assert statistics(port)["found_tokens"] >= known and statistics(port)["entries"] == 1
+    with server(port, *STORED[:-1]):
+        assert asked(port, prompt + " and so on")[0] == third
+
+
+@pytest.mark.parametrize("is_written", [True, False])
+def test_a_server_that_is_killed_loses_only_what_was_not_written(tmp_path, is_written):
+    prompt, port = long_text(), free_port()
+    with server(port, *STORED, str(tmp_path)) as process:
+        first, _ = asked(port, prompt)
+        if is_written:
+            wait_until_written(port)
+        os.killpg(process.pid, signal.SIGKILL)
+    with server(port, *STORED, str(tmp_path)):
+        second, known = asked(port, prompt)
+        assert second == first and (known > 500) == is_written
+        assert statistics(port)["entries"] == int(is_written)
+
+
+def test_two_servers_share_a_store_and_survive_that_one_is_killed_while_it_writes(tmp_path):
+    ports = free_port(), free_port()
+    with (
+        server(ports[0], *STORED, str(tmp_path)) as first,
+        server(ports[1], *STORED, str(tmp_path)),
+    ):
+        prompts = [f"{number} {long_text()}" for number in range(4)]
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda pair: asked(*pair), zip(ports * 2, prompts)))
+        wait_until_written(ports[0])
+        os.killpg(first.pid, signal.SIGKILL)
+        wait_until_written(ports[1])
+        answers = [asked(ports[1], prompt) for prompt in prompts]
+    with server(ports[0], *STORED[:-1]):
+        assert [asked(ports[0], prompt)[0] for prompt in prompts] == [text for text, _ in answers]
+
+
+def test_without_a_folder_that_it_can_write_to_a_server_serves(tmp_path):
+    port = free_port()
+    with server(port, *STORED, "/proc/no/store") as process:
+        assert asked(port, "Hello")[0]
+        assert "There is no prompt store" in messages_of(process)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--prompt-store", __file__), "is not a folder"),
+        (("--prompt-store", "store", "--prompt-store-size", "0"), "'0' is not a size"),
+        (("--prompt-store", "store", "--prompt-store-size", "20 bananas"), "is not a size"),
+        (("--prompt-store", "store", "--host", "0.0.0.0"), "could find out by timing"),
+        (("--prompt-store", "store", "--draft-model", TINY_LM), "caches of a --draft-model"),
+    ],
+)
+def test_a_store_that_is_not_possible_is_one_sentence(tmp_path, options, message):
+    command = [sys.executable, "-m", "mlx_turboquant", "server", "--model", TINY_LM, *options]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2
+    assert message in result.stderr and result.stderr.count("\n") == 1

@@ -6,6 +6,7 @@ from mlx_turboquant.kernels.attention import decode_attention
 from mlx_turboquant.kernels.quantize import dense
 from mlx_turboquant.kernels.runtime import force_backend
 
+
 @pytest.fixture(autouse=True)
 def plain_mlx():
     """What is tested here is the meaning of the kernels, whose halves would need more tolerance."""

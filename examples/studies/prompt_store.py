@@ -1,0 +1,114 @@
+"""What a prompt store saves: time to the first token, bytes, and the tokens of an agent's session.
+
+    python examples/studies/prompt_store.py --model MODEL --tokens 8000
+
+A restart is a new store on the same folder and an empty memory.
+"""
+
+import argparse
+import random
+import tempfile
+import time
+
+import mlx.core as mx
+import mlx_lm
+from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
+from tqdm import tqdm
+
+from mlx_turboquant import enable
+from mlx_turboquant.lm import texts
+from mlx_turboquant.lm.loading import prepare_for_device
+from mlx_turboquant.lm.prompt_store import PromptStore
+from mlx_turboquant.lm.report import cache_report
+
+CHUNK = 2048
+# Tokens of the instructions and tools that all prompts begin with.
+SYSTEM = 4000
+TURNS, RESTART_EVERY = 40, 5
+
+
+def read(model, cache, tokens: list[int]) -> int:
+    """Read tokens in chunks, as mlx-lm does, and return the most probable next one."""
+    for start in range(0, len(tokens), CHUNK):
+        logits = model(mx.array([tokens[start : start + CHUNK]]), cache=cache)
+        mx.eval(logits[:, -1], [layer.state for layer in cache])
+    return logits[0, -1].argmax().item()
+
+
+def first_token(model, tokens: list[int], folder: str) -> None:
+    begin = time.perf_counter()
+    cache = make_prompt_cache(model)
+    expected = read(model, cache, tokens)
+    reading = time.perf_counter() - begin
+    store = PromptStore(folder, delay=0)
+    store.keep(model, tokens, cache)
+    store.close()
+    begin = time.perf_counter()
+    found, known = PromptStore(folder).find(model, tokens)
+    token = read(model, found, tokens[known:])
+    after = time.perf_counter() - begin
+    written, fp16 = store.statistics()["bytes"], cache_report(cache, model).size.fp16_nbytes
+    print(f"First token of {len(tokens):,} tokens: {reading:.2f} s read, {after:.3f} s from disk")
+    print(f"Ratio {after / reading:.4f}; the same token: {token == expected}")
+    print(f"On disk {written / 1e6:.1f} MB, to the float16 cache {written / fp16:.3f}")
+
+
+def session(tokens: list[int]) -> list[list[int]]:
+    """Prompts of an agent: they grow by answers and results, branch off earlier ones and repeat."""
+    rng = random.Random(0)
+    system, rest = tokens[:SYSTEM], iter(tokens[SYSTEM:])
+    prompts = [system]
+    for _ in range(TURNS):
+        kind = rng.random()
+        begin = prompts[-1] if kind < 0.75 else rng.choice(prompts)
+        more = 0 if kind > 0.95 else rng.randrange(40, 160)
+        prompts.append([*begin, *(next(rest) for _ in range(more))])
+    return prompts[1:]
+
+
+def tokens_read(model, prompts: list[list[int]], folder: str | None) -> int:
+    """In all turns together, with mlx-lm's memory, and with a store if there is a folder."""
+    total = 0
+    for turn, prompt in enumerate(tqdm(prompts, leave=False)):
+        if turn % RESTART_EVERY == 0:
+            memory = LRUPromptCache()
+            store = folder and PromptStore(folder, delay=0)
+        cache, rest = memory.fetch_nearest_cache("model", prompt)
+        if store and (found := store.find(model, prompt, len(prompt) - len(rest))):
+            cache, known = found
+            rest = prompt[known:]
+        cache = cache or make_prompt_cache(model)
+        total += len(rest)
+        if rest:
+            read(model, cache, rest)
+        memory.insert_cache("model", prompt, cache)
+        if store:
+            store.keep(model, prompt, cache)
+            if (turn + 1) % RESTART_EVERY == 0:
+                store.close()
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--tokens", type=int, default=8000)
+    parser.add_argument("--bits", type=float, default=4)
+    args = parser.parse_args()
+    model, tokenizer = mlx_lm.load(args.model)
+    enable(prepare_for_device(model), args.bits)
+    tokens = [token for text in texts.bundled_texts() for token in tokenizer.encode(text)]
+    long = (tokens * (1 + args.tokens // len(tokens)))[: args.tokens]
+    with tempfile.TemporaryDirectory() as folder:
+        first_token(model, long, folder)
+    prompts = session(tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        stored, alone = tokens_read(model, prompts, folder), tokens_read(model, prompts, None)
+    print(
+        f"{TURNS} turns of an agent, restarted at every {RESTART_EVERY}th: {stored:,} tokens read,"
+    )
+    print(f"{alone:,} without the store, ratio {stored / alone:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,386 @@
+"""Prompts that are read once: what a store finds is right, whatever became of its files."""
+
+import json
+import logging
+import random
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from conftest import variant
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from mlx_lm.models.cache import make_prompt_cache
+from tiny_families import tiny_model
+
+from mlx_turboquant import enable
+from mlx_turboquant.lm import prompt_store
+from mlx_turboquant.lm.prompt_store import PromptStore
+from mlx_turboquant.lm.report import flat_caches
+
+LEAST = 16
+
+
+@pytest.fixture(autouse=True)
+def few_tokens_are_enough(monkeypatch):
+    monkeypatch.setattr(prompt_store, "LEAST_TOKENS", LEAST)
+
+
+@pytest.fixture
+def model(random_model):
+    return enable(variant(random_model), 4, window=16)
+
+
+def text(seed: int, count: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(128) for _ in range(count)]
+
+
+def read(model, tokens: list[int]) -> list:
+    cache = make_prompt_cache(model)
+    for start in range(0, len(tokens), 64):
+        model(mx.array([tokens[start : start + 64]]), cache=cache)
+    return cache
+
+
+def keep(folder: Path, model, *texts: list[int], size: int = 10**9) -> PromptStore:
+    store = PromptStore(folder, size, delay=0)
+    for tokens in texts:
+        store.keep(model, tokens, read(model, tokens), "a model", "a text")
+    store.close()
+    return PromptStore(folder, size, delay=0)
+
+
+def next_logits(model, cache, token: int) -> mx.array:
+    return model(mx.array([[token]]), cache=cache)[0, -1]
+
+
+def test_a_prompt_is_found_by_a_store_that_did_not_keep_it(model, tmp_path):
+    tokens = text(0, 100)
+    cache, known = keep(tmp_path, model, tokens).find(model, [*tokens, 7])
+    assert known == 100
+    expected = next_logits(model, read(model, tokens), 7)
+    assert mx.array_equal(next_logits(model, cache, 7), expected)
+
+
+def test_what_a_text_begins_with_is_found_where_it_departs(model, tmp_path):
+    tokens = text(0, 100)
+    store = keep(tmp_path, model, tokens, text(1, 100))
+    cache, known = store.find(model, [*tokens[:70], *text(2, 30)])
+    assert known == 70 or tokens[70] == text(2, 30)[0]
+    assert {layer.offset for layer in flat_caches(cache)} == {known}
+
+
+def test_the_longest_beginning_is_found(model, tmp_path):
+    common = text(0, 50)
+    store = keep(tmp_path, model, common + text(1, 50), common + text(2, 50))
+    assert store.find(model, common + text(2, 60))[1] == 100
+
+
+def test_one_token_is_always_left_to_be_read(model, tmp_path):
+    tokens = text(0, 100)
+    assert keep(tmp_path, model, tokens).find(model, tokens)[1] == 99
+
+
+def test_nothing_is_found_that_is_no_longer_than_what_is_there(model, tmp_path):
+    tokens = text(0, 100)
+    store = keep(tmp_path, model, tokens)
+    assert store.find(model, [*tokens, 1], least=100) is None
+    assert store.find(model, [*tokens, 1], least=99)[1] == 100
+
+
+def test_other_models_and_settings_do_not_find_it(model, random_model, tmp_path):
+    tokens = text(0, 100)
+    store = keep(tmp_path, model, tokens)
+    assert store.find(enable(variant(random_model), 3, window=16), [*tokens, 1]) is None
+    assert store.find(enable(variant(random_model), 4, window=32), [*tokens, 1]) is None
+    assert store.find(enable(variant(random_model, num_hidden_layers=1), 4), tokens) is None
+
+
+def test_caches_that_cannot_be_trimmed_serve_only_what_they_are_a_beginning_of(tmp_path):
+    model = enable(tiny_model("gemma3"), 4, window=16)
+    tokens = text(0, 100)
+    store = keep(tmp_path, model, tokens)
+    assert store.find(model, [*tokens, 1])[1] == 100
+    assert store.find(model, [*tokens[:70], *text(1, 40)]) is None
+
+
+def test_a_recurrent_state_is_kept_and_found(tmp_path):
+    model = enable(tiny_model("qwen3_next"), 4, window=16)
+    tokens = text(0, 100)
+    cache, known = keep(tmp_path, model, tokens).find(model, [*tokens, 1])
+    assert known == 100
+    assert mx.array_equal(next_logits(model, cache, 1), next_logits(model, read(model, tokens), 1))
+
+
+def test_few_tokens_are_not_kept(model, tmp_path):
+    assert keep(tmp_path, model, text(0, LEAST - 1)).entries() == []
+
+
+def test_a_longer_text_takes_the_place_of_its_beginning(model, tmp_path):
+    tokens = text(0, 100)
+    keep(tmp_path, model, tokens[:60])
+    store = keep(tmp_path, model, tokens)
+    assert [len(entry.tokens) for entry in store.entries()] == [100]
+
+
+def test_what_is_there_is_not_written_again(model, tmp_path):
+    tokens = text(0, 100)
+    keep(tmp_path, model, tokens)
+    store = PromptStore(tmp_path, delay=0)
+    for count in (100, 60):
+        store.keep(model, tokens[:count], read(model, tokens[:count]))
+    store.close()
+    assert store.statistics()["written_bytes"] == 0
+
+
+def test_a_cache_that_a_longer_one_follows_at_once_is_never_written(model, tmp_path):
+    tokens = text(0, 100)
+    store = PromptStore(tmp_path, delay=60)
+    for count in (50, 75, 100):
+        store.keep(model, tokens[:count], read(model, tokens[:count]))
+    store.close()
+    assert store.statistics()["written"] == 1
+
+
+def test_the_cache_may_be_used_on_while_it_is_written(model, tmp_path):
+    tokens = text(0, 100)
+    cache = read(model, tokens)
+    store = PromptStore(tmp_path, delay=60)
+    store.keep(model, tokens, cache)
+    for token in text(1, 50):
+        next_logits(model, cache, token)
+    store.close()
+    found, _ = PromptStore(tmp_path).find(model, [*tokens, 7])
+    expected = next_logits(model, read(model, tokens), 7)
+    assert mx.array_equal(next_logits(model, found, 7), expected)
+
+
+def test_of_a_cache_with_more_tokens_than_the_text_the_text_is_kept(model, tmp_path):
+    tokens = text(0, 100)
+    store = PromptStore(tmp_path, delay=0)
+    store.keep(model, tokens[:80], read(model, tokens))
+    store.close()
+    assert store.find(model, [*tokens[:80], 1])[1] == 80
+
+
+def test_the_least_recently_used_go_first(model, tmp_path):
+    texts = [text(seed, 100) for seed in range(3)]
+    store = keep(tmp_path, model, texts[0])
+    size = store.entries()[0].nbytes
+    keep(tmp_path, model, texts[1])
+    time.sleep(0.02)  # longer than a tick of the file system
+    store.find(model, [*texts[0], 1])
+    store = keep(tmp_path, model, texts[2], size=int(2.5 * size))
+    assert store.find(model, [*texts[1], 1]) is None
+    assert store.find(model, [*texts[0], 1]) and store.find(model, [*texts[2], 1])
+
+
+def test_what_alone_is_larger_than_the_limit_is_not_written(model, tmp_path):
+    assert keep(tmp_path, model, text(0, 100), size=1000).entries() == []
+
+
+def test_only_the_owner_may_read_what_is_kept(model, tmp_path):
+    store = keep(tmp_path / "store", model, text(0, 100))
+    assert store.folder.stat().st_mode & 0o077 == 0
+    assert store.entries()[0].file.stat().st_mode & 0o077 == 0
+
+
+def truncated(contents: bytes) -> bytes:
+    return contents[: len(contents) // 2]
+
+
+def with_flipped_bits(contents: bytes) -> bytes:
+    contents, rng = bytearray(contents), random.Random(0)
+    for _ in range(200):
+        contents[rng.randrange(len(contents))] ^= 1 << rng.randrange(8)
+    return bytes(contents)
+
+
+def with_another_token(contents: bytes) -> bytes:
+    """As well-formed as before."""
+    place = contents.index(b'"0.tokens":"') + 20
+    return contents[:place] + (b"B" if contents[place] != 66 else b"C") + contents[place + 1 :]
+
+
+def claiming_terabytes(contents: bytes) -> bytes:
+    return (1 << 42).to_bytes(8, "little") + contents[8:]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [truncated, with_flipped_bits, with_another_token, claiming_terabytes, lambda contents: b""],
+)
+def test_a_damaged_entry_is_removed_with_a_warning_and_read_again(model, tmp_path, damage, caplog):
+    tokens = text(0, 100)
+    store = keep(tmp_path, model, tokens)
+    file = store.entries()[0].file
+    file.write_bytes(damage(file.read_bytes()))
+    with caplog.at_level(logging.WARNING, logger="mlx_turboquant"):
+        found = store.find(model, [*tokens, 1]) or PromptStore(tmp_path).find(model, tokens)
+    assert found is None
+    assert not file.exists() and "is removed from the store" in caplog.text
+
+
+def test_files_that_change_places_between_models_are_told_apart(model, random_model, tmp_path):
+    other = enable(variant(random_model, num_hidden_layers=1), 4, window=16)
+    tokens = text(0, 100)
+    keep(tmp_path, model, tokens)
+    store = keep(tmp_path, other, tokens)
+    first, second = (entry.file for entry in store.entries())
+    contents = first.read_bytes(), second.read_bytes()
+    first.write_bytes(contents[1])
+    second.write_bytes(contents[0])
+    for each in (model, other):
+        found = PromptStore(tmp_path).find(each, [*tokens, 1])
+        assert found is None or len(found[0]) == len(each.layers)
+
+
+def test_two_stores_share_a_folder(model, tmp_path):
+    first, second = (PromptStore(tmp_path, delay=0) for _ in range(2))
+    texts = [text(seed, 100) for seed in range(6)]
+    for place, tokens in enumerate(texts):
+        (first, second)[place % 2].keep(model, tokens, read(model, tokens))
+    first.close(), second.close()
+    for tokens in texts:
+        assert first.find(model, [*tokens, 1])[1] == second.find(model, [*tokens, 1])[1] == 100
+
+
+def test_an_entry_that_another_process_removes_is_read_again(model, tmp_path):
+    tokens = text(0, 100)
+    store = keep(tmp_path, model, tokens)
+    store.entries()
+    PromptStore(tmp_path).prune(0)
+    assert store.find(model, [*tokens, 1]) is None
+
+
+def test_a_disk_without_space_costs_a_warning(model, tmp_path, monkeypatch, caplog):
+    def full(*arguments):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(prompt_store, "save_prompt_cache", full)
+    assert keep(tmp_path, model, text(0, 100)).entries() == []
+    assert "is not kept: No space left on device" in caplog.text
+
+
+def test_a_clock_that_was_set_back_loses_nothing(model, tmp_path, monkeypatch):
+    tokens = text(0, 100)
+    keep(tmp_path, model, tokens)
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    store = keep(tmp_path, model, text(1, 100))
+    assert store.find(model, [*tokens, 1])[1] == 100
+
+
+@pytest.mark.parametrize("contents", ["", "{", '{"format": "old"}'])
+def test_what_a_store_says_of_itself_is_written_again_if_it_is_lost(model, tmp_path, contents):
+    tokens = text(0, 100)
+    keep(tmp_path, model, tokens)
+    (tmp_path / "store.json").write_text(contents)
+    assert PromptStore(tmp_path).find(model, [*tokens, 1])[1] == 100
+
+
+def test_a_store_of_a_newer_version_is_refused(tmp_path):
+    (tmp_path / "store.json").write_text(json.dumps({"format": 2}))
+    with pytest.raises(ValueError, match="version 2, this is version 1: use another folder"):
+        PromptStore(tmp_path)
+
+
+def test_a_folder_that_is_a_file_and_a_size_of_nothing_are_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is not a folder: give the folder"):
+        PromptStore(tmp_path / "file")
+    with pytest.raises(ValueError, match="A store of 0 bytes holds nothing"):
+        PromptStore(tmp_path / "store", 0)
+
+
+class Store(RuleBasedStateMachine):
+    """Any operations, beside a plain list of what was kept."""
+
+    model = None  # shared by all runs: making one takes longer than a run
+
+    def __init__(self):
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp())
+        self.kept: list[list[int]] = []
+        self.size = 10**9
+        self.store = PromptStore(self.folder, self.size, delay=0)
+
+    def teardown(self):
+        self.store.close()
+        shutil.rmtree(self.folder)
+
+    def reopened(self) -> None:
+        self.store.close()
+        self.store = PromptStore(self.folder, self.size, delay=0)
+
+    @rule(seed=st.integers(0, 3), common=st.integers(0, 60), count=st.integers(1, 90))
+    def keeps(self, seed, common, count):
+        tokens = (text(0, common) + text(seed + 1, count))[:100]
+        self.store.keep(self.model, tokens, read(self.model, tokens))
+        self.reopened()
+        if len(tokens) >= LEAST:
+            self.kept.append(tokens)
+
+    @rule(seed=st.integers(0, 3), common=st.integers(0, 60), count=st.integers(1, 90))
+    def finds(self, seed, common, count):
+        wanted = text(0, common) + text(seed + 1, count)
+        best = max((_alike(tokens, wanted) for tokens in self.kept), default=0)
+        best = min(best, len(wanted) - 1)
+        found = self.store.find(self.model, wanted)
+        assert (found[1] if found else 0) == best
+        if found:
+            expected = next_logits(self.model, read(self.model, wanted[:best]), 5)
+            # Blocks were packed at other places where a longer text was cut.
+            difference = mx.abs(next_logits(self.model, found[0], 5) - expected).max()
+            assert difference < 0.25 * mx.abs(expected).max()
+
+    @precondition(lambda self: self.kept)
+    @rule(data=st.data())
+    def loses_a_file(self, data):
+        entries = self.store.entries()
+        if entries:
+            entry = data.draw(st.sampled_from(entries))
+            contents = bytearray(entry.file.read_bytes())
+            contents[data.draw(st.integers(0, len(contents) - 1))] ^= 1 << data.draw(
+                st.integers(0, 7)
+            )
+            entry.file.write_bytes(contents)
+            lost = entry.tokens.tolist()
+            self.kept = [each for each in self.kept if _alike(each, lost) < len(each)]
+            self.store.find(self.model, [*lost, 1])  # which removes it
+            self.reopened()
+
+    @rule(keep_bytes=st.integers(0, 400_000))
+    def is_pruned(self, keep_bytes):
+        self.store.prune(keep_bytes)
+        left = [entry.tokens.tolist() for entry in self.store.entries()]
+        self.kept = [
+            tokens for tokens in self.kept if any(_alike(tokens, x) == len(tokens) for x in left)
+        ]
+        assert sum(entry.nbytes for entry in self.store.entries()) <= keep_bytes
+
+    @invariant()
+    def nothing_that_was_written_is_lost(self):
+        there = [entry.tokens.tolist() for entry in self.store.entries()]
+        for tokens in self.kept:
+            assert any(_alike(tokens, each) == len(tokens) for each in there)
+
+
+def _alike(first: list[int], second: list[int]) -> int:
+    count = 0
+    for a, b in zip(first, second):
+        if a != b:
+            break
+        count += 1
+    return count
+
+
+def test_any_operations_leave_a_store_that_tells_the_truth(model):
+    Store.model = model
+    machine = Store.TestCase
+    machine.settings = hypothesis_settings(max_examples=8, stateful_step_count=12, deadline=None)
+    machine("runTest").runTest()
