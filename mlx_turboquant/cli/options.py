@@ -112,8 +112,8 @@ def add_exact_token_options(group: argparse._ActionsContainer) -> None:
     )
 
 
-def add_store_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the prompt store."""
+def add_store_options(parser: argparse.ArgumentParser) -> argparse._ActionsContainer:
+    """Add the options of the prompt store, and return their group."""
     group = parser.add_argument_group("prompt store")
     group.add_argument(
         "--prompt-store",
@@ -127,6 +127,7 @@ def add_store_options(parser: argparse.ArgumentParser) -> None:
         help="Bytes that it may have, as 20GB; least recently used prompts go first "
         "(default: %(default)s)",
     )
+    return group
 
 
 def open_store(args: argparse.Namespace) -> PromptStore | None:

@@ -9,7 +9,7 @@ import signal
 import socket
 from collections.abc import Callable
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,10 +21,11 @@ from mlx_lm.utils import _download, load, load_config, sharded_load
 
 from ..lm.enable import enable
 from ..lm.loading import model_errors
-from ..lm.prompt_store import SHOWN_TOKENS, PromptStore
+from ..lm.prompt_store import PromptStore
 from .loading import load_ready
 from .options import add_store_options, open_store, parse
 from .replaced import replaced
+from .stored_prompts import SCOPES, StoredPrompts
 
 _mlx_lm_server = importlib.import_module("mlx_lm.server")
 _WAITING_CONNECTIONS = 128
@@ -41,7 +42,8 @@ def main(arguments: list[str]) -> None:
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     run = _Run(arguments)
-    handler, answer_get = _mlx_lm_server.APIHandler, _mlx_lm_server.APIHandler.do_GET
+    handler, generator = _mlx_lm_server.APIHandler, _mlx_lm_server.ResponseGenerator
+    originals = handler.do_GET, handler.handle_completion, generator._tokenize
     with (
         # Python's five would turn away clients that connect at once.
         replaced(ThreadingHTTPServer, request_queue_size=_WAITING_CONNECTIONS),
@@ -52,7 +54,12 @@ def main(arguments: list[str]) -> None:
             sharded_load=partial(run.load, sharded_load),
             LRUPromptCache=run.prompt_caches,
         ),
-        replaced(handler, do_GET=lambda request: run.get(request, answer_get)),
+        replaced(
+            handler,
+            do_GET=lambda *arguments: run.get(originals[0], *arguments),
+            handle_completion=lambda *arguments: run.handle_completion(originals[1], *arguments),
+        ),
+        replaced(generator, _tokenize=lambda *arguments: run.tokenize(originals[2], *arguments)),
     ):
         _mlx_lm_server.main()
     if run.store is not None:
@@ -68,13 +75,19 @@ class _Run:
     def __init__(self, arguments: list[str]):
         self.arguments = arguments
         self.store: PromptStore | None = None
+        self.prompts: StoredPrompts | None = None
         self.model: nn.Module | None = None
         self.tokenizer: Any = None
 
     def parser(self, **_) -> SimpleNamespace:
         """What mlx-lm adds its options to, and then calls without arguments."""
         parser = argparse.ArgumentParser(prog="mlx_turboquant server", description=__doc__)
-        add_store_options(parser)
+        add_store_options(parser).add_argument(
+            "--prompt-store-scope",
+            choices=SCOPES,
+            help="Who finds whose prompts: everyone (all), or those with the same API key (key) or "
+            '"user" field (user); default: all on the loopback, otherwise key',
+        )
         return SimpleNamespace(
             add_argument=parser.add_argument, parse_args=lambda: self._parse(parser)
         )
@@ -102,14 +115,8 @@ class _Run:
 
     def _open_store(self) -> PromptStore | None:
         """The store of the options; without one, where it cannot be written, requests go on."""
-        if self.args.prompt_store is not None:
-            if self.args.draft_model is not None:
-                raise ValueError("--prompt-store does not keep caches of a --draft-model: use one.")
-            if self.args.host not in _LOOPBACK:
-                raise ValueError(
-                    f"With --prompt-store all who reach {self.args.host} could find out by timing "
-                    f"what others have asked: listen on one of {', '.join(_LOOPBACK)}."
-                )
+        if self.args.prompt_store is not None and self.args.draft_model is not None:
+            raise ValueError("--prompt-store does not keep caches of a --draft-model: use one.")
         try:
             return open_store(self.args)
         except OSError as error:
@@ -120,52 +127,34 @@ class _Run:
         """One that keeps to the limit in bytes, as mlx-lm does only while it serves batches."""
         limit = self.args.prompt_cache_bytes
         limits = (max_size,) if limit is None else (max_size, limit)
-        return LRUPromptCache(*limits) if self.store is None else _StoredPrompts(self, *limits)
+        if self.store is None:
+            return LRUPromptCache(*limits)
+        # What is beyond the loopback may be anyone.
+        default = "all" if self.args.host in _LOOPBACK else "key"
+        self.prompts = StoredPrompts(self.store, self.args.prompt_store_scope or default, *limits)
+        return self.prompts
 
-    def get(self, handler: BaseHTTPRequestHandler, others: Callable[..., None]) -> None:
+    def handle_completion(self, handle: Callable[..., None], handler: Any, request: Any, *others):
+        """Give a request the scope of who sent it, and let mlx-lm answer it."""
+        if self.prompts is not None:
+            request.scope = self.prompts.scope_of(handler)
+        handle(handler, request, *others)
+
+    def tokenize(
+        self, tokenize: Callable[..., tuple], generator: Any, tokenizer: Any, request: Any, *others
+    ):
+        """mlx-lm's tokens of a request; what it does next is look for a cache of them."""
+        tokens, *rest = tokenize(generator, tokenizer, request, *others)
+        if self.prompts is not None:
+            self.prompts.use(self.model, self.tokenizer, Path(self.args.model or "").name)
+            self.prompts.begin(tokens, request.scope)
+        return (tokens, *rest)
+
+    def get(self, answer: Callable[..., None], handler: Any) -> None:
         """Answer a GET request: of the store here, any other by mlx-lm."""
         if handler.path != "/v1/prompt-store" or self.store is None:
-            others(handler)
+            answer(handler)
             return
         handler._set_completion_headers(200)
         handler.end_headers()
         handler.wfile.write(json.dumps(self.store.statistics()).encode())
-
-
-class _StoredPrompts(LRUPromptCache):
-    """mlx-lm's caches in memory, with the prompt store behind them."""
-
-    def __init__(self, run: _Run, *limits: int):
-        super().__init__(*limits)
-        self._run = run
-
-    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list]:
-        cache, rest = super().fetch_nearest_cache(model, tokens)
-        in_memory, on_disk = len(tokens) - len(rest), 0
-        if _are_tokens(tokens):
-            found = self._run.store.find(self._run.model, tokens, in_memory)
-            if found is not None:
-                cache, on_disk = found
-                rest = tokens[on_disk:]
-        _log.info(
-            "Prompt of %d tokens: %d from memory, %d from disk, %d to read",
-            len(tokens),
-            0 if on_disk else in_memory,
-            on_disk,
-            len(rest),
-        )
-        return cache, rest
-
-    def insert_cache(
-        self, model: Any, tokens: list[int], prompt_cache: list[Any], **keywords: str
-    ) -> None:
-        super().insert_cache(model, tokens, prompt_cache, **keywords)
-        if _are_tokens(tokens):
-            text = self._run.tokenizer.decode(tokens[:SHOWN_TOKENS])
-            name = Path(self._run.args.model or "").name
-            self._run.store.keep(self._run.model, tokens, prompt_cache, name, text)
-
-
-def _are_tokens(tokens: list[Any]) -> bool:
-    """Whether these are tokens alone, and no parts of pictures among them."""
-    return all(type(token) is int for token in tokens)

@@ -125,13 +125,14 @@ class PromptStore:
         return sorted(found, key=lambda entry: entry.used, reverse=True)
 
     def find(
-        self, model: nn.Module, tokens: list[int], least: int = 0
+        self, model: nn.Module, tokens: list[int], least: int = 0, scope: str = ""
     ) -> tuple[list[Any], int] | None:
         """A cache of a known beginning of ``tokens``, and how many they are: more than ``least``.
 
-        It is the longest beginning that is known; one token at least is left to be read.
+        It is the longest beginning that is known; one token at least is left to be read. What was
+        kept in one ``scope`` is not found in another one.
         """
-        wanted, key = np.asarray(tokens, np.uint32), key_of(model)
+        wanted, key = np.asarray(tokens, np.uint32), key_of(model, scope)
         candidates = []
         for entry in self.entries():
             common = min(_common(entry.tokens, wanted), len(wanted) - 1)
@@ -161,7 +162,13 @@ class PromptStore:
         return None
 
     def keep(
-        self, model: nn.Module, tokens: list[int], cache: list[Any], name: str = "", text: str = ""
+        self,
+        model: nn.Module,
+        tokens: list[int],
+        cache: list[Any],
+        name: str = "",
+        text: str = "",
+        scope: str = "",
     ) -> None:
         """Write a cache of ``tokens`` in the background, if it is worth it.
 
@@ -175,7 +182,7 @@ class PromptStore:
         if sum(layer.nbytes for layer in cache) > self.size:
             return
         kept = np.asarray(tokens[:count], np.uint32)
-        metadata = {"store": str(FORMAT_VERSION), "key": key_of(model), "name": name}
+        metadata = {"store": str(FORMAT_VERSION), "key": key_of(model, scope), "name": name}
         metadata |= {"tokens": base64.b64encode(kept.tobytes()).decode(), "text": text[:80]}
         metadata |= {"can_trim": str(int(can_trim))}
         mx.eval([layer.state for layer in cache])  # in the thread that knows how
@@ -284,8 +291,8 @@ class PromptStore:
             yield
 
 
-def key_of(model: nn.Module) -> str:
-    """A hash of a model and of the settings of the caches that it makes."""
+def key_of(model: nn.Module, scope: str = "") -> str:
+    """A hash of a model, of the settings of the caches that it makes, and of a scope."""
     key = getattr(model, _KEY_ATTRIBUTE, None)
     if key is None:
         digest = hashlib.sha256(fingerprint(model).encode())
@@ -296,7 +303,7 @@ def key_of(model: nn.Module) -> str:
                 digest.update(repr((*numbers, layer.max_size, layer.seed)).encode())
         key = digest.hexdigest()[:32]
         setattr(model, _KEY_ATTRIBUTE, key)
-    return key
+    return hashlib.sha256(f"{key} {scope}".encode()).hexdigest()[:32] if scope else key
 
 
 def _prepared(folder: Path) -> Path:

@@ -302,6 +302,32 @@ def test_two_servers_share_a_store_and_survive_that_one_is_killed_while_it_write
         assert [asked(ports[0], prompt)[0] for prompt in prompts] == [text for text, _ in answers]
 
 
+@pytest.mark.parametrize("kind", ["key", "user"])
+def test_prompts_are_found_only_by_those_who_asked_them(tmp_path, kind):
+    """In memory and on disk."""
+    prompt, port = long_text(), free_port()
+
+    def asked_by(name: str) -> int:
+        api = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=name, max_retries=0)
+        user = {"user": name} if kind == "user" else {}
+        response = api.completions.create(
+            model="default_model", prompt=prompt, max_tokens=2, temperature=0, **user
+        )
+        return response.usage.prompt_tokens_details.cached_tokens
+
+    options = (*STORED, str(tmp_path), "--prompt-store-scope", kind)
+    with server(port, *options) as process:
+        assert asked_by("alice") == 0
+        assert asked_by("bob") == 0
+        assert asked_by("alice") > 500
+        process.terminate()
+        process.wait(30)
+    with server(port, *options):
+        assert asked_by("carol") == 0
+        assert asked_by("bob") > 500
+        assert statistics(port)["entries"] == 2
+
+
 def test_without_a_folder_that_it_can_write_to_a_server_serves(tmp_path):
     port = free_port()
     with server(port, *STORED, "/proc/no/store") as process:
@@ -315,7 +341,6 @@ def test_without_a_folder_that_it_can_write_to_a_server_serves(tmp_path):
         (("--prompt-store", __file__), "is not a folder"),
         (("--prompt-store", "store", "--prompt-store-size", "0"), "'0' is not a size"),
         (("--prompt-store", "store", "--prompt-store-size", "20 bananas"), "is not a size"),
-        (("--prompt-store", "store", "--host", "0.0.0.0"), "could find out by timing"),
         (("--prompt-store", "store", "--draft-model", TINY_LM), "caches of a --draft-model"),
     ],
 )

@@ -101,6 +101,16 @@ def test_other_models_and_settings_do_not_find_it(model, random_model, tmp_path)
     assert store.find(enable(variant(random_model, num_hidden_layers=1), 4), tokens) is None
 
 
+def test_other_scopes_do_not_find_it(model, tmp_path):
+    tokens = text(0, 100)
+    store = PromptStore(tmp_path, delay=0)
+    store.keep(model, tokens, read(model, tokens), scope="alice")
+    store.close()
+    assert store.find(model, [*tokens, 1], scope="bob") is None
+    assert store.find(model, [*tokens, 1]) is None
+    assert store.find(model, [*tokens, 1], scope="alice")[1] == 100
+
+
 def test_caches_that_cannot_be_trimmed_serve_only_what_they_are_a_beginning_of(tmp_path):
     model = enable(tiny_model("gemma3"), 4, window=16)
     tokens = text(0, 100)
