@@ -25,7 +25,7 @@ from ..lm.prompt_store import PromptStore
 from .loading import load_ready
 from .options import add_store_options, open_store, parse
 from .replaced import replaced
-from .stored_prompts import SCOPES, StoredPrompts
+from .stored_prompts import SCOPES, StoredPrompts, can_be_cut, in_pieces
 
 _mlx_lm_server = importlib.import_module("mlx_lm.server")
 _WAITING_CONNECTIONS = 128
@@ -144,11 +144,13 @@ class _Run:
         self, tokenize: Callable[..., tuple], generator: Any, tokenizer: Any, request: Any, *others
     ):
         """mlx-lm's tokens of a request; what it does next is look for a cache of them."""
-        tokens, *rest = tokenize(generator, tokenizer, request, *others)
+        tokens, segments, kinds, *rest = tokenize(generator, tokenizer, request, *others)
         if self.prompts is not None:
+            if not can_be_cut(self.model):
+                segments, kinds = in_pieces(segments, kinds)
             self.prompts.use(self.model, self.tokenizer, Path(self.args.model or "").name)
             self.prompts.begin(tokens, request.scope)
-        return (tokens, *rest)
+        return (tokens, segments, kinds, *rest)
 
     def get(self, answer: Callable[..., None], handler: Any) -> None:
         """Answer a GET request: of the store here, any other by mlx-lm."""

@@ -7,14 +7,19 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm.models.cache import LRUPromptCache
+from mlx_lm.models.cache import KVCache, LRUPromptCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..cache.single import TurboQuantKVCache
+from ..lm.compressible import flat_caches
 from ..lm.prompt_store import SHOWN_TOKENS, PromptStore
 
 SCOPES = ("all", "key", "user")
 # Prompts whose scope is known, until their caches come back.
 _REMEMBERED = 256
+
+# Tokens between two caches that are kept of a prompt which cannot be cut back.
+CHECKPOINT_TOKENS = 4096
 
 _log = logging.getLogger("mlx_turboquant")
 
@@ -77,6 +82,27 @@ class StoredPrompts(LRUPromptCache):
             super().insert_cache((model, scope), tokens, prompt_cache, **keywords)
             if _are_tokens(tokens):
                 self._store.keep(self._model, tokens, prompt_cache, self._name, text, scope)
+
+
+def can_be_cut(model: nn.Module) -> bool:
+    """Whether caches of a model can be cut back to any prompt that they begin with."""
+    layers = flat_caches(make_prompt_cache(model))
+    return all(isinstance(layer, (KVCache, TurboQuantKVCache)) for layer in layers)
+
+
+def in_pieces(segments: list[list[int]], kinds: list[str]) -> tuple[list[list[int]], list[str]]:
+    """The segments of a prompt, none of them long: mlx-lm keeps the cache at the end of each.
+
+    So where caches cannot be cut back, that many tokens are read again at the most.
+    """
+    if len(segments) != len(kinds):
+        return segments, kinds
+    pieces = [
+        (segment[start : start + CHECKPOINT_TOKENS], kind)
+        for segment, kind in zip(segments, kinds)
+        for start in range(0, len(segment), CHECKPOINT_TOKENS)
+    ]
+    return [piece for piece, _ in pieces], [kind for _, kind in pieces]
 
 
 def _alike(first: list[Any], second: list[Any]) -> bool:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -300,6 +301,25 @@ def test_two_servers_share_a_store_and_survive_that_one_is_killed_while_it_write
         answers = [asked(ports[1], prompt) for prompt in prompts]
     with server(ports[0], *STORED[:-1]):
         assert [asked(ports[0], prompt)[0] for prompt in prompts] == [text for text, _ in answers]
+
+
+def test_a_prompt_that_cannot_be_cut_back_is_kept_at_checkpoints(tmp_path):
+    """Two of four layers have a sliding window."""
+    folder = tmp_path / "sliding"
+    shutil.copytree(TINY_LM, folder)
+    config = json.loads((folder / "config.json").read_text())
+    kinds = ["sliding_attention", "full_attention"] * (config["num_hidden_layers"] // 2)
+    config |= {"layer_types": kinds, "sliding_window": 64}
+    (folder / "config.json").write_text(json.dumps(config))
+    port, prompt = free_port(), "import os\nx = os.getcwd()\n" * 500
+    with server(port, "--model", str(folder), *STORED, str(tmp_path / "store")) as process:
+        _, known = asked(port, prompt)
+        assert known == 0
+        process.terminate()
+        process.wait(30)
+    with server(port, "--model", str(folder), *STORED, str(tmp_path / "store")):
+        _, known = asked(port, prompt[:-100] + "print(x)")
+        assert known == 4096
 
 
 @pytest.mark.parametrize("kind", ["key", "user"])
