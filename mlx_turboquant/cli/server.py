@@ -20,10 +20,12 @@ from mlx_lm.models.cache import LRUPromptCache
 from mlx_lm.utils import _download, load, load_config, sharded_load
 
 from ..lm.enable import enable
-from ..lm.loading import model_errors
+from ..lm.loading import memory_nbytes, model_errors
 from ..lm.prompt_store import PromptStore
+from ..measure.shapes import unloaded_model
+from .admission import Admission, DoesNotFit
 from .loading import load_ready
-from .options import add_store_options, open_store, parse
+from .options import add_store_options, open_store, parse, parse_size
 from .replaced import replaced
 from .stored_prompts import SCOPES, StoredPrompts, can_be_cut, in_pieces
 
@@ -82,6 +84,12 @@ class _Run:
     def parser(self, **_) -> SimpleNamespace:
         """What mlx-lm adds its options to, and then calls without arguments."""
         parser = argparse.ArgumentParser(prog="mlx_turboquant server", description=__doc__)
+        parser.add_argument(
+            "--memory-limit",
+            metavar="SIZE",
+            help="Bytes that the model, its caches and what computes them may have, as 16GB; "
+            "requests that do not fit wait (default: what this machine lets MLX use)",
+        )
         add_store_options(parser).add_argument(
             "--prompt-store-scope",
             choices=SCOPES,
@@ -95,11 +103,15 @@ class _Run:
     def _parse(self, parser: argparse.ArgumentParser) -> argparse.Namespace:
         args, self.settings = parse(parser, self.arguments)
         self.args = args
+        limit = args.memory_limit
+        self.admission = Admission(memory_nbytes() if limit is None else parse_size(limit))
         self.store = self._open_store()
         for model in (args.model, args.draft_model):
             if model is not None:
                 with model_errors(model):
-                    load_config(_download(model))
+                    config = load_config(_download(model))
+                if model == args.model and limit is not None:
+                    self.admission.room(unloaded_model(config))
         if mx.distributed.init().rank() == 0:
             # Before mlx-lm starts the thread that would outlive its failure.
             socket.create_server((args.host, args.port)).close()
@@ -111,6 +123,10 @@ class _Run:
             load, self.args, self.settings, *positional, **keywords
         )
         self.model, self.tokenizer = enable(model, self.settings), tokenizer
+        room = self.admission.use(model, self.settings)
+        if self.args.prompt_cache_bytes is None:
+            # mlx-lm leaves to kept caches what those of running requests do not need.
+            self.args.prompt_cache_bytes = self.kept.max_bytes = room
         return (model, tokenizer, *rest)
 
     def _open_store(self) -> PromptStore | None:
@@ -128,17 +144,26 @@ class _Run:
         limit = self.args.prompt_cache_bytes
         limits = (max_size,) if limit is None else (max_size, limit)
         if self.store is None:
-            return LRUPromptCache(*limits)
+            self.kept = LRUPromptCache(*limits)
+            return self.kept
         # What is beyond the loopback may be anyone.
         default = "all" if self.args.host in _LOOPBACK else "key"
         self.prompts = StoredPrompts(self.store, self.args.prompt_store_scope or default, *limits)
-        return self.prompts
+        self.kept = self.prompts
+        return self.kept
 
     def handle_completion(self, handle: Callable[..., None], handler: Any, request: Any, *others):
-        """Give a request the scope of who sent it, and let mlx-lm answer it."""
+        """Give a request the scope of who sent it, and let mlx-lm answer it once it fits."""
         if self.prompts is not None:
             request.scope = self.prompts.scope_of(handler)
-        handle(handler, request, *others)
+        length = len(json.dumps(handler.body).encode())
+        try:
+            with self.admission.admitted(length, handler.max_tokens):
+                handle(handler, request, *others)
+        except DoesNotFit as error:
+            handler._set_completion_headers(400)
+            handler.end_headers()
+            handler.wfile.write(json.dumps({"error": str(error)}).encode())
 
     def tokenize(
         self, tokenize: Callable[..., tuple], generator: Any, tokenizer: Any, request: Any, *others

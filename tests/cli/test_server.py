@@ -355,9 +355,29 @@ def test_without_a_folder_that_it_can_write_to_a_server_serves(tmp_path):
         assert "There is no prompt store" in messages_of(process)
 
 
+def test_requests_wait_for_memory_and_get_their_answers(tmp_path):
+    """Sixteen clients where two fit, with a store behind little memory."""
+    port = free_port()
+    prompts = [f"{number} {long_text(400)}" for number in range(8)] * 4
+    options = (*STORED, str(tmp_path), "--memory-limit", "80MB")
+    with server(port, *options) as process:
+        with ThreadPoolExecutor(16) as pool:
+            answers = list(pool.map(lambda prompt: asked(port, prompt)[0], prompts))
+        assert answers == answers[:8] * 4
+        with pytest.raises(openai.BadRequestError) as refused:
+            client(port).completions.create(model="default_model", prompt="x", max_tokens=10**7)
+        assert "more than is left beside the model" in refused.value.response.json()["error"]
+        process.terminate()
+        process.wait(60)
+    with server(port, "--kv-bits", "8", "--kv-window", "32"):
+        assert [asked(port, prompt)[0] for prompt in prompts[:8]] == answers[:8]
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
+        (("--memory-limit", "1MB"), "use a larger --memory-limit"),
+        (("--memory-limit", "20 bananas"), "is not a size"),
         (("--prompt-store", __file__), "is not a folder"),
         (("--prompt-store", "store", "--prompt-store-size", "0"), "'0' is not a size"),
         (("--prompt-store", "store", "--prompt-store-size", "20 bananas"), "is not a size"),

@@ -1,0 +1,82 @@
+"""How many requests of a server run at once: as many as fit into memory."""
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import mlx.nn as nn
+
+from ..lm.loading import device_nbytes
+from ..lm.settings import Settings
+from ..measure.contenders import Contender
+from ..measure.footprint import chunk_nbytes, footprint
+
+# At least so many bytes of a request are one token.
+_BYTES_OF_A_TOKEN = 2
+
+
+class DoesNotFit(ValueError):
+    """A request that would not fit into memory if it were the only one."""
+
+
+class Admission:
+    """Lets requests in, one after the other, while what they need stays within ``limit`` bytes."""
+
+    def __init__(self, limit: int):
+        self._limit = limit
+        # Of the limit, for prompts in all and for those that may still come.
+        self._room = self._left = 0
+        self._changed = threading.Condition()
+        self._waiting: deque[object] = deque()
+        self._footprint = None
+
+    def room(self, model: nn.Module) -> int:
+        """The bytes that caches may have beside a model.
+
+        Raises:
+            ValueError: there is no room for a prompt.
+        """
+        needed = device_nbytes(model) + chunk_nbytes(model)
+        if needed >= self._limit:
+            raise ValueError(
+                f"The model needs {needed / 1e9:,.2f} GB and the limit is "
+                f"{self._limit / 1e9:,.2f} GB: use a larger --memory-limit or a smaller model."
+            )
+        return self._limit - needed
+
+    def use(self, model: nn.Module, settings: Settings) -> int:
+        """Count for this model from now on; returns its :meth:`room`."""
+        room, counted = self.room(model), footprint(model, Contender("ours", settings=settings))
+        with self._changed:
+            self._left += room - self._room
+            self._room, self._footprint = room, counted
+        return room
+
+    @contextmanager
+    def admitted(self, text_bytes: int, new_tokens: int) -> Iterator[None]:
+        """Wait until a request of so many bytes of text and new tokens fits.
+
+        Raises:
+            DoesNotFit: it never will.
+        """
+        tokens = text_bytes // _BYTES_OF_A_TOKEN + new_tokens
+        nbytes = int(self._footprint.prompt_nbytes(tokens)) if self._footprint else 0
+        ticket = object()
+        with self._changed:
+            if self._footprint and nbytes > self._room:
+                raise DoesNotFit(
+                    f"A prompt of up to {tokens:,} tokens needs {nbytes / 1e9:,.2f} GB, more than "
+                    "is left beside the model: ask for less, or use a larger --memory-limit."
+                )
+            self._waiting.append(ticket)
+            self._changed.wait_for(lambda: self._waiting[0] is ticket and nbytes <= self._left)
+            self._waiting.popleft()
+            self._left -= nbytes
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._left += nbytes
+                self._changed.notify_all()

@@ -1,0 +1,88 @@
+"""Requests are let in while they fit, in the order in which they came."""
+
+import threading
+import time
+
+import pytest
+from conftest import variant
+
+from mlx_turboquant import enable
+from mlx_turboquant.cli.admission import Admission, DoesNotFit
+from mlx_turboquant.lm.loading import device_nbytes
+from mlx_turboquant.lm.settings import Settings
+from mlx_turboquant.measure.contenders import Contender
+from mlx_turboquant.measure.footprint import chunk_nbytes, footprint
+
+TOKENS = 1000
+
+
+@pytest.fixture
+def model(random_model):
+    return enable(variant(random_model), 4)
+
+
+def admission_for(model, requests: float) -> Admission:
+    """One with room for so many requests of 1 000 tokens."""
+    each = footprint(model, Contender("ours", settings=Settings(4))).prompt_nbytes(TOKENS)
+    room = int(requests * each) + 10
+    admission = Admission(device_nbytes(model) + chunk_nbytes(model) + room)
+    assert admission.use(model, Settings(4)) == room
+    return admission
+
+
+def run(admission: Admission, count: int) -> tuple[int, list[int]]:
+    """How many of ``count`` requests ran at once at the most, and the order they were let in."""
+    running, most, order, lock = 0, 0, [], threading.Lock()
+
+    def request(number: int) -> None:
+        nonlocal running, most
+        with admission.admitted(0, TOKENS):
+            with lock:
+                running += 1
+                most = max(most, running)
+                order.append(number)
+            time.sleep(0.02)
+            with lock:
+                running -= 1
+
+    threads = [threading.Thread(target=request, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.002)
+    for thread in threads:
+        thread.join(10)
+    return most, order
+
+
+@pytest.mark.parametrize("requests", [1, 3])
+def test_as_many_run_as_fit_and_the_others_wait_their_turn(model, requests):
+    most, order = run(admission_for(model, requests), 12)
+    assert most == requests
+    assert sorted(order) == list(range(12))
+    assert order[:requests] == list(range(requests))
+
+
+def test_what_never_fits_is_refused_at_once(model):
+    admission = admission_for(model, 1.5)
+    with pytest.raises(DoesNotFit, match="2,000 tokens needs .* ask for less"):
+        with admission.admitted(2 * TOKENS, TOKENS):
+            pass
+    with admission.admitted(0, TOKENS):  # as before
+        pass
+
+
+def test_room_comes_back_when_a_request_fails(model):
+    admission = admission_for(model, 1)
+    for _ in range(3):
+        with pytest.raises(RuntimeError), admission.admitted(0, TOKENS):
+            raise RuntimeError
+
+
+def test_a_limit_without_room_for_a_prompt_is_refused(model):
+    with pytest.raises(ValueError, match="use a larger --memory-limit"):
+        Admission(device_nbytes(model)).use(model, Settings(4))
+
+
+def test_before_the_model_is_there_requests_are_let_in():
+    with Admission(1).admitted(10**6, 10**6):
+        pass
