@@ -4,6 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import mlx.nn as nn
 
@@ -14,6 +15,19 @@ from ..measure.footprint import chunk_nbytes, footprint
 
 # At least so many bytes of a request are one token.
 _BYTES_OF_A_TOKEN = 2
+
+
+# Parts of a request that are no text.
+_PICTURES = ("image_url", "image")
+
+
+def text_bytes(body: Any) -> int:
+    """Bytes of all texts in the body of a request."""
+    if isinstance(body, str):
+        return len(body.encode(errors="replace"))
+    if isinstance(body, dict):
+        return sum(text_bytes(value) for name, value in body.items() if name not in _PICTURES)
+    return sum(map(text_bytes, body)) if isinstance(body, list) else 0
 
 
 class DoesNotFit(ValueError):

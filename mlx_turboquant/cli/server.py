@@ -23,7 +23,7 @@ from ..lm.enable import enable
 from ..lm.loading import memory_nbytes, model_errors
 from ..lm.prompt_store import PromptStore
 from ..measure.shapes import unloaded_model
-from .admission import Admission, DoesNotFit
+from .admission import Admission, DoesNotFit, text_bytes
 from .loading import load_ready
 from .options import add_store_options, open_store, parse, parse_size
 from .replaced import replaced
@@ -156,9 +156,8 @@ class _Run:
         """Give a request the scope of who sent it, and let mlx-lm answer it once it fits."""
         if self.prompts is not None:
             request.scope = self.prompts.scope_of(handler)
-        length = len(json.dumps(handler.body).encode())
         try:
-            with self.admission.admitted(length, handler.max_tokens):
+            with self.admission.admitted(text_bytes(handler.body), handler.max_tokens):
                 handle(handler, request, *others)
         except DoesNotFit as error:
             handler._set_completion_headers(400)

@@ -7,7 +7,7 @@ import pytest
 from conftest import variant
 
 from mlx_turboquant import enable
-from mlx_turboquant.cli.admission import Admission, DoesNotFit
+from mlx_turboquant.cli.admission import Admission, DoesNotFit, text_bytes
 from mlx_turboquant.lm.loading import device_nbytes
 from mlx_turboquant.lm.settings import Settings
 from mlx_turboquant.measure.contenders import Contender
@@ -86,3 +86,9 @@ def test_a_limit_without_room_for_a_prompt_is_refused(model):
 def test_before_the_model_is_there_requests_are_let_in():
     with Admission(1).admitted(10**6, 10**6):
         pass
+
+
+def test_pictures_are_no_text():
+    part = {"type": "image_url", "image_url": {"url": "data:" + "x" * 1000}}
+    body = {"messages": [{"content": ["Hello", part]}], "max_tokens": 5, "stream": True}
+    assert text_bytes(body) == len("Hello") + len("image_url")

@@ -355,15 +355,18 @@ def test_without_a_folder_that_it_can_write_to_a_server_serves(tmp_path):
         assert "There is no prompt store" in messages_of(process)
 
 
-def test_requests_wait_for_memory_and_get_their_answers(tmp_path):
-    """Sixteen clients where two fit, with a store behind little memory."""
+@pytest.mark.parametrize("prefixes, repeats", [(8, 4), pytest.param(60, 7, marks=pytest.mark.slow)])
+def test_requests_wait_for_memory_and_get_their_answers(tmp_path, prefixes, repeats):
+    """Sixteen clients where few fit, with a store behind little memory."""
     port = free_port()
-    prompts = [f"{number} {long_text(400)}" for number in range(8)] * 4
+    prompts = [f"{number} {long_text(400)}" for number in range(prefixes)] * repeats
     options = (*STORED, str(tmp_path), "--memory-limit", "80MB")
     with server(port, *options) as process:
         with ThreadPoolExecutor(16) as pool:
             answers = list(pool.map(lambda prompt: asked(port, prompt)[0], prompts))
-        assert answers == answers[:8] * 4
+        assert answers == answers[:prefixes] * repeats
+        output = subprocess.check_output(["ps", "-o", "rss=", "-p", str(process.pid)])
+        assert int(output) < 1_000_000  # kilobytes; 340 000 of them before the first request
         with pytest.raises(openai.BadRequestError) as refused:
             client(port).completions.create(model="default_model", prompt="x", max_tokens=10**7)
         assert "more than is left beside the model" in refused.value.response.json()["error"]
