@@ -77,3 +77,20 @@ def sizes(*numbers: int) -> mx.array:
     """
     padding = (0,) * (8 - len(numbers))
     return constant((*numbers, *padding))
+
+
+def mask_and_strides(
+    mask: mx.array, shape: tuple[int, ...]
+) -> tuple[mx.array, tuple[int, int, int]]:
+    """The mask of decode_attention.metal, and its strides of sequence, query head and row."""
+    mask = mask.reshape(*(1,) * (4 - mask.ndim), *mask.shape)
+    if any(size not in (1, full) for size, full in zip(mask.shape, shape)):
+        raise ValueError(f"A mask of shape {mask.shape} does not fit scores of shape {shape}.")
+    mask = mx.broadcast_to(mask, (*mask.shape[:3], shape[3]))
+    strides, step = [], shape[3]
+    for size in mask.shape[2::-1]:
+        strides.append(step if size > 1 else 0)
+        step *= size
+    if mask.dtype != mx.bool_:
+        mask = mask.astype(mx.float32)
+    return mask, tuple(reversed(strides))

@@ -276,7 +276,9 @@ class DecodeAttention:
         keys, values = tokens.keys, tokens.values
         masks, strides = [], (0, 0, 0)
         if isinstance(mask, mx.array):
-            mask, strides = _mask_arguments(mask, (batch, query_heads, rows, tokens.count))
+            mask, strides = arguments.mask_and_strides(
+                mask, (batch, query_heads, rows, tokens.count)
+            )
             masks = [mask]
         heads, group_rows = batch * tokens.exact_keys.shape[1], self._group_rows
         if tuning is None:
@@ -368,23 +370,6 @@ def _divided(
     sizes = Sizes(exact_count, splits, packed_splits, sink_count, recent_shift, *mask_strides)
     spans = spans or (Span(packed_count, sink_count, recent_start),)
     return splits, packed_splits, arguments.sizes(*sizes, *chain(*spans))
-
-
-def _mask_arguments(
-    mask: mx.array, shape: tuple[int, ...]
-) -> tuple[mx.array, tuple[int, int, int]]:
-    """The mask of decode_attention.metal, and its strides of sequence, query head and row."""
-    mask = mask.reshape(*(1,) * (4 - mask.ndim), *mask.shape)
-    if any(size not in (1, full) for size, full in zip(mask.shape, shape)):
-        raise ValueError(f"A mask of shape {mask.shape} does not fit scores of shape {shape}.")
-    mask = mx.broadcast_to(mask, (*mask.shape[:3], shape[3]))
-    strides, step = [], shape[3]
-    for size in mask.shape[2::-1]:
-        strides.append(step if size > 1 else 0)
-        step *= size
-    if mask.dtype != mx.bool_:
-        mask = mask.astype(mx.float32)
-    return mask, tuple(reversed(strides))
 
 
 def _check_shapes(queries: mx.array, tokens: CachedTokens) -> None:
