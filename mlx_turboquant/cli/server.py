@@ -157,7 +157,7 @@ class _Run:
         if self.prompts is not None:
             request.scope = self.prompts.scope_of(handler)
         try:
-            with self.admission.admitted(text_bytes(handler.body), handler.max_tokens):
+            with self.admission.admitted(text_bytes(handler.body), handler.max_tokens or 0):
                 handle(handler, request, *others)
         except DoesNotFit as error:
             handler._set_completion_headers(400)

@@ -82,17 +82,30 @@ def footprint(model: nn.Module, contender: Contender) -> Footprint:
 def chunk_nbytes(model: nn.Module) -> int:
     """Bytes that the activations of one chunk of a prompt take, about."""
     sizes = text_arguments(model)
-    width = max(getattr(sizes, "intermediate_size", 0), 2 * sizes.hidden_size)
-    experts = getattr(sizes, "num_experts_per_tok", 0)
-    width = max(width, experts * getattr(sizes, "moe_intermediate_size", 0))
+    hidden, intermediate = _size(sizes, "hidden_size"), _size(sizes, "intermediate_size")
+    experts = _size(sizes, "num_experts_per_tok") * _size(sizes, "moe_intermediate_size")
+    width = max(intermediate, 2 * hidden, experts) if hidden else _widest(model)
     return 8 * CHUNK * width
+
+
+def _size(sizes: Any, name: str) -> int:
+    """A number of a configuration, 0 if it has none of this name."""
+    size = getattr(sizes, name, None)
+    return size if type(size) is int else 0
+
+
+def _widest(model: nn.Module) -> int:
+    """The most outputs of a linear layer, for a model whose configuration has other names."""
+    layers = [module for layer in model.layers for module in layer.modules()]
+    weights = [module.weight for module in layers if "weight" in module]
+    return max(weight.shape[0] for weight in weights if weight.ndim == 2)
 
 
 def _scores(model: nn.Module, contender: Contender) -> int:
     """Bytes of the scores of a chunk for one token, where MLX does not fuse them: in 16 bits."""
     sizes = text_arguments(model)
-    heads = getattr(sizes, "num_attention_heads", 0)
-    head_dim = getattr(sizes, "head_dim", None) or sizes.hidden_size // max(heads, 1)
+    heads = _size(sizes, "num_attention_heads")
+    head_dim = _size(sizes, "head_dim") or _size(sizes, "hidden_size") // max(heads, 1)
     fused = contender.mlx_lm_bits is None and head_dim in _FUSED_DIMS
     return 0 if fused else 2 * 2 * heads * CHUNK
 

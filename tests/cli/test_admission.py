@@ -5,9 +5,11 @@ import time
 
 import pytest
 from conftest import variant
+from tiny_families import FAMILIES, tiny_model
 
 from mlx_turboquant import enable
 from mlx_turboquant.cli.admission import Admission, DoesNotFit, text_bytes
+from mlx_turboquant.lm.compressible import compressible_caches
 from mlx_turboquant.lm.loading import device_nbytes
 from mlx_turboquant.lm.settings import Settings
 from mlx_turboquant.measure.contenders import Contender
@@ -86,6 +88,13 @@ def test_a_limit_without_room_for_a_prompt_is_refused(model):
 def test_before_the_model_is_there_requests_are_let_in():
     with Admission(1).admitted(10**6, 10**6):
         pass
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_of_models_is_counted(family):
+    model = tiny_model(family)
+    if compressible_caches(model):
+        assert Admission(10**12).use(enable(model, 4), Settings(4)) < 10**12
 
 
 def test_pictures_are_no_text():

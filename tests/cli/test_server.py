@@ -286,6 +286,22 @@ def test_a_server_that_is_killed_loses_only_what_was_not_written(tmp_path, is_wr
         assert statistics(port)["entries"] == int(is_written)
 
 
+def test_a_server_that_is_killed_in_the_middle_of_a_request_keeps_what_it_has_written(tmp_path):
+    prompts, port = [f"{number} {long_text()}" for number in range(2)], free_port()
+    with server(port, *STORED, str(tmp_path)) as process:
+        first, _ = asked(port, prompts[0])
+        wait_until_written(port)
+        stream = client(port).completions.create(
+            model="default_model", prompt=prompts[1], max_tokens=1000, stream=True
+        )
+        next(iter(stream))
+        os.killpg(process.pid, signal.SIGKILL)
+    with server(port, *STORED, str(tmp_path)):
+        second, known = asked(port, prompts[0])
+        assert second == first and known > 500
+        assert asked(port, prompts[1])[0]
+
+
 def test_two_servers_share_a_store_and_survive_that_one_is_killed_while_it_writes(tmp_path):
     ports = free_port(), free_port()
     with (
