@@ -83,8 +83,9 @@ def _check(kernel: type[Kernel], configuration: tuple[Any, ...], label: str) -> 
     begin = time.perf_counter()
     error = allowed = None
     try:
-        error, allowed = kernel(*configuration).check()
-        verdict = "ok" if error <= allowed else "WRONG"
+        agreement = kernel(*configuration).check()
+        error, allowed = agreement
+        verdict = "ok" if agreement.holds else "WRONG"
     except _FAILURES as failure:
         verdict = _first_line(failure)
     return Checked(kernel.name, label, error, allowed, time.perf_counter() - begin, verdict)

@@ -88,10 +88,8 @@ class _Run:
         keywords |= {"prompt_cache": prompt_cache, "draft_model": draft_model}
         text = _generate(model, tokenizer, prompt, **keywords)
         if tokens is not None:
-            beginning, name = (
-                tokenizer.decode(tokens[:SHOWN_TOKENS]),
-                Path(self.args.model or "").name,
-            )
+            name = Path(self.args.model or "").name
+            beginning = tokenizer.decode(tokens[:SHOWN_TOKENS])
             self.store.keep(model, tokens, prompt_cache, name, beginning)
         if self.args.verbose:
             report = cache_report(prompt_cache, model)

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx_lm.models.cache import LRUPromptCache
 from mlx_lm.utils import _download, load, load_config, sharded_load
 
@@ -27,7 +26,7 @@ from .admission import Admission, DoesNotFit, text_bytes
 from .loading import load_ready
 from .options import add_store_options, open_store, parse, parse_size
 from .replaced import replaced
-from .stored_prompts import SCOPES, StoredPrompts, can_be_cut, in_pieces
+from .stored_prompts import SCOPES, StoredPrompts
 
 _mlx_lm_server = importlib.import_module("mlx_lm.server")
 _WAITING_CONNECTIONS = 128
@@ -78,8 +77,6 @@ class _Run:
         self.arguments = arguments
         self.store: PromptStore | None = None
         self.prompts: StoredPrompts | None = None
-        self.model: nn.Module | None = None
-        self.tokenizer: Any = None
 
     def parser(self, **_) -> SimpleNamespace:
         """What mlx-lm adds its options to, and then calls without arguments."""
@@ -122,7 +119,9 @@ class _Run:
         model, tokenizer, *rest = load_ready(
             load, self.args, self.settings, *positional, **keywords
         )
-        self.model, self.tokenizer = enable(model, self.settings), tokenizer
+        enable(model, self.settings)
+        if self.prompts is not None:
+            self.prompts.use(model, tokenizer, Path(self.args.model or "").name)
         room = self.admission.use(model, self.settings)
         if self.args.prompt_cache_bytes is None:
             # mlx-lm leaves to kept caches what those of running requests do not need.
@@ -170,9 +169,7 @@ class _Run:
         """mlx-lm's tokens of a request; what it does next is look for a cache of them."""
         tokens, segments, kinds, *rest = tokenize(generator, tokenizer, request, *others)
         if self.prompts is not None:
-            if not can_be_cut(self.model):
-                segments, kinds = in_pieces(segments, kinds)
-            self.prompts.use(self.model, self.tokenizer, Path(self.args.model or "").name)
+            segments, kinds = self.prompts.in_pieces(segments, kinds)
             self.prompts.begin(tokens, request.scope)
         return (tokens, segments, kinds, *rest)
 

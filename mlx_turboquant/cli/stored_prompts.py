@@ -41,6 +41,9 @@ class StoredPrompts(LRUPromptCache):
     def use(self, model: nn.Module, tokenizer: TokenizerWrapper, name: str) -> None:
         """From now on prompts are those of this model, which people call ``name``."""
         self._model, self._tokenizer, self._name = model, tokenizer, name
+        layers = flat_caches(make_prompt_cache(model))
+        # Whether its caches can be cut back to any prompt that they begin with.
+        self._can_be_cut = all(isinstance(x, (KVCache, TurboQuantKVCache)) for x in layers)
 
     def scope_of(self, request: BaseHTTPRequestHandler) -> str:
         """A hash of what the scope of a request goes by, "" for nothing."""
@@ -54,6 +57,22 @@ class StoredPrompts(LRUPromptCache):
         """A request of a scope is answered next, whose prompt has these tokens."""
         self._scope = scope
         self._scopes.append((tokens, scope))
+
+    def in_pieces(
+        self, segments: list[list[int]], kinds: list[str]
+    ) -> tuple[list[list[int]], list[str]]:
+        """The segments of a prompt, none of them long where caches cannot be cut back.
+
+        mlx-lm keeps the cache at the end of each, so that no more tokens are read again.
+        """
+        if self._can_be_cut or len(segments) != len(kinds):
+            return segments, kinds
+        pieces = [
+            (segment[start : start + CHECKPOINT_TOKENS], kind)
+            for segment, kind in zip(segments, kinds)
+            for start in range(0, len(segment), CHECKPOINT_TOKENS)
+        ]
+        return [piece for piece, _ in pieces], [kind for _, kind in pieces]
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list]:
         """The cache of the longest known beginning, and the tokens that are left to be read."""
@@ -77,32 +96,12 @@ class StoredPrompts(LRUPromptCache):
         self, model: Any, tokens: list[int], prompt_cache: list[Any], **keywords: str
     ) -> None:
         """Keep a cache for those who have asked what its tokens begin with."""
-        text = self._tokenizer.decode(tokens[:SHOWN_TOKENS]) if _are_tokens(tokens) else ""
+        are_tokens = _are_tokens(tokens)
+        text = self._tokenizer.decode(tokens[:SHOWN_TOKENS]) if are_tokens else ""
         for scope in {scope for prompt, scope in self._scopes if _alike(prompt, tokens)}:
             super().insert_cache((model, scope), tokens, prompt_cache, **keywords)
-            if _are_tokens(tokens):
+            if are_tokens:
                 self._store.keep(self._model, tokens, prompt_cache, self._name, text, scope)
-
-
-def can_be_cut(model: nn.Module) -> bool:
-    """Whether caches of a model can be cut back to any prompt that they begin with."""
-    layers = flat_caches(make_prompt_cache(model))
-    return all(isinstance(layer, (KVCache, TurboQuantKVCache)) for layer in layers)
-
-
-def in_pieces(segments: list[list[int]], kinds: list[str]) -> tuple[list[list[int]], list[str]]:
-    """The segments of a prompt, none of them long: mlx-lm keeps the cache at the end of each.
-
-    So where caches cannot be cut back, that many tokens are read again at the most.
-    """
-    if len(segments) != len(kinds):
-        return segments, kinds
-    pieces = [
-        (segment[start : start + CHECKPOINT_TOKENS], kind)
-        for segment, kind in zip(segments, kinds)
-        for start in range(0, len(segment), CHECKPOINT_TOKENS)
-    ]
-    return [piece for piece, _ in pieces], [kind for _, kind in pieces]
 
 
 def _alike(first: list[Any], second: list[Any]) -> bool:

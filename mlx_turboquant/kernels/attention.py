@@ -22,7 +22,7 @@ from .runtime import (
     worst,
 )
 from .tokens import BLOCK, CAPACITY_UNIT, CachedTokens, Span
-from .tuning import TARGETS, Tuning, Tunings, tunings
+from .tuning import TARGETS, Tuning, Tunings, tuning_for, tunings
 
 # Up to so many query rows a call is a decode step (or the check of drafted tokens).
 MAX_DECODE_ROWS = 8
@@ -135,6 +135,8 @@ class DecodeAttention:
         self._attend: dict[Tuning, Launch] = {
             tuning: self._build(tuning) for _, tuning in self.tunings
         }
+        # Threadgroups that share the query rows of a key head.
+        self._tiles = {each: -(-self._group_rows // self._rows(each)) for each in self._attend}
         self._combine_simds = min(8, THREADGROUP_BYTES // (16 * wanted.values.dim))
         self._combine = self._build_combine()
 
@@ -282,9 +284,8 @@ class DecodeAttention:
             masks = [mask]
         heads, group_rows = batch * tokens.exact_keys.shape[1], self._group_rows
         if tuning is None:
-            packed = heads * tokens.packed_count
-            tuning = next(each for least, each in reversed(self.tunings) if packed >= least)
-        tiles = -(-group_rows // self._rows(tuning))
+            tuning = tuning_for(self.tunings, heads * tokens.packed_count)
+        tiles = self._tiles[tuning]
         splits, packed_splits, sizes = _divided(
             tuning.threadgroups // (heads * tiles),
             tuning.tokens * LANES * tuning.simds,

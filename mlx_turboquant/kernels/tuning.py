@@ -83,6 +83,11 @@ def tunings(target: str, dim: int, value_dim: int, group_rows: int) -> Tunings:
     return saved or default_tunings(target, group_rows)
 
 
+def tuning_for(tunings: Tunings, packed_tokens: int) -> Tuning:
+    """The one that holds for so many packed tokens of all heads."""
+    return next(tuning for least, tuning in reversed(tunings) if packed_tokens >= least)
+
+
 def heads_key(dim: int, value_dim: int, group_rows: int) -> str:
     """How a file names keys of ``dim`` values that ``group_rows`` query rows share."""
     widths = f"{dim}" if dim == value_dim else f"{dim} and {value_dim}"

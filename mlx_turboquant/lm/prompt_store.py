@@ -134,10 +134,9 @@ class PromptStore:
         """
         wanted, key = np.asarray(tokens, np.uint32), key_of(model, scope)
         candidates = []
-        for entry in self.entries():
+        for entry in (each for each in self.entries() if each.key == key):
             common = min(_common(entry.tokens, wanted), len(wanted) - 1)
-            usable = entry.can_trim or common == len(entry.tokens)
-            if entry.key == key and usable and common > least:
+            if common > least and (entry.can_trim or common == len(entry.tokens)):
                 candidates.append((common, entry))
         for common, entry in sorted(candidates, key=lambda each: each[0], reverse=True):
             cache = self._load(entry, model)

@@ -13,7 +13,14 @@ from ..kernels.attention import Configuration, DecodeAttention
 from ..kernels.runtime import backend
 from ..kernels.storage import shared_quantizer
 from ..kernels.tokens import BLOCK, CAPACITY_UNIT, CachedTokens, PackedVectors
-from ..kernels.tuning import Tuning, Tunings, default_tunings, heads_key, save_tunings
+from ..kernels.tuning import (
+    Tuning,
+    Tunings,
+    default_tunings,
+    heads_key,
+    save_tunings,
+    tuning_for,
+)
 from ..lm.heads import Heads
 
 # Packed tokens of a sequence: a short chat, a document, a repository.
@@ -95,12 +102,7 @@ def _tune_length(
             kernels[tuning] = _kernel(heads, ((0, tuning),))
         return setup.attention(kernels[tuning]) if kernels[tuning] else None
 
-    packed_tokens = length * heads.key_heads
-    table = next(
-        tuning
-        for least, tuning in reversed(default_tunings(backend(), heads.group))
-        if packed_tokens >= least
-    )
+    table = tuning_for(default_tunings(backend(), heads.group), length * heads.key_heads)
     seconds = _seconds(
         {tuning: attend(tuning) for tuning in _changed(table, heads.group)}, setup.queries
     )
