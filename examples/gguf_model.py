@@ -22,7 +22,7 @@ from gguf.quants import dequantize
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from mlx_turboquant.files import read_header
+from mlx_turboquant.stored_arrays import read_header
 
 ARCHITECTURES = ("llama", "qwen2", "gemma3")
 

@@ -13,14 +13,15 @@ from . import files
 from .codec.packing import words_per_vector
 from .codec.quantizer import CODEC_VERSION, QuantizedVectors, TurboQuantizer, check_vectors
 from .kernels.quantize import inner_product
+from .stored_arrays import StoredFile, damaged, room_for_checksums
 
 METRICS = ("cosine", "dot", "l2")
 # Changes whenever an index is written in another way.
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 
 _KIND = "vector_index"
 _VERSIONS = {_KIND: FORMAT_VERSION, "codec": CODEC_VERSION}
-_CHECKSUM_KEY = "checksum"
+_CHECKSUMS_KEY = "checksums"
 # The products and squares of two lengths up to this one are finite in float32.
 _LONGEST = 1e18
 # The square of this length is not yet rounded to zero, so that the vector has a direction.
@@ -208,10 +209,11 @@ class VectorIndex:
         file = files.check_target(file, _KIND, "vector index")
         metadata = {name: str(getattr(self.quantizer, name)) for name in ("dim", "bits", "seed")}
         metadata |= {"metric": self.metric, "next_id": str(self._next_id)}
-        metadata |= _VERSIONS | {_CHECKSUM_KEY: files.NO_CHECKSUM}
         arrays = {name: self._used(name) for name in self._buffers}
+        room = room_for_checksums(sum(x.nbytes for x in arrays.values()))
+        metadata |= _VERSIONS | {_CHECKSUMS_KEY: room}
         files.write_whole(
-            file, lambda path: mx.save_safetensors(str(path), arrays, metadata), _CHECKSUM_KEY
+            file, lambda path: mx.save_safetensors(str(path), arrays, metadata), _CHECKSUMS_KEY
         )
         return file
 
@@ -223,20 +225,20 @@ class VectorIndex:
             ValueError: not an index of this package, damaged, or of another version.
         """
         file = files.safetensors_path(file)
-        saved = files.read_header(file)["__metadata__"]
+        stored = StoredFile(file, _CHECKSUMS_KEY)
+        saved = stored.metadata
         if _KIND not in saved:
             raise ValueError(
                 f"{file} is not a vector index of mlx_turboquant: use a file that it has saved."
             )
         files.check_versions(file, saved, _VERSIONS, "build the index again")
-        if saved.get(_CHECKSUM_KEY) != files.checksum(file, _CHECKSUM_KEY):
-            raise files.damaged(file, "its checksum is another one")
+        arrays = dict(zip(stored.arrays, stored.load(list(stored.arrays.values()))))
         try:
             dim, bits, seed, next_id = (int(saved[k]) for k in ("dim", "bits", "seed", "next_id"))
             index = cls(dim, bits, saved["metric"], seed=seed)
-            index._restore(mx.load(str(file)), next_id)
+            index._restore(arrays, next_id)
         except Exception as error:
-            raise files.damaged(file, str(error)) from error
+            raise damaged(file, str(error)) from error
         return index
 
     @property

@@ -149,6 +149,13 @@ class TurboQuantLatentCache(TurboQuantKVCache):
             check_vectors(rotary, self.offset, self._exact[0])
         self._rotary = rotary
 
+    @classmethod
+    def beginning(cls, state: tuple[Any, ...], tokens: int) -> tuple[Any, ...]:
+        """The ``state`` of a cache after it was trimmed to its first ``tokens``, at least one."""
+        *state, rotary = state
+        rotary = None if rotary is None else rotary[:, :, :tokens]
+        return (*super().beginning(state, tokens), rotary)
+
 
 def _with_room(buffer: mx.array | None, like: mx.array, count: int) -> mx.array:
     """The buffer, or a larger one that has room for ``count`` tokens."""

@@ -21,7 +21,13 @@ from typing import Any
 import mlx.core as mx
 
 from ..codec.codebook import check_bits
-from ..kernels.storage import PackedTokens, check_state, check_vectors, layouts_of
+from ..kernels.storage import (
+    PackedTokens,
+    beginning_of,
+    check_state,
+    check_vectors,
+    layouts_of,
+)
 from ..kernels.tokens import CachedTokens
 from .base import CompressedCache, write_tokens
 from .batch import BatchTurboQuantKVCache
@@ -279,6 +285,23 @@ class TurboQuantKVCache(CompressedCache):
         for x in self._exact:
             shapes.append((*check_vectors(x, held, self._exact[0]), x.shape[3]))
         self._packed.restore(packed, oldest, shapes, arrays[sides:])
+
+    @classmethod
+    def beginning(cls, state: tuple[Any, ...], tokens: int) -> tuple[Any, ...]:
+        """The ``state`` of a cache after it was trimmed to its first ``tokens``, at least one.
+
+        Arrays need only be sliced, so that they may be those of a file. A cache that cannot be
+        trimmed, or has no more tokens, is left as it is.
+        """
+        settings, (offset, forgotten, packed, oldest), arrays = state[:7], state[7:11], state[11:]
+        if forgotten or tokens >= offset:
+            return tuple(state)
+        # What is packed stays packed, so that the sinks are exact and recent tokens may be none.
+        packed = min(packed, max(tokens - settings[3], 0))
+        sides = len(arrays) // 4
+        exact = [x[:, :, : tokens - packed] for x in arrays[:sides]]
+        used = beginning_of(arrays[sides:], packed)
+        return (*settings, tokens, forgotten, packed, oldest, *exact, *used)
 
     @classmethod
     def from_state(cls, state: tuple[Any, ...]) -> "TurboQuantKVCache":

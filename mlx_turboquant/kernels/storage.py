@@ -271,6 +271,18 @@ class PackedTokens:
             self.sides.append(_resized(side, _whole_steps(count)))
 
 
+def beginning_of(used: Sequence[Any], count: int) -> list[Any]:
+    """What :meth:`PackedTokens.used` would be for the first ``count`` tokens alone."""
+    if count == 0:
+        return [None] * len(used)
+    cut: list[Any] = []
+    for codes, scales, mean in zip(used[::3], used[1::3], used[2::3]):
+        is_interleaved = len(codes.shape) == 5
+        slots = -(-count // BLOCK) if is_interleaved else count
+        cut += [codes[:, :, :slots], scales[:, :, :count], mean]
+    return cut
+
+
 def _empty(layout: Layout, heads: tuple[int, ...], dim: int, seed: int) -> PackedVectors:
     """Vectors of a side of (B, H) heads that hold no token; the mean is zeros."""
     return PackedVectors(

@@ -7,32 +7,47 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.models import cache as mlx_lm_cache
-from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache
+from mlx_lm.models.cache import (
+    ArraysCache,
+    CacheList,
+    ChunkedKVCache,
+    KVCache,
+    RotatingKVCache,
+    can_trim_prompt_cache,
+)
 
 from .. import files
 from ..cache.latent import TurboQuantLatentCache
 from ..cache.single import TurboQuantKVCache
 from ..codec.quantizer import CODEC_VERSION
-from ..files import damaged
 from ..kernels.storage import check_state, check_vectors
-from .compressible import plain_caches
+from ..stored_arrays import StoredArray, StoredFile, damaged, room_for_checksums
+from .compressible import flat_caches, plain_caches
 from .enable import enabled_settings
 from .hook import connect
 from .profile import fingerprint
 
 # Changes whenever the state of a cache is written in another way.
-FORMAT_VERSION = "3"
+FORMAT_VERSION = "4"
 
 _MLX_LM_CACHES = (ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache)
 _KNOWN_CACHES = (TurboQuantKVCache, TurboQuantLatentCache, *_MLX_LM_CACHES)
+_CLASSES = {cache.__name__: cache for cache in _KNOWN_CACHES}
+# What mlx-lm writes as arrays that were none.
+_SCALARS = {
+    "scalar": mx.array.item,
+    "string": lambda x: "".join(map(chr, x.tolist())),
+    "none": lambda x: None,
+}
 # mlx-lm looks classes up by name in its own module.
 mlx_lm_cache.TurboQuantKVCache = TurboQuantKVCache
 mlx_lm_cache.TurboQuantLatentCache = TurboQuantLatentCache
 
 _MAX_DEPTH = 32
 # mlx-lm writes metadata of the caller with the prefix "0.".
-_CHECKSUM_KEY = "0.checksum"
+_CHECKSUMS_KEY = "0.checksums"
 
 
 def save_prompt_cache(
@@ -49,29 +64,36 @@ def save_prompt_cache(
     """
     file = check_target(file)
     own = {"format": FORMAT_VERSION, "codec": CODEC_VERSION, "seed": _seeds(cache)}
-    own |= {"fingerprint": fingerprint(model), "checksum": files.NO_CHECKSUM}
+    nbytes = sum(_nbytes(part) for _, part in tree_flatten([layer.state for layer in cache]))
+    own |= {"fingerprint": fingerprint(model), "checksums": room_for_checksums(nbytes)}
 
     def write(path: Path) -> None:
         mlx_lm_cache.save_prompt_cache(str(path), cache, {**(metadata or {}), **own})
 
-    files.write_whole(file, write, _CHECKSUM_KEY)
+    files.write_whole(file, write, _CHECKSUMS_KEY)
     return file
 
 
 def load_prompt_cache(
-    file: str | Path, model: nn.Module | None = None, return_metadata: bool = False
+    file: str | Path,
+    model: nn.Module | None = None,
+    return_metadata: bool = False,
+    tokens: int | None = None,
 ) -> list[Any] | tuple[list[Any], dict[str, str]]:
     """Load what :func:`save_prompt_cache` saved; with ``return_metadata`` also its metadata.
 
-    The header, with the shapes of all arrays, is checked before anything is allocated.
+    The header, with the shapes of all arrays, is checked before anything is allocated. Of a cache
+    that can be trimmed, the first ``tokens`` can be loaded alone, and little more is read.
 
     Raises:
         ValueError: not a prompt cache of this package, damaged, of another format or codec
-            version, or of another model than ``model`` or another seed than it is enabled with.
+            version, of another model than ``model`` or another seed than it is enabled with, or
+            a cache that cannot be cut back to ``tokens``.
+        OSError: the file cannot be read.
     """
     file = files.safetensors_path(file)
-    header = files.read_header(file)
-    texts = header["__metadata__"].items()
+    stored = StoredFile(file, _CHECKSUMS_KEY)
+    texts = stored.metadata.items()
     saved = {key.removeprefix("0."): text for key, text in texts if key.startswith("0.")}
     if "codec" not in saved:
         raise ValueError(
@@ -81,23 +103,25 @@ def load_prompt_cache(
     files.check_versions(file, saved, versions, "process the prompt again")
     if model is not None:
         check_fingerprint(file, saved.get("fingerprint"), model)
-    _check_names(file, header)
-    if saved.get("checksum") != files.checksum(file, _CHECKSUM_KEY):
-        raise damaged(file, "its checksum is another one")
+    _check_names(file, stored)
     try:
-        cache, metadata = mlx_lm_cache.load_prompt_cache(str(file), return_metadata=True)
+        cache = _caches(stored, tokens)
         seeds = _seeds(cache)
         for part in _with_parts(cache):
             _check_plain(part)
         mx.eval([layer.state for layer in cache])
+    except OSError:
+        raise
     except Exception as error:
         raise damaged(file, str(error)) from error
     if seeds != saved.get("seed"):
         raise damaged(file, f"its caches have the seeds {seeds!r}, not {saved.get('seed')!r}")
+    if tokens is not None:
+        _trim(file, cache, tokens)
     if model is not None:
         _check_model(file, cache, seeds, model)
         connect(model, cache)
-    return (cache, metadata) if return_metadata else cache
+    return (cache, saved) if return_metadata else cache
 
 
 def check_target(file: str | Path) -> Path:
@@ -114,18 +138,59 @@ def check_fingerprint(file: str | Path, expected: str | None, model: nn.Module) 
         )
 
 
-def _check_names(file: Path, header: dict[str, Any]) -> None:
+def _nbytes(part: Any) -> int:
+    """At most so many bytes are written of a part of a state."""
+    if isinstance(part, mx.array):
+        return part.nbytes
+    return 4 * len(part) if isinstance(part, str) else 8
+
+
+def _caches(stored: StoredFile, tokens: int | None) -> list[Any]:
+    """What mlx-lm makes of such a file, or of the first tokens of its caches."""
+    _, classes, scalars = tree_unflatten(list(stored.metadata.items()))
+    parts: dict[str, Any] = dict(stored.arrays)
+    kinds = {place: _SCALARS[kind] for place, kind in scalars[1:]}
+    numbers = stored.load([parts[place] for place in kinds])
+    parts |= {place: kinds[place](x) for place, x in zip(kinds, numbers)}
+    states = tree_unflatten(list(parts.items()))
+    if tokens is not None:
+        states = [_beginning(kind, state, tokens) for kind, state in zip(classes, states)]
+    wanted = [x for _, x in tree_flatten(states) if isinstance(x, StoredArray)]
+    loaded = dict(zip(map(id, wanted), stored.load(wanted)))
+    states = tree_map(lambda x: loaded.get(id(x), x), states)
+    return [_CLASSES[kind].from_state(state) for kind, state in zip(classes, states)]
+
+
+def _beginning(kind: str, state: Any, tokens: int) -> Any:
+    """The state of a cache of some class, cut back to its first tokens where that saves reading."""
+    if kind == CacheList.__name__:
+        return [(_beginning(kind, part, tokens), kind) for part, kind in state]
+    if kind == KVCache.__name__:
+        keys, values, offset = state
+        return keys[:, :, :tokens], values[:, :, :tokens], min(offset, tokens)
+    if issubclass(_CLASSES[kind], TurboQuantKVCache):
+        return _CLASSES[kind].beginning(state, tokens)
+    return state
+
+
+def _trim(file: Path, cache: list[Any], tokens: int) -> None:
+    """Cut a cache back to its first tokens, where that was not done before it was loaded."""
+    if not can_trim_prompt_cache(cache):
+        raise ValueError(f"{file} cannot be cut back to {tokens} tokens: load all of it.")
+    for layer in flat_caches(cache):
+        layer.trim(max(layer.offset - tokens, 0))
+
+
+def _check_names(file: Path, stored: StoredFile) -> None:
     """Refuse classes that are not caches, and lists that lack entries, which mlx-lm would fill."""
-    metadata = header["__metadata__"]
-    classes = {text for key, text in metadata.items() if key.startswith("1.")}
-    if unknown := classes - {cache.__name__ for cache in _KNOWN_CACHES}:
+    classes = {text for key, text in stored.metadata.items() if key.startswith("1.")}
+    if unknown := classes - set(_CLASSES):
         raise damaged(file, f"{sorted(unknown)[0]!r} is not a kind of cache")
-    arrays = [name for name in header if name != "__metadata__"]
-    layers = {name.split(".")[0] for name in arrays}
-    if len(layers) != sum(key.startswith("1.") for key in metadata):
+    layers = {name.split(".")[0] for name in stored.arrays}
+    if len(layers) != sum(key.startswith("1.") for key in stored.metadata):
         raise damaged(file, f"{len(layers)} layers and another number of classes")
-    _check_lists(file, metadata)
-    _check_lists(file, arrays)
+    _check_lists(file, stored.metadata)
+    _check_lists(file, stored.arrays)
 
 
 def _check_lists(file: Path, names: Iterable[str]) -> None:

@@ -25,14 +25,14 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
-from .. import files
 from ..cache.single import TurboQuantKVCache
 from ..files import write_json
+from ..stored_arrays import damaged, read_header
 from .compressible import flat_caches
 from .profile import fingerprint
 from .prompt_cache import load_prompt_cache, save_prompt_cache
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DEFAULT_SIZE = 20 * 10**9
 # Fewer tokens are read again faster than they are found.
 LEAST_TOKENS = 256
@@ -139,18 +139,19 @@ class PromptStore:
             if common > least and (entry.can_trim or common == len(entry.tokens)):
                 candidates.append((common, entry))
         for common, entry in sorted(candidates, key=lambda each: each[0], reverse=True):
-            cache = self._load(entry, model)
+            cache = self._load(entry, model, common)
             if cache is not None:
-                trim_prompt_cache(cache, len(entry.tokens) - common)
                 self._counts["found_tokens"] += common
                 return cache, common
         return None
 
-    def _load(self, entry: Entry, model: nn.Module) -> list[Any] | None:
+    def _load(self, entry: Entry, model: nn.Module, count: int) -> list[Any] | None:
+        """The cache of the first ``count`` tokens of an entry, None if it cannot be read."""
+        tokens = count if count < len(entry.tokens) else None
         try:
-            cache, metadata = load_prompt_cache(entry.file, model, return_metadata=True)
+            cache, metadata = load_prompt_cache(entry.file, model, True, tokens)
             if _tokens(metadata["tokens"]).tolist() != entry.tokens.tolist():
-                raise files.damaged(entry.file, "it is another file than it was")
+                raise damaged(entry.file, "it is another file than it was")
             _touch(entry.file)
             return cache
         except (ValueError, KeyError) as error:
@@ -327,7 +328,7 @@ def _prepared(folder: Path) -> Path:
 
 def _read_entry(file: Path) -> Entry:
     """What the header of a file says; ValueError if it is none of ours."""
-    texts = files.read_header(file)["__metadata__"]
+    texts = read_header(file)["__metadata__"]
     try:
         return Entry(
             file,
@@ -340,7 +341,7 @@ def _read_entry(file: Path) -> Entry:
             texts["0.text"],
         )
     except (KeyError, ValueError) as error:
-        raise files.damaged(file, f"{error} is not there") from error
+        raise damaged(file, f"{error} is not there") from error
 
 
 def _tokens(text: str) -> np.ndarray:

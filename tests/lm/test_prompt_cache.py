@@ -7,7 +7,6 @@ import resource
 import signal
 import subprocess
 import sys
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from mlx_turboquant import (
 from mlx_turboquant.lm import prompt_cache
 from mlx_turboquant.lm.prompt_cache import CODEC_VERSION, FORMAT_VERSION
 from mlx_turboquant.lm.report import flat_caches
+from mlx_turboquant.stored_arrays import room_for_checksums, seal
 
 MEGABYTE = 1 << 20
 
@@ -85,6 +85,43 @@ def test_the_caches_of_every_family_are_the_same_after_loading(family, tmp_path)
         assert mx.array_equal(output, expected)
         token = expected[:, -1:].argmax(axis=-1)
     assert_same(loaded, cache)
+    disable(model)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 5, 36, 37, 68, 150, 199, 500])
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3", "longcat_flash"])
+def test_the_beginning_of_a_cache_is_loaded_as_if_it_had_been_trimmed(family, tmp_path, tokens):
+    model = tiny_model(family)
+    cache = make_prompt_cache(model, 3.5, window=16)
+    model(PROMPT[None, :199], cache=cache)
+    file = save_prompt_cache(tmp_path / "cache", cache, model)
+    loaded = load_prompt_cache(file, model, tokens=tokens)
+    mlx_lm_cache.trim_prompt_cache(cache, max(199 - tokens, 0))
+    mx.eval(model(PROMPT[None, 199:], cache=cache), model(PROMPT[None, 199:], cache=loaded))
+    assert_same(loaded, cache)
+    disable(model)
+
+
+def test_the_beginning_of_a_cache_takes_the_memory_of_its_tokens(random_model, tmp_path):
+    cache = make_prompt_cache(random_model, 4, window=16)
+    for _ in range(20):
+        logits(random_model, cache)
+    file = save_prompt_cache(tmp_path / "cache", cache, random_model)
+    held = sum(layer.nbytes for layer in cache)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    beginning = load_prompt_cache(file, tokens=400)
+    assert beginning[0].offset == 400
+    assert mx.get_peak_memory() - before < held / 4
+
+
+def test_what_cannot_be_cut_back_has_no_beginning(tmp_path):
+    model = tiny_model("qwen3_next")
+    cache = make_prompt_cache(model, 4, window=16)
+    model(PROMPT[None], cache=cache)
+    file = save_prompt_cache(tmp_path / "cache", cache, model)
+    with pytest.raises(ValueError, match="cannot be cut back to 50 tokens: load all of it"):
+        load_prompt_cache(file, model, tokens=50)
     disable(model)
 
 
@@ -194,7 +231,7 @@ def test_any_changed_bit_is_found(random_model, saved):
 
 
 class File:
-    """A prompt-cache file in parts, to be put together again with a checksum that is right."""
+    """A prompt-cache file in parts, to be put together again with checksums that are right."""
 
     def __init__(self, file: Path):
         content = file.read_bytes()
@@ -203,13 +240,12 @@ class File:
 
     def write(self, file: Path) -> None:
         metadata = self.header.setdefault("__metadata__", {})
-        if "0.checksum" in metadata:
-            metadata["0.checksum"] = "00000000"
+        if has_checksums := "0.checksums" in metadata:
+            metadata["0.checksums"] = room_for_checksums(len(self.data))
         text = json.dumps(self.header, separators=(",", ":")).encode()
-        content = len(text).to_bytes(8, "little") + text + self.data
-        place = content.find(b'"0.checksum":"') + 14
-        checksum = f"{zlib.crc32(content):08x}".encode()
-        file.write_bytes(content[:place] + checksum + content[place + 8 :])
+        file.write_bytes(len(text).to_bytes(8, "little") + text + self.data)
+        if has_checksums:
+            seal(file, "0.checksums")
 
     def array(self, name: str) -> bytearray:
         start, stop = self.header[name]["data_offsets"]
@@ -281,7 +317,8 @@ def _a_scalar_that_is_an_array(file: File) -> None:
         *(_negative(name) for name in ("0.0", "0.2", "0.4", "0.7", "0.8", "0.9", "0.10")),
         *(_billions(name) for name in ("0.0", "0.3", "0.7", "0.8", "0.9", "0.10")),
         _missing_array,
-        *(_missing_metadata(name) for name in ("0.format", "0.seed", "0.checksum", "1.1", "2.1.1")),
+        *(_missing_metadata(name) for name in ("0.format", "0.seed", "0.checksums")),
+        *(_missing_metadata(name) for name in ("1.1", "2.1.1")),
         *(_a_class_that_is_none, _one_layer_more_than_classes, _a_list_of_billions),
         _a_scalar_that_is_an_array,
     ],

@@ -294,8 +294,8 @@ def test_what_a_store_says_of_itself_is_written_again_if_it_is_lost(model, tmp_p
 
 
 def test_a_store_of_a_newer_version_is_refused(tmp_path):
-    (tmp_path / "store.json").write_text(json.dumps({"format": 2}))
-    with pytest.raises(ValueError, match="version 2, this is version 1: use another folder"):
+    (tmp_path / "store.json").write_text(json.dumps({"format": 3}))
+    with pytest.raises(ValueError, match="version 3, this is version 2: use another folder"):
         PromptStore(tmp_path)
 
 

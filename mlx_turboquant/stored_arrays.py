@@ -1,0 +1,221 @@
+"""Arrays in safetensors files, which are checked while they are read.
+
+The metadata of a file hold a CRC-32 in hexadecimal for its header, then one for each piece of
+``PIECE_BYTES`` of what follows, so that a part of an array can be read, and checked, alone.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import mlx.core as mx
+import numpy as np
+
+PIECE_BYTES = 1 << 18
+# The dtypes of safetensors that MLX reads, bfloat16 as what NumPy has of its size.
+_DTYPES = {"BOOL": mx.bool_, "U8": mx.uint8, "I8": mx.int8, "U16": mx.uint16, "I16": mx.int16} | {
+    "U32": mx.uint32, "I32": mx.int32, "U64": mx.uint64, "I64": mx.int64, "BF16": mx.uint16
+} | {"F16": mx.float16, "F32": mx.float32, "F64": mx.float64, "C64": mx.complex64}  # fmt: skip
+# A header has about a hundred bytes for each array; parsing takes many times its size in memory.
+_MAX_HEADER_BYTES = 1 << 24
+_CHECKSUM_DIGITS = 8
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """An array of a file, or the beginning of one along its third axis.
+
+    Its bytes are ``rows`` runs, ``stride`` bytes from each other; the first begins ``start`` bytes
+    after the header.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    rows: int = 1
+    stride: int = 0
+
+    def __getitem__(self, index: tuple[slice, slice, slice]) -> "StoredArray":
+        """What ``array[:, :, :count]`` has."""
+        batch, heads, length, *rest = self.shape
+        count = len(range(length)[index[2]])
+        stride = self.stride or prod((length, *rest)) * _DTYPES[self.dtype].size
+        shape = (batch, heads, count, *rest)
+        return replace(self, shape=shape, rows=batch * heads, stride=stride)
+
+
+class StoredFile:
+    """The ``metadata`` and the ``arrays`` by name of a safetensors file; nothing else is read yet.
+
+    The header is checked to describe all bytes of the file. ``key`` is the name of the checksums in
+    the metadata.
+
+    Raises:
+        ValueError: the file does not exist, is not a safetensors file or is not complete.
+    """
+
+    def __init__(self, file: Path, key: str):
+        self._file, self._key = file, key
+        self._raw, header = _read_header(file)
+        self.metadata: dict[str, str] = header.pop("__metadata__")
+        self.arrays = {
+            name: StoredArray(array["dtype"], tuple(array["shape"]), array["data_offsets"][0])
+            for name, array in header.items()
+        }
+        self._data_bytes = max((array["data_offsets"][1] for array in header.values()), default=0)
+
+    def load(self, arrays: Sequence[StoredArray]) -> list[mx.array]:
+        """The contents of some of the arrays, or of the beginnings that they are.
+
+        Raises:
+            ValueError: a part of the file that is read is not as it was written.
+            OSError: it cannot be read.
+        """
+        checksums = self.metadata.get(self._key, "")
+        if _header_checksum(self._raw, self._key) != checksums[:_CHECKSUM_DIGITS]:
+            raise damaged(self._file, "its checksum is another one")
+        loaded = [mx.zeros(array.shape, _DTYPES[array.dtype]) for array in arrays]
+        mx.eval(loaded)
+        # NumPy lets us write to the memory of evaluated arrays.
+        contents = [np.asarray(x).reshape(-1).view(np.uint8) for x in loaded]
+        with self._file.open("rb") as file, ThreadPoolExecutor() as threads:
+            list(threads.map(partial(self._fill, file.fileno()), arrays, contents))
+        dtypes = (mx.bfloat16 if a.dtype == "BF16" else _DTYPES[a.dtype] for a in arrays)
+        return [x.view(dtype) for x, dtype in zip(loaded, dtypes)]
+
+    def _fill(self, descriptor: int, array: StoredArray, content: np.ndarray) -> None:
+        for row, part in enumerate(np.split(content, array.rows)):
+            self._read(descriptor, part, array.start + row * array.stride)
+
+    def _read(self, descriptor: int, content: np.ndarray, start: int) -> None:
+        """Read what begins ``start`` bytes after the header, in the pieces that it lies in."""
+        checksums = self.metadata[self._key]
+        stop = start + len(content)
+        for number in range(start // PIECE_BYTES, -(-stop // PIECE_BYTES)):
+            begin = number * PIECE_BYTES
+            end = min(begin + PIECE_BYTES, self._data_bytes)
+            is_whole = start <= begin and end <= stop
+            piece = np.empty(end - begin, np.uint8)
+            if is_whole:
+                piece = content[begin - start : end - start]
+            os.preadv(descriptor, [piece], len(self._raw) + begin)
+            place = _CHECKSUM_DIGITS * (1 + number)
+            if _checksum(piece) != checksums[place : place + _CHECKSUM_DIGITS]:
+                raise damaged(self._file, "its checksum is another one")
+            if not is_whole:
+                first, last = max(begin, start), min(end, stop)
+                content[first - start : last - start] = piece[first - begin : last - begin]
+
+
+def room_for_checksums(nbytes: int) -> str:
+    """What stands for the checksums of a file with at most ``nbytes`` until :func:`seal`."""
+    return "0" * _CHECKSUM_DIGITS * (1 + -(-nbytes // PIECE_BYTES))
+
+
+def seal(file: Path, key: str) -> None:
+    """Write the checksums of a file into the room for them under ``key`` of its metadata."""
+    with file.open("r+b") as content:
+        header = bytearray(_header_bytes(content))
+        place = _checksums_place(header, key)
+        while piece := content.read(PIECE_BYTES):
+            place += _CHECKSUM_DIGITS
+            header[place : place + _CHECKSUM_DIGITS] = _checksum(piece).encode()
+        place = _checksums_place(header, key)
+        header[place : place + _CHECKSUM_DIGITS] = _checksum(header).encode()
+        content.seek(0)
+        content.write(header)
+        content.flush()
+        os.fsync(content.fileno())
+
+
+def read_header(file: Path) -> dict[str, Any]:
+    """The header of a safetensors file, which is checked to describe all bytes of the file.
+
+    It has the dtype, shape and offsets of each array by its name, and strings in "__metadata__".
+
+    Raises:
+        ValueError: the file does not exist, is not a safetensors file or is not complete.
+    """
+    return _read_header(file)[1]
+
+
+def damaged(file: Path, reason: str) -> ValueError:
+    """The error of a file that is not as it was saved."""
+    reason = " ".join(reason.split()).rstrip(".")
+    return ValueError(f"{file} is damaged ({reason}): save it again.")
+
+
+def _read_header(file: Path) -> tuple[bytes, dict[str, Any]]:
+    """All bytes before the arrays, and what they say."""
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist: use a file that was saved.")
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        try:
+            length = int.from_bytes(content.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+                raise ValueError("The header is longer than the file.")
+            content.seek(0)
+            raw = _header_bytes(content)
+            header = json.loads(raw[8:], object_pairs_hook=_unique)
+            header.setdefault("__metadata__", {})
+            _check_header(header, size - len(raw))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"{file} is not a complete safetensors file: use another one."
+            ) from error
+    return raw, header
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of a JSON text, unless a reader could choose between two values of a key."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("A key occurs twice.")
+    return dict(pairs)
+
+
+def _check_header(header: dict[str, Any], data_bytes: int) -> None:
+    """Every array has the bytes of its shape, and together they are all bytes after the header."""
+    if not all(isinstance(text, str) for text in header["__metadata__"].values()):
+        raise ValueError("Metadata are strings.")
+    arrays = [value for name, value in header.items() if name != "__metadata__"]
+    end = 0
+    for array in sorted(arrays, key=lambda array: array["data_offsets"]):
+        sizes, (start, stop) = array["shape"], array["data_offsets"]
+        if not all(type(size) is int and 0 <= size < 2**31 for size in (*sizes, len(sizes))):
+            raise ValueError(f"A shape of {sizes} is not possible.")
+        item_bytes = _DTYPES[array["dtype"]].size
+        if start != end or stop - start != prod(sizes) * item_bytes:
+            raise ValueError(f"An array from byte {start} to {stop} has the shape {sizes}.")
+        end = stop
+    if end != data_bytes:
+        raise ValueError(f"There are {data_bytes} bytes, not {end}.")
+
+
+def _header_bytes(content: BinaryIO) -> bytes:
+    length = content.read(8)
+    return length + content.read(int.from_bytes(length, "little"))
+
+
+def _header_checksum(raw: bytes, key: str) -> str:
+    """Of a header with zeros in place of this checksum."""
+    place = _checksums_place(raw, key)
+    zeros = b"0" * _CHECKSUM_DIGITS
+    return _checksum(raw[:place] + zeros + raw[place + _CHECKSUM_DIGITS :])
+
+
+def _checksum(content: Any) -> str:
+    return f"{zlib.crc32(content):08x}"
+
+
+def _checksums_place(header: bytes, key: str) -> int:
+    # Quotes inside a text are escaped, so that this is found in no other place.
+    name = f'"{key}":"'.encode()
+    return header.find(name) + len(name)
