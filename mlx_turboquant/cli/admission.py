@@ -4,7 +4,6 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import mlx.nn as nn
 
@@ -12,22 +11,6 @@ from ..lm.loading import device_nbytes
 from ..lm.settings import Settings
 from ..measure.contenders import Contender
 from ..measure.footprint import chunk_nbytes, footprint
-
-# At least so many bytes of a request are one token.
-_BYTES_OF_A_TOKEN = 2
-
-
-# Parts of a request that are no text.
-_PICTURES = ("image_url", "image")
-
-
-def text_bytes(body: Any) -> int:
-    """Bytes of all texts in the body of a request."""
-    if isinstance(body, str):
-        return len(body.encode(errors="replace"))
-    if isinstance(body, dict):
-        return sum(text_bytes(value) for name, value in body.items() if name not in _PICTURES)
-    return sum(map(text_bytes, body)) if isinstance(body, list) else 0
 
 
 class DoesNotFit(ValueError):
@@ -68,20 +51,20 @@ class Admission:
         return room
 
     @contextmanager
-    def admitted(self, text_bytes: int, new_tokens: int) -> Iterator[None]:
-        """Wait until a request of so many bytes of text and new tokens fits.
+    def admitted(self, tokens: int) -> Iterator[None]:
+        """Wait until a request fits that has so many tokens in the end.
 
         Raises:
             DoesNotFit: it never will.
         """
-        tokens = text_bytes // _BYTES_OF_A_TOKEN + new_tokens
         nbytes = int(self._footprint.prompt_nbytes(tokens)) if self._footprint else 0
         ticket = object()
         with self._changed:
             if self._footprint and nbytes > self._room:
                 raise DoesNotFit(
-                    f"A prompt of up to {tokens:,} tokens needs {nbytes / 1e9:,.2f} GB, more than "
-                    "is left beside the model: ask for less, or use a larger --memory-limit."
+                    f"A request of {tokens:,} tokens, new ones included, needs "
+                    f"{nbytes / 1e9:,.2f} GB, more than is left beside the model: ask for less, "
+                    "or use a larger --memory-limit."
                 )
             self._waiting.append(ticket)
             self._changed.wait_for(lambda: self._waiting[0] is ticket and nbytes <= self._left)

@@ -22,7 +22,7 @@ from ..lm.enable import enable
 from ..lm.loading import memory_nbytes, model_errors
 from ..lm.prompt_store import PromptStore
 from ..measure.shapes import unloaded_model
-from .admission import Admission, DoesNotFit, text_bytes
+from .admission import Admission, DoesNotFit
 from .loading import load_ready
 from .options import add_store_options, open_store, parse, parse_size
 from .replaced import replaced
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
         replaced(
             handler,
             do_GET=lambda *arguments: run.get(originals[0], *arguments),
-            handle_completion=lambda *arguments: run.handle_completion(originals[1], *arguments),
+            handle_completion=lambda *arguments: run.handle_completion(*originals[1:], *arguments),
         ),
         replaced(generator, _tokenize=lambda *arguments: run.tokenize(originals[2], *arguments)),
     ):
@@ -151,12 +151,21 @@ class _Run:
         self.kept = self.prompts
         return self.kept
 
-    def handle_completion(self, handle: Callable[..., None], handler: Any, request: Any, *others):
+    def handle_completion(
+        self,
+        handle: Callable[..., None],
+        tokenize: Callable[..., tuple],
+        handler: Any,
+        request: Any,
+        *others,
+    ):
         """Give a request the scope of who sent it, and let mlx-lm answer it once it fits."""
         if self.prompts is not None:
             request.scope = self.prompts.scope_of(handler)
+        request.tokenized = _tokenized(tokenize, handler, request)
+        tokens = len(request.tokenized[1][0]) if request.tokenized[1] else 0
         try:
-            with self.admission.admitted(text_bytes(handler.body), handler.max_tokens or 0):
+            with self.admission.admitted(tokens + (handler.max_tokens or 0)):
                 handle(handler, request, *others)
         except DoesNotFit as error:
             handler._set_completion_headers(400)
@@ -167,7 +176,10 @@ class _Run:
         self, tokenize: Callable[..., tuple], generator: Any, tokenizer: Any, request: Any, *others
     ):
         """mlx-lm's tokens of a request; what it does next is look for a cache of them."""
-        tokens, segments, kinds, *rest = tokenize(generator, tokenizer, request, *others)
+        model, tokenized = request.tokenized
+        if tokenized is None or model != generator.model_provider.model_key:
+            tokenized = tokenize(generator, tokenizer, request, *others)
+        tokens, segments, kinds, *rest = tokenized
         if self.prompts is not None:
             segments, kinds = self.prompts.in_pieces(segments, kinds)
             self.prompts.begin(tokens, request.scope)
@@ -181,3 +193,23 @@ class _Run:
         handler._set_completion_headers(200)
         handler.end_headers()
         handler.wfile.write(json.dumps(self.store.statistics()).encode())
+
+
+def _tokenized(
+    tokenize: Callable[..., tuple], handler: Any, request: Any
+) -> tuple[Any, tuple | None]:
+    """The model that is there, and mlx-lm's tokens of a request for it.
+
+    There are none before a model is there, and none of pictures: what is made of these belongs to
+    the thread that answers. What is wrong with a request mlx-lm says when it tries again.
+    """
+    generator = handler.response_generator
+    provider = generator.model_provider
+    model = provider.model_key  # before its tokenizer: mlx-lm may be loading another one
+    try:
+        if provider.tokenizer is None or any(_mlx_lm_server._image_parts(request.messages)):
+            return model, None
+        # Of its arguments, mlx-lm needs those for the template, which the handler has as well.
+        return model, tokenize(generator, provider.tokenizer, request, handler)
+    except Exception:
+        return model, None

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import threading
 import time
 import uuid
@@ -44,6 +45,8 @@ _KEY_ATTRIBUTE = "_mlx_turboquant_store_key"
 _ABOUT = "store.json"
 _LOCK = ".lock"
 _SUFFIX = ".safetensors"
+# Folders in which entries are written.
+_UNFINISHED = f".{'[0-9a-f]' * 32}-*"
 
 _log = logging.getLogger("mlx_turboquant")
 
@@ -52,7 +55,7 @@ class Entry(NamedTuple):
     """One file: the first ``tokens`` of a text, read by a model with certain settings.
 
     ``key`` names model and settings. An entry that ``can_trim`` also serves texts that begin as
-    its own does. ``used`` is when it was last written or found, in seconds.
+    its own does. ``used`` is when it was last written or found, in seconds, 0 if nobody knows.
     """
 
     file: Path
@@ -120,7 +123,9 @@ class PromptStore:
             except FileNotFoundError:
                 continue
             known[identity] = entry
-            found.append(entry._replace(nbytes=status.st_size, used=status.st_mtime))
+            # What seems to be used in the future is of a clock that was wrong.
+            used = status.st_mtime if status.st_mtime <= time.time() else 0.0
+            found.append(entry._replace(nbytes=status.st_size, used=used))
         self._known = known
         return sorted(found, key=lambda entry: entry.used, reverse=True)
 
@@ -233,10 +238,11 @@ class PromptStore:
         if any(_covers(entry, pending) for entry in entries):
             return
         file = self.folder / f"{uuid.uuid4().hex}{_SUFFIX}"
-        save_prompt_cache(file, pending.cache, pending.model, pending.metadata)
-        file.chmod(0o600)
-        self._counts["written"] += 1
-        self._counts["written_bytes"] += file.stat().st_size
+        with self._locked(fcntl.LOCK_SH):
+            save_prompt_cache(file, pending.cache, pending.model, pending.metadata)
+            file.chmod(0o600)
+            self._counts["written"] += 1
+            self._counts["written_bytes"] += file.stat().st_size
         with self._locked():
             for entry in entries:
                 if _covers(pending, entry):
@@ -246,6 +252,8 @@ class PromptStore:
     def prune(self, size: int) -> int:
         """Remove the least recently used entries beyond ``size`` bytes; returns how many."""
         with self._locked():
+            for unfinished in self.folder.glob(_UNFINISHED):  # of a process that was killed
+                shutil.rmtree(unfinished, ignore_errors=True)
             entries = self.entries()
             total, removed = sum(entry.nbytes for entry in entries), 0
             while total > size:
@@ -284,10 +292,10 @@ class PromptStore:
             file.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Alone among all processes that remove files of this folder."""
+    def _locked(self, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
+        """Among all processes: many that write to this folder, or one that removes from it."""
         with (self.folder / _LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            fcntl.flock(lock, kind)
             yield
 
 

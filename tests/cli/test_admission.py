@@ -8,7 +8,7 @@ from conftest import variant
 from tiny_families import FAMILIES, tiny_model
 
 from mlx_turboquant import enable
-from mlx_turboquant.cli.admission import Admission, DoesNotFit, text_bytes
+from mlx_turboquant.cli.admission import Admission, DoesNotFit
 from mlx_turboquant.lm.compressible import compressible_caches
 from mlx_turboquant.lm.loading import device_nbytes
 from mlx_turboquant.lm.settings import Settings
@@ -38,7 +38,7 @@ def run(admission: Admission, count: int) -> tuple[int, list[int]]:
 
     def request(number: int) -> None:
         nonlocal running, most
-        with admission.admitted(0, TOKENS):
+        with admission.admitted(TOKENS):
             with lock:
                 running += 1
                 most = max(most, running)
@@ -66,17 +66,17 @@ def test_as_many_run_as_fit_and_the_others_wait_their_turn(model, requests):
 
 def test_what_never_fits_is_refused_at_once(model):
     admission = admission_for(model, 1.5)
-    with pytest.raises(DoesNotFit, match="2,000 tokens needs .* ask for less"):
-        with admission.admitted(2 * TOKENS, TOKENS):
+    with pytest.raises(DoesNotFit, match="2,000 tokens, .* needs .* ask for less"):
+        with admission.admitted(2 * TOKENS):
             pass
-    with admission.admitted(0, TOKENS):  # as before
+    with admission.admitted(TOKENS):  # as before
         pass
 
 
 def test_room_comes_back_when_a_request_fails(model):
     admission = admission_for(model, 1)
     for _ in range(3):
-        with pytest.raises(RuntimeError), admission.admitted(0, TOKENS):
+        with pytest.raises(RuntimeError), admission.admitted(TOKENS):
             raise RuntimeError
 
 
@@ -86,7 +86,7 @@ def test_a_limit_without_room_for_a_prompt_is_refused(model):
 
 
 def test_before_the_model_is_there_requests_are_let_in():
-    with Admission(1).admitted(10**6, 10**6):
+    with Admission(1).admitted(10**6):
         pass
 
 
@@ -95,9 +95,3 @@ def test_every_family_of_models_is_counted(family):
     model = tiny_model(family)
     if compressible_caches(model):
         assert Admission(10**12).use(enable(model, 4), Settings(4)) < 10**12
-
-
-def test_pictures_are_no_text():
-    part = {"type": "image_url", "image_url": {"url": "data:" + "x" * 1000}}
-    body = {"messages": [{"content": ["Hello", part]}], "max_tokens": 5, "stream": True}
-    assert text_bytes(body) == len("Hello") + len("image_url")

@@ -12,7 +12,7 @@ from conftest import REPOSITORY
 from distributed_tokens import tokens
 from mlx_lm import load
 from mlx_lm.utils import save_config, save_model
-from test_server import client, complete, free_port, started
+from servers import client, complete, free_port, started
 from tiny_families import tiny_model
 
 from mlx_turboquant import disable

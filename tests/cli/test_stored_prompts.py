@@ -1,0 +1,372 @@
+"""A server with a prompt store, as its users see it, and all that can go wrong."""
+
+import ctypes
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+from servers import (
+    TINY_LM,
+    client,
+    complete,
+    free_port,
+    messages_of,
+    prompts_with_codes,
+    resident_bytes,
+    server,
+)
+
+from mlx_turboquant.measure.needle import random_names
+
+
+def long_text(count: int = 1200) -> str:
+    rng = random.Random(7)
+    return " ".join(random_names(count // 4, rng))
+
+
+def asked(port: int, prompt: str) -> tuple[str, int]:
+    """The answer, and how many tokens of the prompt were known."""
+    response = client(port).completions.create(
+        model="default_model", prompt=prompt, max_tokens=8, temperature=0
+    )
+    details = response.usage.prompt_tokens_details
+    return response.choices[0].text, details.cached_tokens
+
+
+def statistics(port: int) -> dict[str, int]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/prompt-store") as answer_:
+        return json.load(answer_)
+
+
+def wait_until_written(port: int) -> None:
+    for _ in range(300):
+        if statistics(port)["written"]:
+            return
+        time.sleep(0.1)
+    pytest.fail("Nothing is written after 30 seconds.")
+
+
+STORED = ("--kv-bits", "8", "--kv-window", "32", "--log-level", "INFO", "--prompt-store")
+
+
+def test_a_prompt_is_known_after_a_restart(tmp_path):
+    prompt, port = long_text(), free_port()
+    with server(port, *STORED, str(tmp_path)) as process:
+        first, known = asked(port, prompt)
+        assert known == 0
+        stop(process)
+    with server(port, *STORED, str(tmp_path)) as process:
+        second, known = asked(port, prompt)
+        assert second == first
+        # All but the last one.
+        assert f"Prompt of {known + 1} tokens: 0 from memory, {known} from disk, 1 to read" in (
+            messages_of(process)
+        )
+        third, _ = asked(port, prompt + " and so on")
+        assert statistics(port)["found_tokens"] >= known and statistics(port)["entries"] == 1
+    with server(port, *STORED[:-1]):
+        assert asked(port, prompt + " and so on")[0] == third
+
+
+def stop(process: subprocess.Popen) -> None:
+    """Ask a server to end, which writes what is pending."""
+    process.terminate()
+    process.wait(30)
+
+
+@pytest.mark.parametrize("is_written", [True, False])
+def test_a_server_that_is_killed_loses_only_what_was_not_written(tmp_path, is_written):
+    prompt, port = long_text(), free_port()
+    with server(port, *STORED, str(tmp_path)) as process:
+        first, _ = asked(port, prompt)
+        if is_written:
+            wait_until_written(port)
+        os.killpg(process.pid, signal.SIGKILL)
+    with server(port, *STORED, str(tmp_path)):
+        second, known = asked(port, prompt)
+        assert second == first and (known > 500) == is_written
+        assert statistics(port)["entries"] == int(is_written)
+
+
+def test_a_server_that_is_killed_in_the_middle_of_a_request_keeps_what_it_has_written(tmp_path):
+    prompts, port = [f"{number} {long_text()}" for number in range(2)], free_port()
+    with server(port, *STORED, str(tmp_path)) as process:
+        first, _ = asked(port, prompts[0])
+        wait_until_written(port)
+        stream = client(port).completions.create(
+            model="default_model", prompt=prompts[1], max_tokens=1000, stream=True
+        )
+        next(iter(stream))
+        os.killpg(process.pid, signal.SIGKILL)
+    with server(port, *STORED, str(tmp_path)):
+        second, known = asked(port, prompts[0])
+        assert second == first and known > 500
+        assert asked(port, prompts[1])[0]
+
+
+def unfinished(folder: Path) -> list[str]:
+    """What is being written, or was when its process was killed."""
+    return [name for name in os.listdir(folder) if name.startswith(".") and "-" in name]
+
+
+def kill_while_it_writes(process: subprocess.Popen, port: int, folder: Path) -> str:
+    """Ask a server until it is killed in the middle of a write; returns the prompt of that."""
+    for number in range(20):
+        prompt = f"{number} {long_text()}"
+        asked(port, prompt)
+        written, end = os.listdir(folder), time.monotonic() + 30
+        while not unfinished(folder) and written == os.listdir(folder) and time.monotonic() < end:
+            pass
+        os.kill(process.pid, signal.SIGSTOP)
+        if unfinished(folder):
+            os.killpg(process.pid, signal.SIGKILL)
+            return prompt
+        os.kill(process.pid, signal.SIGCONT)
+    pytest.fail("No write was seen in 20 requests.")
+
+
+def test_a_server_that_is_killed_while_it_writes_leaves_a_store_without_that_prompt(tmp_path):
+    port = free_port()
+    with server(port, *STORED, str(tmp_path)) as process:
+        prompt = kill_while_it_writes(process, port, tmp_path)
+    written = len(list(tmp_path.glob("*.safetensors")))
+    with server(port, *STORED, str(tmp_path)) as process:
+        assert statistics(port)["entries"] == written
+        first, known = asked(port, prompt)
+        assert known < 10  # tokens that another prompt begins with
+        stop(process)
+    assert unfinished(tmp_path) == []
+    assert len(list(tmp_path.glob("*.safetensors"))) == written + 1
+    with server(port, *STORED[:-1]):
+        assert asked(port, prompt)[0] == first
+
+
+def test_two_servers_share_a_store_and_one_is_killed_while_it_writes(tmp_path):
+    ports = free_port(), free_port()
+    with (
+        server(ports[0], *STORED, str(tmp_path)) as first,
+        server(ports[1], *STORED, str(tmp_path)) as second,
+    ):
+        prompts = [f"{number} {long_text()}" for number in "abcd"]
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda pair: asked(*pair), zip(ports * 2, prompts)))
+            killed = pool.submit(kill_while_it_writes, first, ports[0], tmp_path)
+            while not killed.done():
+                asked(ports[1], f"{time.time()} {long_text()}")
+        wait_until_written(ports[1])
+        answers = [asked(ports[1], prompt) for prompt in [*prompts, killed.result()]]
+        stop(second)
+    assert unfinished(tmp_path) == []
+    with server(ports[0], *STORED[:-1]):
+        alone = [asked(ports[0], prompt)[0] for prompt in [*prompts, killed.result()]]
+    assert alone == [text for text, _ in answers]
+
+
+def test_a_prompt_that_cannot_be_cut_back_is_kept_at_checkpoints(tmp_path):
+    """Two of four layers have a sliding window."""
+    folder = tmp_path / "sliding"
+    shutil.copytree(TINY_LM, folder)
+    config = json.loads((folder / "config.json").read_text())
+    kinds = ["sliding_attention", "full_attention"] * (config["num_hidden_layers"] // 2)
+    config |= {"layer_types": kinds, "sliding_window": 64}
+    (folder / "config.json").write_text(json.dumps(config))
+    port, prompt = free_port(), "import os\nx = os.getcwd()\n" * 500
+    with server(port, "--model", str(folder), *STORED, str(tmp_path / "store")) as process:
+        _, known = asked(port, prompt)
+        assert known == 0
+        stop(process)
+    with server(port, "--model", str(folder), *STORED, str(tmp_path / "store")):
+        _, known = asked(port, prompt[:-100] + "print(x)")
+        assert known == 4096
+
+
+@pytest.mark.parametrize("kind", ["key", "user"])
+def test_prompts_are_found_only_by_those_who_asked_them(tmp_path, kind):
+    """In memory and on disk."""
+    prompt, port = long_text(), free_port()
+
+    def asked_by(name: str) -> int:
+        api = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=name, max_retries=0)
+        user = {"user": name} if kind == "user" else {}
+        response = api.completions.create(
+            model="default_model", prompt=prompt, max_tokens=2, temperature=0, **user
+        )
+        return response.usage.prompt_tokens_details.cached_tokens
+
+    options = (*STORED, str(tmp_path), "--prompt-store-scope", kind)
+    with server(port, *options) as process:
+        assert asked_by("alice") == 0
+        assert asked_by("bob") == 0
+        assert asked_by("alice") > 500
+        stop(process)
+    with server(port, *options):
+        assert asked_by("carol") == 0
+        assert asked_by("bob") > 500
+        assert statistics(port)["entries"] == 2
+
+
+def test_a_disk_without_space_costs_a_warning_and_no_answer(tmp_path):
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+
+    prompt, port = long_text(), free_port()
+    with server(port, *STORED, str(tmp_path), prepare=small_files) as process:
+        first, _ = asked(port, prompt)
+        stop(process)
+        assert "is not kept" in messages_of(process)
+        assert "is there space for it?" in messages_of(process)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", "store.json"]
+    with server(port, *STORED, str(tmp_path)) as process:
+        assert asked(port, prompt) == (first, 0)
+        stop(process)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
+def not_above_permissions() -> None:
+    """Take from root what lets it write to all folders (CAP_DAC_OVERRIDE, Linux)."""
+    if os.geteuid() == 0:
+        ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_without_a_folder_that_it_can_write_to_a_server_serves(tmp_path, is_there):
+    folder, port = tmp_path / "store", free_port()
+    if is_there:
+        folder.mkdir()
+    else:
+        folder /= "in the store"
+        folder.parent.mkdir()
+    (tmp_path / "store").chmod(0o500)
+    with server(port, *STORED, str(folder), prepare=not_above_permissions) as process:
+        assert asked(port, "Hello")[0]
+        assert "There is no prompt store" in messages_of(process)
+    (tmp_path / "store").chmod(0o700)
+    assert list((tmp_path / "store").iterdir()) == []
+
+
+def test_damaged_files_are_removed_and_their_prompts_are_read_again(tmp_path):
+    prompts, port = [f"{number} {long_text()}" for number in "abcd"], free_port()
+    with server(port, *STORED, str(tmp_path)) as process:
+        answers = [asked(port, prompt)[0] for prompt in prompts]
+        stop(process)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    for file, damage in zip(files, (truncated, flipped, claiming_terabytes, lambda _: b"")):
+        file.write_bytes(damage(file.read_bytes()))
+    with server(port, *STORED, str(tmp_path)) as process:
+        assert [asked(port, prompt)[0] for prompt in prompts] == answers
+        assert messages_of(process).count("is removed from the store") == len(files) == 4
+        stop(process)
+    assert not set(files) & set(tmp_path.glob("*.safetensors"))
+    with server(port, *STORED, str(tmp_path)):
+        found = [asked(port, prompt) for prompt in prompts]
+    assert [text for text, _ in found] == answers and all(known > 500 for _, known in found)
+
+
+def truncated(contents: bytes) -> bytes:
+    return contents[: len(contents) // 2]
+
+
+def flipped(contents: bytes) -> bytes:
+    """200 bits, any."""
+    changed, rng = bytearray(contents), random.Random(0)
+    for place in rng.sample(range(len(changed)), 200):
+        changed[place] ^= 1 << rng.randrange(8)
+    return bytes(changed)
+
+
+def claiming_terabytes(contents: bytes) -> bytes:
+    return (1 << 42).to_bytes(8, "little") + contents[8:]
+
+
+def test_files_that_change_places_between_models_answer_for_their_own(tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(TINY_LM, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rope_theta": 500.0}))
+    prompt, port, folder, answers = long_text(), free_port(), tmp_path / "store", []
+    for model in (TINY_LM, str(other)):
+        with server(port, "--model", model, *STORED, str(folder)) as process:
+            answers.append(asked(port, prompt)[0])
+            stop(process)
+    first, second = folder.glob("*.safetensors")
+    first.rename(folder / "third")
+    second.rename(first)
+    (folder / "third").rename(second)
+    for model, expected in zip((TINY_LM, str(other)), answers):
+        with server(port, "--model", model, *STORED, str(folder)):
+            text, known = asked(port, prompt)
+            assert text == expected and known > 500
+
+
+def test_a_clock_that_was_set_back_loses_nothing_and_stops_nothing(tmp_path):
+    """Files seem to be of a distant future; when space is needed they go first."""
+    prompts, port = [f"{number} {long_text()}" for number in "abc"], free_port()
+    with server(port, *STORED, str(tmp_path)) as process:
+        answers = [asked(port, prompt)[0] for prompt in prompts[:2]]
+        stop(process)
+    future = 4e9
+    for file in tmp_path.glob("*.safetensors"):
+        os.utime(file, (future, future))
+    size = ("--prompt-store-size", str(int(2.5 * file.stat().st_size)))
+    with server(port, *STORED, str(tmp_path), *size) as process:
+        text, known = asked(port, prompts[1])
+        assert text == answers[1] and known > 500
+        asked(port, prompts[2])
+        stop(process)
+    with server(port, *STORED, str(tmp_path), *size):
+        assert [asked(port, prompt)[1] > 500 for prompt in prompts] == [False, True, True]
+
+
+@pytest.mark.parametrize("prefixes, repeats", [(8, 4), pytest.param(60, 7, marks=pytest.mark.slow)])
+def test_requests_wait_for_memory_and_get_their_answers(tmp_path, prefixes, repeats):
+    """Sixteen clients where few fit, with a store behind little memory."""
+    port = free_port()
+    prompts, answers = prompts_with_codes(prefixes * repeats, prefixes)
+    options = (*STORED, str(tmp_path), "--memory-limit", "80MB")
+    with server(port, *options) as process:
+        with ThreadPoolExecutor(16) as pool:
+            completed = list(pool.map(lambda prompt: complete(client(port), prompt), prompts))
+        right = [text.strip().startswith(code.strip()) for text, code in zip(completed, answers)]
+        # Of which the model finds nearly all.
+        assert sum(right) > 0.9 * len(prompts)
+        # 340 MB of them before the first request.
+        assert resident_bytes(process) < 1e9
+        short = client(port).completions.create(
+            model="default_model", prompt=prompts[0], max_tokens=1
+        )
+        count = 10**7 + short.usage.prompt_tokens
+        with pytest.raises(openai.BadRequestError) as refused:
+            complete(client(port), prompts[0], 10**7)
+        message = refused.value.response.json()["error"]
+        assert f"A request of {count:,} tokens" in message
+        assert "more than is left beside the model" in message
+    with server(port, *STORED[:-1]):
+        alone = {prompt: complete(client(port), prompt) for prompt in set(prompts[: 2 * prefixes])}
+    assert all(text == alone.get(prompt, text) for prompt, text in zip(prompts, completed))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--prompt-store", __file__), "is not a folder"),
+        (("--prompt-store", "store", "--prompt-store-size", "0"), "'0' is not a size"),
+        (("--prompt-store", "store", "--prompt-store-size", "20 bananas"), "is not a size"),
+        (("--prompt-store", "store", "--draft-model", TINY_LM), "caches of a --draft-model"),
+    ],
+)
+def test_a_store_that_is_not_possible_is_one_sentence(tmp_path, options, message):
+    command = [sys.executable, "-m", "mlx_turboquant", "server", "--model", TINY_LM, *options]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2
+    assert message in result.stderr and result.stderr.count("\n") == 1
