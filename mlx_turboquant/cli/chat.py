@@ -138,7 +138,12 @@ class Conversation:
         self.messages: list[dict[str, str]] = system if self.system_prompt else []
         self._clear_cache()
 
-    def reply(self, text: str, **generation: Any) -> Iterator[GenerationResponse]:
+    def reply(
+        self,
+        text: str,
+        prompt_progress_callback: Callable[[int, int], None] = lambda *progress: None,
+        **generation: Any,
+    ) -> Iterator[GenerationResponse]:
         """Answer ``text``. What was generated belongs to the conversation wherever this stops."""
         self.messages.append({"role": "user", "content": text})
         prompt = self._prompt()
@@ -146,9 +151,23 @@ class Conversation:
         if self.store is not None and (found := self.store.find(self.model, prompt, seen)):
             self.cache, seen = found
         answer, generated = "", []
+        about = {"text": self.tokenizer.decode(prompt[:SHOWN_TOKENS])}
+        callbacks = [prompt_progress_callback]
+        if self.store is not None:
+            callbacks.append(self.store.checkpoints(self.model, prompt, seen, self.cache, **about))
+
+        def progress(processed: int, total: int) -> None:
+            for callback in callbacks:
+                callback(processed, total)
+
         try:
             for response in stream_generate(
-                self.model, self.tokenizer, prompt[seen:], prompt_cache=self.cache, **generation
+                self.model,
+                self.tokenizer,
+                prompt[seen:],
+                prompt_cache=self.cache,
+                prompt_progress_callback=progress,
+                **generation,
             ):
                 answer += response.text
                 generated.append(response.token)
@@ -157,8 +176,7 @@ class Conversation:
             self.messages.append({"role": "assistant", "content": answer})
             self.tokens = (prompt + generated)[: cache_size(self.cache).tokens]
             if self.store is not None:
-                beginning = self.tokenizer.decode(self.tokens[:SHOWN_TOKENS])
-                self.store.keep(self.model, self.tokens, self.cache, text=beginning)
+                self.store.keep(self.model, self.tokens, self.cache, **about)
 
     def save(self, file: Path) -> Path:
         """Write the cache and the conversation to one file; see ``save_prompt_cache``."""

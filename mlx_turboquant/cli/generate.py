@@ -83,14 +83,19 @@ class _Run:
                 prompt_cache, known = self.store.find(model, tokens) or (prompt_cache, 0)
                 prompt = tokens[known:]
                 print(f"Prompt: {known:,} of {len(tokens):,} tokens from the store")
+                about = {
+                    "name": Path(self.args.model or "").name,
+                    "text": tokenizer.decode(tokens[:SHOWN_TOKENS]),
+                }
+                keywords["prompt_progress_callback"] = self.store.checkpoints(
+                    model, tokens, known, prompt_cache, **about
+                )
             if draft_model is not None:
                 prompt_cache += make_prompt_cache(draft_model, self.settings)
         keywords |= {"prompt_cache": prompt_cache, "draft_model": draft_model}
         text = _generate(model, tokenizer, prompt, **keywords)
         if tokens is not None:
-            name = Path(self.args.model or "").name
-            beginning = tokenizer.decode(tokens[:SHOWN_TOKENS])
-            self.store.keep(model, tokens, prompt_cache, name, beginning)
+            self.store.keep(model, tokens, prompt_cache, **about)
         if self.args.verbose:
             report = cache_report(prompt_cache, model)
             if self.args.report:

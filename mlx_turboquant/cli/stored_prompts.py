@@ -12,14 +12,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..cache.single import TurboQuantKVCache
 from ..lm.compressible import flat_caches
-from ..lm.prompt_store import SHOWN_TOKENS, PromptStore
+from ..lm.prompt_store import CHECKPOINT_TOKENS, SHOWN_TOKENS, PromptStore
 
 SCOPES = ("all", "key", "user")
 # Prompts whose scope is known, until their caches come back.
 _REMEMBERED = 256
-
-# Tokens between two caches that are kept of a prompt which cannot be cut back.
-CHECKPOINT_TOKENS = 4096
 
 _log = logging.getLogger("mlx_turboquant")
 

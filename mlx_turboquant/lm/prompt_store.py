@@ -17,7 +17,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,8 @@ FORMAT_VERSION = 2
 DEFAULT_SIZE = 20 * 10**9
 # Fewer tokens are read again faster than they are found.
 LEAST_TOKENS = 256
+# Tokens between two caches that are kept of a prompt which cannot be cut back.
+CHECKPOINT_TOKENS = 4096
 # A cache is written so many seconds after its request, unless one that begins with it has come.
 WRITE_DELAY = 5.0
 # Of a prompt, what people who list it are shown.
@@ -204,6 +206,26 @@ class PromptStore:
                 self._writer = threading.Thread(target=self._write_pending, daemon=True)
                 self._writer.start()
             self._changed.notify_all()
+
+    def checkpoints(
+        self, model: nn.Module, tokens: list[int], known: int, cache: list[Any], **about: str
+    ) -> Callable[[int, int], None]:
+        """The ``prompt_progress_callback`` of mlx-lm that keeps a cache while it reads ``tokens``.
+
+        A cache that cannot be cut back is kept every 4 096 tokens. ``known`` tokens are in it at
+        first; ``about`` are the texts of :meth:`keep`.
+        """
+        kept = known
+
+        def progress(processed: int, total: int) -> None:
+            nonlocal kept
+            count = known + processed
+            is_due = processed < total and count - kept >= CHECKPOINT_TOKENS
+            if is_due and not can_trim_prompt_cache(cache):
+                self.keep(model, tokens[:count], cache, **about)
+                kept = count
+
+        return progress
 
     def close(self) -> None:
         """Write what is pending, and stop."""

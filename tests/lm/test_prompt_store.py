@@ -14,6 +14,7 @@ from conftest import variant
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from tiny_families import tiny_model
 
@@ -40,10 +41,10 @@ def text(seed: int, count: int) -> list[int]:
     return [rng.randrange(128) for _ in range(count)]
 
 
-def read(model, tokens: list[int]) -> list:
+def read(model, tokens: list[int], chunk: int = 64) -> list:
     cache = make_prompt_cache(model)
-    for start in range(0, len(tokens), 64):
-        model(mx.array([tokens[start : start + 64]]), cache=cache)
+    for start in range(0, len(tokens), chunk):
+        model(mx.array([tokens[start : start + chunk]]), cache=cache)
     return cache
 
 
@@ -125,6 +126,30 @@ def test_a_recurrent_state_is_kept_and_found(tmp_path):
     cache, known = keep(tmp_path, model, tokens).find(model, [*tokens, 1])
     assert known == 100
     assert mx.array_equal(next_logits(model, cache, 1), next_logits(model, read(model, tokens), 1))
+
+
+@pytest.mark.parametrize("family, kept", [("qwen3_next", [128, 64]), ("llama", [])])
+def test_what_cannot_be_cut_back_is_kept_while_it_is_read(tmp_path, monkeypatch, family, kept):
+    monkeypatch.setattr(prompt_store, "CHECKPOINT_TOKENS", 64)
+    model, tokens = enable(tiny_model(family), 4, window=16), text(0, 190)
+    store, cache = PromptStore(tmp_path, delay=0), make_prompt_cache(model)
+    progress = store.checkpoints(model, tokens, 0, cache, name="a model")
+    steps = generate_step(
+        mx.array(tokens),
+        model,
+        prompt_cache=cache,
+        max_tokens=1,
+        prefill_step_size=32,
+        prompt_progress_callback=progress,
+    )
+    list(steps)
+    store.close()
+    assert [len(entry.tokens) for entry in PromptStore(tmp_path).entries()] == kept
+    if kept:
+        found, known = store.find(model, [*tokens[:150], *text(1, 20)])
+        assert known == 128
+        expected = next_logits(model, read(model, tokens[:128], 32), 5)
+        assert mx.array_equal(next_logits(model, found, 5), expected)
 
 
 def test_few_tokens_are_not_kept(model, tmp_path):
