@@ -19,6 +19,8 @@ import mlx.core as mx
 import numpy as np
 
 PIECE_BYTES = 1 << 18
+# That one call reads, in one of a few threads: more of them wait for each other.
+_MOST_BYTES, _THREADS = 1 << 24, 8
 # The dtypes of safetensors that MLX reads, bfloat16 as what NumPy has of its size.
 _DTYPES = {"BOOL": mx.bool_, "U8": mx.uint8, "I8": mx.int8, "U16": mx.uint16, "I16": mx.int16} | {
     "U32": mx.uint32, "I32": mx.int32, "U64": mx.uint64, "I64": mx.int64, "BF16": mx.uint16
@@ -85,7 +87,7 @@ class StoredFile:
         mx.eval(loaded)
         # NumPy lets us write to the memory of evaluated arrays.
         contents = [np.asarray(x).reshape(-1).view(np.uint8) for x in loaded]
-        with self._file.open("rb") as file, ThreadPoolExecutor() as threads:
+        with self._file.open("rb") as file, ThreadPoolExecutor(_THREADS) as threads:
             list(threads.map(partial(self._fill, file.fileno()), arrays, contents))
         dtypes = (mx.bfloat16 if a.dtype == "BF16" else _DTYPES[a.dtype] for a in arrays)
         return [x.view(dtype) for x, dtype in zip(loaded, dtypes)]
@@ -95,23 +97,31 @@ class StoredFile:
             self._read(descriptor, part, array.start + row * array.stride)
 
     def _read(self, descriptor: int, content: np.ndarray, start: int) -> None:
-        """Read what begins ``start`` bytes after the header, in the pieces that it lies in."""
-        checksums = self.metadata[self._key]
+        """Read what begins ``start`` bytes after the header, with the pieces that it lies in."""
         stop = start + len(content)
-        for number in range(start // PIECE_BYTES, -(-stop // PIECE_BYTES)):
-            begin = number * PIECE_BYTES
-            end = min(begin + PIECE_BYTES, self._data_bytes)
-            is_whole = start <= begin and end <= stop
-            piece = np.empty(end - begin, np.uint8)
-            if is_whole:
-                piece = content[begin - start : end - start]
-            os.preadv(descriptor, [piece], len(self._raw) + begin)
-            place = _CHECKSUM_DIGITS * (1 + number)
-            if _checksum(piece) != checksums[place : place + _CHECKSUM_DIGITS]:
+        # Whole pieces go to their place at once: every call costs more than reading a piece.
+        first = min(-(-start // PIECE_BYTES) * PIECE_BYTES, stop)
+        last = stop if stop == self._data_bytes else max(stop // PIECE_BYTES * PIECE_BYTES, first)
+        if first < last:
+            self._read_pieces(descriptor, content[first - start : last - start], first)
+        for low, high in ((start, first), (last, stop)):
+            if low < high:
+                begin = low // PIECE_BYTES * PIECE_BYTES
+                piece = np.empty(min(PIECE_BYTES, self._data_bytes - begin), np.uint8)
+                self._read_pieces(descriptor, piece, begin)
+                content[low - start : high - start] = piece[low - begin : high - begin]
+
+    def _read_pieces(self, descriptor: int, content: np.ndarray, start: int) -> None:
+        for offset in range(0, len(content), _MOST_BYTES):
+            some = content[offset : offset + _MOST_BYTES]
+            os.preadv(descriptor, [some], len(self._raw) + start + offset)
+        checksums, number = self.metadata[self._key], start // PIECE_BYTES
+        for offset in range(0, len(content), PIECE_BYTES):
+            number += 1  # after that of the header
+            place = _CHECKSUM_DIGITS * number
+            expected = checksums[place : place + _CHECKSUM_DIGITS]
+            if _checksum(content[offset : offset + PIECE_BYTES]) != expected:
                 raise damaged(self._file, "its checksum is another one")
-            if not is_whole:
-                first, last = max(begin, start), min(end, stop)
-                content[first - start : last - start] = piece[first - begin : last - begin]
 
 
 def room_for_checksums(nbytes: int) -> str:

@@ -23,6 +23,7 @@ def small_pieces():
     """So that arrays of some bytes lie in several."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stored_arrays, "PIECE_BYTES", PIECE)
+        patch.setattr(stored_arrays, "_MOST_BYTES", 3 * PIECE)
         yield
 
 

@@ -1,14 +1,17 @@
-"""What a prompt store saves: time to the first token, bytes, and the tokens of an agent's session.
+"""What a prompt store saves and costs: time to the first token, bytes, tokens of a session, speed.
 
     python examples/studies/prompt_store.py --model MODEL --tokens 8000
+    python examples/studies/prompt_store.py --shape llama-3.1-8b --tokens 30000
 
-A restart is a new store on the same folder and an empty memory.
+A shape has random weights and reads random tokens. A restart is a new store on the same folder and
+an empty memory.
 """
 
 import argparse
 import random
 import tempfile
 import time
+from collections.abc import Callable
 
 import mlx.core as mx
 import mlx_lm
@@ -20,10 +23,11 @@ from mlx_turboquant.lm import texts
 from mlx_turboquant.lm.loading import prepare_for_device
 from mlx_turboquant.lm.prompt_store import PromptStore
 from mlx_turboquant.lm.report import cache_report
+from mlx_turboquant.measure.shapes import SHAPES, random_model
 
 CHUNK = 2048
-# Tokens of the instructions and tools that all prompts begin with.
-SYSTEM = 4000
+# Tokens of the instructions and tools that all prompts begin with, and of one turn.
+SYSTEM, TURN = 4000, (40, 160)
 TURNS, RESTART_EVERY = 40, 5
 
 
@@ -36,6 +40,8 @@ def read(model, cache, tokens: list[int]) -> int:
 
 
 def first_token(model, tokens: list[int], folder: str) -> None:
+    """Of a long prompt, and of a shorter one that departs from it after a quarter."""
+    read(model, make_prompt_cache(model), tokens[:CHUNK])  # which compiles
     begin = time.perf_counter()
     cache = make_prompt_cache(model)
     expected = read(model, cache, tokens)
@@ -43,14 +49,46 @@ def first_token(model, tokens: list[int], folder: str) -> None:
     store = PromptStore(folder, delay=0)
     store.keep(model, tokens, cache)
     store.close()
-    begin = time.perf_counter()
-    found, known = PromptStore(folder).find(model, tokens)
-    token = read(model, found, tokens[known:])
-    after = time.perf_counter() - begin
+    for prompt in (tokens, [*tokens[: len(tokens) // 4], tokens[0]]):
+        begin = time.perf_counter()
+        found, known = PromptStore(folder).find(model, prompt)
+        token = read(model, found, prompt[known:])
+        after = time.perf_counter() - begin
+        print(f"First token of {len(prompt):,} tokens, {known:,} of them from disk: {after:.3f} s")
+        if prompt is tokens:
+            print(f"Reading them: {reading:.2f} s, ratio {after / reading:.4f}")
+            print(f"The same token: {token == expected}")
     written, fp16 = store.statistics()["bytes"], cache_report(cache, model).size.fp16_nbytes
-    print(f"First token of {len(tokens):,} tokens: {reading:.2f} s read, {after:.3f} s from disk")
-    print(f"Ratio {after / reading:.4f}; the same token: {token == expected}")
     print(f"On disk {written / 1e6:.1f} MB, to the float16 cache {written / fp16:.3f}")
+
+
+def speed_while_writing(model, tokens: list[int], folder: str) -> None:
+    """Of a sequence that goes on while the cache of a long prompt is written."""
+    long, other = make_prompt_cache(model), make_prompt_cache(model)
+    read(model, long, tokens)
+    read(model, other, tokens[:CHUNK])
+    token = mx.array([tokens[:1]])
+
+    def seconds_a_step(is_over: Callable[[int], bool]) -> float:
+        nonlocal token
+        begin, count = time.perf_counter(), 0
+        while not is_over(count):
+            token = model(token, cache=other)[:, -1].argmax(axis=-1, keepdims=True)
+            mx.eval(token)
+            count += 1
+        return (time.perf_counter() - begin) / count
+
+    seconds_a_step(lambda count: count == 20)
+    store = PromptStore(folder, delay=0)
+    before = seconds_a_step(lambda count: count == 100)
+    store.keep(model, tokens, long)
+    during = seconds_a_step(lambda count: bool(store.files()))
+    after = seconds_a_step(lambda count: count == 100)
+    store.close()
+    alone = (before + after) / 2
+    megabytes = store.statistics()["written_bytes"] / 1e6
+    print(f"A step takes {1e3 * alone:.2f} ms, and {1e3 * during:.2f} ms while {megabytes:.0f} MB")
+    print(f"are written: {alone / during:.3f} of the speed")
 
 
 def session(tokens: list[int]) -> list[list[int]]:
@@ -61,7 +99,7 @@ def session(tokens: list[int]) -> list[list[int]]:
     for _ in range(TURNS):
         kind = rng.random()
         begin = prompts[-1] if kind < 0.75 else rng.choice(prompts)
-        more = 0 if kind > 0.95 else rng.randrange(40, 160)
+        more = 0 if kind > 0.95 else rng.randrange(*TURN)
         prompts.append([*begin, *(next(rest) for _ in range(more))])
     return prompts[1:]
 
@@ -91,16 +129,25 @@ def tokens_read(model, prompts: list[list[int]], folder: str | None) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model")
+    source.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--tokens", type=int, default=8000)
     parser.add_argument("--bits", type=float, default=4)
     args = parser.parse_args()
-    model, tokenizer = mlx_lm.load(args.model)
-    enable(prepare_for_device(model), args.bits)
-    tokens = [token for text in texts.bundled_texts() for token in tokenizer.encode(text)]
-    long = (tokens * (1 + args.tokens // len(tokens)))[: args.tokens]
+    if args.model is not None:
+        model, tokenizer = mlx_lm.load(args.model)
+        enable(prepare_for_device(model), args.bits)
+        tokens = [token for text in texts.bundled_texts() for token in tokenizer.encode(text)]
+        long = (tokens * (1 + args.tokens // len(tokens)))[: args.tokens]
+    else:
+        model = enable(random_model(SHAPES[args.shape]), args.bits, uniform=True)
+        rng = random.Random(0)
+        long = tokens = [rng.randrange(1000) for _ in range(max(args.tokens, 2 * SYSTEM))]
     with tempfile.TemporaryDirectory() as folder:
         first_token(model, long, folder)
+    with tempfile.TemporaryDirectory() as folder:
+        speed_while_writing(model, long, folder)
     prompts = session(tokens)
     with tempfile.TemporaryDirectory() as folder:
         stored, alone = tokens_read(model, prompts, folder), tokens_read(model, prompts, None)
