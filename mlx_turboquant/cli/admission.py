@@ -1,11 +1,13 @@
-"""How many requests of a server run at once: as many as fit into memory."""
+"""What a server has in memory: as many requests as fit, and beside them prompts that are kept."""
 
 import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import mlx.nn as nn
+from mlx_lm.models.cache import LRUPromptCache
 
 from ..lm.loading import device_nbytes
 from ..lm.settings import Settings
@@ -27,6 +29,11 @@ class Admission:
         self._changed = threading.Condition()
         self._waiting: deque[object] = deque()
         self._footprint = None
+
+    @property
+    def left(self) -> int:
+        """Bytes that no request was let in for."""
+        return self._left
 
     def room(self, model: nn.Module) -> int:
         """The bytes that caches may have beside a model.
@@ -77,3 +84,25 @@ class Admission:
             with self._changed:
                 self._left += nbytes
                 self._changed.notify_all()
+
+
+class KeptPrompts(LRUPromptCache):
+    """mlx-lm's caches of prompts in memory, which make room for what requests were let in for."""
+
+    def __init__(self, admission: Admission, *limits: int):
+        super().__init__(*limits)
+        self._admission = admission
+
+    def insert_cache(
+        self, model: Any, tokens: list[int], prompt_cache: list[Any], **keywords: str
+    ) -> None:
+        """Keep a cache, whose request was let in with these bytes and has not ended yet."""
+        super().insert_cache(model, tokens, prompt_cache, **keywords)
+        own = sum(layer.nbytes for layer in prompt_cache)
+        super().trim_to(n_bytes=self._admission.left + own)
+
+    def trim_to(self, *, n_sequences: int | None = None, n_bytes: int | None = None) -> None:
+        """What mlx-lm does with each request, once it has found what is known of its prompt."""
+        left = self._admission.left
+        n_bytes = left if n_bytes is None else min(n_bytes, left)
+        super().trim_to(n_sequences=n_sequences, n_bytes=n_bytes)

@@ -15,14 +15,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import LRUPromptCache
 from mlx_lm.utils import _download, load, load_config, sharded_load
 
 from ..lm.enable import enable
 from ..lm.loading import memory_nbytes, model_errors
 from ..lm.prompt_store import PromptStore
 from ..measure.shapes import unloaded_model
-from .admission import Admission, DoesNotFit
+from .admission import Admission, DoesNotFit, KeptPrompts
 from .loading import load_ready
 from .options import add_store_options, open_store, parse, parse_size
 from .replaced import replaced
@@ -124,7 +123,7 @@ class _Run:
             self.prompts.use(model, tokenizer, Path(self.args.model or "").name)
         room = self.admission.use(model, self.settings)
         if self.args.prompt_cache_bytes is None:
-            # mlx-lm leaves to kept caches what those of running requests do not need.
+            # With a limit mlx-lm makes room for each request.
             self.args.prompt_cache_bytes = self.kept.max_bytes = room
         return (model, tokenizer, *rest)
 
@@ -138,16 +137,17 @@ class _Run:
             _log.warning("There is no prompt store: %s", error)
             return None
 
-    def prompt_caches(self, max_size: int) -> LRUPromptCache:
+    def prompt_caches(self, max_size: int) -> KeptPrompts:
         """One that keeps to the limit in bytes, as mlx-lm does only while it serves batches."""
         limit = self.args.prompt_cache_bytes
         limits = (max_size,) if limit is None else (max_size, limit)
         if self.store is None:
-            self.kept = LRUPromptCache(*limits)
+            self.kept = KeptPrompts(self.admission, *limits)
             return self.kept
         # What is beyond the loopback may be anyone.
         default = "all" if self.args.host in _LOOPBACK else "key"
-        self.prompts = StoredPrompts(self.store, self.args.prompt_store_scope or default, *limits)
+        scope = self.args.prompt_store_scope or default
+        self.prompts = StoredPrompts(self.store, scope, self.admission, *limits)
         self.kept = self.prompts
         return self.kept
 

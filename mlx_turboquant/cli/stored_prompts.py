@@ -7,12 +7,13 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache, LRUPromptCache, make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..cache.single import TurboQuantKVCache
 from ..lm.compressible import flat_caches
 from ..lm.prompt_store import CHECKPOINT_TOKENS, SHOWN_TOKENS, PromptStore
+from .admission import Admission, KeptPrompts
 
 SCOPES = ("all", "key", "user")
 # Prompts whose scope is known, until their caches come back.
@@ -21,15 +22,15 @@ _REMEMBERED = 256
 _log = logging.getLogger("mlx_turboquant")
 
 
-class StoredPrompts(LRUPromptCache):
+class StoredPrompts(KeptPrompts):
     """Prompts are found in memory, then on disk; all that are kept in memory go to disk as well.
 
     Requests of different scopes do not find each other's prompts: by the ``kind`` of scope, all
     are of one, or those with the same API key, or with the same "user" field.
     """
 
-    def __init__(self, store: PromptStore, kind: str, *limits: int):
-        super().__init__(*limits)
+    def __init__(self, store: PromptStore, kind: str, admission: Admission, *limits: int):
+        super().__init__(admission, *limits)
         self._store = store
         self._kind = kind
         self._scope = ""

@@ -5,10 +5,12 @@ import time
 
 import pytest
 from conftest import variant
+from mlx_lm.models.cache import make_prompt_cache
 from tiny_families import FAMILIES, tiny_model
+from tokens import random_tokens
 
 from mlx_turboquant import enable
-from mlx_turboquant.cli.admission import Admission, DoesNotFit
+from mlx_turboquant.cli.admission import Admission, DoesNotFit, KeptPrompts
 from mlx_turboquant.lm.compressible import compressible_caches
 from mlx_turboquant.lm.loading import device_nbytes
 from mlx_turboquant.lm.settings import Settings
@@ -95,3 +97,47 @@ def test_every_family_of_models_is_counted(family):
     model = tiny_model(family)
     if compressible_caches(model):
         assert Admission(10**12).use(enable(model, 4), Settings(4)) < 10**12
+
+
+def cache_of(model, count: int) -> list:
+    cache = make_prompt_cache(model)
+    for start in range(0, count, 200):
+        model(random_tokens(200, seed=start)[None], cache=cache)
+    return cache
+
+
+def filled(admission: Admission, cache: list) -> KeptPrompts:
+    """With as many copies of a cache as fit."""
+    kept = KeptPrompts(admission, 10**6)
+    for number in range(1 + admission.left // nbytes_of(cache)):
+        kept.insert_cache("model", [number] * 800, cache)
+    return kept
+
+
+def nbytes_of(cache: list) -> int:
+    return sum(layer.nbytes for layer in cache)
+
+
+def test_kept_prompts_make_room_for_requests_and_come_back_to_it(model):
+    admission, cache = admission_for(model, 3), cache_of(model, 800)
+    kept, each = filled(admission, cache), nbytes_of(cache)
+    with admission.admitted(TOKENS), admission.admitted(TOKENS):
+        kept.trim_to(n_bytes=10**12)
+        assert kept.nbytes <= admission.left < kept.nbytes + each
+        # One of the two has an answer, and its cache the room that it had until now.
+        for number in range(3):
+            kept.insert_cache("model", [7, number] * 400, cache)
+            assert kept.nbytes <= admission.left + each
+    before = len(kept)
+    kept.trim_to(n_bytes=10**12)
+    assert len(kept) == before > 0
+
+
+def test_a_kept_prompt_is_found_before_it_makes_room_for_the_request_that_goes_on_with_it(model):
+    admission = admission_for(model, 1)
+    kept = KeptPrompts(admission)
+    kept.insert_cache("model", [1] * 800, cache_of(model, 800))
+    with admission.admitted(TOKENS):
+        cache, rest = kept.fetch_nearest_cache("model", [*[1] * 800, 2])
+        kept.trim_to(n_bytes=10**12)
+        assert len(kept) == 0 and rest == [2] and cache[0].offset == 800
