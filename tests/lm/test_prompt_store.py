@@ -24,6 +24,8 @@ from mlx_turboquant.lm.prompt_store import PromptStore
 from mlx_turboquant.lm.report import flat_caches
 
 LEAST = 16
+# Bytes of an entry of the state machine, at most.
+LARGEST = 100_000
 
 
 @pytest.fixture(autouse=True)
@@ -359,6 +361,8 @@ class Store(RuleBasedStateMachine):
         self.reopened()
         if len(tokens) >= LEAST:
             self.kept.append(tokens)
+        if self.store.statistics()["bytes"] > self.size - LARGEST:
+            self.forget_what_went()  # to make room, perhaps
 
     @rule(seed=st.integers(0, 3), common=st.integers(0, 60), count=st.integers(1, 90))
     def finds(self, seed, common, count):
@@ -389,14 +393,28 @@ class Store(RuleBasedStateMachine):
             self.store.find(self.model, [*lost, 1])  # which removes it
             self.reopened()
 
+    @rule(size=st.sampled_from([2 * LARGEST, 4 * LARGEST, 10**9]))
+    def is_limited(self, size):
+        self.size = size
+        self.reopened()
+        self.store.prune(size)
+        self.forget_what_went()
+
     @rule(keep_bytes=st.integers(0, 400_000))
     def is_pruned(self, keep_bytes):
         self.store.prune(keep_bytes)
+        assert self.store.statistics()["bytes"] <= keep_bytes
+        self.forget_what_went()
+
+    def forget_what_went(self):
         left = [entry.tokens.tolist() for entry in self.store.entries()]
         self.kept = [
             tokens for tokens in self.kept if any(_alike(tokens, x) == len(tokens) for x in left)
         ]
-        assert sum(entry.nbytes for entry in self.store.entries()) <= keep_bytes
+
+    @invariant()
+    def it_stays_within_its_size(self):
+        assert self.store.statistics()["bytes"] <= self.size
 
     @invariant()
     def nothing_that_was_written_is_lost(self):
