@@ -13,7 +13,7 @@ from . import files
 from .codec.packing import words_per_vector
 from .codec.quantizer import CODEC_VERSION, QuantizedVectors, TurboQuantizer, check_vectors
 from .kernels.quantize import inner_product
-from .stored_arrays import StoredFile, damaged, room_for_checksums
+from .stored_arrays import Damaged, StoredFile, room_for_checksums
 
 METRICS = ("cosine", "dot", "l2")
 # Changes whenever an index is written in another way.
@@ -238,7 +238,7 @@ class VectorIndex:
             index = cls(dim, bits, saved["metric"], seed=seed)
             index._restore(arrays, next_id)
         except Exception as error:
-            raise damaged(file, str(error)) from error
+            raise Damaged(file, str(error)) from error
         return index
 
     @property

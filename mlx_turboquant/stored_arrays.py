@@ -82,7 +82,7 @@ class StoredFile:
         """
         checksums = self.metadata.get(self._key, "")
         if _header_checksum(self._raw, self._key) != checksums[:_CHECKSUM_DIGITS]:
-            raise damaged(self._file, "its checksum is another one")
+            raise Damaged(self._file, "its checksum is another one")
         loaded = [mx.zeros(array.shape, _DTYPES[array.dtype]) for array in arrays]
         mx.eval(loaded)
         # NumPy lets us write to the memory of evaluated arrays.
@@ -121,7 +121,7 @@ class StoredFile:
             place = _CHECKSUM_DIGITS * number
             expected = checksums[place : place + _CHECKSUM_DIGITS]
             if _checksum(content[offset : offset + PIECE_BYTES]) != expected:
-                raise damaged(self._file, "its checksum is another one")
+                raise Damaged(self._file, "its checksum is another one")
 
 
 def room_for_checksums(nbytes: int) -> str:
@@ -156,10 +156,12 @@ def read_header(file: Path) -> dict[str, Any]:
     return _read_header(file)[1]
 
 
-def damaged(file: Path, reason: str) -> ValueError:
-    """The error of a file that is not as it was saved."""
-    reason = " ".join(reason.split()).rstrip(".")
-    return ValueError(f"{file} is damaged ({reason}): save it again.")
+class Damaged(ValueError):
+    """A file is not as it was saved, for some reason."""
+
+    def __init__(self, file: Path, reason: str):
+        reason = " ".join(reason.split()).rstrip(".")
+        super().__init__(f"{file} is damaged ({reason}): save it again.")
 
 
 def _read_header(file: Path) -> tuple[bytes, dict[str, Any]]:

@@ -23,7 +23,7 @@ from ..cache.latent import TurboQuantLatentCache
 from ..cache.single import TurboQuantKVCache
 from ..codec.quantizer import CODEC_VERSION
 from ..kernels.storage import check_state, check_vectors
-from ..stored_arrays import StoredArray, StoredFile, damaged, room_for_checksums
+from ..stored_arrays import Damaged, StoredArray, StoredFile, room_for_checksums
 from .compressible import flat_caches, plain_caches
 from .enable import enabled_settings
 from .hook import connect
@@ -88,9 +88,11 @@ def load_prompt_cache(
     Raises:
         ValueError: not a prompt cache of this package, damaged, of another format or codec
             version, of another model than ``model`` or another seed than it is enabled with, or
-            a cache that cannot be cut back to ``tokens``.
+            a cache that cannot be cut back to ``tokens``, which are at least 1.
         OSError: the file cannot be read.
     """
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"{tokens} tokens are no beginning of a cache: load 1 or more.")
     file = files.safetensors_path(file)
     stored = StoredFile(file, _CHECKSUMS_KEY)
     texts = stored.metadata.items()
@@ -110,12 +112,12 @@ def load_prompt_cache(
         for part in _with_parts(cache):
             _check_plain(part)
         mx.eval([layer.state for layer in cache])
-    except OSError:
+    except (OSError, Damaged):
         raise
     except Exception as error:
-        raise damaged(file, str(error)) from error
+        raise Damaged(file, str(error)) from error
     if seeds != saved.get("seed"):
-        raise damaged(file, f"its caches have the seeds {seeds!r}, not {saved.get('seed')!r}")
+        raise Damaged(file, f"its caches have the seeds {seeds!r}, not {saved.get('seed')!r}")
     if tokens is not None:
         _trim(file, cache, tokens)
     if model is not None:
@@ -185,10 +187,10 @@ def _check_names(file: Path, stored: StoredFile) -> None:
     """Refuse classes that are not caches, and lists that lack entries, which mlx-lm would fill."""
     classes = {text for key, text in stored.metadata.items() if key.startswith("1.")}
     if unknown := classes - set(_CLASSES):
-        raise damaged(file, f"{sorted(unknown)[0]!r} is not a kind of cache")
+        raise Damaged(file, f"{sorted(unknown)[0]!r} is not a kind of cache")
     layers = {name.split(".")[0] for name in stored.arrays}
     if len(layers) != sum(key.startswith("1.") for key in stored.metadata):
-        raise damaged(file, f"{len(layers)} layers and another number of classes")
+        raise Damaged(file, f"{len(layers)} layers and another number of classes")
     _check_lists(file, stored.metadata)
     _check_lists(file, stored.arrays)
 
@@ -198,7 +200,7 @@ def _check_lists(file: Path, names: Iterable[str]) -> None:
     for name in names:
         parts = tuple(name.split("."))
         if len(parts) - 1 > _MAX_DEPTH:
-            raise damaged(file, f"{len(parts) - 1} nested lists")
+            raise Damaged(file, f"{len(parts) - 1} nested lists")
         for depth, part in enumerate(parts):
             children[parts[:depth]].add(part)
     for parent, keys in children.items():
@@ -207,13 +209,13 @@ def _check_lists(file: Path, names: Iterable[str]) -> None:
         except ValueError:
             continue  # a dictionary
         if places != list(range(len(places))):
-            raise damaged(file, f"a list, {'.'.join(parent)!r}, that lacks entries")
+            raise Damaged(file, f"a list, {'.'.join(parent)!r}, that lacks entries")
 
 
 def _check_model(file: Path, cache: list[Any], seeds: str, model: nn.Module) -> None:
     expected = plain_caches(model)
     if len(cache) != len(expected):
-        raise damaged(file, f"{len(cache)} caches for {len(expected)} layers")
+        raise Damaged(file, f"{len(cache)} caches for {len(expected)} layers")
     settings = enabled_settings(model)
     if settings is not None and seeds not in ("", str(settings.seed)):
         raise ValueError(

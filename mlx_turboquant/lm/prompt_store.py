@@ -28,7 +28,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 
 from ..cache.single import TurboQuantKVCache
 from ..files import write_json
-from ..stored_arrays import damaged, read_header
+from ..stored_arrays import Damaged, read_header
 from .compressible import flat_caches
 from .profile import fingerprint
 from .prompt_cache import load_prompt_cache, save_prompt_cache
@@ -158,7 +158,7 @@ class PromptStore:
         try:
             cache, metadata = load_prompt_cache(entry.file, model, True, tokens)
             if _tokens(metadata["tokens"]).tolist() != entry.tokens.tolist():
-                raise damaged(entry.file, "it is another file than it was")
+                raise Damaged(entry.file, "it is another file than it was")
             _touch(entry.file)
             return cache
         except (ValueError, KeyError) as error:
@@ -371,7 +371,7 @@ def _read_entry(file: Path) -> Entry:
             texts["0.text"],
         )
     except (KeyError, ValueError) as error:
-        raise damaged(file, f"{error} is not there") from error
+        raise Damaged(file, f"{error} is not there") from error
 
 
 def _tokens(text: str) -> np.ndarray:

@@ -25,7 +25,7 @@ from mlx_turboquant.lm.report import flat_caches
 
 LEAST = 16
 # Bytes of an entry of the state machine, at most.
-LARGEST = 100_000
+LARGEST = 200_000
 
 
 @pytest.fixture(autouse=True)
