@@ -7,7 +7,8 @@ The metadata of a file hold a CRC-32 in hexadecimal for its header, then one for
 import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,8 +20,10 @@ import mlx.core as mx
 import numpy as np
 
 PIECE_BYTES = 1 << 18
-# That one call reads, in one of a few threads: more of them wait for each other.
-_MOST_BYTES, _THREADS = 1 << 24, 8
+# What one of a few threads reads at once: more of them wait for each other.
+_BLOCK_BYTES, _THREADS = 1 << 24, 8
+# Of one call of the system.
+_MOST_BUFFERS = 1000
 # The dtypes of safetensors that MLX reads, bfloat16 as what NumPy has of its size.
 _DTYPES = {"BOOL": mx.bool_, "U8": mx.uint8, "I8": mx.int8, "U16": mx.uint16, "I16": mx.int16} | {
     "U32": mx.uint32, "I32": mx.int32, "U64": mx.uint64, "I64": mx.int64, "BF16": mx.uint16
@@ -87,41 +90,55 @@ class StoredFile:
         mx.eval(loaded)
         # NumPy lets us write to the memory of evaluated arrays.
         contents = [np.asarray(x).reshape(-1).view(np.uint8) for x in loaded]
+        blocks = defaultdict(list)
+        for start, part in _parts(arrays, contents):
+            blocks[start // _BLOCK_BYTES].append((start, part))
         with self._file.open("rb") as file, ThreadPoolExecutor(_THREADS) as threads:
-            list(threads.map(partial(self._fill, file.fileno()), arrays, contents))
+            list(threads.map(partial(self._read_block, file.fileno()), blocks.values()))
         dtypes = (mx.bfloat16 if a.dtype == "BF16" else _DTYPES[a.dtype] for a in arrays)
         return [x.view(dtype) for x, dtype in zip(loaded, dtypes)]
 
-    def _fill(self, descriptor: int, array: StoredArray, content: np.ndarray) -> None:
-        for row, part in enumerate(np.split(content, array.rows)):
-            self._read(descriptor, part, array.start + row * array.stride)
+    def _read_block(self, descriptor: int, parts: list[tuple[int, np.ndarray]]) -> None:
+        """Read parts of a file, each to where it belongs, with the pieces that they lie in."""
+        buffers: list[np.ndarray] = []
+        position = 0
+        for start, part in sorted(parts, key=lambda part: part[0]):
+            if buffers and start // PIECE_BYTES >= _up(position):
+                self._read_pieces(descriptor, buffers, position)
+                buffers = []
+            if not buffers:
+                position = start // PIECE_BYTES * PIECE_BYTES
+            if start > position:
+                buffers.append(np.empty(start - position, np.uint8))
+            buffers.append(part)
+            position = start + len(part)
+        if buffers:
+            self._read_pieces(descriptor, buffers, position)
 
-    def _read(self, descriptor: int, content: np.ndarray, start: int) -> None:
-        """Read what begins ``start`` bytes after the header, with the pieces that it lies in."""
-        stop = start + len(content)
-        # Whole pieces go to their place at once: every call costs more than reading a piece.
-        first = min(-(-start // PIECE_BYTES) * PIECE_BYTES, stop)
-        last = stop if stop == self._data_bytes else max(stop // PIECE_BYTES * PIECE_BYTES, first)
-        if first < last:
-            self._read_pieces(descriptor, content[first - start : last - start], first)
-        for low, high in ((start, first), (last, stop)):
-            if low < high:
-                begin = low // PIECE_BYTES * PIECE_BYTES
-                piece = np.empty(min(PIECE_BYTES, self._data_bytes - begin), np.uint8)
-                self._read_pieces(descriptor, piece, begin)
-                content[low - start : high - start] = piece[low - begin : high - begin]
+    def _read_pieces(self, descriptor: int, buffers: list[np.ndarray], stop: int) -> None:
+        """Fill buffers with whole pieces, but for what lies behind ``stop`` in the last one."""
+        begin = stop - sum(map(len, buffers))
+        rest = min(_up(stop) * PIECE_BYTES, self._data_bytes) - stop
+        buffers = [*buffers, np.empty(rest, np.uint8)]
+        offset = len(self._raw) + begin
+        for some in (buffers[i : i + _MOST_BUFFERS] for i in range(0, len(buffers), _MOST_BUFFERS)):
+            offset += os.preadv(descriptor, some, offset)
+        number, crc, left = begin // PIECE_BYTES, 0, PIECE_BYTES
+        for buffer in buffers:
+            while len(buffer):
+                crc = zlib.crc32(buffer[:left], crc)
+                left, buffer = left - len(buffer[:left]), buffer[left:]
+                if left == 0:
+                    self._check(number, crc)
+                    number, crc, left = number + 1, 0, PIECE_BYTES
+        if left < PIECE_BYTES:
+            self._check(number, crc)
 
-    def _read_pieces(self, descriptor: int, content: np.ndarray, start: int) -> None:
-        for offset in range(0, len(content), _MOST_BYTES):
-            some = content[offset : offset + _MOST_BYTES]
-            os.preadv(descriptor, [some], len(self._raw) + start + offset)
-        checksums, number = self.metadata[self._key], start // PIECE_BYTES
-        for offset in range(0, len(content), PIECE_BYTES):
-            number += 1  # after that of the header
-            place = _CHECKSUM_DIGITS * number
-            expected = checksums[place : place + _CHECKSUM_DIGITS]
-            if _checksum(content[offset : offset + PIECE_BYTES]) != expected:
-                raise Damaged(self._file, "its checksum is another one")
+    def _check(self, number: int, crc: int) -> None:
+        """Raise ValueError unless a piece has this checksum."""
+        place = _CHECKSUM_DIGITS * (1 + number)  # after that of the header
+        if f"{crc:08x}" != self.metadata[self._key][place : place + _CHECKSUM_DIGITS]:
+            raise Damaged(self._file, "its checksum is another one")
 
 
 def room_for_checksums(nbytes: int) -> str:
@@ -209,6 +226,24 @@ def _check_header(header: dict[str, Any], data_bytes: int) -> None:
         end = stop
     if end != data_bytes:
         raise ValueError(f"There are {data_bytes} bytes, not {end}.")
+
+
+def _parts(
+    arrays: Sequence[StoredArray], contents: Sequence[np.ndarray]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Where each run of bytes begins, and where it belongs; none lies in two blocks."""
+    for array, content in zip(arrays, contents):
+        for row, part in enumerate(np.split(content, array.rows)):
+            start = array.start + row * array.stride
+            while len(part):
+                count = _BLOCK_BYTES - start % _BLOCK_BYTES
+                yield start, part[:count]
+                start, part = start + count, part[count:]
+
+
+def _up(position: int) -> int:
+    """The number of pieces that begin before a byte."""
+    return -(-position // PIECE_BYTES)
 
 
 def _header_bytes(content: BinaryIO) -> bytes:

@@ -23,7 +23,8 @@ def small_pieces():
     """So that arrays of some bytes lie in several."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stored_arrays, "PIECE_BYTES", PIECE)
-        patch.setattr(stored_arrays, "_MOST_BYTES", 3 * PIECE)
+        patch.setattr(stored_arrays, "_BLOCK_BYTES", 3 * PIECE)
+        patch.setattr(stored_arrays, "_MOST_BUFFERS", 3)
         yield
 
 
@@ -68,9 +69,13 @@ def test_any_beginning_along_the_third_axis_is_read(tmp_path_factory, data):
 def test_of_a_beginning_little_more_is_read(tmp_path, monkeypatch):
     rows, tokens, row_bytes = 4, 100, 4000
     stored = saved(tmp_path / "x.safetensors", {"x": numbers((1, rows, 1000))})
-    read = []
-    preadv = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda *others: read.append(preadv(*others)))
+    read, preadv = [], os.preadv
+
+    def counted(*arguments) -> int:
+        read.append(preadv(*arguments))
+        return read[-1]
+
+    monkeypatch.setattr(os, "preadv", counted)
     stored.load([stored.arrays["x"][:, :, :tokens]])
     assert rows * 4 * tokens <= sum(read) <= rows * (4 * tokens + 2 * PIECE) < rows * row_bytes / 2
 

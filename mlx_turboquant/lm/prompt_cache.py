@@ -152,8 +152,10 @@ def _caches(stored: StoredFile, tokens: int | None) -> list[Any]:
     _, classes, scalars = tree_unflatten(list(stored.metadata.items()))
     parts: dict[str, Any] = dict(stored.arrays)
     kinds = {place: _SCALARS[kind] for place, kind in scalars[1:]}
-    numbers = stored.load([parts[place] for place in kinds])
-    parts |= {place: kinds[place](x) for place, x in zip(kinds, numbers)}
+    # All at once, or the numbers first, which tell what is needed for the first tokens.
+    first = parts if tokens is None else kinds
+    parts |= dict(zip(first, stored.load([parts[place] for place in first])))
+    parts |= {place: kind(parts[place]) for place, kind in kinds.items()}
     states = tree_unflatten(list(parts.items()))
     if tokens is not None:
         states = [_beginning(kind, state, tokens) for kind, state in zip(classes, states)]
