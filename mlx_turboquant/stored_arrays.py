@@ -150,10 +150,12 @@ def seal(file: Path, key: str) -> None:
     """Write the checksums of a file into the room for them under ``key`` of its metadata."""
     with file.open("r+b") as content:
         header = bytearray(_header_bytes(content))
-        place = _checksums_place(header, key)
-        while piece := content.read(PIECE_BYTES):
-            place += _CHECKSUM_DIGITS
-            header[place : place + _CHECKSUM_DIGITS] = _checksum(piece).encode()
+        block, place = memoryview(bytearray(_BLOCK_BYTES)), _checksums_place(header, key)
+        while count := content.readinto(block):
+            for start in range(0, count, PIECE_BYTES):
+                place += _CHECKSUM_DIGITS
+                crc = _checksum(block[start : min(start + PIECE_BYTES, count)])
+                header[place : place + _CHECKSUM_DIGITS] = crc.encode()
         place = _checksums_place(header, key)
         header[place : place + _CHECKSUM_DIGITS] = _checksum(header).encode()
         content.seek(0)
