@@ -14,12 +14,13 @@ ROOT = Path(mlx_turboquant.__file__).parent
 # What a folder of the package, or a module beside the folders, imports of it besides itself.
 ARROWS = {
     "codec": set(),
-    "files": set(),
+    "stored_arrays": set(),
+    "files": {"stored_arrays"},
     "kernels": {"codec", "files"},
     "methods": {"codec"},
-    "search": {"codec", "kernels", "files"},
+    "search": {"codec", "kernels", "files", "stored_arrays"},
     "cache": {"codec", "kernels"},
-    "lm": {"codec", "kernels", "cache", "files"},
+    "lm": {"codec", "kernels", "cache", "files", "stored_arrays"},
     "measure": {"codec", "kernels", "cache", "files", "lm", "methods"},
     "cli": {"codec", "kernels", "cache", "files", "lm", "methods", "measure", "__version__"},
     "__main__": {"cli"},
