@@ -74,6 +74,7 @@ class StoredFile:
             name: StoredArray(array["dtype"], tuple(array["shape"]), array["data_offsets"][0])
             for name, array in header.items()
         }
+        self._checksums = self.metadata.get(key, "")
         self._data_bytes = max((array["data_offsets"][1] for array in header.values()), default=0)
 
     def load(self, arrays: Sequence[StoredArray]) -> list[mx.array]:
@@ -83,8 +84,7 @@ class StoredFile:
             ValueError: a part of the file that is read is not as it was written.
             OSError: it cannot be read.
         """
-        checksums = self.metadata.get(self._key, "")
-        if _header_checksum(self._raw, self._key) != checksums[:_CHECKSUM_DIGITS]:
+        if _header_checksum(self._raw, self._key) != self._checksums[:_CHECKSUM_DIGITS]:
             raise Damaged(self._file, "its checksum is another one")
         loaded = [mx.zeros(array.shape, _DTYPES[array.dtype]) for array in arrays]
         mx.eval(loaded)
@@ -126,8 +126,8 @@ class StoredFile:
         number, crc, left = begin // PIECE_BYTES, 0, PIECE_BYTES
         for buffer in buffers:
             while len(buffer):
-                crc = zlib.crc32(buffer[:left], crc)
-                left, buffer = left - len(buffer[:left]), buffer[left:]
+                part, buffer = buffer[:left], buffer[left:]
+                crc, left = zlib.crc32(part, crc), left - len(part)
                 if left == 0:
                     self._check(number, crc)
                     number, crc, left = number + 1, 0, PIECE_BYTES
@@ -137,27 +137,27 @@ class StoredFile:
     def _check(self, number: int, crc: int) -> None:
         """Raise ValueError unless a piece has this checksum."""
         place = _CHECKSUM_DIGITS * (1 + number)  # after that of the header
-        if f"{crc:08x}" != self.metadata[self._key][place : place + _CHECKSUM_DIGITS]:
+        if f"{crc:08x}" != self._checksums[place : place + _CHECKSUM_DIGITS]:
             raise Damaged(self._file, "its checksum is another one")
 
 
 def room_for_checksums(nbytes: int) -> str:
     """What stands for the checksums of a file with at most ``nbytes`` until :func:`seal`."""
-    return "0" * _CHECKSUM_DIGITS * (1 + -(-nbytes // PIECE_BYTES))
+    return "0" * _CHECKSUM_DIGITS * (1 + _up(nbytes))
 
 
 def seal(file: Path, key: str) -> None:
     """Write the checksums of a file into the room for them under ``key`` of its metadata."""
     with file.open("r+b") as content:
         header = bytearray(_header_bytes(content))
-        block, place = memoryview(bytearray(_BLOCK_BYTES)), _checksums_place(header, key)
+        block = memoryview(bytearray(_BLOCK_BYTES))
+        place = first = _checksums_place(header, key)
         while count := content.readinto(block):
             for start in range(0, count, PIECE_BYTES):
                 place += _CHECKSUM_DIGITS
                 crc = _checksum(block[start : min(start + PIECE_BYTES, count)])
                 header[place : place + _CHECKSUM_DIGITS] = crc.encode()
-        place = _checksums_place(header, key)
-        header[place : place + _CHECKSUM_DIGITS] = _checksum(header).encode()
+        header[first : first + _CHECKSUM_DIGITS] = _checksum(header).encode()
         content.seek(0)
         content.write(header)
         content.flush()

@@ -21,13 +21,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..codec.codebook import check_bits
-from ..kernels.storage import (
-    PackedTokens,
-    beginning_of,
-    check_state,
-    check_vectors,
-    layouts_of,
-)
+from ..kernels.storage import PackedTokens, beginning_of, check_state, check_vectors, layouts_of
 from ..kernels.tokens import CachedTokens
 from .base import CompressedCache, write_tokens
 from .batch import BatchTurboQuantKVCache

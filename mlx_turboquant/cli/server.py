@@ -143,12 +143,11 @@ class _Run:
         limits = (max_size,) if limit is None else (max_size, limit)
         if self.store is None:
             self.kept = KeptPrompts(self.admission, *limits)
-            return self.kept
-        # What is beyond the loopback may be anyone.
-        default = "all" if self.args.host in _LOOPBACK else "key"
-        scope = self.args.prompt_store_scope or default
-        self.prompts = StoredPrompts(self.store, scope, self.admission, *limits)
-        self.kept = self.prompts
+        else:
+            # What is beyond the loopback may be anyone.
+            default = "all" if self.args.host in _LOOPBACK else "key"
+            scope = self.args.prompt_store_scope or default
+            self.kept = self.prompts = StoredPrompts(self.store, scope, self.admission, *limits)
         return self.kept
 
     def handle_completion(

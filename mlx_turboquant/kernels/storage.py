@@ -182,7 +182,10 @@ class PackedTokens:
         moved = []
         for side in self.sides:
             arrays = []
-            for x, count in ((side.codes, _slots(side, forgotten)), (side.scales, forgotten)):
+            for x, count in (
+                (side.codes, _slots(side.interleaved, forgotten)),
+                (side.scales, forgotten),
+            ):
                 later, x = x[rows, :, count:], mx.array(x)
                 x[rows, :, : later.shape[2]] = later
                 arrays.append(x)
@@ -200,7 +203,7 @@ class PackedTokens:
         taken.counts = [self.counts[row] for row in rows]
         capacity = _whole_steps(taken.count + 1)
         for side in self.sides:
-            codes = side.codes[rows, :, : _slots(side, capacity)]
+            codes = side.codes[rows, :, : _slots(side.interleaved, capacity)]
             arrays = {"codes": codes, "scales": side.scales[rows, :, :capacity]}
             taken.sides.append(side._replace(**arrays, mean=side.mean[rows]))
         return taken
@@ -230,7 +233,7 @@ class PackedTokens:
             return [None] * 3 * len(self.layouts)
         arrays = []
         for side in self.sides:
-            codes = side.codes[:, :, : _slots(side, self.count)]
+            codes = side.codes[:, :, : _slots(side.interleaved, self.count)]
             arrays += [codes, side.scales[..., : self.count], side.mean]
         return arrays
 
@@ -266,7 +269,7 @@ class PackedTokens:
             quantizer = shared_quantizer(dim, layout.bits, self.seed)
             side = PackedVectors(quantizer, layout.interleaved, *arrays)
             if oldest:
-                codes = mx.roll(side.codes, -_slots(side, oldest), axis=2)
+                codes = mx.roll(side.codes, -_slots(side.interleaved, oldest), axis=2)
                 side = side._replace(codes=codes, scales=mx.roll(side.scales, -oldest, axis=2))
             self.sides.append(_resized(side, _whole_steps(count)))
 
@@ -277,8 +280,7 @@ def beginning_of(used: Sequence[Any], count: int) -> list[Any]:
         return [None] * len(used)
     cut: list[Any] = []
     for codes, scales, mean in zip(used[::3], used[1::3], used[2::3]):
-        is_interleaved = len(codes.shape) == 5
-        slots = -(-count // BLOCK) if is_interleaved else count
+        slots = _slots(len(codes.shape) == 5, count)
         cut += [codes[:, :, :slots], scales[:, :, :count], mean]
     return cut
 
@@ -303,7 +305,7 @@ def _codes_shape(layout: Layout, heads: tuple[int, ...], dim: int, tokens: int) 
 
 def _resized(side: PackedVectors, capacity: int) -> PackedVectors:
     """The vectors in new, larger buffers."""
-    codes = _longer(side.codes, _slots(side, capacity))
+    codes = _longer(side.codes, _slots(side.interleaved, capacity))
     return side._replace(codes=codes, scales=_longer(side.scales, capacity))
 
 
@@ -313,9 +315,9 @@ def _longer(x: mx.array, length: int) -> mx.array:
     return mx.pad(x, padding)
 
 
-def _slots(side: PackedVectors, tokens: int) -> int:
+def _slots(interleaved: bool, tokens: int) -> int:
     """Places along the third axis of the codes that so many tokens take."""
-    return -(-tokens // BLOCK) if side.interleaved else tokens
+    return -(-tokens // BLOCK) if interleaved else tokens
 
 
 def _whole_steps(tokens: int) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import openai
 import pytest
+from damage import claiming_terabytes, emptied, truncated, with_flipped_bits
 from servers import (
     TINY_LM,
     client,
@@ -159,20 +160,24 @@ def test_two_servers_share_a_store_and_one_is_killed_while_it_writes(tmp_path):
     assert alone == [text for text, _ in answers]
 
 
-def test_a_prompt_that_cannot_be_cut_back_is_kept_at_checkpoints(tmp_path):
-    """Two of four layers have a sliding window."""
-    folder = tmp_path / "sliding"
+def bundled_model_with(folder: Path, **arguments) -> str:
+    """A copy of the bundled model with another configuration."""
     shutil.copytree(TINY_LM, folder)
     config = json.loads((folder / "config.json").read_text())
-    kinds = ["sliding_attention", "full_attention"] * (config["num_hidden_layers"] // 2)
-    config |= {"layer_types": kinds, "sliding_window": 64}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config | arguments))
+    return str(folder)
+
+
+def test_a_prompt_that_cannot_be_cut_back_is_kept_at_checkpoints(tmp_path):
+    """Two of four layers have a sliding window."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    model = bundled_model_with(tmp_path / "model", layer_types=kinds, sliding_window=64)
     port, prompt = free_port(), "import os\nx = os.getcwd()\n" * 500
-    with server(port, "--model", str(folder), *STORED, str(tmp_path / "store")) as process:
+    with server(port, "--model", model, *STORED, str(tmp_path / "store")) as process:
         _, known = asked(port, prompt)
         assert known == 0
         stop(process)
-    with server(port, "--model", str(folder), *STORED, str(tmp_path / "store")):
+    with server(port, "--model", model, *STORED, str(tmp_path / "store")):
         _, known = asked(port, prompt[:-100] + "print(x)")
         assert known == 4096
 
@@ -247,7 +252,7 @@ def test_damaged_files_are_removed_and_their_prompts_are_read_again(tmp_path):
         answers = [asked(port, prompt)[0] for prompt in prompts]
         stop(process)
     files = sorted(tmp_path.glob("*.safetensors"))
-    for file, damage in zip(files, (truncated, flipped, claiming_terabytes, lambda _: b"")):
+    for file, damage in zip(files, (truncated, with_flipped_bits, claiming_terabytes, emptied)):
         file.write_bytes(damage(file.read_bytes()))
     with server(port, *STORED, str(tmp_path)) as process:
         assert [asked(port, prompt)[0] for prompt in prompts] == answers
@@ -259,29 +264,10 @@ def test_damaged_files_are_removed_and_their_prompts_are_read_again(tmp_path):
     assert [text for text, _ in found] == answers and all(known > 300 for _, known in found)
 
 
-def truncated(contents: bytes) -> bytes:
-    return contents[: len(contents) // 2]
-
-
-def flipped(contents: bytes) -> bytes:
-    """200 bits, any."""
-    changed, rng = bytearray(contents), random.Random(0)
-    for place in rng.sample(range(len(changed)), 200):
-        changed[place] ^= 1 << rng.randrange(8)
-    return bytes(changed)
-
-
-def claiming_terabytes(contents: bytes) -> bytes:
-    return (1 << 42).to_bytes(8, "little") + contents[8:]
-
-
 def test_files_that_change_places_between_models_answer_for_their_own(tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(TINY_LM, other)
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"rope_theta": 500.0}))
+    other = bundled_model_with(tmp_path / "other", rope_theta=500.0)
     prompt, port, folder, answers = long_text(), free_port(), tmp_path / "store", []
-    for model in (TINY_LM, str(other)):
+    for model in (TINY_LM, other):
         with server(port, "--model", model, *STORED, str(folder)) as process:
             answers.append(asked(port, prompt)[0])
             stop(process)
@@ -289,7 +275,7 @@ def test_files_that_change_places_between_models_answer_for_their_own(tmp_path):
     first.rename(folder / "third")
     second.rename(first)
     (folder / "third").rename(second)
-    for model, expected in zip((TINY_LM, str(other)), answers):
+    for model, expected in zip((TINY_LM, other), answers):
         with server(port, "--model", model, *STORED, str(folder)):
             text, known = asked(port, prompt)
             assert text == expected and known > 300

@@ -11,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from conftest import variant
+from damage import claiming_terabytes, emptied, truncated, with_flipped_bits
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -227,30 +228,15 @@ def test_only_the_owner_may_read_what_is_kept(model, tmp_path):
     assert store.entries()[0].file.stat().st_mode & 0o077 == 0
 
 
-def truncated(contents: bytes) -> bytes:
-    return contents[: len(contents) // 2]
-
-
-def with_flipped_bits(contents: bytes) -> bytes:
-    contents, rng = bytearray(contents), random.Random(0)
-    for _ in range(200):
-        contents[rng.randrange(len(contents))] ^= 1 << rng.randrange(8)
-    return bytes(contents)
-
-
 def with_another_token(contents: bytes) -> bytes:
     """As well-formed as before."""
     place = contents.index(b'"0.tokens":"') + 20
     return contents[:place] + (b"B" if contents[place] != 66 else b"C") + contents[place + 1 :]
 
 
-def claiming_terabytes(contents: bytes) -> bytes:
-    return (1 << 42).to_bytes(8, "little") + contents[8:]
-
-
 @pytest.mark.parametrize(
     "damage",
-    [truncated, with_flipped_bits, with_another_token, claiming_terabytes, lambda contents: b""],
+    [truncated, with_flipped_bits, with_another_token, claiming_terabytes, emptied],
 )
 def test_a_damaged_entry_is_removed_with_a_warning_and_read_again(model, tmp_path, damage, caplog):
     tokens = text(0, 100)
