@@ -17,7 +17,7 @@ from tokens import continuation
 from mlx_turboquant import disable, enable, load_prompt_cache, make_prompt_cache, save_prompt_cache
 from mlx_turboquant.lm import texts
 from mlx_turboquant.lm.calibrate import calibrate
-from mlx_turboquant.lm.choice import choice_of
+from mlx_turboquant.lm.compression import give_profile
 from mlx_turboquant.lm.loading import prepare_for_device
 from mlx_turboquant.measure.contenders import preset
 from mlx_turboquant.measure.evaluate import Comparison, greedy_tokens, passkey_prompt
@@ -45,7 +45,7 @@ def loaded(request) -> Real:
     """A model with a profile, as the commands would give it one."""
     model, tokenizer = mlx_lm.load(str(fetch(request.param, REAL_MODELS)))
     prepare_for_device(model)
-    choice_of(model, calibrate(model, tokenizer))
+    give_profile(model, calibrate(model, tokenizer))
     return Real(request.param, model, tokenizer)
 
 

@@ -20,7 +20,7 @@ from mlx_lm.models import llama, qwen3
 
 from mlx_turboquant.lm import texts
 from mlx_turboquant.lm.calibrate import calibrate
-from mlx_turboquant.lm.choice import choice_of
+from mlx_turboquant.lm.compression import give_profile
 from mlx_turboquant.lm.loading import prepare_for_device
 from mlx_turboquant.lm.profile import find_profile, fingerprint, profile_path
 from mlx_turboquant.measure.contenders import Contender, preset
@@ -166,7 +166,7 @@ def main() -> None:
         return prepare_for_device(model), tokenizer
 
     model, tokenizer = load()
-    if find_profile(fingerprint(model)) is not None:
+    if find_profile([fingerprint(model)]) is not None:
         parser.error(
             f"Remove {profile_path(fingerprint(model))}: it would be used for all of them."
         )
@@ -178,7 +178,7 @@ def main() -> None:
         # The first is our codec without the removal of means.
         contenders = [preset(name) for name in ("turboquant:4", "K4V4", "4")]
         exact, *others = compare(changed, contenders, contexts, args.scored)
-        choice_of(changed, calibrate(changed, tokenizer))
+        give_profile(changed, calibrate(changed, tokenizer))
         others.append(compare(changed, [preset("4")], contexts, args.scored)[1])
         cells = " | ".join(f"{each['kl_mean']:.5f}" for each in others)
         print(f"| {name} | {exact['perplexity']:.2f} | {cells} |", flush=True)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from mlx_turboquant.kernels.storage import VALUE_MEAN_ENERGY, removable_mean
 from mlx_turboquant.lm import texts
-from mlx_turboquant.lm.choice import choice_of
+from mlx_turboquant.lm.compression import compression_of
 from mlx_turboquant.lm.loading import prepare_for_device
 from mlx_turboquant.measure.contenders import CHUNK, EXACT, preset
 from mlx_turboquant.measure.evaluate import divergence, log_probabilities, read_prompt
@@ -121,7 +121,7 @@ class Candidate(NamedTuple):
     def filled_cache(self, model: nn.Module, read: list[Any]) -> list[Any]:
         """A prompt cache with the tokens of the exact one ``read``."""
         caches = copy.deepcopy(read)
-        for place, bits in zip(choice_of(model).compressible, self.bits):
+        for place, bits in zip(compression_of(model).compressible, self.bits):
             key_rounding = self.arm.keys(bits[0], place.keys.dim)
             value_rounding = self.arm.values(bits[1], place.values.dim)
             simulated = SimulatedCache(key_rounding, value_rounding, WINDOW, SINKS, BLOCK)
@@ -131,7 +131,7 @@ class Candidate(NamedTuple):
 
     def bits_per_value(self, model: nn.Module) -> float:
         """All that is stored for a value of a token, on average."""
-        layers = choice_of(model).compressible
+        layers = compression_of(model).compressible
         dims = [side.dim for layer in layers for side in (layer.keys, layer.values)]
         bits = [b for pair in self.bits for b in pair]
         return np.average([b + self.arm.extra(dim) for b, dim in zip(bits, dims)], weights=dims)
@@ -139,7 +139,7 @@ class Candidate(NamedTuple):
 
 def candidates(model: nn.Module, names: list[str]) -> list[Candidate]:
     """All arms, with bits as ``evaluate`` names them."""
-    chosen = {name: choice_of(model).bits(preset(name).settings) for name in names}
+    chosen = {name: compression_of(model).bits(preset(name).settings) for name in names}
     return [Candidate(arm, name, bits) for name, bits in chosen.items() for arm in ARMS]
 
 

@@ -1,6 +1,7 @@
 """What a cache returns to a model: keys and values that hooked attention reads as packed tokens."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -14,7 +15,8 @@ class Link:
 
     ``is_hooked`` says that its attention reads :class:`.CachedTokens`, ``needs_arrays`` that other
     code of it wants arrays of keys and values as well, and ``shares_layers`` that layers without
-    keys of their own ask for those of this one.
+    keys of their own ask for those of this one. ``weights`` are those of the model that reads the
+    tokens, or None if nobody has said.
 
     Left to itself, MLX computes the dense tokens of many layers of a chunk in advance, because they
     need nothing but packed ones. So the attention of a layer is submitted when that of the layer
@@ -25,6 +27,7 @@ class Link:
     is_hooked: bool = False
     needs_arrays: bool = True
     shares_layers: bool = False
+    weights: Any = None
     # A number of the last attention that was submitted, and whether a layer has submitted its own.
     _last_attention: mx.array | None = None
     _attention_is_submitted: bool = False

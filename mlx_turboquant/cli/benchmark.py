@@ -11,8 +11,8 @@ import mlx.nn as nn
 from tqdm import tqdm
 
 from ..lm import texts
-from ..lm.choice import treat_layers_alike
 from ..lm.compressible import text_arguments
+from ..lm.compression import treat_layers_alike
 from ..lm.loading import (
     check_memory,
     device_nbytes,

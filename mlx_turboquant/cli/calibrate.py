@@ -8,8 +8,9 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from ..kernels.storage import SCALE_NBYTES
-from ..lm.allocation import Layer, allocate, chosen_sides, expected_divergence
-from ..lm.choice import choice_of
+from ..lm.allocation import allocate, chosen_sides, expected_divergence
+from ..lm.bit_plan import BitPlan
+from ..lm.compression import give_profile
 from ..lm.loading import check_memory, prepare_for_device
 from ..lm.profile import save_profile
 from ..lm.texts import read_texts
@@ -31,25 +32,24 @@ def main(arguments: list[str]) -> None:
     mx.eval(model.parameters())
     profile = measured_profile(model, tokenizer, texts)
     file = save_profile(profile, args.out)
-    choice = choice_of(model, profile)
-    print_rich(_table(choice.weighed, choice.expected))
+    print_rich(_table(give_profile(model, profile).plan()))
     print(f"{profile.tokens:,} tokens scored of {', '.join(profile.texts)}. Wrote {file}")
 
 
-def _table(weighed: list[Layer], expected: list[Layer]) -> Table:
+def _table(plan: BitPlan) -> Table:
     """What a token takes and what divergence to expect with some budgets."""
     table = Table("--kv-bits", "bytes a token", "expected divergence", "bits", box=SIMPLE)
     for budget in _BUDGETS:
-        bits = allocate(weighed, budget)
+        bits = allocate(plan.layers, budget)
         nbytes = sum(
             side.vectors.nbytes(b) + SCALE_NBYTES * side.vectors.heads
-            for side, b in chosen_sides(weighed, bits)
+            for side, b in chosen_sides(plan.layers, bits)
         )
         keys, values = zip(*bits)
         table.add_row(
             f"{budget:g}",
             f"{nbytes:,}",
-            f"{expected_divergence(expected, bits):.2g} nats",
+            f"{expected_divergence(plan.expected, bits):.2g} nats",
             f"keys {min(keys)} to {max(keys)}, values {min(values)} to {max(values)}",
         )
     return table

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from ..lm.enable import enable, make_prompt_cache
-from ..lm.prompt_cache import check_fingerprint, load_prompt_cache
+from ..lm.prompt_cache import check_identity, load_prompt_cache
 from ..lm.prompt_store import SHOWN_TOKENS, PromptStore
 from ..lm.report import cache_report
 from ..lm.settings import Settings
@@ -56,20 +56,20 @@ class _Run:
         self.args = args
         self.settings = settings
         self.store = store
-        self.fingerprint: str | None = None
+        self.saved: dict[str, str] | None = None
 
     def load(self, *positional, **keywords):
         model, *rest = load_ready(_load, self.args, self.settings, *positional, **keywords)
-        if self.fingerprint is not None:
-            check_fingerprint(self.args.prompt_cache_file, self.fingerprint, model)
-            self.fingerprint = None  # a draft model is another one
+        if self.saved is not None:
+            check_identity(self.args.prompt_cache_file, self.saved, model)
+            self.saved = None  # a draft model is another one
         return (model, *rest)
 
     def load_prompt_cache(self, file: str, return_metadata: bool):
         """mlx-lm loads the cache before the model, so the model is checked when it is loaded."""
         cache, metadata = load_prompt_cache(file, return_metadata=True)
-        self.fingerprint = metadata["fingerprint"]
-        # The fingerprint says whether it is the right model, whatever its name is now.
+        self.saved = metadata
+        # The identity says whether it is the right model, whatever its name is now.
         model = self.args.model or metadata.get("model")
         return cache, {"tokenizer_config": "{}", **metadata, "model": model}
 

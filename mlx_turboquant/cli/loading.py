@@ -10,9 +10,9 @@ import mlx_lm
 from tqdm import tqdm
 
 from ..lm.calibrate import calibrate
-from ..lm.choice import choice_of
+from ..lm.compression import compression_of, give_profile
 from ..lm.loading import model_errors, prepare_for_device, reason_of
-from ..lm.profile import Profile, find_profile, fingerprint, load_profile, save_profile
+from ..lm.profile import Profile, fingerprints, load_profile, save_profile
 from ..lm.settings import Settings
 
 MODEL_HELP = "Folder of a model of mlx-lm, or its name on the hub"
@@ -45,13 +45,9 @@ def ensure_profile(
 ) -> None:
     """Give a model the profile of ``--profile``, or calibrate it if it has none and needs one."""
     if args.profile is not None:
-        choice_of(model, load_profile(args.profile, fingerprint(model)))
+        give_profile(model, load_profile(args.profile, fingerprints(model)))
         return
-    if settings.is_fixed or not args.calibrate:
-        return
-    found = find_profile(fingerprint(model))
-    if found is not None:
-        choice_of(model, found)
+    if settings.is_fixed or not args.calibrate or compression_of(model).profile is not None:
         return
     print(
         "This model has no profile of where bits matter: it is calibrated once, which takes about "
@@ -63,7 +59,7 @@ def ensure_profile(
     except ValueError as error:
         print(f"Bits are chosen without a profile: {error}", file=sys.stderr)
         return
-    choice_of(model, profile)
+    give_profile(model, profile)
     try:
         print(f"Its profile is kept in {save_profile(profile)}.", file=sys.stderr)
     except OSError as error:

@@ -6,7 +6,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.utils import _download, load_config
 
-from ..lm.choice import treat_layers_alike
+from ..lm.compression import treat_layers_alike
 from ..lm.loading import device_nbytes, memory_nbytes, model_errors, weight_nbytes
 from ..measure.contenders import EXACT, MLX_LM, preset
 from ..measure.footprint import chunk_nbytes, footprint

@@ -6,12 +6,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
+from ..cache.fetched import Link
 from ..cache.latent import TurboQuantLatentCache
 from ..cache.single import TurboQuantKVCache
 from .allocation import Vectors
 from .settings import Settings
 
-HOOKED_NAME = "scaled_dot_product_attention"
+# The attribute of a model that has its ``Compression``.
+ATTRIBUTE = "_mlx_turboquant"
 
 
 class Compressible(NamedTuple):
@@ -42,10 +44,14 @@ class Compressible(NamedTuple):
 
 def plain_caches(model: nn.Module) -> list[Any]:
     """The caches that mlx-lm makes for a model that is not enabled."""
-    maker = model.__dict__.get("make_cache")
-    if hasattr(maker, "plain_caches"):
-        return maker.plain_caches()
-    return mlx_lm_cache.make_prompt_cache(model)
+    compression = getattr(model, ATTRIBUTE, None)
+    if compression is None or compression.settings is None:
+        return mlx_lm_cache.make_prompt_cache(model)
+    if compression.replaced is not None:
+        return compression.replaced()
+    if hasattr(type(model), "make_cache"):
+        return type(model).make_cache(model)
+    return [mlx_lm_cache.KVCache() for _ in model.layers]
 
 
 def compressible_caches(model: nn.Module) -> list[Compressible]:
@@ -89,6 +95,13 @@ def compressed_caches(
     return caches
 
 
+def link_caches(cache: list[Any], link: Link) -> None:
+    """Tell the compressed caches of a prompt cache what is known of their model."""
+    for layer in flat_caches(cache):
+        if isinstance(layer, TurboQuantKVCache):
+            layer.link = link
+
+
 def flat_caches(cache: list[Any]) -> list[Any]:
     """The caches of all layers, those within a ``CacheList`` one by one."""
     return [part for layer in cache for part in getattr(layer, "caches", (layer,))]
@@ -112,10 +125,3 @@ def check_compressible(model: nn.Module, compressible: list[Compressible]) -> No
             f"No layer of this model can be compressed (its caches: {names}): "
             "use a model with plain KVCache layers."
         )
-
-
-def attention_scopes(model: nn.Module) -> list[dict[str, Any]]:
-    """The global scopes in which the layers of a model look up their attention function."""
-    calls = {type(module).__call__ for module in model.modules()}
-    scopes = [getattr(call, "__globals__", {}) for call in calls]
-    return [scope for scope in scopes if HOOKED_NAME in scope]

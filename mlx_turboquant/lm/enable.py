@@ -1,23 +1,20 @@
 """Switching compression on and off for a model of mlx-lm."""
 
-import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import cache as mlx_lm_cache
 
 from ..kernels.attention import MAX_DECODE_ROWS
 from ..kernels.runtime import backend as kernel_backend
 from ..kernels.runtime import force_backend
 from ..kernels.tokens import BLOCK
 from .calibrate import calibrate
-from .choice import choice_of
-from .compressible import check_compressible, compressed_caches
-from .hook import connect, disconnect
-from .profile import Profile, find_profile, fingerprint, load_profile, save_profile
+from .compressible import ATTRIBUTE
+from .compression import Compression, compression_of, give_profile
+from .profile import Profile, fingerprints, load_profile, save_profile
 from .settings import CacheOptions, Settings
 
 ProfileOrFile = Profile | Path | str | None
@@ -55,13 +52,9 @@ def make_prompt_cache(
     settings = _settings(bits, options)
     if backend is not None:
         force_backend(backend)
-    if profile is not None and not isinstance(profile, Profile):
-        profile = load_profile(Path(profile), fingerprint(model))
-    choice = choice_of(model, profile)
-    check_compressible(model, choice.compressible)
-    cache = compressed_caches(model, choice.compressible, choice.bits(settings), settings)
-    connect(model, cache)
-    return cache
+    profile = _loaded(profile, model)
+    compression = compression_of(model) if profile is None else give_profile(model, profile)
+    return compression.new_cache(settings)
 
 
 def enable(
@@ -84,16 +77,17 @@ def enable(
     settings = _settings(bits, options)
     if backend is not None:
         force_backend(backend)
-    if profile is None and tokenizer is not None and find_profile(fingerprint(model)) is None:
+    before = getattr(model, ATTRIBUTE, None)
+    compression = Compression(model, before, settings, _loaded(profile, model))
+    if compression.profile is None and tokenizer is not None and not settings.is_fixed:
         profile = calibrate(model, tokenizer)
         save_profile(profile)
-    make_prompt_cache(model, settings, profile=profile)  # refuses now, not at generation
+        compression = Compression(model, before, settings, profile)
+    compression.new_cache(settings)  # refuses now, not at generation
     if kernel_backend() != "reference":
-        _use_kernels_once(model, settings)
-    replaced = model.__dict__.get("make_cache")
-    if isinstance(replaced, _MakeCompressedCache):
-        replaced = replaced.replaced
-    model.make_cache = _MakeCompressedCache(model, settings, replaced)
+        _use_kernels_once(model, compression)
+    setattr(model, ATTRIBUTE, compression)
+    model.make_cache = compression.make_cache
     return model
 
 
@@ -102,48 +96,34 @@ def disable(model: nn.Module) -> nn.Module:
 
     Compressed caches that exist keep working, without the fast path.
     """
-    maker = model.__dict__.get("make_cache")
-    if isinstance(maker, _MakeCompressedCache):
-        del model.make_cache
-        if maker.replaced is not None:
-            model.make_cache = maker.replaced
-    disconnect(model)
+    compression = model.__dict__.pop(ATTRIBUTE, None)
+    if compression is not None:
+        compression.disconnect()
+        if compression.settings is not None:
+            del model.make_cache
+            if compression.replaced is not None:
+                model.make_cache = compression.replaced
     return model
 
 
 def enabled_settings(model: nn.Module) -> Settings | None:
     """The settings that :func:`enable` was given; None without it."""
-    maker = model.__dict__.get("make_cache")
-    return maker.settings if isinstance(maker, _MakeCompressedCache) else None
+    compression = getattr(model, ATTRIBUTE, None)
+    return None if compression is None else compression.settings
 
 
 def _settings(bits: float | Settings, options: CacheOptions) -> Settings:
     return replace(bits, **options) if isinstance(bits, Settings) else Settings(bits, **options)
 
 
-def _use_kernels_once(model: nn.Module, settings: Settings) -> None:
+def _loaded(profile: ProfileOrFile, model: nn.Module) -> Profile | None:
+    if profile is None or isinstance(profile, Profile):
+        return profile
+    return load_profile(Path(profile), fingerprints(model))
+
+
+def _use_kernels_once(model: nn.Module, compression: Compression) -> None:
     """A chunk to pack, one that reads packed tokens densely, and a decode step."""
-    cache = make_prompt_cache(model, settings, window=0, sink_tokens=0)
+    cache = compression.new_cache(replace(compression.settings, window=0, sink_tokens=0))
     for tokens in (BLOCK, MAX_DECODE_ROWS + 1, 1):
         mx.eval(model(mx.ones((1, tokens), mx.int32), cache=cache))
-
-
-class _MakeCompressedCache:
-    """``model.make_cache`` of an enabled model."""
-
-    def __init__(self, model: nn.Module, settings: Settings, replaced: Any):
-        self.model = weakref.ref(model)
-        self.settings = settings
-        self.replaced = replaced
-
-    def __call__(self) -> list[Any]:
-        return make_prompt_cache(self.model(), self.settings)
-
-    def plain_caches(self) -> list[Any]:
-        """The caches that mlx-lm makes for the model when it is not enabled."""
-        model = self.model()
-        if self.replaced is not None:
-            return self.replaced()
-        if hasattr(type(model), "make_cache"):
-            return type(model).make_cache(model)
-        return [mlx_lm_cache.KVCache() for _ in model.layers]

@@ -6,13 +6,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from .compressible import (
-    HOOKED_NAME,
-    attention_scopes,
-    check_compressible,
-    compressed_caches,
-    compressible_caches,
-)
+from .compressible import check_compressible, compressed_caches, compressible_caches
+from .hook import observed_attention
 from .settings import Settings
 
 
@@ -42,25 +37,13 @@ def attention_heads(model: nn.Module) -> dict[Heads, int]:
     cache = compressed_caches(model, places, [(4, 4)] * len(places), Settings())
     found: Counter[Heads] = Counter()
 
-    def counting(attend):
-        def count(queries, keys, *arguments, **keywords):
-            tokens = getattr(keys, "tokens", None)
-            if tokens is not None:
-                _, key_heads, _, dim = tokens.exact_keys.shape
-                group = queries.shape[1] // key_heads
-                value_dim = tokens.exact_values.shape[3]
-                found[Heads(key_heads, group, dim, value_dim, tokens.is_latent)] += 1
-            return attend(queries, keys, *arguments, **keywords)
+    def observe(queries, keys, *_, **others):
+        tokens = getattr(keys, "tokens", None)
+        if tokens is not None:
+            _, key_heads, _, dim = tokens.exact_keys.shape
+            group, value_dim = queries.shape[1] // key_heads, tokens.exact_values.shape[3]
+            found[Heads(key_heads, group, dim, value_dim, tokens.is_latent)] += 1
 
-        return count
-
-    scopes = attention_scopes(model)
-    originals = [scope[HOOKED_NAME] for scope in scopes]
-    try:
-        for scope, original in zip(scopes, originals):
-            scope[HOOKED_NAME] = counting(original)
+    with observed_attention(model, observe):
         model(mx.zeros((1, 1), mx.int32), cache=cache)
-    finally:
-        for scope, original in zip(scopes, originals):
-            scope[HOOKED_NAME] = original
     return dict(found.most_common())

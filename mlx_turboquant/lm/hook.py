@@ -1,7 +1,15 @@
-"""Attention of a model that reads compressed tokens as they are, in place of mlx-lm's."""
+"""Attention of a model that reads compressed tokens as they are, in place of mlx-lm's.
 
+A module of mlx-lm looks its attention function up in its global scope. One hook for each scope
+takes the place of that function for as long as a model or an observer uses it.
+"""
+
+import inspect
 import logging
+import threading
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -9,103 +17,127 @@ import mlx.nn as nn
 
 from ..cache.batch import CausalMask
 from ..cache.fetched import Link
-from ..cache.single import TurboQuantKVCache
 from ..kernels.attention import MAX_DECODE_ROWS, decode_attention
+from ..kernels.quantize import dense
 from ..kernels.tokens import BLOCK
-from .compressible import (
-    HOOKED_NAME,
-    attention_scopes,
-    compressed_caches,
-    compressible_caches,
-    flat_caches,
-)
+from .compressible import Compressible, compressed_caches, link_caches
 from .settings import Settings
 
-_ATTRIBUTE = "_mlx_turboquant_link"
+_NAME = "scaled_dot_product_attention"
+# What decode attention knows of the arguments behind queries, keys and values, in their order.
+_ARGUMENTS = ("cache", "scale", "mask", "sinks")
+
+# Scopes are shared by all models of an architecture, and several threads may enable models.
+_scopes_lock = threading.Lock()
+_thread = threading.local()
 
 _log = logging.getLogger("mlx_turboquant")
 
 
 class _AttentionHook:
-    """Takes the place of ``scaled_dot_product_attention`` in the module of a model.
+    """Takes the place of ``scaled_dot_product_attention`` in a scope.
 
     Decode steps over packed tokens read them as they are. Everything else goes to the original
-    function, which gets dense arrays. The ``links`` are those of the models that use the hook.
+    function, which gets dense arrays. The hook stays while there are ``users``: links of models,
+    and observers.
     """
 
-    def __init__(self, original):
+    def __init__(self, original: Callable[..., mx.array]):
         self.original = original
-        self.links: weakref.WeakSet[Link] = weakref.WeakSet()
+        parameters = inspect.signature(original).parameters
+        self._defaults = {name: parameter.default for name, parameter in parameters.items()}
+        self.users: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __call__(self, queries, keys, values, *arguments, **keywords):
+        for observe in getattr(_thread, "observers", ()):
+            observe(queries, keys, *arguments, **keywords)
         tokens = getattr(keys, "tokens", None)
         if tokens is None or tokens is not getattr(values, "tokens", None):
             return self.original(queries, keys, values, *arguments, **keywords)
         if tokens.packed_count and queries.shape[2] <= MAX_DECODE_ROWS:
-            return self._decode(queries, tokens, *arguments, **keywords)
+            if self._are_known(arguments, keywords):
+                return _decode(queries, tokens, *arguments, **keywords)
+            keys, values = dense(tokens) * (2 if tokens.is_latent else 1)
+            return self.original(queries, keys, values, *arguments, **keywords)
         output = self.original(queries, keys, values, *arguments, **keywords)
         if queries.shape[2] > MAX_DECODE_ROWS:
             keys.link.submit_attention(output)
         return output
 
-    @staticmethod
-    def _decode(queries, tokens, cache, scale, mask, sinks=None):
-        if type(mask) is CausalMask:
-            mask = None if queries.shape[2] == 1 else "causal"
-        return decode_attention(queries, tokens, scale, mask, sinks)
+    def _are_known(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+        """Whether decode attention knows all arguments but those that have their default value."""
+        if len(arguments) > len(_ARGUMENTS):
+            return False
+        others = {name: value for name, value in keywords.items() if name not in _ARGUMENTS}
+        return all(_is(value, self._defaults.get(name, ...)) for name, value in others.items())
 
 
-def connect(model: nn.Module, cache: list[Any]) -> None:
-    """Let the attention of ``model`` read compressed tokens, and link a prompt cache to it."""
-    link = getattr(model, _ATTRIBUTE, None)
-    if link is None:
-        link = Link(shares_layers=_calls(model, "keys_and_values"))
-        setattr(model, _ATTRIBUTE, link)
-        _hook_attention(model, link)
-        link.needs_arrays = _raises_without_arrays(model, link)
-    elif not link.is_hooked:
-        _hook_attention(model, link)
-    _link(cache, link)
+def _is(value: Any, default: Any) -> bool:
+    return value is default or (not isinstance(value, mx.array) and value == default)
 
 
-def disconnect(model: nn.Module) -> None:
-    """Give the model mlx-lm's attention back; its compressed caches then return arrays."""
-    link = getattr(model, _ATTRIBUTE, None)
-    if link is None:
-        return
+def _decode(queries, tokens, cache, scale, mask, sinks=None, **_):
+    if type(mask) is CausalMask:
+        mask = None if queries.shape[2] == 1 else "causal"
+    return decode_attention(queries, tokens, scale, mask, sinks)
+
+
+def _hook_attention(model: nn.Module, user: Any) -> None:
+    """Let the attention of a model go through hooks until ``user`` is gone or unhooks it."""
+    with _scopes_lock:
+        for scope in _attention_scopes(model):
+            if not isinstance(scope[_NAME], _AttentionHook):
+                scope[_NAME] = _AttentionHook(scope[_NAME])
+            scope[_NAME].users.add(user)
+
+
+def _unhook_attention(model: nn.Module, user: Any) -> None:
+    """Give a model mlx-lm's attention back, unless others still use the hooks."""
+    with _scopes_lock:
+        for scope in _attention_scopes(model):
+            hook = scope[_NAME]
+            if isinstance(hook, _AttentionHook):
+                hook.users.discard(user)
+                if not hook.users:
+                    scope[_NAME] = hook.original
+
+
+@contextmanager
+def observed_attention(model: nn.Module, observe: Callable[..., None]) -> Iterator[None]:
+    """Call ``observe`` with the arguments of all attention in this thread, but for the values."""
+    before = getattr(_thread, "observers", ())
+    _thread.observers = (*before, observe)
+    _hook_attention(model, observe)
+    try:
+        yield
+    finally:
+        _unhook_attention(model, observe)
+        _thread.observers = before
+
+
+def link_of(model: nn.Module, places: list[Compressible]) -> Link:
+    """A new link to a model, whose attention it hooks."""
+    link = Link(is_hooked=True, shares_layers=_calls(model, "keys_and_values"))
+    _hook_attention(model, link)
+    link.needs_arrays = _raises_without_arrays(model, places, link)
+    return link
+
+
+def unlink(model: nn.Module, link: Link) -> None:
+    """Give a model mlx-lm's attention back; caches with this link then return arrays."""
     link.is_hooked = False
-    for scope in attention_scopes(model):
-        hook = scope[HOOKED_NAME]
-        if isinstance(hook, _AttentionHook):
-            hook.links.discard(link)
-            if not hook.links:
-                scope[HOOKED_NAME] = hook.original
+    _unhook_attention(model, link)
 
 
-def _hook_attention(model: nn.Module, link: Link) -> None:
-    link.is_hooked = True
-    for scope in attention_scopes(model):
-        if not isinstance(scope[HOOKED_NAME], _AttentionHook):
-            scope[HOOKED_NAME] = _AttentionHook(scope[HOOKED_NAME])
-        scope[HOOKED_NAME].links.add(link)
-
-
-def _link(cache: list[Any], link: Link) -> None:
-    for layer in flat_caches(cache):
-        if isinstance(layer, TurboQuantKVCache):
-            layer.link = link
-
-
-def _raises_without_arrays(model: nn.Module, link: Link) -> bool:
+def _raises_without_arrays(model: nn.Module, places: list[Compressible], link: Link) -> bool:
     """Whether anything but hooked attention uses the keys and values of one new token.
 
     Tried on a token after a packed block, read in steps that are not evaluated: nothing of the
     model is. What is not an array raises when it is used as one.
     """
-    places = compressible_caches(model)
     settings = Settings(window=0, sink_tokens=0)
     cache = compressed_caches(model, places, [(4, 4)] * len(places), settings)
-    _link(cache, link)
+    link_caches(cache, link)
     for _ in range(BLOCK // MAX_DECODE_ROWS):
         model(mx.zeros((1, MAX_DECODE_ROWS), mx.int32), cache=cache)
     link.needs_arrays = False
@@ -121,3 +153,10 @@ def _calls(model: nn.Module, name: str) -> bool:
     """Whether the ``__call__`` of one of its modules uses a function or method of this name."""
     codes = (getattr(type(module).__call__, "__code__", None) for module in model.modules())
     return any(code is not None and name in code.co_names for code in codes)
+
+
+def _attention_scopes(model: nn.Module) -> list[dict[str, Any]]:
+    """The global scopes in which the layers of a model look up their attention function."""
+    calls = {type(module).__call__ for module in model.modules()}
+    scopes = [getattr(call, "__globals__", {}) for call in calls]
+    return [scope for scope in scopes if _NAME in scope]

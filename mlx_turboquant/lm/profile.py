@@ -18,6 +18,7 @@ from ..codec.quantizer import CODEC_VERSION
 from ..files import write_json
 from .allocation import Layer, measured_layer
 from .compressible import Compressible
+from .identity import adapters_of
 
 FORMAT_VERSION = "1"
 # The bits at which a side is quantized to measure what that does.
@@ -70,16 +71,33 @@ class Profile(NamedTuple):
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of the model's configuration and of its vectors (norm weights and biases).
+    """A hash of the model's configuration, of its vectors (norm weights and biases) and adapters.
 
-    The same for a model and its dequantized form, because vectors are not quantized.
+    The same for a model and its dequantized form, because vectors are not quantized. A profile
+    holds no tokens: :mod:`.identity` tells whose tokens a cache holds.
     """
-    digest = hashlib.sha256(repr(getattr(model, "args", type(model).__name__)).encode())
+    return fingerprints(model)[0]
+
+
+def fingerprints(model: nn.Module) -> list[str]:
+    """The fingerprint of a model, and if it has adapters, that of the model without them."""
+    adapters = adapters_of(model)
+    vectors, own = {}, hashlib.sha256()
     for name, parameter in sorted(tree_flatten(model.parameters())):
-        if parameter.ndim == 1:
-            digest.update(name.encode())
-            digest.update(bytes(memoryview(parameter.astype(mx.float32))))
-    return digest.hexdigest()
+        module, _, last = name.rpartition(".")
+        wrapper = module.rpartition(".")[0]
+        if module in adapters:
+            own.update(f"{name} {parameter.shape}".encode())
+            own.update(bytes(memoryview(parameter.astype(mx.float32))))
+        elif isinstance(parameter, mx.array) and parameter.ndim == 1:
+            # An adapter wraps the layer of the base model.
+            vectors[f"{wrapper}.{last}" if wrapper in adapters else name] = parameter
+    base = hashlib.sha256(repr(getattr(model, "args", type(model).__name__)).encode())
+    for name, vector in sorted(vectors.items()):
+        base.update(name.encode())
+        base.update(bytes(memoryview(vector.astype(mx.float32))))
+    own.update(base.digest())
+    return [own.hexdigest(), base.hexdigest()] if adapters else [base.hexdigest()]
 
 
 def profile_path(fingerprint: str) -> Path:
@@ -103,8 +121,8 @@ def save_profile(profile: Profile, file: Path | None = None) -> Path:
     return file
 
 
-def load_profile(file: Path, model_fingerprint: str) -> Profile:
-    """The profile in a file, which must belong to the model with this fingerprint.
+def load_profile(file: Path, model_fingerprints: Sequence[str]) -> Profile:
+    """The profile in a file, which must have one of the :func:`fingerprints` of a model.
 
     Raises:
         ValueError: not a profile, damaged, of another model or of another version.
@@ -123,30 +141,33 @@ def load_profile(file: Path, model_fingerprint: str) -> Profile:
             f"{file} is a profile of version {versions}, this is version "
             f"{(FORMAT_VERSION, CODEC_VERSION)}: calibrate the model again."
         )
-    if found != model_fingerprint:
+    if found not in model_fingerprints:
         raise ValueError(
             f"{file} is the profile of another model (fingerprint {str(found)[:12]}, this model "
-            f"has {model_fingerprint[:12]}): calibrate this model."
+            f"has {model_fingerprints[0][:12]}): calibrate this model."
         )
     try:
-        return _checked(contents)
+        profile = _checked(contents)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file} is damaged ({error}): calibrate the model again.") from error
+    if found != model_fingerprints[0]:
+        _log.warning("The model has adapters: bits follow the profile of the model without them.")
+    return profile
 
 
-def find_profile(model_fingerprint: str) -> Profile | None:
-    """The profile of a model in the user's cache folder, or None if there is none.
+def find_profile(model_fingerprints: Sequence[str]) -> Profile | None:
+    """The profile in the user's cache folder with the first of these fingerprints that has one.
 
     A file that cannot be used counts as none, with a warning.
     """
-    file = profile_path(model_fingerprint)
-    try:
-        return load_profile(file, model_fingerprint)
-    except FileNotFoundError:
-        return None
-    except (ValueError, OSError) as error:
-        _log.warning("A profile is not used: %s", error)
-        return None
+    for each in model_fingerprints:
+        try:
+            return load_profile(profile_path(each), model_fingerprints)
+        except FileNotFoundError:
+            continue
+        except (ValueError, OSError) as error:
+            _log.warning("A profile is not used: %s", error)
+    return None
 
 
 def _checked(contents: dict[str, Any]) -> Profile:

@@ -25,12 +25,11 @@ from ..codec.quantizer import CODEC_VERSION
 from ..kernels.storage import check_state, check_vectors
 from ..stored_arrays import Damaged, StoredArray, StoredFile, room_for_checksums
 from .compressible import flat_caches, plain_caches
-from .enable import enabled_settings
-from .hook import connect
-from .profile import fingerprint
+from .compression import compression_of
+from .identity import CHANGED, description
 
 # Changes whenever the state of a cache is written in another way.
-FORMAT_VERSION = "4"
+FORMAT_VERSION = "5"
 
 _MLX_LM_CACHES = (ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache)
 _KNOWN_CACHES = (TurboQuantKVCache, TurboQuantLatentCache, *_MLX_LM_CACHES)
@@ -59,16 +58,37 @@ def save_prompt_cache(
     path, which ends in ".safetensors".
 
     Raises:
-        ValueError: the folder does not exist, or the file does and is not a prompt cache of ours.
+        ValueError: the folder does not exist, the file does and is not a prompt cache of ours, or
+            the weights of the model have changed since the cache was made.
         OSError: the file cannot be written whole, for want of space for instance.
     """
+    own = {"identity": identity_of(model, cache), "made_by": description(model)}
+    return write_prompt_cache(file, cache, {**(metadata or {}), **own})
+
+
+def identity_of(model: nn.Module, cache: list[Any]) -> str:
+    """The identity of the weights of a model, which a cache was made for.
+
+    Raises:
+        ValueError: the weights of the model have changed since.
+    """
+    identity = compression_of(model).weights().identity()
+    links = {layer.link for layer in flat_caches(cache) if isinstance(layer, TurboQuantKVCache)}
+    for weights in {link.weights for link in links} - {None}:
+        if weights.identity() != identity:
+            raise ValueError(CHANGED)
+    return identity
+
+
+def write_prompt_cache(file: str | Path, cache: list[Any], metadata: dict[str, str]) -> Path:
+    """Write a cache, whose ``metadata`` has the identity of its weights, as it is saved."""
     file = check_target(file)
     own = {"format": FORMAT_VERSION, "codec": CODEC_VERSION, "seed": _seeds(cache)}
     nbytes = sum(_nbytes(part) for _, part in tree_flatten([layer.state for layer in cache]))
-    own |= {"fingerprint": fingerprint(model), "checksums": room_for_checksums(nbytes)}
+    own["checksums"] = room_for_checksums(nbytes)
 
     def write(path: Path) -> None:
-        mlx_lm_cache.save_prompt_cache(str(path), cache, {**(metadata or {}), **own})
+        mlx_lm_cache.save_prompt_cache(str(path), cache, {**metadata, **own})
 
     files.write_whole(file, write, _CHECKSUMS_KEY)
     return file
@@ -104,7 +124,7 @@ def load_prompt_cache(
     versions = {"format": FORMAT_VERSION, "codec": CODEC_VERSION}
     files.check_versions(file, saved, versions, "process the prompt again")
     if model is not None:
-        check_fingerprint(file, saved.get("fingerprint"), model)
+        check_identity(file, saved, model)
     _check_names(file, stored)
     try:
         cache = _caches(stored, tokens)
@@ -122,7 +142,7 @@ def load_prompt_cache(
         _trim(file, cache, tokens)
     if model is not None:
         _check_model(file, cache, seeds, model)
-        connect(model, cache)
+        compression_of(model).connect(cache)
     return (cache, saved) if return_metadata else cache
 
 
@@ -131,12 +151,14 @@ def check_target(file: str | Path) -> Path:
     return files.check_target(file, "0.codec", "prompt cache")
 
 
-def check_fingerprint(file: str | Path, expected: str | None, model: nn.Module) -> None:
-    """Raise ValueError unless ``expected``, of a saved cache, is the fingerprint of ``model``."""
-    if expected != fingerprint(model):
+def check_identity(file: str | Path, saved: dict[str, str], model: nn.Module) -> None:
+    """Raise ValueError unless a cache with this metadata was read by the weights of ``model``."""
+    found, own = saved.get("identity"), compression_of(model).weights().identity()
+    if found != own:
         raise ValueError(
-            f"{file} belongs to another model (fingerprint {str(expected)[:12]}, this model has "
-            f"{fingerprint(model)[:12]}): load the model that it was made with."
+            f"{file} belongs to another model ({saved.get('made_by')}, weights {str(found)[:12]}; "
+            f"this is {description(model)}, weights {own[:12]}): load the model that it was made "
+            "by, with the same adapters and precision."
         )
 
 
@@ -218,7 +240,7 @@ def _check_model(file: Path, cache: list[Any], seeds: str, model: nn.Module) -> 
     expected = plain_caches(model)
     if len(cache) != len(expected):
         raise Damaged(file, f"{len(cache)} caches for {len(expected)} layers")
-    settings = enabled_settings(model)
+    settings = compression_of(model).settings
     if settings is not None and seeds not in ("", str(settings.seed)):
         raise ValueError(
             f"{file} was saved with seed {seeds}, the model is enabled with seed "

@@ -30,7 +30,7 @@ from ..cache.single import TurboQuantKVCache
 from ..files import write_json
 from ..stored_arrays import Damaged, read_header
 from .compressible import flat_caches
-from .profile import fingerprint
+from .compression import compression_of
 from .prompt_cache import load_prompt_cache, save_prompt_cache
 
 FORMAT_VERSION = 2
@@ -325,7 +325,7 @@ def key_of(model: nn.Module, scope: str = "") -> str:
     """A hash of a model, of the settings of the caches that it makes, and of a scope."""
     key = getattr(model, _KEY_ATTRIBUTE, None)
     if key is None:
-        digest = hashlib.sha256(fingerprint(model).encode())
+        digest = hashlib.sha256(compression_of(model).weights().identity().encode())
         for layer in flat_caches(make_prompt_cache(model)):
             digest.update(type(layer).__name__.encode())
             if isinstance(layer, TurboQuantKVCache):

@@ -7,8 +7,8 @@ import mlx.nn as nn
 
 from ..kernels.tokens import BLOCK
 from .allocation import expected_divergence
-from .choice import choice_of
 from .compressible import flat_caches
+from .compression import compression_of
 
 _WHY_NOT = {
     "RotatingKVCache": "sliding window, bounded already",
@@ -138,7 +138,7 @@ def cache_report(cache: list[Any], model: nn.Module | None = None) -> CacheRepor
     if not compressed:
         names = ", ".join(groups) or "none"
         _log.warning("No layer of this cache is compressed (its caches: %s).", names)
-    expected = None if model is None else choice_of(model).expected
+    expected = None if model is None else compression_of(model).expected
     if expected is None or len(expected) != len(compressed):
         return report
     bits = list(zip(report.key_bits, report.value_bits))

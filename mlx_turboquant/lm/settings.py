@@ -5,7 +5,7 @@ from typing import TypedDict
 
 from ..cache.blocks import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW, check_token_counts
 from ..codec.codebook import check_bits
-from .allocation import check_budget
+from .allocation import check_budget, uniform_bits
 
 
 class CacheOptions(TypedDict, total=False):
@@ -59,3 +59,8 @@ class Settings:
     def is_fixed(self) -> bool:
         """Whether all layers have the same bits, so that nothing of the model is needed."""
         return self.uniform or None not in (self.key_bits, self.value_bits)
+
+    def fixed_bits(self) -> tuple[int, int]:
+        """The bits of keys and values of all layers, for settings that are fixed."""
+        key_bits, value_bits = uniform_bits(self.bits)
+        return self.key_bits or key_bits, self.value_bits or value_bits

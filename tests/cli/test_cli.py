@@ -16,10 +16,10 @@ from conftest import REPOSITORY
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
-from mlx_turboquant import make_prompt_cache, save_prompt_cache
+from mlx_turboquant import disable, make_prompt_cache, save_prompt_cache
 from mlx_turboquant.cli.loading import ensure_profile
 from mlx_turboquant.lm import profile
-from mlx_turboquant.lm.choice import choice_of
+from mlx_turboquant.lm.compression import compression_of
 from mlx_turboquant.lm.settings import Settings
 
 TINY_LM = str(REPOSITORY / "examples" / "tiny-lm")
@@ -220,7 +220,7 @@ def test_what_cannot_be_calibrated_or_kept_is_named_and_the_command_goes_on(
 ):
     model, tokenizer = tiny_lm
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no profile of another test
-    monkeypatch.setattr(model, "_mlx_turboquant_choice", None, raising=False)
+    disable(model)  # so that it is looked for again
     # No profile that another test has left is found here either.
     (tmp_path / "file").touch()
     monkeypatch.setattr(profile, "profile_path", lambda name: tmp_path / "file" / "folder" / name)
@@ -231,7 +231,7 @@ def test_what_cannot_be_calibrated_or_kept_is_named_and_the_command_goes_on(
     assert message.endswith("): use --no-calibrate with the other commands.")
     ensure_profile(model, tokenizer, arguments, Settings())
     assert "Its profile cannot be kept: [Errno 20]" in capsys.readouterr().err
-    assert choice_of(model).expected is not None
+    assert compression_of(model).expected is not None
 
 
 def test_a_chat_streams_stops_saves_and_leaves(tmp_path):

@@ -35,17 +35,17 @@ def test_a_profile_is_loaded_as_it_was_saved(tmp_path_factory, layers):
     values = tuple(side((1, 2), numbers[2:4]) if numbers[4] else None for numbers in layers)
     profile = Profile(FINGERPRINT, ("code", "prose"), 96, keys, values)
     file = save_profile(profile, tmp_path_factory.mktemp("profiles") / "new" / "profile.json")
-    assert load_profile(file, FINGERPRINT) == profile
+    assert load_profile(file, [FINGERPRINT]) == profile
 
 
 def test_a_profile_is_found_by_the_fingerprint_of_its_model(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert find_profile(FINGERPRINT) is None
+    assert find_profile([FINGERPRINT]) is None
     file = save_profile(PROFILE)
     assert file == profile_path(FINGERPRINT) and tmp_path in file.parents
     assert [each.name for each in file.parent.iterdir()] == [file.name]
-    assert find_profile(FINGERPRINT) == PROFILE
-    assert find_profile("f" * 64) is None
+    assert find_profile([FINGERPRINT]) == PROFILE
+    assert find_profile(["f" * 64]) is None
 
 
 def test_the_fingerprint_is_that_of_the_model_and_not_of_its_precision(random_model):
@@ -82,7 +82,7 @@ def test_a_profile_that_is_damaged_or_foreign_is_refused(tmp_path, change, messa
     change(contents)
     file.write_text(json.dumps(contents))
     with pytest.raises(ValueError, match=message):
-        load_profile(file, FINGERPRINT)
+        load_profile(file, [FINGERPRINT])
 
 
 @given(st.binary(max_size=200))
@@ -90,7 +90,7 @@ def test_any_other_file_is_refused(tmp_path_factory, content):
     file = tmp_path_factory.mktemp("profiles") / "profile.json"
     file.write_bytes(content)
     with pytest.raises(ValueError, match="profile.json is not a profile: calibrate the model"):
-        load_profile(file, FINGERPRINT)
+        load_profile(file, [FINGERPRINT])
 
 
 def test_a_damaged_profile_in_the_cache_folder_is_ignored_with_a_warning(
@@ -98,16 +98,16 @@ def test_a_damaged_profile_in_the_cache_folder_is_ignored_with_a_warning(
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     save_profile(PROFILE).write_text("{")
-    assert find_profile(FINGERPRINT) is None
+    assert find_profile([FINGERPRINT]) is None
     assert "A profile is not used: " in caplog.text and "is not a profile" in caplog.text
 
 
 def test_bits_are_chosen_by_geometric_means_over_the_texts_and_expected_by_arithmetic_ones():
     """Texts of d and 2 d: means of 1.41 d and of 1.5 d."""
     places = [Compressible(0, None, VECTORS, VECTORS)]
-    [weighed] = PROFILE.layers(places, geometric=True)
+    [allocated] = PROFILE.layers(places, geometric=True)
     [expected] = PROFILE.layers(places, geometric=False)
-    assert weighed.keys.divergences[2:4] == pytest.approx((2**0.5 * 0.5, 2**0.5 * 0.1))
+    assert allocated.keys.divergences[2:4] == pytest.approx((2**0.5 * 0.5, 2**0.5 * 0.1))
     assert expected.keys.divergences[2:4] == pytest.approx((1.5 * 0.5, 1.5 * 0.1))
     assert expected.values.divergences[1:3] == pytest.approx((1.5 * 0.5, 1.5 * 0.1))
 

@@ -9,8 +9,8 @@ from mlx_turboquant import make_prompt_cache
 from mlx_turboquant.cache.single import TurboQuantKVCache
 from mlx_turboquant.cli.benchmark import shape_config
 from mlx_turboquant.lm.allocation import Vectors
-from mlx_turboquant.lm.choice import treat_layers_alike
 from mlx_turboquant.lm.compressible import compressible_caches, text_arguments
+from mlx_turboquant.lm.compression import treat_layers_alike
 from mlx_turboquant.lm.loading import prepare_for_device, weight_nbytes
 from mlx_turboquant.measure.contenders import EXACT
 from mlx_turboquant.measure.footprint import chunk_nbytes, footprint

@@ -6,7 +6,7 @@ from conftest import variant
 
 from mlx_turboquant import enable, make_prompt_cache
 from mlx_turboquant.lm.allocation import mean_bits
-from mlx_turboquant.lm.choice import choice_of, treat_layers_alike
+from mlx_turboquant.lm.compression import compression_of, treat_layers_alike
 from mlx_turboquant.lm.profile import Profile, fingerprint, save_profile
 from mlx_turboquant.lm.settings import Settings
 
@@ -59,11 +59,11 @@ def test_a_profile_of_another_model_is_refused(random_model, tmp_path):
 @pytest.mark.parametrize("budget", [2, 2.25, 3, 3.75, 4.5, 8])
 def test_without_a_profile_the_budget_is_kept_as_well_and_keys_have_more(random_model, budget):
     pairs = bits(make_prompt_cache(random_model, budget))
-    assert mean_bits(choice_of(random_model).weighed, pairs) <= budget
+    assert mean_bits(compression_of(random_model).plan().layers, pairs) <= budget
     assert all(key >= value for key, value in pairs)
 
 
-def test_without_a_profile_a_layer_whose_keys_demand_more_gets_more(random_model):
+def test_without_a_profile_a_layer_with_more_sensitive_keys_gets_more(random_model):
     model = variant(random_model)
     projection = model.layers[0].self_attn.k_proj
     projection.weight = 30 * projection.weight
@@ -108,7 +108,7 @@ def test_layers_that_are_treated_alike_are_not_computed(random_model):
     mx.reset_peak_memory()
     treat_layers_alike(model)
     pairs = bits(make_prompt_cache(model, 4))
-    assert mean_bits(choice_of(model).weighed, pairs) == 4
+    assert mean_bits(compression_of(model).plan().layers, pairs) == 4
     assert mx.get_peak_memory() < 2**30
 
 

@@ -1,4 +1,4 @@
-"""What quantizing keys does to the attention of each layer: a stand-in for calibration.
+"""How sensitive the attention of each layer is to quantized keys: a stand-in for calibration.
 
 The error of a quantized key k with mean c is spread evenly over the dimensions by the rotation, so
 a score of query q has noise of variance
@@ -9,54 +9,40 @@ D(b) being the relative mean squared error of b bits in d dimensions. To second 
 variance s_j in the scores moves a softmax p by a KL divergence of half of sum p_j (1 - p_j) s_j.
 """
 
-from functools import partial
-
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..kernels.storage import removable_mean
-from .compressible import (
-    HOOKED_NAME,
-    Compressible,
-    attention_scopes,
-    plain_caches,
-    text_arguments,
-)
+from .compressible import Compressible, plain_caches, text_arguments
+from .hook import observed_attention
 
 _TOKENS = 256
-# A demand is the mean over the last queries, which have the most tokens to look at.
+# A sensitivity is the mean over the last queries, which have the most tokens to look at.
 _QUERIES = 16
 
 
-def key_demands(model: nn.Module, compressible: list[Compressible]) -> list[float]:
+def key_sensitivities(model: nn.Module, compressible: list[Compressible]) -> list[float]:
     """KL divergence of the attention weights of each layer, in nats per unit of D.
 
     The model reads pseudo-random tokens. It is 0 for layers that have an attention of their own.
     """
-    demands: dict[int, mx.array] = {}
+    found: dict[int, mx.array] = {}
 
-    def recording(attention, queries, keys, values, cache=None, scale=1.0, mask=None, **others):
+    def observe(queries, keys, cache=None, scale=1.0, *_, **others):
         if keys.shape[-1] == queries.shape[-1]:
-            demands[id(cache)] = key_demand(queries, keys, scale)
-        return attention(queries, keys, values, cache=cache, scale=scale, mask=mask, **others)
+            found[id(cache)] = key_sensitivity(queries, keys, scale)
 
     caches = plain_caches(model)
     vocabulary = getattr(text_arguments(model), "vocab_size", 128)
     tokens = mx.random.randint(0, vocabulary, (1, _TOKENS), key=mx.random.key(0))
-    originals = [(scope, scope[HOOKED_NAME]) for scope in attention_scopes(model)]
-    for scope, original in originals:
-        scope[HOOKED_NAME] = partial(recording, original)
-    try:
+    with observed_attention(model, observe):
         model(tokens, cache=caches)
-    finally:
-        for scope, original in originals:
-            scope[HOOKED_NAME] = original
-    mx.eval(demands, [cache.state for cache in caches])
-    found = (demands.get(id(each.of(caches))) for each in compressible)
-    return [0.0 if demand is None else demand.item() for demand in found]
+    mx.eval(found, [cache.state for cache in caches])
+    sensitivities = (found.get(id(each.of(caches))) for each in compressible)
+    return [0.0 if each is None else each.item() for each in sensitivities]
 
 
-def key_demand(queries: mx.array, keys: mx.array, scale: float) -> mx.array:
+def key_sensitivity(queries: mx.array, keys: mx.array, scale: float) -> mx.array:
     """KL divergence of the attention weights in nats per unit of D: a lazy float32 scalar.
 
     ``queries`` (B, query_heads, L, dim), of which the last row sees all tokens, and ``keys``

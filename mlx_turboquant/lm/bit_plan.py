@@ -1,0 +1,88 @@
+"""How the bits of one model are spent: by its profile, or by what stands in for one."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ..codec.codebook import relative_error
+from .allocation import BUDGETS, Layer, allocate, expected_divergence, measured_layer
+from .compressible import Compressible
+from .profile import Profile
+from .settings import Settings
+
+# What keys cost without a profile if values cost 1: this factor times the sensitivity of their
+# layer, or at least the second number. Both were chosen on three real models, see docs/quality.md.
+_KEY_WEIGHT, _LEAST_KEY_WEIGHT = 2.0, 4.0
+# In nats: above this, the output differs noticeably.
+_LARGE_DIVERGENCE = 0.05
+
+_log = logging.getLogger("mlx_turboquant")
+
+
+@dataclass
+class BitPlan:
+    """The compressed layers of a model, and the bits that were chosen for them so far.
+
+    ``layers`` have the divergences that bits are allocated by. ``expected`` are the same layers
+    with the divergences to expect, in nats, or None without a profile.
+    """
+
+    layers: list[Layer]
+    expected: list[Layer] | None
+    _chosen: dict[Settings, list[tuple[int, int]]] = field(default_factory=dict)
+
+    @classmethod
+    def of_profile(cls, compressible: Sequence[Compressible], profile: Profile) -> "BitPlan":
+        """The plan for a model with a profile.
+
+        Raises:
+            ValueError: the profile and the model have different numbers of layers.
+        """
+        return cls(*(profile.layers(compressible, geometric) for geometric in (True, False)))
+
+    @classmethod
+    def estimated(
+        cls, compressible: Sequence[Compressible], sensitivities: Sequence[float]
+    ) -> "BitPlan":
+        """The plan for a model without a profile, by the sensitivity of the keys of each layer."""
+        layers = []
+        for place, sensitivity in zip(compressible, sensitivities):
+            # Not max(): a sensitivity that is not a number says nothing.
+            weight = _KEY_WEIGHT * sensitivity
+            weight = weight if weight > _LEAST_KEY_WEIGHT else _LEAST_KEY_WEIGHT
+            keys, values = place.keys, place.values
+            of_values = None if values is None else {1: relative_error(values.dim, 1)}
+            of_keys = {1: weight * relative_error(keys.dim, 1)}
+            layers.append(measured_layer(keys, values, of_keys, of_values))
+        return cls(layers, None)
+
+    def bits(self, settings: Settings) -> list[tuple[int, int]]:
+        """The bits of keys and values of every layer for a budget.
+
+        Raises:
+            ValueError: the budget is too small.
+        """
+        if settings in self._chosen:
+            return self._chosen[settings]
+        bits = allocate(self.layers, settings.bits, settings.key_bits, settings.value_bits)
+        divergence = self.divergence(bits)
+        if divergence is None:
+            _log.info(
+                "This model has no profile: `mlx_turboquant calibrate` would measure where bits "
+                "matter, which lowers the divergence by a third and more at the same size."
+            )
+        elif divergence > _LARGE_DIVERGENCE:
+            text = "With %g bits the expected divergence is %.2g nats: use %s."
+            _log.warning(text, settings.bits, divergence, self._remedy())
+        self._chosen[settings] = bits
+        return bits
+
+    def divergence(self, bits: Sequence[tuple[int, int]]) -> float | None:
+        """The divergence to expect with these bits, in nats; None without a profile."""
+        return None if self.expected is None else expected_divergence(self.expected, bits)
+
+    def _remedy(self) -> str:
+        for budget in BUDGETS:
+            if self.divergence(allocate(self.layers, budget)) <= _LARGE_DIVERGENCE:
+                return f"{budget:g} bits to stay below {_LARGE_DIVERGENCE}"
+        return "mlx_turboquant evaluate to see whether this model can be compressed"

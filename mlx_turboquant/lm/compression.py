@@ -1,0 +1,178 @@
+"""All that is known of one model: settings, plan of bits, weights and the link of its caches."""
+
+import copy
+import sys
+import threading
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.models import cache as mlx_lm_cache
+
+from ..cache.fetched import Link
+from .allocation import Layer
+from .bit_plan import BitPlan
+from .compressible import (
+    ATTRIBUTE,
+    check_compressible,
+    compressed_caches,
+    compressible_caches,
+    link_caches,
+)
+from .hook import link_of, unlink
+from .identity import Weights
+from .profile import Profile, find_profile, fingerprints
+from .sensitivity import key_sensitivities
+from .settings import Settings
+
+_MAKE_PROMPT_CACHE = mlx_lm_cache.make_prompt_cache.__code__
+# Several threads may make caches of a model.
+_lock = threading.RLock()
+
+
+class Compression:
+    """The one object of a model, which :func:`.enable` replaces whole.
+
+    Attributes:
+        settings: Of the caches that mlx-lm makes; None for a model that is not enabled.
+        replaced: The ``make_cache`` that the model had of its own before it was enabled.
+        given: The profile that a caller has given, which stays until another one is given.
+        profile: That one, or what the user's cache folder had when this object was made.
+        compressible: The caches of the model that are compressed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        before: "Compression | None" = None,
+        settings: Settings | None = None,
+        given: Profile | None = None,
+        plan: BitPlan | None = None,
+    ):
+        self._model = weakref.ref(model)
+        self.settings = settings
+        self.replaced = model.__dict__.get("make_cache")
+        self._weights: Weights | None = None
+        self._link: Link | None = None
+        if before is not None:
+            given = given or before.given
+            self._weights, self._link = before._weights, before._link
+            if before.settings is not None:
+                self.replaced = before.replaced
+        self.given = given
+        self.compressible = compressible_caches(model)
+        self.profile = given
+        if given is None and plan is None:
+            self.profile = find_profile(fingerprints(model))
+        self._plan = plan
+        if self.profile is not None:
+            self._plan = BitPlan.of_profile(self.compressible, self.profile)
+
+    def __deepcopy__(self, memo: dict) -> "Compression":
+        copied = copy.copy(self)
+        # The copy of the model is being made, and has no modules to be hooked yet.
+        copied._model = weakref.ref(memo.get(id(self._model()), self._model()))
+        copied._weights = copied._link = None
+        copied.replaced = copy.deepcopy(self.replaced, memo)
+        return copied
+
+    def make_cache(self) -> list[Any]:
+        """A prompt cache for mlx-lm, which calls this without the limit that it was given."""
+        caller = sys._getframe(1)
+        is_mlx_lm = caller.f_code is _MAKE_PROMPT_CACHE
+        limit = caller.f_locals["max_kv_size"] if is_mlx_lm else None
+        settings = self.settings if limit is None else replace(self.settings, max_size=limit)
+        return self.new_cache(settings)
+
+    def new_cache(self, settings: Settings) -> list[Any]:
+        """An empty prompt cache.
+
+        Raises:
+            ValueError: a budget that is too small, or no layer that could be compressed.
+        """
+        model = self._model()
+        check_compressible(model, self.compressible)
+        cache = compressed_caches(model, self.compressible, self.bits(settings), settings)
+        self.connect(cache)
+        return cache
+
+    def bits(self, settings: Settings) -> list[tuple[int, int]]:
+        """The bits of keys and values of every compressed cache.
+
+        Raises:
+            ValueError: the budget is too small.
+        """
+        if settings.is_fixed:
+            return [settings.fixed_bits()] * len(self.compressible)
+        return self.plan().bits(settings)
+
+    def plan(self) -> BitPlan:
+        """How bits are spent that are not fixed; without a profile, the model runs for it."""
+        with _lock:
+            if self._plan is None:
+                sensitivities = key_sensitivities(self._model(), self.compressible)
+                self._plan = BitPlan.estimated(self.compressible, sensitivities)
+        return self._plan
+
+    @property
+    def expected(self) -> list[Layer] | None:
+        """The compressed layers with the divergences to expect, or None without a profile."""
+        return None if self._plan is None else self._plan.expected
+
+    def weights(self) -> Weights:
+        """The weights that the model has now."""
+        with _lock:
+            model = self._model()
+            if self._weights is None or not self._weights.are_of(model):
+                self._weights = Weights(model)
+                self.disconnect()
+            return self._weights
+
+    def connect(self, cache: list[Any]) -> None:
+        """Let attention read the compressed tokens of a cache, which is read by these weights."""
+        with _lock:
+            weights = self.weights()
+            if self._link is None:
+                self._link = link_of(self._model(), self.compressible)
+                self._link.weights = weights
+            link_caches(cache, self._link)
+
+    def disconnect(self) -> None:
+        """Give the model mlx-lm's attention back; its caches then return arrays."""
+        with _lock:
+            if self._link is not None:
+                unlink(self._model(), self._link)
+                self._link = None
+
+
+def compression_of(model: nn.Module) -> Compression:
+    """What is known of a model, which need not be enabled."""
+    with _lock:
+        compression = getattr(model, ATTRIBUTE, None)
+        if compression is None:
+            compression = Compression(model)
+            setattr(model, ATTRIBUTE, compression)
+        return compression
+
+
+def give_profile(model: nn.Module, profile: Profile) -> Compression:
+    """Spend the bits of a model as a profile says, until another one is given.
+
+    Raises:
+        ValueError: the profile and the model have different numbers of layers.
+    """
+    with _lock:
+        before = compression_of(model)
+        compression = Compression(model, before, before.settings, profile)
+        if before.settings is not None:
+            model.make_cache = compression.make_cache
+        setattr(model, ATTRIBUTE, compression)
+        return compression
+
+
+def treat_layers_alike(model: nn.Module) -> None:
+    """Give a model without weights a plan of bits, for which nothing is computed with it."""
+    compressible = compressible_caches(model)
+    plan = BitPlan.estimated(compressible, [0.0] * len(compressible))
+    setattr(model, ATTRIBUTE, Compression(model, plan=plan))
