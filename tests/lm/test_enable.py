@@ -1,14 +1,23 @@
+import copy
 import gc
 
 import mlx.core as mx
+import mlx_lm
 import pytest
-from conftest import logits, variant
+from adapters import adapter_folder
+from conftest import PROMPT, logits, variant
+from mlx_lm.generate import BatchGenerator
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models import llama, mamba
 from mlx_lm.models.cache import KVCache, RotatingKVCache
+from mlx_lm.tuner.utils import load_adapters, remove_lora_layers
+from tokens import continuation
 
 from mlx_turboquant import TurboQuantKVCache, cache_size, disable, enable, make_prompt_cache
+from mlx_turboquant.cache.batch import BatchTurboQuantKVCache
 from mlx_turboquant.kernels import runtime
+from mlx_turboquant.lm.compression import compression_of
+from mlx_turboquant.lm.profile import Profile, fingerprint, save_profile
 from mlx_turboquant.lm.settings import Settings
 
 
@@ -141,3 +150,126 @@ def test_a_disabled_model_gets_arrays_from_caches_that_it_has(random_model):
     disable(random_model)
     cache[0].trim(1)
     assert isinstance(cache[0].update_and_fetch(new, new)[0], mx.array)
+
+
+def test_the_limit_that_mlx_lm_is_given_limits_our_caches(random_model):
+    enable(random_model, 4, window=16)
+    for limit in (300, 4096):
+        cache = mlx_lm_cache.make_prompt_cache(random_model, max_kv_size=limit)
+        assert [layer.max_size for layer in cache] == [limit] * 2
+    assert mlx_lm_cache.make_prompt_cache(random_model)[0].max_size is None
+    assert random_model.make_cache()[0].max_size is None
+    enable(random_model, 4, window=16, max_size=256)
+    assert mlx_lm_cache.make_prompt_cache(random_model)[0].max_size == 256
+    assert mlx_lm_cache.make_prompt_cache(random_model, 300)[0].max_size == 300
+    with pytest.raises(ValueError, match="A cache of 40 tokens is too small for 4 sinks"):
+        mlx_lm_cache.make_prompt_cache(random_model, 40)
+
+
+def test_generation_with_a_limit_holds_no_more_tokens(tiny_lm):
+    """Alone and in a batch of mlx-lm, which make their caches themselves."""
+    model, tokenizer = tiny_lm
+    enable(model, 4, uniform=True, window=16)
+    prompt = tokenizer.encode("import os\n" * 150)
+
+    def held(kind):
+        return max((x.size() for x in gc.get_objects() if type(x) is kind), default=0)
+
+    for _ in mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=9, max_kv_size=300):
+        assert held(TurboQuantKVCache) <= 300 < len(prompt)
+    generator = BatchGenerator(model, max_tokens=9, max_kv_size=300)
+    generator.insert([prompt, prompt[:400]])
+    sizes = [held(BatchTurboQuantKVCache) for _ in iter(generator.next_generated, [])]
+    assert 200 < max(sizes) <= 300
+    generator.close()
+
+
+def profile_of(model, *key_weights: float) -> Profile:
+    keys = tuple({2: (weight,), 3: (0.3 * weight,)} for weight in key_weights)
+    return Profile(fingerprint(model), ("text",), 24, keys, ({1: (1e-3,), 2: (1e-4,)},) * 2)
+
+
+def key_bits(cache) -> list[int]:
+    return [layer.key_bits for layer in cache]
+
+
+def test_enabling_again_finds_a_profile_that_was_written_since(random_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    enable(random_model, 4)
+    save_profile(profile_of(random_model, 1e-5, 1.0))
+    enable(random_model, 4)
+    first, second = key_bits(random_model.make_cache())
+    assert first < second
+
+
+def test_a_given_profile_stays_until_another_is_given(random_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    save_profile(profile_of(random_model, 1e-5, 1.0))
+    enable(random_model, 4, profile=profile_of(random_model, 1.0, 1e-5))
+    enable(random_model, 3.5)
+    first, second = key_bits(random_model.make_cache())
+    assert first > second
+
+
+def test_nothing_is_measured_for_bits_that_are_fixed(tiny_lm, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model, tokenizer = tiny_lm
+    for fixed in ({"uniform": True}, {"key_bits": 5, "value_bits": 3}):
+        enable(model, tokenizer=tokenizer, **fixed)
+        assert compression_of(model).profile is None
+    assert not list(tmp_path.rglob("*.json"))
+    enable(model, tokenizer=tokenizer)
+    assert compression_of(model).profile is not None and list(tmp_path.rglob("*.json"))
+
+
+def test_a_copy_of_an_enabled_model_lives_on_its_own(random_model):
+    enable(random_model, 3, window=16)
+    expected = logits(random_model, random_model.make_cache())
+    copied = copy.deepcopy(random_model)
+    original = llama.scaled_dot_product_attention
+    disable(random_model)
+    mx.eval(expected)
+    random_model.update(copied.parameters())  # nothing of the original is left but its shell
+    cache = copied.make_cache()
+    assert mx.array_equal(logits(copied, cache), expected)
+    assert type(llama.scaled_dot_product_attention) is type(original)
+    twice = copy.deepcopy(copied)
+    del copied, cache
+    gc.collect()
+    assert mx.array_equal(logits(twice, twice.make_cache()), expected)
+    disable(twice)
+    assert [type(layer) for layer in twice.make_cache()] == [KVCache] * 2
+
+
+def test_a_profile_serves_adapters_of_its_model_and_says_so(
+    random_model, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = adapter_folder(tmp_path / "adapter", random_model)
+    save_profile(profile_of(random_model, 1e-5, 1.0))
+    enable(random_model, 4)
+    expected = key_bits(random_model.make_cache())
+    assert "adapters" not in caplog.text
+    load_adapters(random_model, folder)
+    enable(random_model, 4)
+    assert key_bits(random_model.make_cache()) == expected
+    [line] = [each.message for each in caplog.records]
+    assert line == "The model has adapters: bits follow the profile of the model without them."
+    own = profile_of(random_model, 1.0, 1e-5)
+    save_profile(own)
+    enable(random_model, 4)
+    assert key_bits(random_model.make_cache()) == expected[::-1]
+    remove_lora_layers(random_model)
+    enable(random_model, 4)
+    assert key_bits(random_model.make_cache()) == expected
+
+
+def test_a_cache_of_before_an_adapter_goes_on_without_the_fast_path(random_model, tmp_path):
+    enable(random_model, 4, window=16)
+    cache = random_model.make_cache()
+    random_model(PROMPT[None, :100], cache=cache)
+    load_adapters(random_model, adapter_folder(tmp_path / "adapter", random_model))
+    assert random_model.make_cache()[0].link.is_hooked and not cache[0].link.is_hooked
+    dense = mlx_lm_cache.make_prompt_cache(random_model)
+    assert continuation(random_model, PROMPT[:9].tolist(), dense, 5)
+    assert len(continuation(random_model, PROMPT[100:103].tolist(), cache, 5)) == 5
