@@ -16,10 +16,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
-# Words that are summed up at once: few enough for the memory, enough for a GPU.
-_PIECE = 1 << 21
+_NUMBERS = (bool, int, float, str)
+# Words of a sum, and sums that are made at once: few enough for the memory, enough for a GPU.
+_WORDS, _SUMS = 1 << 19, 16
 # Bytes of a small array, which is kept and compared by its bits: some models (Gemma 3n) clip such
 # weights again at every call, and put a new array in the place of an equal one.
 _SMALL = 1 << 16
@@ -32,17 +32,15 @@ class Weights:
     """
 
     def __init__(self, model: nn.Module):
-        self._numbers = _numbers(model)
-        self._arrays = {name: _reference(x) for name, x in tree_flatten(model.parameters())}
+        self._parts = [(name, _reference(part)) for name, part in _parts(model)]
         self._identity: str | None = None
 
     def are_of(self, model: nn.Module) -> bool:
         """Whether these are still the weights of a model."""
-        now = dict(tree_flatten(model.parameters()))
-        return (
-            now.keys() == self._arrays.keys()
-            and all(_are_same(self._arrays[name](), x) for name, x in now.items())
-            and self._numbers == _numbers(model)
+        now = list(_parts(model))
+        return len(now) == len(self._parts) and all(
+            name == other and _are_same(reference(), part)
+            for (name, part), (other, reference) in zip(now, self._parts)
         )
 
     def identity(self) -> str:
@@ -52,11 +50,9 @@ class Weights:
             ValueError: the model has other weights by now.
         """
         if self._identity is None:
-            references = self._arrays.values()
-            if any(type(each) is weakref.ref and each() is None for each in references):
+            if any(isinstance(x, weakref.ref) and x() is None for _, x in self._parts):
                 raise ValueError(CHANGED)
-            arrays = {name: reference() for name, reference in self._arrays.items()}
-            self._identity = _digest(self._numbers, arrays)
+            self._identity = _digest({name: reference() for name, reference in self._parts})
         return self._identity
 
 
@@ -79,42 +75,57 @@ def description(model: nn.Module) -> str:
     return f"{layers} and adapters" if adapters_of(model) else layers
 
 
-def _numbers(model: nn.Module) -> str:
-    """The configuration, and what else modules compute with: the scale of an adapter is one."""
-    texts = [repr(getattr(model, "args", type(model).__name__))]
-    for name, module in model.named_modules():
-        values = sorted(
-            (key, value)
-            for key, value in vars(module).items()
-            if not key.startswith("_") and type(value) in (bool, int, float, str)
-        )
-        texts.append(f"{name} {type(module).__name__} {values}")
-    return "\n".join(texts)
+def _parts(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """All that a model computes with, by name: its parameters, and the numbers of its modules.
 
-
-def _digest(numbers: str, arrays: dict[str, Any]) -> str:
-    digest = hashlib.sha256(numbers.encode())
-    multipliers = mx.array(np.random.PCG64(0).random_raw(_PIECE) | np.uint64(1))
-    sums = []
-    for name, x in sorted(arrays.items()):
-        if isinstance(x, mx.array):
-            digest.update(f"\n{name} {x.shape} {x.dtype}".encode())
-            sums += [(words * multipliers[: words.size]).sum() for words in _pieces(x)]
+    The scale of an adapter is such a number.
+    """
+    yield "configuration", repr(getattr(model, "args", None))
+    parts: list[tuple[str, Any]] = [("", model)]
+    while parts:
+        name, part = parts.pop()
+        if isinstance(part, nn.Module):
+            values = vars(part).items()
+            numbers = [(key, x) for key, x in values if key[0] != "_" and type(x) in _NUMBERS]
+            yield f"{name}()", f"{type(part).__name__} {numbers}"
+        if isinstance(part, dict):
+            parts += [(f"{name}.{key}", x) for key, x in part.items() if key[0] != "_"]
+        elif isinstance(part, (list, tuple)):
+            parts += [(f"{name}.{index}", x) for index, x in enumerate(part)]
         else:
-            digest.update(f"\n{name} {x!r}".encode())
+            yield name, part
+
+
+def _digest(parts: dict[str, Any]) -> str:
+    digest = hashlib.sha256()
+    multipliers = mx.array(np.random.PCG64(0).random_raw(_WORDS) | np.uint64(1))
+    sums: list[mx.array] = []
+    for name, part in sorted(parts.items()):
+        if isinstance(part, mx.array):
+            digest.update(f"{name} {part.shape} {part.dtype}\n".encode())
+            for words in _words(part):
+                sums.append((words * multipliers[: words.shape[1]]).sum(axis=1))
+                if len(sums) % _SUMS == 0:
+                    mx.eval(sums[-_SUMS:])  # so that not all products are there at once
+        else:
+            digest.update(f"{name} {part}\n".encode())
     if sums:
-        digest.update(bytes(memoryview(mx.stack(sums))))
+        digest.update(bytes(memoryview(mx.concatenate(sums))))
     return digest.hexdigest()
 
 
-def _pieces(x: mx.array) -> Iterator[mx.array]:
-    """The bits of an array as uint64 vectors that hold one word of 32 bits each."""
+def _words(x: mx.array) -> Iterator[mx.array]:
+    """The bits of an array as rows of uint64 numbers, each of which is a word of 32 bits."""
     bits = x.reshape(-1)
     if x.nbytes % 4:
         bits = mx.pad(bits.view(mx.uint8), (0, -x.nbytes % 4))
     words = bits.view(mx.uint32)
-    for start in range(0, words.size, _PIECE):
-        yield words[start : start + _PIECE].astype(mx.uint64)
+    whole = words.size // _WORDS * _WORDS
+    for start in range(0, whole, _WORDS * _SUMS):
+        rows = words[start : min(start + _WORDS * _SUMS, whole)].reshape(-1, _WORDS)
+        yield rows.astype(mx.uint64)
+    if words.size > whole:
+        yield words[whole:].reshape(1, -1).astype(mx.uint64)
 
 
 def _reference(x: Any) -> Any:
@@ -123,10 +134,12 @@ def _reference(x: Any) -> Any:
 
 
 def _are_same(x: Any, y: Any) -> bool:
-    """Whether two parameters are one, or small arrays with the same bits."""
+    """Whether two parts are one array, small arrays with the same bits, or equal otherwise."""
     if x is y:
         return True
-    if not (isinstance(x, mx.array) and isinstance(y, mx.array)) or x.nbytes > _SMALL:
+    if not (isinstance(x, mx.array) and isinstance(y, mx.array)):
+        return type(x) is type(y) and x == y
+    if x.nbytes > _SMALL or (x.shape, x.dtype) != (y.shape, y.dtype):
         return False
     first, second = (each.reshape(-1).view(mx.uint8) for each in (x, y))
-    return (x.shape, x.dtype) == (y.shape, y.dtype) and mx.array_equal(first, second).item()
+    return mx.array_equal(first, second).item()
