@@ -51,7 +51,7 @@ def first_token(model, tokens: list[int], folder: str) -> None:
     store.close()
     for prompt in (tokens, [*tokens[: len(tokens) // 4], tokens[0]]):
         begin = time.perf_counter()
-        found, known = PromptStore(folder).find(model, prompt)
+        found, known = PromptStore(folder).find(model, prompt, cache)
         token = read(model, found, prompt[known:])
         after = time.perf_counter() - begin
         print(f"First token of {len(prompt):,} tokens, {known:,} of them from disk: {after:.3f} s")
@@ -112,10 +112,10 @@ def tokens_read(model, prompts: list[list[int]], folder: str | None) -> int:
             memory = LRUPromptCache()
             store = folder and PromptStore(folder, delay=0)
         cache, rest = memory.fetch_nearest_cache("model", prompt)
-        if store and (found := store.find(model, prompt, len(prompt) - len(rest))):
+        cache = cache or make_prompt_cache(model)
+        if store and (found := store.find(model, prompt, cache, len(prompt) - len(rest))):
             cache, known = found
             rest = prompt[known:]
-        cache = cache or make_prompt_cache(model)
         total += len(rest)
         if rest:
             read(model, cache, rest)

@@ -8,7 +8,7 @@ COMMANDS = {
     "chat": "talk to a model",
     "server": "answer requests over HTTP, as mlx_lm.server does",
     "cache_prompt": "process a prompt once and save it, as mlx_lm.cache_prompt does",
-    "store": "list, check, prune or clear a folder of prompts that were read",
+    "store": "list, check, prune, remove or clear what --prompt-store keeps",
     "calibrate": "measure where in a model bits matter",
     "evaluate": "measure what the compressed cache does to the output of a model",
     "benchmark": "measure speed and memory of a model with different caches",

@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..lm.enable import enable, make_prompt_cache
+from ..lm.enable import make_prompt_cache
 from ..lm.prompt_cache import load_prompt_cache, save_prompt_cache
-from ..lm.prompt_store import SHOWN_TOKENS, PromptStore
+from ..lm.prompt_store import Progress, PromptStore, named, reading, seen_tokens
 from ..lm.report import cache_report, cache_size, mean_of_bits
 from ..lm.settings import Settings
 from .loading import load_ready
@@ -41,77 +41,37 @@ def main(arguments: list[str]) -> None:
     """Parse the options of mlx-lm's chat and of the cache, load the model, and talk."""
     parser = setup_arg_parser()
     parser.prog, parser.description = "mlx_turboquant chat", __doc__
-    parser.add_argument(
-        "-v", "--verbose", action="store_true", help="Show /stats after every reply"
-    )
-    parser.add_argument(
-        "--resume", metavar="NAME", help="Go on with a conversation of the prompt store"
-    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="Show /stats after a reply")
+    parser.add_argument("--resume", metavar="NAME", help="Go on with a conversation of the store")
     add_store_options(parser)
     args, settings = parse(parser, arguments, without_effect=("pipeline",))
     store = open_store(args)
-    sessions = Sessions(store.folder / "sessions", args.resume) if store else None
-    if args.resume is not None and sessions is None:
-        raise ValueError("--resume needs the folder of the conversations: add --prompt-store DIR.")
-    mx.random.seed(args.seed)
-    model, tokenizer = load_ready(
-        load,
-        args,
-        settings,
-        args.model,
-        adapter_path=args.adapter_path,
-        tokenizer_config={"trust_remote_code": args.trust_remote_code},
-        trust_remote_code=args.trust_remote_code,
-    )
-    if store is not None:
-        enable(model, settings)
-    conversation = Conversation(model, tokenizer, settings, args.system_prompt, store)
+    name = args.resume or time.strftime("%Y-%m-%d-%H%M%S")
     if args.resume is not None:
-        conversation.load(sessions.file)
-    sampler = make_sampler(
+        if store is None:
+            raise ValueError("--resume needs the folder of conversations: add --prompt-store DIR.")
+        named(store.sessions(), args.resume)
+    mx.random.seed(args.seed)
+    trust = {"trust_remote_code": args.trust_remote_code}
+    options = {"adapter_path": args.adapter_path, "tokenizer_config": trust, **trust}
+    model, tokenizer = load_ready(load, args, settings, args.model, **options)
+    model_name = Path(args.model).name
+    conversation = Conversation(model, tokenizer, settings, args.system_prompt, store, model_name)
+    if args.resume is not None:
+        conversation.load(store.session_file(name))
+    generation = {"max_tokens": args.max_tokens, "prefill_step_size": args.prefill_step_size}
+    generation["sampler"] = make_sampler(
         args.temp,
         args.top_p,
         xtc_threshold=args.xtc_threshold,
         xtc_probability=args.xtc_probability,
         xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
     )
-    generation = {
-        "sampler": sampler,
-        "max_tokens": args.max_tokens,
-        "prefill_step_size": args.prefill_step_size,
-    }
-    Chat(conversation, generation, args.verbose, sessions).run(args.model)
-    if sessions is not None and conversation.tokens:
-        conversation.save(sessions.file)
-        print(f"To go on: mlx_turboquant chat --resume {sessions.name} with the same options")
-    if store is not None:
-        store.close()
-
-
-class Sessions:
-    """Conversations in the folder of a prompt store: the one that goes on, and the others.
-
-    Raises:
-        ValueError: a ``name`` that there is no conversation of.
-    """
-
-    def __init__(self, folder: Path, name: str | None):
-        folder.mkdir(mode=0o700, exist_ok=True)
-        self.folder = folder
-        self.name = name or time.strftime("%Y-%m-%d-%H%M%S")
-        if name is not None and name not in self.names():
-            known = ", ".join(self.names()) or "there is none"
-            raise ValueError(f"There is no conversation {name!r}: use one of these ({known}).")
-
-    @property
-    def file(self) -> Path:
-        """Where the conversation is kept."""
-        return self.folder / f"{self.name}.safetensors"
-
-    def names(self) -> list[str]:
-        """Of all conversations, the latest first."""
-        files = sorted(self.folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
-        return [file.stem for file in reversed(files)]
+    with nullcontext() if store is None else closing(store):
+        Chat(conversation, generation, args.verbose).run(args.model)
+        if store is not None and conversation.tokens:
+            conversation.save(store.session_file(name))
+            print(f"To go on: mlx_turboquant chat --resume {name} with the same options")
 
 
 class Conversation:
@@ -124,8 +84,10 @@ class Conversation:
         settings: Settings,
         system_prompt: str | None = None,
         store: PromptStore | None = None,
+        model_name: str = "",
     ):
         self.model = model
+        self.model_name = model_name
         self.store = store
         self.tokenizer = tokenizer
         self.settings = settings
@@ -139,48 +101,29 @@ class Conversation:
         self._clear_cache()
 
     def reply(
-        self,
-        text: str,
-        prompt_progress_callback: Callable[[int, int], None] = lambda *progress: None,
-        **generation: Any,
+        self, text: str, progress: Progress = lambda *_: None, **generation: Any
     ) -> Iterator[GenerationResponse]:
         """Answer ``text``. What was generated belongs to the conversation wherever this stops."""
         self.messages.append({"role": "user", "content": text})
         prompt = self._prompt()
-        seen = self._reuse_cache(prompt)
-        if self.store is not None and (found := self.store.find(self.model, prompt, seen)):
-            self.cache, seen = found
-        answer, generated = "", []
-        about = {"text": self.tokenizer.decode(prompt[:SHOWN_TOKENS])}
-        callbacks = [prompt_progress_callback]
-        if self.store is not None:
-            callbacks.append(self.store.checkpoints(self.model, prompt, seen, self.cache, **about))
-
-        def progress(processed: int, total: int) -> None:
-            for callback in callbacks:
-                callback(processed, total)
-
-        try:
-            for response in stream_generate(
-                self.model,
-                self.tokenizer,
-                prompt[seen:],
-                prompt_cache=self.cache,
-                prompt_progress_callback=progress,
-                **generation,
-            ):
-                answer += response.text
-                generated.append(response.token)
-                yield response
-        finally:
-            self.messages.append({"role": "assistant", "content": answer})
-            self.tokens = (prompt + generated)[: cache_size(self.cache).tokens]
-            if self.store is not None:
-                self.store.keep(self.model, self.tokens, self.cache, **about)
+        known, tokens = self._reuse_cache(prompt), list(prompt)
+        place = self.store, self.model, self.tokenizer, tokens, self.cache, known, self.model_name
+        with reading(*place, progress) as (self.cache, known, progress):
+            generation |= {"prompt_cache": self.cache, "prompt_progress_callback": progress}
+            replies = stream_generate(self.model, self.tokenizer, prompt[known:], **generation)
+            try:
+                for response in replies:
+                    tokens.append(response.token)
+                    yield response
+            finally:
+                ends = self.tokenizer.eos_token_ids
+                answer = self._text([x for x in tokens[len(prompt) :] if x not in ends])
+                self.messages.append({"role": "assistant", "content": answer})
+                self.tokens = tokens[: seen_tokens(self.cache)]
 
     def save(self, file: Path) -> Path:
         """Write the cache and the conversation to one file; see ``save_prompt_cache``."""
-        saved = {"messages": self.messages, "tokens": self.tokens}
+        saved = {"messages": self.messages, "tokens": self.tokens, "model": self.model_name}
         return save_prompt_cache(file, self.cache, self.model, {"chat": json.dumps(saved)})
 
     def load(self, file: Path) -> None:
@@ -200,38 +143,51 @@ class Conversation:
         self.tokens: list[int] = []
 
     def _prompt(self) -> list[int]:
-        """The tokens of the whole conversation; plain lines for a model without a template."""
-        if self.tokenizer.has_chat_template:
-            return self.tokenizer.apply_chat_template(self.messages, add_generation_prompt=True)
-        return self.tokenizer.encode("\n".join(message["content"] for message in self.messages))
+        """The tokens of the whole conversation; plain lines for a model without a template.
+
+        Those that the model has seen are the first, unless the template has rewritten their text.
+        """
+        is_plain = not self.tokenizer.has_chat_template
+        if is_plain:
+            text = "".join(f"{message['content']}\n" for message in self.messages)
+        else:
+            text = self.tokenizer.apply_chat_template(
+                self.messages, tokenize=False, add_generation_prompt=True
+            )
+        seen = self._text(self.tokens)
+        if self.tokens and text.startswith(seen):
+            rest = self.tokenizer.encode(text[len(seen) :], add_special_tokens=False)
+            return self.tokens + rest
+        return self.tokenizer.encode(text, add_special_tokens=is_plain)
+
+    def _text(self, tokens: list[int]) -> str:
+        """The text of tokens, with the special ones that a template writes."""
+        return self.tokenizer.decode(
+            tokens,
+            skip_special_tokens=not self.tokenizer.has_chat_template,
+            clean_up_tokenization_spaces=False,
+        )
 
     def _reuse_cache(self, prompt: list[int]) -> int:
         """Cut the cache back to the tokens that ``prompt`` begins with; returns their number.
 
-        At least one token is left to process. Templates may drop or rewrite earlier parts.
+        At least one token is left to process. A cache that cannot be cut back is made anew.
         """
-        kept = len(os.path.commonprefix([prompt[:-1], self.tokens]))
-        surplus = cache_size(self.cache).tokens - kept
-        if surplus and not can_trim_prompt_cache(self.cache):
+        known = len(os.path.commonprefix([prompt[:-1], self.tokens]))
+        surplus = seen_tokens(self.cache) - known
+        if not known or (surplus and not can_trim_prompt_cache(self.cache)):
             self._clear_cache()
             return 0
         trim_prompt_cache(self.cache, surplus)
-        self.tokens = self.tokens[:kept]
-        return kept
+        self.tokens = self.tokens[:known]
+        return known
 
 
 class Chat:
     """The terminal side: reads lines, runs commands, streams replies."""
 
-    def __init__(
-        self,
-        conversation: Conversation,
-        generation: dict[str, Any],
-        verbose: bool = False,
-        sessions: Sessions | None = None,
-    ):
+    def __init__(self, conversation: Conversation, generation: dict[str, Any], verbose: bool):
         self.conversation = conversation
-        self.sessions = sessions
         self.verbose = verbose
         self.generation = generation
         self.console = make_console()
@@ -248,9 +204,8 @@ class Chat:
         """Talk until Ctrl-D."""
         report = cache_report(self.conversation.cache, self.conversation.model)
         cache = f"{mean_of_bits(report.key_bits, report.value_bits):.3g} bits per value"
-        print_header_panel(
-            self.console, "mlx_turboquant chat", [("model", model_name), ("cache", cache)]
-        )
+        lines = [("model", model_name), ("cache", cache)]
+        print_header_panel(self.console, "mlx_turboquant chat", lines)
         self._note("/help lists the commands")
         while True:
             try:
@@ -283,18 +238,12 @@ class Chat:
                 if interrupted:
                     raise KeyboardInterrupt
 
-            replies = self.conversation.reply(
-                line, prompt_progress_callback=stop_between_chunks, **self.generation
-            )
-            try:
-                for response in replies:
+            reply = self.conversation.reply(line, stop_between_chunks, **self.generation)
+            with suppress(KeyboardInterrupt), closing(reply):
+                for response in reply:
                     print(response.text, end="", flush=True)
                     if interrupted:
                         break
-            except KeyboardInterrupt:
-                pass
-            finally:
-                replies.close()
         print()
         speed = f"{response.generation_tps:.1f} tokens/s · " if response else ""
         self._note(f"{speed}cache {cache_size(self.conversation.cache)}")
@@ -326,10 +275,10 @@ class Chat:
         self._stats(name)
 
     def _sessions(self, _: str) -> None:
-        if self.sessions is None:
+        if self.conversation.store is None:
             raise ValueError("There are no conversations without a store: use --prompt-store DIR")
-        for name in self.sessions.names():
-            self._note(name)
+        for entry in self.conversation.store.sessions():
+            self._note(entry.name)
 
     def _note(self, text: str) -> None:
         self.console.print(f"  {text}", style="ui.muted", markup=False)

@@ -5,9 +5,9 @@ from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
-from ..lm.enable import enable, make_prompt_cache
+from ..lm.enable import make_prompt_cache
 from ..lm.prompt_cache import check_identity, load_prompt_cache
-from ..lm.prompt_store import SHOWN_TOKENS, PromptStore
+from ..lm.prompt_store import PromptStore, reading
 from ..lm.report import cache_report
 from ..lm.settings import Settings
 from .loading import load_ready
@@ -23,11 +23,11 @@ def main(arguments: list[str]) -> None:
     """Run mlx-lm's own command with its parser, loader and generation wrapped."""
     parser = _mlx_lm_generate.setup_arg_parser()
     parser.prog, parser.description = "mlx_turboquant generate", __doc__
-    parser.add_argument(
-        "-v", dest="report", action="store_true", help="Show the cache of each kind of layer"
-    )
+    parser.add_argument("-v", dest="report", action="store_true", help="Show the layers by kind")
     add_store_options(parser)
     args, settings = parse(parser, arguments)
+    if args.draft_model is not None and settings.max_size is not None:
+        raise ValueError("--draft-model cannot be used with --max-kv-size: leave one of them out.")
     store = open_store(args)
     if args.prompt_cache_file is not None:
         if given_settings(args):
@@ -74,28 +74,19 @@ class _Run:
         return cache, {"tokenizer_config": "{}", **metadata, "model": model}
 
     def generate(self, model, tokenizer, prompt, *, prompt_cache, draft_model, **keywords):
-        tokens = None
+        store = self.store if prompt_cache is None and draft_model is None else None
         if prompt_cache is None:
             prompt_cache = make_prompt_cache(model, self.settings)
-            if self.store is not None and draft_model is None:
-                enable(model, self.settings)
-                tokens = list(prompt)
-                prompt_cache, known = self.store.find(model, tokens) or (prompt_cache, 0)
-                prompt = tokens[known:]
-                print(f"Prompt: {known:,} of {len(tokens):,} tokens from the store")
-                about = {
-                    "name": Path(self.args.model or "").name,
-                    "text": tokenizer.decode(tokens[:SHOWN_TOKENS]),
-                }
-                keywords["prompt_progress_callback"] = self.store.checkpoints(
-                    model, tokens, known, prompt_cache, **about
-                )
             if draft_model is not None:
                 prompt_cache += make_prompt_cache(draft_model, self.settings)
-        keywords |= {"prompt_cache": prompt_cache, "draft_model": draft_model}
-        text = _generate(model, tokenizer, prompt, **keywords)
-        if tokens is not None:
-            self.store.keep(model, tokens, prompt_cache, **about)
+        name = Path(self.args.model or "").name
+        known_part = reading(store, model, tokenizer, list(prompt), prompt_cache, name=name)
+        with known_part as (prompt_cache, known, progress):
+            if store is not None:
+                print(f"Prompt: {known:,} of {len(prompt):,} tokens from the store")
+            keywords |= {"prompt_cache": prompt_cache, "draft_model": draft_model}
+            keywords["prompt_progress_callback"] = progress
+            text = _generate(model, tokenizer, prompt[known:], **keywords)
         if self.args.verbose:
             report = cache_report(prompt_cache, model)
             if self.args.report:

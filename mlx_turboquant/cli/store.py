@@ -1,14 +1,13 @@
-"""``mlx_turboquant store``: list, check, prune or clear a folder of prompts."""
+"""``mlx_turboquant store``: a folder of prompts and conversations."""
 
 import argparse
 import sys
 import time
+from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
-from ..lm.prompt_store import PromptStore
+from ..lm.prompt_store import PromptStore, clear, named, version_of
 from .options import parse_size
 
 _UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (0, "s"))
@@ -17,29 +16,34 @@ _UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (0, "s"))
 def main(arguments: list[str]) -> None:
     """Do what the first argument names with the folder that the second one does."""
     args = _parser().parse_args(arguments)
-    store = PromptStore(args.folder)
+    folder = Path(args.folder).expanduser()
+    if version_of(folder) is None:
+        raise ValueError(f"{folder} is not a prompt store: give a folder that --prompt-store made.")
+    if (args.action == "remove") != (args.name is not None):
+        raise ValueError("remove takes a NAME that list shows, and nothing else does.")
+    removed = clear(folder) if args.action == "clear" else 1
+    store = PromptStore(folder)
     if args.action == "list":
-        _list(store)
-    elif args.action == "check":
-        _check(store)
-    else:
-        size = 0 if args.action == "clear" else parse_size(args.size)
-        print(f"{store.prune(size)} prompts removed, {len(store.entries())} left.")
+        return _list(store)
+    if args.action == "check":
+        return _check(store)
+    if args.action == "remove":
+        named([*store.sessions(), *store.entries()], args.name).file.unlink()
+    elif args.action == "prune":
+        removed = store.prune(parse_size(args.size))
+    left = f"{len(store.entries())} prompts and {len(store.sessions())} conversations"
+    print(f"{removed} removed, {left} left.")
 
 
 def _list(store: PromptStore) -> None:
-    table = Table("tokens", "MB", "last used", "model", "begins with")
-    entries = store.entries()
-    for entry in entries:
-        table.add_row(
-            f"{len(entry.tokens):,}",
-            f"{entry.nbytes / 1e6:,.1f}",
-            f"{_age(time.time() - entry.used)} ago",
-            entry.model,
-            " ".join(entry.beginning.split()),
-        )
-    Console().print(table)
-    print(f"{len(entries)} prompts, {sum(entry.nbytes for entry in entries) / 1e6:,.1f} MB")
+    prompts, conversations = store.entries(), store.sessions()
+    for entry in prompts + conversations:
+        tokens, megabytes = len(entry.tokens), entry.nbytes / 1e6
+        age, begins = _age(time.time() - entry.used), " ".join(entry.beginning.split())
+        print(f"{entry.name:17} {tokens:9,} tokens {megabytes:9,.1f} MB {age:>6} ago", end="  ")
+        print(f"{entry.model}: {begins[:60]}")
+    megabytes = sum(entry.nbytes for entry in prompts + conversations) / 1e6
+    print(f"{len(prompts)} prompts, {len(conversations)} conversations, {megabytes:,.1f} MB")
 
 
 def _check(store: PromptStore) -> None:
@@ -56,9 +60,8 @@ def _age(seconds: float) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlx_turboquant store", description=__doc__)
-    parser.add_argument("action", choices=("list", "check", "prune", "clear"))
+    parser.add_argument("action", choices=("list", "check", "prune", "remove", "clear"))
     parser.add_argument("folder", metavar="DIR")
-    parser.add_argument(
-        "--size", default="20GB", help="Bytes that prune leaves, as 20GB (default: %(default)s)"
-    )
+    parser.add_argument("name", metavar="NAME", nargs="?", help="What remove takes away")
+    parser.add_argument("--size", default="20GB", help="Bytes that prune leaves (default: 20GB)")
     return parser

@@ -39,8 +39,9 @@ class StoredPrompts(KeptPrompts):
     def use(self, model: nn.Module, tokenizer: TokenizerWrapper, name: str) -> None:
         """From now on prompts are those of this model, which people call ``name``."""
         self._model, self._tokenizer, self._name = model, tokenizer, name
-        layers = flat_caches(make_prompt_cache(model))
+        self._empty = make_prompt_cache(model)
         # Whether its caches can be cut back to any prompt that they begin with.
+        layers = flat_caches(self._empty)
         self._can_be_cut = all(isinstance(x, (KVCache, TurboQuantKVCache)) for x in layers)
 
     def scope_of(self, request: BaseHTTPRequestHandler) -> str:
@@ -77,7 +78,7 @@ class StoredPrompts(KeptPrompts):
         cache, rest = super().fetch_nearest_cache((model, self._scope), tokens)
         in_memory, on_disk = len(tokens) - len(rest), 0
         if _are_tokens(tokens):
-            found = self._store.find(self._model, tokens, in_memory, self._scope)
+            found = self._store.find(self._model, tokens, self._empty, in_memory, self._scope)
             if found is not None:
                 cache, on_disk = found
                 in_memory, rest = 0, tokens[on_disk:]
@@ -99,7 +100,10 @@ class StoredPrompts(KeptPrompts):
         for scope in {scope for prompt, scope in self._scopes if _alike(prompt, tokens)}:
             super().insert_cache((model, scope), tokens, prompt_cache, **keywords)
             if are_tokens:
-                self._store.keep(self._model, tokens, prompt_cache, self._name, text, scope)
+                try:
+                    self._store.keep(self._model, tokens, prompt_cache, self._name, text, scope)
+                except ValueError as error:  # the server is being closed
+                    _log.warning("A prompt of %d tokens is not kept: %s", len(tokens), error)
 
 
 def _alike(first: list[Any], second: list[Any]) -> bool:

@@ -24,16 +24,16 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
 from ..cache.single import TurboQuantKVCache
 from ..files import write_json
 from ..stored_arrays import Damaged, read_header
 from .compressible import flat_caches
-from .compression import compression_of
-from .prompt_cache import load_prompt_cache, save_prompt_cache
+from .identity import description
+from .prompt_cache import identity_of, load_prompt_cache, write_prompt_cache
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 DEFAULT_SIZE = 20 * 10**9
 # Fewer tokens are read again faster than they are found.
 LEAST_TOKENS = 256
@@ -43,14 +43,17 @@ CHECKPOINT_TOKENS = 4096
 WRITE_DELAY = 5.0
 # Of a prompt, what people who list it are shown.
 SHOWN_TOKENS = 24
-_KEY_ATTRIBUTE = "_mlx_turboquant_store_key"
 _ABOUT = "store.json"
 _LOCK = ".lock"
+_SESSIONS = "sessions"
 _SUFFIX = ".safetensors"
-# Folders in which entries are written.
-_UNFINISHED = f".{'[0-9a-f]' * 32}-*"
+# The names of entries: whatever else is in the folder belongs to somebody.
+_DIGITS = "[0-9a-f]" * 32
 
 _log = logging.getLogger("mlx_turboquant")
+
+# The ``prompt_progress_callback`` of mlx-lm: tokens that were read, and all that are to be.
+Progress = Callable[[int, int], None]
 
 
 class Entry(NamedTuple):
@@ -69,6 +72,12 @@ class Entry(NamedTuple):
     model: str
     beginning: str
 
+    @property
+    def name(self) -> str:
+        """The name of a conversation, or the first digits of the file of a prompt."""
+        stem = self.file.stem
+        return stem if self.file.parent.name == _SESSIONS else stem[:8]
+
 
 class _Pending(NamedTuple):
     """A cache that is to be written at ``due``."""
@@ -77,7 +86,6 @@ class _Pending(NamedTuple):
     tokens: np.ndarray
     can_trim: bool
     cache: list[Any]
-    model: nn.Module
     metadata: dict[str, str]
     due: float
 
@@ -85,24 +93,37 @@ class _Pending(NamedTuple):
 class PromptStore:
     """The prompts in a folder, of at most ``size`` bytes; least recently used ones go first.
 
-    Caches are written by a thread of its own, ``delay`` seconds after they are kept.
+    Caches are written by a thread of its own, ``delay`` seconds after they are kept. Conversations
+    are in the folder too: they do not count towards ``size``, and go only when they are told to.
 
     Raises:
-        ValueError: a path that is no folder, a size that is none, or a store of a newer version.
+        ValueError: a path that is no folder, a size that is none, or a store of another version.
         OSError: a folder that cannot be made or written to.
     """
 
     def __init__(self, folder: str | Path, size: int = DEFAULT_SIZE, delay: float = WRITE_DELAY):
         if size <= 0:
             raise ValueError(f"A store of {size} bytes holds nothing: use a size as 20GB.")
-        self.folder = _prepared(Path(folder).expanduser())
+        self.folder = folder = Path(folder).expanduser()
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is not a folder: give the folder of a prompt store.")
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        version = version_of(folder)
+        if version not in (None, FORMAT_VERSION):
+            raise ValueError(
+                f"{folder} is a prompt store of version {version}, this is version "
+                f"{FORMAT_VERSION}: use another folder, or clear it with `mlx_turboquant store`."
+            )
+        if version is None:
+            write_json(folder / _ABOUT, {"format": FORMAT_VERSION})
+        (folder / _LOCK).open("a").close()  # so that it can be written to
         self.size = size
         self._delay = delay
         # Headers that were read, by name, inode and size of a file.
         self._known: dict[tuple[str, int, int], Entry] = {}
         self._pending: list[_Pending] = []
         self._is_closing = False
-        # Of what follows and precedes it: requests keep caches, one thread writes them.
+        # Guards _pending, _is_closing and _writer: requests keep caches, one thread writes them.
         self._changed = threading.Condition()
         self._writer: threading.Thread | None = None
         self._counts = dict.fromkeys(("found_tokens", "written_bytes", "written", "removed"), 0)
@@ -119,8 +140,7 @@ class PromptStore:
                 identity = (file.name, status.st_ino, status.st_size)
                 entry = self._known.get(identity) or _read_entry(file)
             except ValueError as error:
-                if file.exists():  # and was not removed by another process
-                    self._remove_damaged(file, error)
+                self._remove_damaged(file, error)
                 continue
             except FileNotFoundError:
                 continue
@@ -131,23 +151,44 @@ class PromptStore:
         self._known = known
         return sorted(found, key=lambda entry: entry.used, reverse=True)
 
+    def sessions(self) -> list[Entry]:
+        """All conversations in the folder, the latest first, damaged ones too."""
+        found = []
+        for file in (self.folder / _SESSIONS).glob(f"*{_SUFFIX}"):
+            status, tokens, model = file.stat(), [], ""
+            try:
+                chat = json.loads(read_header(file)["__metadata__"]["0.chat"])
+                tokens, model = chat["tokens"], chat["model"]
+                text = next(x["content"] for x in chat["messages"] if x["role"] == "user")
+            except (ValueError, LookupError, TypeError, StopIteration) as error:
+                text = f"cannot be read: {error}"
+            about = status.st_size, status.st_mtime, model, text
+            found.append(Entry(file, "", np.asarray(tokens, np.uint32), False, *about))
+        return sorted(found, key=lambda entry: entry.used, reverse=True)
+
+    def session_file(self, name: str) -> Path:
+        """Where the conversation of that name is kept."""
+        folder = self.folder / _SESSIONS
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return folder / f"{name}{_SUFFIX}"
+
     def find(
-        self, model: nn.Module, tokens: list[int], least: int = 0, scope: str = ""
+        self, model: nn.Module, tokens: list[int], like: list[Any], least: int = 0, scope: str = ""
     ) -> tuple[list[Any], int] | None:
         """A cache of a known beginning of ``tokens``, and how many they are: more than ``least``.
 
-        It is the longest beginning that is known; one token at least is left to be read. What was
-        kept in one ``scope`` is not found in another one.
+        It has the settings of ``like``, a cache that was made for the model, and the longest
+        beginning that is known; one token at least is left to be read. What was kept in one
+        ``scope`` is not found in another one.
         """
-        wanted, key = np.asarray(tokens, np.uint32), key_of(model, scope)
+        wanted, key = np.asarray(tokens, np.uint32), key_of(model, like, scope)
         candidates = []
         for entry in (each for each in self.entries() if each.key == key):
             common = min(_common(entry.tokens, wanted), len(wanted) - 1)
             if common > least and (entry.can_trim or common == len(entry.tokens)):
                 candidates.append((common, entry))
         for common, entry in sorted(candidates, key=lambda each: each[0], reverse=True):
-            cache = self._load(entry, model, common)
-            if cache is not None:
+            if (cache := self._load(entry, model, common)) is not None:
                 self._counts["found_tokens"] += common
                 return cache, common
         return None
@@ -159,12 +200,12 @@ class PromptStore:
             cache, metadata = load_prompt_cache(entry.file, model, True, tokens)
             if _tokens(metadata["tokens"]).tolist() != entry.tokens.tolist():
                 raise Damaged(entry.file, "it is another file than it was")
-            _touch(entry.file)
+            with contextlib.suppress(OSError):  # where that is not possible it only seems older
+                os.utime(entry.file)
             return cache
-        except (ValueError, KeyError) as error:
-            if entry.file.exists():
-                self._remove_damaged(entry.file, error)
-        except OSError as error:
+        except (Damaged, KeyError) as error:
+            self._remove_damaged(entry.file, error)
+        except (OSError, ValueError) as error:
             _log.warning("%s cannot be read (%s): the prompt is read again.", entry.file, error)
         return None
 
@@ -181,23 +222,29 @@ class PromptStore:
 
         The last tokens may not be in the cache yet, or the cache has more. ``name`` of the model
         and the beginning of the ``text`` are for people.
+
+        Raises:
+            ValueError: the store is closed.
         """
-        held, can_trim = _count(cache), can_trim_prompt_cache(cache)
-        count = min(held, len(tokens))
-        if count < LEAST_TOKENS or (count < held and not can_trim):
-            return
-        if sum(layer.nbytes for layer in cache) > self.size:
+        seen, can_trim = seen_tokens(cache), can_trim_prompt_cache(cache)
+        count = min(seen, len(tokens))
+        nbytes = sum(layer.nbytes for layer in cache)
+        if count < LEAST_TOKENS or (count < seen and not can_trim) or nbytes > self.size:
             return
         kept = np.asarray(tokens[:count], np.uint32)
-        metadata = {"store": str(FORMAT_VERSION), "key": key_of(model, scope), "name": name}
-        metadata |= {"tokens": base64.b64encode(kept.tobytes()).decode(), "text": text[:80]}
+        metadata = {"key": key_of(model, cache, scope), "name": name, "text": text[:80]}
+        # The model may have other weights when the cache is written.
+        metadata |= {"identity": identity_of(model, cache), "made_by": description(model)}
+        metadata |= {"tokens": base64.b64encode(kept.tobytes()).decode()}
         metadata |= {"can_trim": str(int(can_trim))}
         mx.eval([layer.state for layer in cache])  # in the thread that knows how
         own = copy.deepcopy(cache)
-        trim_prompt_cache(own, held - count)
+        trim_prompt_cache(own, seen - count)
         due = time.monotonic() + self._delay
-        pending = _Pending(metadata["key"], kept, can_trim, own, model, metadata, due)
+        pending = _Pending(metadata["key"], kept, can_trim, own, metadata, due)
         with self._changed:
+            if self._is_closing:
+                raise ValueError(f"{self.folder} is closed: open the store again to keep prompts.")
             if any(_covers(each, pending) for each in self._pending):
                 return
             self._pending = [each for each in self._pending if not _covers(pending, each)]
@@ -207,28 +254,8 @@ class PromptStore:
                 self._writer.start()
             self._changed.notify_all()
 
-    def checkpoints(
-        self, model: nn.Module, tokens: list[int], known: int, cache: list[Any], **about: str
-    ) -> Callable[[int, int], None]:
-        """The ``prompt_progress_callback`` of mlx-lm that keeps a cache while it reads ``tokens``.
-
-        A cache that cannot be cut back is kept every 4 096 tokens. ``known`` tokens are in it at
-        first; ``about`` are the texts of :meth:`keep`.
-        """
-        kept = known
-
-        def progress(processed: int, total: int) -> None:
-            nonlocal kept
-            count = known + processed
-            is_due = processed < total and count - kept >= CHECKPOINT_TOKENS
-            if is_due and not can_trim_prompt_cache(cache):
-                self.keep(model, tokens[:count], cache, **about)
-                kept = count
-
-        return progress
-
     def close(self) -> None:
-        """Write what is pending, and stop."""
+        """Write what is pending, and stop: from now on nothing can be kept, only found."""
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
@@ -238,34 +265,30 @@ class PromptStore:
     def _write_pending(self) -> None:
         while True:
             with self._changed:
-                while not self._is_closing and (wait := self._seconds_to_wait()) != 0:
+                while not self._is_closing:
+                    wait = self._pending[0].due - time.monotonic() if self._pending else None
+                    if wait is not None and wait <= 0:
+                        break
                     self._changed.wait(wait)
                 if not self._pending:
                     return
-                pending = min(self._pending, key=lambda each: each.due)
-                self._pending.remove(pending)
+                pending = self._pending.pop(0)
             try:
                 self._write(pending)
             except (OSError, ValueError) as error:
                 _log.warning("A prompt of %d tokens is not kept: %s", len(pending.tokens), error)
-
-    def _seconds_to_wait(self) -> float | None:
-        """Until something is due; None if nothing is pending."""
-        if not self._pending:
-            return None
-        return max(0.0, min(each.due for each in self._pending) - time.monotonic())
 
     def _write(self, pending: _Pending) -> None:
         entries = self.entries()
         if any(_covers(entry, pending) for entry in entries):
             return
         file = self.folder / f"{uuid.uuid4().hex}{_SUFFIX}"
-        with self._locked(fcntl.LOCK_SH):
-            save_prompt_cache(file, pending.cache, pending.model, pending.metadata)
+        with _locked(self.folder, fcntl.LOCK_SH):
+            write_prompt_cache(file, pending.cache, pending.metadata)
             file.chmod(0o600)
             self._counts["written"] += 1
             self._counts["written_bytes"] += file.stat().st_size
-        with self._locked():
+        with _locked(self.folder):
             for entry in entries:
                 if _covers(pending, entry):
                     entry.file.unlink(missing_ok=True)
@@ -273,8 +296,8 @@ class PromptStore:
 
     def prune(self, size: int) -> int:
         """Remove the least recently used entries beyond ``size`` bytes; returns how many."""
-        with self._locked():
-            for unfinished in self.folder.glob(_UNFINISHED):  # of a process that was killed
+        with _locked(self.folder):
+            for unfinished in self.folder.glob(f".{_DIGITS}-*"):  # of a process that was killed
                 shutil.rmtree(unfinished, ignore_errors=True)
             entries = self.entries()
             total, removed = sum(entry.nbytes for entry in entries), 0
@@ -299,77 +322,125 @@ class PromptStore:
 
     def files(self) -> list[Path]:
         """The files of all entries, whatever is in them."""
-        return sorted(self.folder.glob(f"*{_SUFFIX}"))
+        return sorted(self.folder.glob(f"{_DIGITS}{_SUFFIX}"))
 
     def statistics(self) -> dict[str, int]:
         """Entries and bytes in the folder, and what this process found, wrote and removed."""
-        entries = self.entries()
-        nbytes = sum(entry.nbytes for entry in entries)
-        held = {"entries": len(entries), "bytes": nbytes, "size": self.size}
+        sizes = [entry.nbytes for entry in self.entries()]
+        held = {"entries": len(sizes), "bytes": sum(sizes), "size": self.size}
         return {**held, "pending": len(self._pending), **self._counts}
 
     def _remove_damaged(self, file: Path, error: Exception) -> None:
-        _log.warning("%s is removed from the store: %s", file.name, error)
-        with contextlib.suppress(OSError):
-            file.unlink(missing_ok=True)
-
-    @contextlib.contextmanager
-    def _locked(self, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
-        """Among all processes: many that write to this folder, or one that removes from it."""
-        with (self.folder / _LOCK).open("w") as lock:
-            fcntl.flock(lock, kind)
-            yield
+        if file.exists():  # and was not removed by another process
+            _log.warning("%s is removed from the store: %s", file.name, error)
+            with contextlib.suppress(OSError):
+                file.unlink(missing_ok=True)
 
 
-def key_of(model: nn.Module, scope: str = "") -> str:
-    """A hash of a model, of the settings of the caches that it makes, and of a scope."""
-    key = getattr(model, _KEY_ATTRIBUTE, None)
-    if key is None:
-        digest = hashlib.sha256(compression_of(model).weights().identity().encode())
-        for layer in flat_caches(make_prompt_cache(model)):
-            digest.update(type(layer).__name__.encode())
-            if isinstance(layer, TurboQuantKVCache):
-                numbers = (layer.key_bits, layer.value_bits, layer.window, layer.sink_tokens)
-                digest.update(repr((*numbers, layer.max_size, layer.seed)).encode())
-        key = digest.hexdigest()[:32]
-        setattr(model, _KEY_ATTRIBUTE, key)
-    return hashlib.sha256(f"{key} {scope}".encode()).hexdigest()[:32] if scope else key
+@contextlib.contextmanager
+def reading(
+    store: PromptStore | None,
+    model: nn.Module,
+    tokenizer: Any,
+    tokens: list[int],
+    cache: list[Any],
+    known: int = 0,
+    name: str = "",
+    progress: Progress = lambda *_: None,
+) -> Iterator[tuple[list[Any], int, Progress]]:
+    """Read ``tokens``, of which ``known`` are in a cache, with what a store knows of them.
 
+    Gives the cache to use, how many tokens are in it, and a ``prompt_progress_callback`` for
+    mlx-lm, which calls ``progress`` first and keeps a cache that cannot be cut back every 4 096
+    tokens. At the end the cache is kept; what was generated may have been added to ``tokens``.
+    Without a store all is as it was given.
+    """
+    if store is None:
+        yield cache, known, progress
+        return
+    cache, known = store.find(model, tokens, cache, known) or (cache, known)
+    about = {"name": name, "text": tokenizer.decode(tokens[:SHOWN_TOKENS])}
+    kept = known
 
-def _prepared(folder: Path) -> Path:
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder: give the folder of a prompt store.")
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    about = folder / _ABOUT
+    def keep_checkpoints(processed: int, total: int) -> None:
+        nonlocal kept
+        progress(processed, total)
+        count = known + processed
+        is_due = processed < total and count - kept >= CHECKPOINT_TOKENS
+        if is_due and not can_trim_prompt_cache(cache):
+            store.keep(model, tokens[:count], cache, **about)
+            kept = count
+
     try:
-        version = json.loads(about.read_text(encoding="utf-8"))["format"]
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
-        version = None
-    if type(version) is int and version > FORMAT_VERSION:
-        raise ValueError(
-            f"{folder} is a prompt store of version {version}, this is version {FORMAT_VERSION}: "
-            "use another folder, or a newer mlx_turboquant."
-        )
-    if version != FORMAT_VERSION:
-        write_json(about, {"format": FORMAT_VERSION})
-    with (folder / _LOCK).open("a"):
-        return folder  # which can be written to
+        yield cache, known, keep_checkpoints
+    except GeneratorExit:  # between two tokens; any other exception may be within a layer
+        store.keep(model, tokens, cache, **about)
+        raise
+    store.keep(model, tokens, cache, **about)
+
+
+def clear(folder: Path) -> int:
+    """Remove all prompts and conversations of a store of any version; returns how many."""
+    with _locked(folder):
+        files = [*folder.glob(f"{_DIGITS}{_SUFFIX}"), *(folder / _SESSIONS).glob(f"*{_SUFFIX}")]
+        for path in (*files, folder / _ABOUT):
+            path.unlink(missing_ok=True)
+        for path in (*folder.glob(f".{_DIGITS}-*"), folder / _SESSIONS):
+            shutil.rmtree(path, ignore_errors=True)
+        write_json(folder / _ABOUT, {"format": FORMAT_VERSION})
+    return len(files)
+
+
+def key_of(model: nn.Module, cache: list[Any], scope: str = "") -> str:
+    """A hash of a model, of the settings of a cache that was made for it, and of a scope."""
+    settings = [
+        (place, type(x).__name__, x.key_bits, x.value_bits, x.window, x.sink_tokens)
+        + (x.max_size, x.seed)
+        for place, x in enumerate(flat_caches(cache))
+        if isinstance(x, TurboQuantKVCache)
+    ]
+    parts = identity_of(model, cache), settings, scope
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def seen_tokens(cache: list[Any]) -> int:
+    """How many tokens have come to a cache, forgotten ones too; 0 if its layers do not agree."""
+    counts = {layer.offset for layer in flat_caches(cache) if isinstance(layer, TurboQuantKVCache)}
+    return counts.pop() if len(counts) == 1 else 0
+
+
+def named(entries: list[Entry], name: str) -> Entry:
+    """The entry of that name; ValueError, with the names that there are, if there is none."""
+    for entry in entries:
+        if entry.name == name:
+            return entry
+    names = ", ".join(entry.name for entry in entries) or "it has none"
+    raise ValueError(f"There is no {name!r} in this prompt store: use one of its names ({names}).")
+
+
+def version_of(folder: Path) -> int | None:
+    """The version of the prompt store in a folder; None if there is none."""
+    try:
+        version = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))["format"]
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError):
+        return None
+    return version if type(version) is int else None
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Among all processes: many that write to a store, or one that removes from it."""
+    with (folder / _LOCK).open("w") as lock:
+        fcntl.flock(lock, kind)
+        yield
 
 
 def _read_entry(file: Path) -> Entry:
     """What the header of a file says; ValueError if it is none of ours."""
     texts = read_header(file)["__metadata__"]
     try:
-        return Entry(
-            file,
-            texts["0.key"],
-            _tokens(texts["0.tokens"]),
-            texts["0.can_trim"] == "1",
-            0,
-            0.0,
-            texts["0.name"],
-            texts["0.text"],
-        )
+        told = texts["0.key"], _tokens(texts["0.tokens"]), texts["0.can_trim"] == "1"
+        return Entry(file, *told, 0, 0.0, texts["0.name"], texts["0.text"])
     except (KeyError, ValueError) as error:
         raise Damaged(file, f"{error} is not there") from error
 
@@ -390,15 +461,3 @@ def _covers(entry: "Entry | _Pending", other: "Entry | _Pending") -> bool:
     count = len(other.tokens)
     enough = entry.can_trim or len(entry.tokens) == count
     return entry.key == other.key and enough and _common(entry.tokens, other.tokens) == count
-
-
-def _count(cache: list[Any]) -> int:
-    """How many tokens a cache has, 0 if its layers do not agree."""
-    counts = {layer.offset for layer in flat_caches(cache) if isinstance(layer, TurboQuantKVCache)}
-    return counts.pop() if len(counts) == 1 else 0
-
-
-def _touch(file: Path) -> None:
-    """Note that an entry was used; where that is not possible it only seems older."""
-    with contextlib.suppress(OSError):
-        os.utime(file)

@@ -1,7 +1,11 @@
-import pytest
+import copy
 
-from mlx_turboquant import cache_size, enable, save_prompt_cache
-from mlx_turboquant.cli.chat import Conversation, Sessions
+import mlx.core as mx
+import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_turboquant import cache_size, save_prompt_cache
+from mlx_turboquant.cli.chat import Conversation
 from mlx_turboquant.lm.prompt_store import PromptStore
 from mlx_turboquant.lm.settings import Settings
 
@@ -17,10 +21,96 @@ def answer(conversation, text, tokens=8):
     return "".join(response.text for response in responses), responses[-1].prompt_tokens
 
 
+def said(conversation) -> str:
+    """The text of all messages, as plain lines but for the end of the last one."""
+    return "\n".join(message["content"] for message in conversation.messages)
+
+
+def with_template(tokenizer, template: str) -> TokenizerWrapper:
+    """The tokenizer with a chat template."""
+    tokenizer = copy.deepcopy(tokenizer._tokenizer)
+    tokenizer.chat_template = template
+    return TokenizerWrapper(tokenizer)
+
+
+LIMITED = Settings(8, window=64, max_size=300)
+# One leaves messages as they are, one ends answers with a special token, and one leaves comments
+# out of all but the last message.
+PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
+ENDING = PLAIN.replace("}}\n", "}}{{ '<|endoftext|>' if m.role == 'assistant' else '\\n' }}")
+REWRITING = PLAIN.replace("m.content", "m.content.split('#')[0] if not loop.last else m.content")
+
+
+@pytest.mark.parametrize("template", [None, PLAIN])
+def test_a_chat_with_a_limit_reads_every_token_once(tiny_lm, template):
+    model, tokenizer = tiny_lm
+    if template is not None:
+        tokenizer = with_template(tokenizer, template)
+    conversation, total = Conversation(model, tokenizer, LIMITED), 0
+    for turn in range(30):
+        _, processed = answer(conversation, f"x{turn} = {turn}", tokens=16)
+        total += processed + 16
+        assert {layer.offset for layer in conversation.cache} == {len(conversation.tokens)}
+        assert len(conversation.tokens) == total
+        assert cache_size(conversation.cache).tokens <= 300
+    assert conversation.cache[0].forgotten > 300
+    if template is None:
+        assert tokenizer.decode(conversation.tokens) == said(conversation)
+
+
+@pytest.mark.parametrize("template", [None, ENDING])
+def test_the_token_that_ends_a_reply_is_read_once_as_well(tiny_lm, template):
+    model, tokenizer = tiny_lm
+    if template is not None:
+        tokenizer = with_template(tokenizer, template)
+    end, total = tokenizer.eos_token_id, 0
+    conversation = Conversation(model, tokenizer, LIMITED)
+
+    def end_soon(tokens: mx.array, logits: mx.array) -> mx.array:
+        is_end = mx.arange(logits.shape[-1]) == end
+        return logits + 1e4 * is_end if tokens.size % 16 == 0 else logits
+
+    for turn in range(30):
+        replies = list(
+            conversation.reply(f"x{turn} = {turn}", max_tokens=20, logits_processors=[end_soon])
+        )
+        total += replies[-1].prompt_tokens + replies[-1].generation_tokens
+        assert replies[-1].finish_reason == "stop" and conversation.tokens[-1] == end
+        assert conversation.messages[-1]["content"] == "".join(reply.text for reply in replies)
+        assert {layer.offset for layer in conversation.cache} == {len(conversation.tokens)}
+        assert len(conversation.tokens) == total
+    assert conversation.cache[0].forgotten
+    assert conversation.tokens.count(end) == 30
+
+
+def test_a_chat_with_a_limit_whose_template_rewrites_answers_begins_anew(tiny_lm):
+    model, tokenizer = tiny_lm
+    tokenizer = with_template(tokenizer, REWRITING)
+    conversation = Conversation(model, tokenizer, LIMITED)
+    for turn in range(12):
+        answer(conversation, f"x{turn} = {turn} # a comment", tokens=30)
+        assert {layer.offset for layer in conversation.cache} == {len(conversation.tokens)}
+    again = Conversation(model, tokenizer, LIMITED)
+    again.messages = copy.deepcopy(conversation.messages)
+    assert conversation.cache[0].forgotten
+    assert answer(conversation, "import os") == answer(again, "import os")
+
+
+def test_a_chat_with_a_limit_goes_on_after_a_reply_that_was_stopped(tiny_lm):
+    conversation = Conversation(*tiny_lm, LIMITED)
+    answer(conversation, "import os\n" * 200)
+    replies = conversation.reply("import sys", max_tokens=50)
+    next(replies), next(replies)
+    replies.close()
+    seen = len(conversation.tokens)
+    _, processed = answer(conversation, "def f(x):")
+    assert processed < 10 and len(conversation.tokens) == seen + processed + 8
+
+
 def test_a_turn_processes_only_what_the_cache_does_not_hold(conversation):
     first, _ = answer(conversation, "import os\n" * 50)
     _, processed = answer(conversation, "import sys")
-    assert processed < 30  # the new line, and the end of the reply where it is tokenized anew
+    assert processed < 10
     roles = [message["role"] for message in conversation.messages]
     assert roles == ["user", "assistant"] * 2
     assert conversation.messages[1]["content"] == first
@@ -70,7 +160,6 @@ def test_a_file_without_a_conversation_changes_nothing(conversation, tmp_path):
 
 def test_a_conversation_begins_with_what_the_store_knows(tiny_lm, tmp_path):
     model, tokenizer = tiny_lm
-    enable(model, 8)
     long = "import os\n" * 200
     expected, processed = answer(Conversation(model, tokenizer, Settings(8)), long)
     store = PromptStore(tmp_path, delay=0)
@@ -82,10 +171,12 @@ def test_a_conversation_begins_with_what_the_store_knows(tiny_lm, tmp_path):
     assert cache_size(again.cache).tokens == len(again.tokens)
 
 
-def test_conversations_are_listed_and_an_unknown_one_is_refused(conversation, tmp_path):
-    answer(conversation, "import os")
-    sessions = Sessions(tmp_path / "sessions", None)
-    conversation.save(sessions.file)
-    assert Sessions(tmp_path / "sessions", sessions.name).names() == [sessions.name]
-    with pytest.raises(ValueError, match=f"no conversation 'other': .*{sessions.name}"):
-        Sessions(tmp_path / "sessions", "other")
+def test_what_is_kept_of_a_chat_names_its_model_and_is_not_of_other_settings(tiny_lm, tmp_path):
+    store, long = PromptStore(tmp_path, delay=0), "import os\n" * 200
+    answer(Conversation(*tiny_lm, Settings(8), store=store, model_name="tiny"), long)
+    store.close()
+    (entry,) = store.entries()
+    assert entry.model == "tiny" and entry.beginning.startswith("import os")
+    store = PromptStore(tmp_path, delay=0)
+    _, all_of_it = answer(Conversation(*tiny_lm, Settings(2), store=store), long)
+    assert all_of_it > 400

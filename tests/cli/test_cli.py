@@ -17,9 +17,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
 from mlx_turboquant import disable, make_prompt_cache, save_prompt_cache
+from mlx_turboquant.cli.chat import Conversation
 from mlx_turboquant.cli.loading import ensure_profile
 from mlx_turboquant.lm import profile
 from mlx_turboquant.lm.compression import compression_of
+from mlx_turboquant.lm.prompt_store import PromptStore
 from mlx_turboquant.lm.settings import Settings
 
 TINY_LM = str(REPOSITORY / "examples" / "tiny-lm")
@@ -132,6 +134,7 @@ def test_a_cache_of_another_model_is_refused(random_model, tmp_path):
         (["--kv-window", "-1"], "A window of -1 is not possible"),
         (["--kv-sinks", "-1"], "sink tokens of -1"),
         (["--max-kv-size", "100"], "A cache of 100 tokens is too small"),
+        (["--max-kv-size", "300", "--draft-model", TINY_LM], "--draft-model cannot be used with"),
         (["--model", "no/such/folder"], "'no/such/folder' cannot be loaded"),
         (["--prompt-cache-file", "missing"], "missing.safetensors does not exist"),
     ],
@@ -309,7 +312,7 @@ def test_a_chat_goes_on_where_it_was_left(tmp_path):
     "options, message",
     [
         (("--resume", "monday"), "add --prompt-store DIR"),
-        (("--prompt-store", "{}", "--resume", "monday"), "no conversation 'monday'"),
+        (("--prompt-store", "{}", "--resume", "monday"), "no 'monday' in this prompt store"),
         (("--prompt-store", "{}", "--prompt-store-size", "20 bananas"), "is not a size"),
     ],
 )
@@ -318,30 +321,96 @@ def test_a_conversation_that_there_is_not_is_one_sentence(tmp_path, options, mes
     assert_refused(run("chat", "--model", TINY_LM, *options), message)
 
 
+def stored(folder: Path, *prompts: str) -> PromptStore:
+    """A store that ``generate`` has read prompts to."""
+    options = ("--max-tokens", "2", "--prompt-store", str(folder))
+    for prompt in prompts:
+        result = run("generate", "--model", TINY_LM, "--prompt", prompt, *options)
+        assert result.returncode == 0, result.stderr
+    return PromptStore(folder)
+
+
+def with_conversation(store: PromptStore, name: str, tiny_lm, text: str) -> Path:
+    """Put a conversation into a store, as ``chat`` does when it ends."""
+    conversation = Conversation(*tiny_lm, Settings(8), "Be brief.", model_name="tiny")
+    list(conversation.reply(text, max_tokens=4))
+    return conversation.save(store.session_file(name))
+
+
 def test_store_lists_checks_prunes_and_clears(tmp_path):
-    options = ("--max-tokens", "2", "--prompt-store", str(tmp_path))
-    for line in ("import os\n", "x = 1\n"):
-        run("generate", "--model", TINY_LM, "--prompt", line * 150, *options)
+    stored(tmp_path, "import os\n" * 150, "x = 1\n" * 150)
     listed = run("store", "list", str(tmp_path)).stdout
-    assert "tiny-lm" in listed and "import os" in listed and "2 prompts, " in listed
+    assert "tiny-lm: import os" in listed and "2 prompts, 0 conversations, " in listed
     assert "2 of 2 prompts are as they were written." in run("store", "check", str(tmp_path)).stdout
     file = min(tmp_path.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1])
     checked = run("store", "check", str(tmp_path))
     assert checked.returncode == 1 and "1 of 2 prompts are as they were" in checked.stdout
-    assert "0 prompts removed, 1 left." in run("store", "prune", str(tmp_path)).stdout
-    assert "1 prompts removed, 0 left." in run("store", "clear", str(tmp_path)).stdout
+    assert "0 removed, 1 prompts and 0 con" in run("store", "prune", str(tmp_path)).stdout
+    assert "1 removed, 0 prompts and 0 con" in run("store", "clear", str(tmp_path)).stdout
+
+
+def test_conversations_are_listed_kept_when_prompts_are_pruned_and_cleared(tiny_lm, tmp_path):
+    store = stored(tmp_path, "import os\n" * 150)
+    file = with_conversation(store, "monday", tiny_lm, "def add(a, b):\n" * 20)
+    damaged = with_conversation(store, "tuesday", tiny_lm, "x = 1")
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    unfinished = file.parent / ".monday-abc" / "monday.safetensors"
+    unfinished.parent.mkdir()
+    shutil.copy(file, unfinished)
+    listed = run("store", "list", str(tmp_path)).stdout
+    assert re.search(r"monday .* tokens .* MB .* ago  tiny: def add\(a, b\): def", listed)
+    assert re.search(r"tuesday .* cannot be read", listed)
+    assert "1 prompts, 2 conversations, " in listed
+    pruned = run("store", "prune", str(tmp_path), "--size", "1KB")
+    assert pruned.stdout == "1 removed, 0 prompts and 2 conversations left.\n"
+    cleared = run("store", "clear", str(tmp_path))
+    assert cleared.stdout == "2 removed, 0 prompts and 0 conversations left.\n"
+    assert sorted(x.name for x in tmp_path.rglob("*")) == [".lock", "store.json"]
+
+
+def test_one_prompt_or_one_conversation_is_removed_by_the_name_that_is_listed(tiny_lm, tmp_path):
+    store = stored(tmp_path, "[/INST] [bold]\n" * 60, "x = 1\n" * 150)
+    with_conversation(store, "2026-01-01-120000", tiny_lm, "import os")
+    listed = run("store", "list", str(tmp_path)).stdout
+    name = next(line.split()[0] for line in listed.splitlines() if "[/INST] [bold]" in line)
+    refused = run("store", "remove", str(tmp_path), "monday")
+    assert_refused(refused, "There is no 'monday' in this prompt store: use one of its names (")
+    assert name in refused.stderr and "2026-01-01-120000" in refused.stderr
+    removed = run("store", "remove", str(tmp_path), name)
+    assert removed.stdout == "1 removed, 1 prompts and 1 conversations left.\n"
+    removed = run("store", "remove", str(tmp_path), "2026-01-01-120000")
+    assert removed.stdout == "1 removed, 1 prompts and 0 conversations left.\n"
+    assert store.entries()[0].beginning.startswith("x = 1")
+
+
+@pytest.mark.parametrize("action", ["list", "check", "prune", "clear", "remove"])
+def test_a_folder_that_is_no_store_is_refused_and_left_as_it_is(tmp_path, action):
+    name = ("monday",) if action == "remove" else ()
+    mine = tmp_path / "mine"
+    (mine / "sessions").mkdir(parents=True)
+    (mine / "sessions" / "talk.safetensors").write_text("a talk")
+    (mine / f"{'0' * 32}.safetensors").write_text("weights")
+    (mine / "store.json").write_text('{"name": "a shop"}')
+    before = {x: x.is_file() and x.read_bytes() for x in tmp_path.rglob("*")}
+    for folder in (mine, tmp_path / "typo", mine / "store.json"):
+        message = f"{folder} is not a prompt store: give a folder that --prompt-store made."
+        assert_refused(run("store", action, str(folder), *name), message)
+    assert {x: x.is_file() and x.read_bytes() for x in tmp_path.rglob("*")} == before
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("list", __file__), "is not a folder: give the folder of a prompt store."),
-        (("prune", "{}", "--size", "20 bananas"), "'20 bananas' is not a size of memory"),
+        (("prune", "--size", "20 bananas"), "'20 bananas' is not a size of memory"),
+        (("clear", "monday"), "remove takes a NAME that list shows, and nothing else does."),
+        (("remove",), "remove takes a NAME that list shows, and nothing else does."),
     ],
 )
-def test_a_store_that_there_is_not_is_one_sentence(tmp_path, arguments, message):
-    assert_refused(run("store", *(each.format(tmp_path) for each in arguments)), message)
+def test_a_wrong_store_command_is_one_sentence(tmp_path, arguments, message):
+    PromptStore(tmp_path)
+    action, *rest = arguments
+    assert_refused(run("store", action, str(tmp_path), *rest), message)
 
 
 EVALUATE = ("evaluate", "--model", TINY_LM)

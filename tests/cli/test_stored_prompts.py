@@ -14,6 +14,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import mlx.core as mx
 import openai
 import pytest
 from damage import claiming_terabytes, emptied, truncated, with_flipped_bits
@@ -28,6 +29,10 @@ from servers import (
     server,
 )
 
+from mlx_turboquant import enable, make_prompt_cache
+from mlx_turboquant.cli.admission import Admission
+from mlx_turboquant.cli.stored_prompts import StoredPrompts
+from mlx_turboquant.lm.prompt_store import PromptStore
 from mlx_turboquant.measure.needle import random_names
 
 
@@ -298,6 +303,22 @@ def test_a_clock_that_was_set_back_loses_nothing_and_stops_nothing(tmp_path):
         stop(process)
     with server(port, *STORED, str(tmp_path), *size):
         assert [asked(port, prompt)[1] > 300 for prompt in prompts] == [False, True, True]
+
+
+def test_a_request_that_ends_after_the_store_was_closed_costs_a_warning(tiny_lm, tmp_path, caplog):
+    model, tokenizer = tiny_lm
+    enable(model, 8)
+    store = PromptStore(tmp_path)
+    prompts = StoredPrompts(store, "all", Admission(10**9))
+    prompts.use(model, tokenizer, "tiny")
+    tokens = tokenizer.encode("import os\n" * 100)
+    prompts.begin(tokens, "")
+    store.close()
+    cache = make_prompt_cache(model)
+    model(mx.array([tokens]), cache=cache)
+    prompts.insert_cache("model", tokens, cache)
+    assert f"A prompt of {len(tokens)} tokens is not kept: {tmp_path} is closed" in caplog.text
+    assert prompts.fetch_nearest_cache("model", [*tokens, 1])[1] == [1]
 
 
 @pytest.mark.parametrize("prefixes, repeats", [(8, 4), pytest.param(60, 7, marks=pytest.mark.slow)])

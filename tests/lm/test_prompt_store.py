@@ -20,8 +20,9 @@ from mlx_lm.models.cache import make_prompt_cache
 from tiny_families import tiny_model
 
 from mlx_turboquant import enable
+from mlx_turboquant import make_prompt_cache as make_compressed_cache
 from mlx_turboquant.lm import prompt_store
-from mlx_turboquant.lm.prompt_store import PromptStore
+from mlx_turboquant.lm.prompt_store import FORMAT_VERSION, PromptStore, clear, reading
 from mlx_turboquant.lm.report import flat_caches
 
 LEAST = 16
@@ -59,13 +60,17 @@ def keep(folder: Path, model, *texts: list[int], size: int = 10**9) -> PromptSto
     return PromptStore(folder, size, delay=0)
 
 
+def find(store: PromptStore, model, tokens: list[int], **options) -> tuple[list, int] | None:
+    return store.find(model, tokens, make_prompt_cache(model), **options)
+
+
 def next_logits(model, cache, token: int) -> mx.array:
     return model(mx.array([[token]]), cache=cache)[0, -1]
 
 
 def test_a_prompt_is_found_by_a_store_that_did_not_keep_it(model, tmp_path):
     tokens = text(0, 100)
-    cache, known = keep(tmp_path, model, tokens).find(model, [*tokens, 7])
+    cache, known = find(keep(tmp_path, model, tokens), model, [*tokens, 7])
     assert known == 100
     expected = next_logits(model, read(model, tokens), 7)
     assert mx.array_equal(next_logits(model, cache, 7), expected)
@@ -74,7 +79,7 @@ def test_a_prompt_is_found_by_a_store_that_did_not_keep_it(model, tmp_path):
 def test_what_a_text_begins_with_is_found_where_it_departs(model, tmp_path):
     tokens = text(0, 100)
     store = keep(tmp_path, model, tokens, text(1, 100))
-    cache, known = store.find(model, [*tokens[:70], *text(2, 30)])
+    cache, known = find(store, model, [*tokens[:70], *text(2, 30)])
     assert known == 70 or tokens[70] == text(2, 30)[0]
     assert {layer.offset for layer in flat_caches(cache)} == {known}
 
@@ -82,27 +87,71 @@ def test_what_a_text_begins_with_is_found_where_it_departs(model, tmp_path):
 def test_the_longest_beginning_is_found(model, tmp_path):
     common = text(0, 50)
     store = keep(tmp_path, model, common + text(1, 50), common + text(2, 50))
-    assert store.find(model, common + text(2, 60))[1] == 100
+    assert find(store, model, common + text(2, 60))[1] == 100
 
 
 def test_one_token_is_always_left_to_be_read(model, tmp_path):
     tokens = text(0, 100)
-    assert keep(tmp_path, model, tokens).find(model, tokens)[1] == 99
+    assert find(keep(tmp_path, model, tokens), model, tokens)[1] == 99
 
 
 def test_nothing_is_found_that_is_no_longer_than_what_is_there(model, tmp_path):
     tokens = text(0, 100)
     store = keep(tmp_path, model, tokens)
-    assert store.find(model, [*tokens, 1], least=100) is None
-    assert store.find(model, [*tokens, 1], least=99)[1] == 100
+    assert find(store, model, [*tokens, 1], least=100) is None
+    assert find(store, model, [*tokens, 1], least=99)[1] == 100
 
 
 def test_other_models_and_settings_do_not_find_it(model, random_model, tmp_path):
     tokens = text(0, 100)
     store = keep(tmp_path, model, tokens)
-    assert store.find(enable(variant(random_model), 3, window=16), [*tokens, 1]) is None
-    assert store.find(enable(variant(random_model), 4, window=32), [*tokens, 1]) is None
-    assert store.find(enable(variant(random_model, num_hidden_layers=1), 4), tokens) is None
+    assert find(store, enable(variant(random_model), 3, window=16), [*tokens, 1]) is None
+    assert find(store, enable(variant(random_model), 4, window=32), [*tokens, 1]) is None
+    assert find(store, enable(variant(random_model, num_hidden_layers=1), 4), tokens) is None
+
+
+SETTINGS = [
+    {"bits": 4},
+    {"bits": 2},
+    {"key_bits": 4, "value_bits": 4},
+    {"bits": 4, "window": 32},
+    {"bits": 4, "sink_tokens": 8},
+    {"bits": 4, "max_size": 512},
+    {"bits": 4, "seed": 1},
+]
+
+
+def settings_of(cache: list) -> list[tuple]:
+    names = ("key_bits", "value_bits", "window", "sink_tokens", "max_size", "seed")
+    return [tuple(getattr(layer, name) for name in names) for layer in cache]
+
+
+def test_every_cache_is_found_only_for_those_of_its_own_settings(random_model, tmp_path):
+    tokens = text(0, 250)
+    for settings in SETTINGS:
+        store = PromptStore(tmp_path, delay=0)
+        cache = make_compressed_cache(random_model, **settings)
+        assert store.find(random_model, [*tokens, 1], cache) is None
+        random_model(mx.array([tokens]), cache=cache)
+        store.keep(random_model, tokens, cache)
+        store.close()
+    enable(random_model, 3)  # which says nothing about caches that are made without it
+    for settings in SETTINGS[:-1]:  # the last has another seed than the model now
+        cache = make_compressed_cache(random_model, **settings)
+        found, known = store.find(random_model, [*tokens, 1], cache)
+        assert known == 250 and settings_of(found) == settings_of(cache)
+    assert find(store, random_model, [*tokens, 1]) is None
+
+
+def test_a_cache_with_tokens_tells_its_settings_as_well(random_model, tmp_path):
+    tokens, cache = text(0, 250), make_compressed_cache(random_model, 2, max_size=200, window=32)
+    random_model(mx.array([tokens]), cache=cache)
+    assert cache[0].forgotten
+    store = PromptStore(tmp_path, delay=0)
+    store.keep(random_model, tokens, cache)
+    store.close()
+    found, known = store.find(random_model, [*tokens, 1], cache)
+    assert known == found[0].offset == 250 and settings_of(found) == settings_of(cache)
 
 
 def test_other_scopes_do_not_find_it(model, tmp_path):
@@ -110,49 +159,104 @@ def test_other_scopes_do_not_find_it(model, tmp_path):
     store = PromptStore(tmp_path, delay=0)
     store.keep(model, tokens, read(model, tokens), scope="alice")
     store.close()
-    assert store.find(model, [*tokens, 1], scope="bob") is None
-    assert store.find(model, [*tokens, 1]) is None
-    assert store.find(model, [*tokens, 1], scope="alice")[1] == 100
+    assert find(store, model, [*tokens, 1], scope="bob") is None
+    assert find(store, model, [*tokens, 1]) is None
+    assert find(store, model, [*tokens, 1], scope="alice")[1] == 100
 
 
 def test_caches_that_cannot_be_trimmed_serve_only_what_they_are_a_beginning_of(tmp_path):
     model = enable(tiny_model("gemma3"), 4, window=16)
     tokens = text(0, 100)
     store = keep(tmp_path, model, tokens)
-    assert store.find(model, [*tokens, 1])[1] == 100
-    assert store.find(model, [*tokens[:70], *text(1, 40)]) is None
+    assert find(store, model, [*tokens, 1])[1] == 100
+    assert find(store, model, [*tokens[:70], *text(1, 40)]) is None
 
 
 def test_a_recurrent_state_is_kept_and_found(tmp_path):
     model = enable(tiny_model("qwen3_next"), 4, window=16)
     tokens = text(0, 100)
-    cache, known = keep(tmp_path, model, tokens).find(model, [*tokens, 1])
+    cache, known = find(keep(tmp_path, model, tokens), model, [*tokens, 1])
     assert known == 100
     assert mx.array_equal(next_logits(model, cache, 1), next_logits(model, read(model, tokens), 1))
 
 
-@pytest.mark.parametrize("family, kept", [("qwen3_next", [128, 64]), ("llama", [])])
-def test_what_cannot_be_cut_back_is_kept_while_it_is_read(tmp_path, monkeypatch, family, kept):
+class Words:
+    """Stands for a tokenizer where only people look at the text."""
+
+    def decode(self, tokens: list[int]) -> str:
+        return " ".join(map(str, tokens))
+
+
+@pytest.mark.parametrize("family, kept", [("qwen3_next", [128, 64]), ("llama", [190])])
+def test_what_cannot_be_cut_back_is_kept_while_it_is_read_and_the_rest_at_the_end(
+    tmp_path, monkeypatch, family, kept
+):
     monkeypatch.setattr(prompt_store, "CHECKPOINT_TOKENS", 64)
     model, tokens = enable(tiny_model(family), 4, window=16), text(0, 190)
-    store, cache = PromptStore(tmp_path, delay=0), make_prompt_cache(model)
-    progress = store.checkpoints(model, tokens, 0, cache, name="a model")
-    steps = generate_step(
-        mx.array(tokens),
-        model,
-        prompt_cache=cache,
-        max_tokens=1,
-        prefill_step_size=32,
-        prompt_progress_callback=progress,
-    )
-    list(steps)
+    store, caches = PromptStore(tmp_path, delay=0), make_prompt_cache(model)
+    with reading(store, model, Words(), tokens, caches) as (cache, known, progress):
+        assert cache is caches and known == 0
+        steps = generate_step(
+            mx.array(tokens),
+            model,
+            prompt_cache=cache,
+            max_tokens=1,
+            prefill_step_size=32,
+            prompt_progress_callback=progress,
+        )
+        list(steps)
     store.close()
     assert [len(entry.tokens) for entry in PromptStore(tmp_path).entries()] == kept
-    if kept:
-        found, known = store.find(model, [*tokens[:150], *text(1, 20)])
+    if family == "qwen3_next":
+        found, known = find(store, model, [*tokens[:150], *text(1, 20)])
         assert known == 128
         expected = next_logits(model, read(model, tokens[:128], 32), 5)
         assert mx.array_equal(next_logits(model, found, 5), expected)
+
+
+def test_what_is_read_after_a_find_is_kept_with_what_was_generated(model, tmp_path):
+    tokens = text(0, 100)
+    store = keep(tmp_path, model, tokens[:60])
+    said, cache = list(tokens), make_prompt_cache(model)
+    with reading(store, model, Words(), said, cache, name="a model") as (found, known, _):
+        assert known == 60 and found is not cache
+        model(mx.array([tokens[60:]]), cache=found)
+        next_logits(model, found, 7)
+        said.append(7)
+    store.close()
+    (entry,) = PromptStore(tmp_path).entries()
+    assert entry.tokens.tolist() == [*tokens, 7] and entry.model == "a model"
+
+
+def test_what_ends_in_the_middle_of_a_step_is_not_kept(model, tmp_path):
+    tokens, store = text(0, 100), PromptStore(tmp_path, delay=0)
+    with pytest.raises(KeyboardInterrupt):
+        with reading(store, model, Words(), tokens, read(model, tokens)):
+            raise KeyboardInterrupt
+    store.close()
+    assert store.entries() == []
+
+
+def test_a_closed_store_refuses_what_it_would_lose_and_still_finds(model, tmp_path):
+    tokens = text(0, 100)
+    store = PromptStore(tmp_path, delay=60)
+    store.keep(model, tokens, read(model, tokens))
+    store.close()
+    with pytest.raises(ValueError, match="is closed: open the store again to keep prompts"):
+        store.keep(model, text(1, 100), read(model, text(1, 100)))
+    assert find(store, model, [*tokens, 1])[1] == 100
+    store.close()
+    assert [entry.tokens.tolist() for entry in store.entries()] == [tokens]
+
+
+def test_files_of_others_in_its_folder_are_left_alone(model, tmp_path):
+    weights = tmp_path / "model.safetensors"
+    mx.save_safetensors(str(weights), {"weight": mx.ones(4)})
+    store = keep(tmp_path, model, text(0, 100))
+    assert len(store.entries()) == 1 and find(store, model, text(1, 100)) is None
+    assert list(store.check()) == [True]
+    assert clear(tmp_path) == 1 and store.entries() == []
+    assert mx.array_equal(mx.load(str(weights))["weight"], mx.ones(4))
 
 
 def test_few_tokens_are_not_kept(model, tmp_path):
@@ -193,7 +297,7 @@ def test_the_cache_may_be_used_on_while_it_is_written(model, tmp_path):
     for token in text(1, 50):
         next_logits(model, cache, token)
     store.close()
-    found, _ = PromptStore(tmp_path).find(model, [*tokens, 7])
+    found, _ = find(PromptStore(tmp_path), model, [*tokens, 7])
     expected = next_logits(model, read(model, tokens), 7)
     assert mx.array_equal(next_logits(model, found, 7), expected)
 
@@ -203,7 +307,7 @@ def test_of_a_cache_with_more_tokens_than_the_text_the_text_is_kept(model, tmp_p
     store = PromptStore(tmp_path, delay=0)
     store.keep(model, tokens[:80], read(model, tokens))
     store.close()
-    assert store.find(model, [*tokens[:80], 1])[1] == 80
+    assert find(store, model, [*tokens[:80], 1])[1] == 80
 
 
 def test_the_least_recently_used_go_first(model, tmp_path):
@@ -212,10 +316,10 @@ def test_the_least_recently_used_go_first(model, tmp_path):
     size = store.entries()[0].nbytes
     keep(tmp_path, model, texts[1])
     time.sleep(0.02)  # longer than a tick of the file system
-    store.find(model, [*texts[0], 1])
+    find(store, model, [*texts[0], 1])
     store = keep(tmp_path, model, texts[2], size=int(2.5 * size))
-    assert store.find(model, [*texts[1], 1]) is None
-    assert store.find(model, [*texts[0], 1]) and store.find(model, [*texts[2], 1])
+    assert find(store, model, [*texts[1], 1]) is None
+    assert find(store, model, [*texts[0], 1]) and find(store, model, [*texts[2], 1])
 
 
 def test_what_alone_is_larger_than_the_limit_is_not_written(model, tmp_path):
@@ -244,7 +348,7 @@ def test_a_damaged_entry_is_removed_with_a_warning_and_read_again(model, tmp_pat
     file = store.entries()[0].file
     file.write_bytes(damage(file.read_bytes()))
     with caplog.at_level(logging.WARNING, logger="mlx_turboquant"):
-        found = store.find(model, [*tokens, 1]) or PromptStore(tmp_path).find(model, tokens)
+        found = find(store, model, [*tokens, 1]) or find(PromptStore(tmp_path), model, tokens)
     assert found is None
     assert not file.exists() and "is removed from the store" in caplog.text
 
@@ -259,7 +363,7 @@ def test_files_that_change_places_between_models_are_told_apart(model, random_mo
     first.write_bytes(contents[1])
     second.write_bytes(contents[0])
     for each in (model, other):
-        found = PromptStore(tmp_path).find(each, [*tokens, 1])
+        found = find(PromptStore(tmp_path), each, [*tokens, 1])
         assert found is None or len(found[0]) == len(each.layers)
 
 
@@ -270,7 +374,7 @@ def test_two_stores_share_a_folder(model, tmp_path):
         (first, second)[place % 2].keep(model, tokens, read(model, tokens))
     first.close(), second.close()
     for tokens in texts:
-        assert first.find(model, [*tokens, 1])[1] == second.find(model, [*tokens, 1])[1] == 100
+        assert find(first, model, [*tokens, 1])[1] == find(second, model, [*tokens, 1])[1] == 100
 
 
 def test_an_entry_that_another_process_removes_is_read_again(model, tmp_path):
@@ -278,14 +382,14 @@ def test_an_entry_that_another_process_removes_is_read_again(model, tmp_path):
     store = keep(tmp_path, model, tokens)
     store.entries()
     PromptStore(tmp_path).prune(0)
-    assert store.find(model, [*tokens, 1]) is None
+    assert find(store, model, [*tokens, 1]) is None
 
 
 def test_a_disk_without_space_costs_a_warning(model, tmp_path, monkeypatch, caplog):
     def full(*arguments):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(prompt_store, "save_prompt_cache", full)
+    monkeypatch.setattr(prompt_store, "write_prompt_cache", full)
     assert keep(tmp_path, model, text(0, 100)).entries() == []
     assert "is not kept: No space left on device" in caplog.text
 
@@ -295,7 +399,7 @@ def test_a_clock_that_was_set_back_loses_nothing(model, tmp_path, monkeypatch):
     keep(tmp_path, model, tokens)
     monkeypatch.setattr(time, "time", lambda: 0.0)
     store = keep(tmp_path, model, text(1, 100))
-    assert store.find(model, [*tokens, 1])[1] == 100
+    assert find(store, model, [*tokens, 1])[1] == 100
 
 
 @pytest.mark.parametrize("contents", ["", "{", '{"format": "old"}'])
@@ -303,13 +407,18 @@ def test_what_a_store_says_of_itself_is_written_again_if_it_is_lost(model, tmp_p
     tokens = text(0, 100)
     keep(tmp_path, model, tokens)
     (tmp_path / "store.json").write_text(contents)
-    assert PromptStore(tmp_path).find(model, [*tokens, 1])[1] == 100
+    assert find(PromptStore(tmp_path), model, [*tokens, 1])[1] == 100
 
 
-def test_a_store_of_a_newer_version_is_refused(tmp_path):
-    (tmp_path / "store.json").write_text(json.dumps({"format": 3}))
-    with pytest.raises(ValueError, match="version 3, this is version 2: use another folder"):
+@pytest.mark.parametrize("version", [FORMAT_VERSION - 1, FORMAT_VERSION + 1])
+def test_a_store_of_another_version_is_refused_until_it_is_cleared(model, tmp_path, version):
+    tokens = text(0, 100)
+    keep(tmp_path, model, tokens)
+    (tmp_path / "store.json").write_text(json.dumps({"format": version}))
+    own = f"version {version}, this is version {FORMAT_VERSION}: use another folder, or clear it"
+    with pytest.raises(ValueError, match=own):
         PromptStore(tmp_path)
+    assert clear(tmp_path) == 1 and PromptStore(tmp_path).entries() == []
 
 
 def test_a_folder_that_is_a_file_and_a_size_of_nothing_are_refused(tmp_path):
@@ -355,7 +464,7 @@ class Store(RuleBasedStateMachine):
         wanted = text(0, common) + text(seed + 1, count)
         best = max((_alike(tokens, wanted) for tokens in self.kept), default=0)
         best = min(best, len(wanted) - 1)
-        found = self.store.find(self.model, wanted)
+        found = find(self.store, self.model, wanted)
         assert (found[1] if found else 0) == best
         if found:
             expected = next_logits(self.model, read(self.model, wanted[:best]), 5)
@@ -376,7 +485,7 @@ class Store(RuleBasedStateMachine):
             entry.file.write_bytes(contents)
             lost = entry.tokens.tolist()
             self.kept = [each for each in self.kept if _alike(each, lost) < len(each)]
-            self.store.find(self.model, [*lost, 1])  # which removes it
+            find(self.store, self.model, [*lost, 1])  # which removes it
             self.reopened()
 
     @rule(size=st.sampled_from([2 * LARGEST, 4 * LARGEST, 10**9]))
