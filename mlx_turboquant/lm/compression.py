@@ -1,6 +1,7 @@
 """All that is known of one model: settings, plan of bits, weights and the link of its caches."""
 
 import copy
+import logging
 import sys
 import threading
 import weakref
@@ -29,6 +30,8 @@ from .settings import Settings
 _MAKE_PROMPT_CACHE = mlx_lm_cache.make_prompt_cache.__code__
 # Several threads may make caches of a model.
 _lock = threading.RLock()
+
+_log = logging.getLogger("mlx_turboquant")
 
 
 class Compression:
@@ -62,9 +65,10 @@ class Compression:
                 self.replaced = before.replaced
         self.given = given
         self.compressible = compressible_caches(model)
-        self.profile = given
+        self.profile, own = given, fingerprints(model)
         if given is None and plan is None:
-            self.profile = find_profile(fingerprints(model))
+            self.profile = find_profile(own)
+        self._has_other_adapters = self.profile and self.profile.fingerprint != own[0]
         self._plan = plan
         if self.profile is not None:
             self._plan = BitPlan.of_profile(self.compressible, self.profile)
@@ -105,7 +109,13 @@ class Compression:
         """
         if settings.is_fixed:
             return [settings.fixed_bits()] * len(self.compressible)
-        return self.plan().bits(settings)
+        bits = self.plan().bits(settings)
+        if self._has_other_adapters:
+            self._has_other_adapters = False  # once is enough
+            _log.warning(
+                "The model has adapters: bits follow the profile of the model without them."
+            )
+        return bits
 
     def plan(self) -> BitPlan:
         """How bits are spent that are not fixed; without a profile, the model runs for it."""

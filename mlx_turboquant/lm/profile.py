@@ -147,12 +147,9 @@ def load_profile(file: Path, model_fingerprints: Sequence[str]) -> Profile:
             f"has {model_fingerprints[0][:12]}): calibrate this model."
         )
     try:
-        profile = _checked(contents)
+        return _checked(contents)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file} is damaged ({error}): calibrate the model again.") from error
-    if found != model_fingerprints[0]:
-        _log.warning("The model has adapters: bits follow the profile of the model without them.")
-    return profile
 
 
 def find_profile(model_fingerprints: Sequence[str]) -> Profile | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pexpect
 import pytest
+from adapters import adapter_folder
 from conftest import REPOSITORY
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
@@ -279,6 +280,31 @@ def test_a_prompt_that_was_generated_from_is_read_once(tmp_path):
     assert f"Prompt: {known:,} of {total} tokens from the store\n" in second.stdout
     answers = [result.stdout.split("==========")[1] for result in (first, second)]
     assert answers[0] == answers[1]
+
+
+def test_an_adapter_goes_on_with_no_prompt_of_its_base_and_with_its_own(tiny_lm, tmp_path):
+    adapter = adapter_folder(tmp_path / "adapter", tiny_lm[0])
+    prompt = ("--prompt", "import os\n" * 150, "--max-tokens", "5")
+    store = ("--prompt-store", str(tmp_path / "store"))
+
+    def known_tokens(*options: str) -> int:
+        result = run("generate", "--model", TINY_LM, *prompt, *store, *options)
+        return int(
+            re.search(r"Prompt: ([\d,]+) of [\d,]+ tokens", result.stdout)[1].replace(",", "")
+        )
+
+    adapted = ("--adapter-path", str(adapter))
+    assert known_tokens() == 0 and known_tokens() > 300
+    assert known_tokens(*adapted) == 0 and known_tokens(*adapted) > 300
+
+
+def test_a_prompt_file_of_the_base_is_refused_with_an_adapter(tiny_lm, tmp_path):
+    adapter = adapter_folder(tmp_path / "adapter", tiny_lm[0])
+    file = ("--prompt-cache-file", str(tmp_path / "book"))
+    assert run("cache_prompt", "--model", TINY_LM, "--prompt", "import os", *file).returncode == 0
+    result = run("generate", *file, "--prompt", "x", "--adapter-path", str(adapter))
+    assert_refused(result, "belongs to another model (llama with 4 layers, weights ")
+    assert "this is llama with 4 layers and adapters, weights" in result.stderr
 
 
 def test_a_chat_goes_on_where_it_was_left(tmp_path):

@@ -17,6 +17,7 @@ from pathlib import Path
 import mlx.core as mx
 import openai
 import pytest
+from adapters import adapter_folder
 from damage import claiming_terabytes, emptied, truncated, with_flipped_bits
 from servers import (
     TINY_LM,
@@ -210,6 +211,27 @@ def test_prompts_are_found_only_by_those_who_asked_them(tmp_path, kind):
         assert asked_by("carol") == 0
         assert asked_by("bob") > 300
         assert statistics(port)["entries"] == 2
+
+
+def test_an_adapter_that_a_request_names_gets_no_prompt_of_its_base(tiny_lm, tmp_path):
+    adapter = adapter_folder(tmp_path / "adapter", tiny_lm[0])
+    prompt, port = long_text(), free_port()
+
+    def known_tokens(**fields: str) -> int:
+        response = client(port).completions.create(
+            model=TINY_LM, prompt=prompt, max_tokens=2, temperature=0, extra_body=fields
+        )
+        return response.usage.prompt_tokens_details.cached_tokens
+
+    with server(port, *STORED, str(tmp_path / "store")) as process:
+        assert known_tokens() == 0
+        stop(process)
+    with server(port, *STORED, str(tmp_path / "store")) as process:
+        assert known_tokens(adapters=str(adapter)) == 0
+        assert known_tokens() > 300
+        stop(process)
+    with server(port, *STORED, str(tmp_path / "store")):
+        assert known_tokens(adapters=str(adapter)) > 300
 
 
 def test_a_disk_without_space_costs_a_warning_and_no_answer(tmp_path):
