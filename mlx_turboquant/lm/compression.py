@@ -56,22 +56,25 @@ class Compression:
         self._model = weakref.ref(model)
         self.settings = settings
         self.replaced = model.__dict__.get("make_cache")
+        self.given = given
         self._weights: Weights | None = None
         self._link: Link | None = None
-        if before is not None:
-            given = given or before.given
+        self._plan = plan
+        if before is None:
+            self.compressible = compressible_caches(model)
+        else:
+            self.compressible = before.compressible
+            self.given = given or before.given
             self._weights, self._link = before._weights, before._link
             if before.settings is not None:
                 self.replaced = before.replaced
-        self.given = given
-        self.compressible = compressible_caches(model)
-        self.profile, own = given, fingerprints(model)
-        if given is None and plan is None:
-            self.profile = find_profile(own)
+        own = fingerprints(model)
+        self.profile = self.given or (find_profile(own) if plan is None else None)
         self._has_other_adapters = self.profile and self.profile.fingerprint != own[0]
-        self._plan = plan
         if self.profile is not None:
             self._plan = BitPlan.of_profile(self.compressible, self.profile)
+        elif before is not None and before.profile is None and before.weights() is self._weights:
+            self._plan = self._plan or before._plan
 
     def __deepcopy__(self, memo: dict) -> "Compression":
         copied = copy.copy(self)
