@@ -59,7 +59,7 @@ class CompressedCache:
     def _append(self, new: list[mx.array]) -> Fetched:
         """Hold keys and values (B, H, n, dim), fetch all, then pack what has left the window."""
         count = new[0].shape[2]
-        if count == 1 and self._step is not None and self._step.left:
+        if count == 1 and self._step and self._step.left and self.link.reads_tokens:
             self._write(new)
             return self._step.repeat()
         is_chunk = count > MAX_DECODE_ROWS

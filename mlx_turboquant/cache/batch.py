@@ -141,7 +141,12 @@ class BatchTurboQuantKVCache(CompressedCache):
         self._recent = [recent + count for recent in self._recent]
 
     def _steps_alike(self) -> int:
-        """Steps of one token before one that packs a block or finds the exact buffers full."""
+        """Steps of one token before one that packs a block or finds the exact buffers full.
+
+        There are none while a padded prompt is read, whose steps count what is no padding.
+        """
+        if self._expected is not None:
+            return 0
         until_block = min(
             tokens_until_block(packed, sinks + recent, self.sink_tokens, self.window)
             for packed, sinks, recent in zip(self._packed.counts, self._sinks, self._recent)

@@ -29,6 +29,11 @@ class Link:
     _last_attention: mx.array | None = None
     _attention_is_submitted: bool = False
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether nothing but attention, which reads tokens, uses what a step fetches."""
+        return self.is_hooked and not self.needs_arrays
+
     def submit_keys(self, new: list[mx.array]) -> None:
         """Compute the keys and values (B, H, n, dim) of a layer of a chunk."""
         if self._attention_is_submitted:
@@ -113,8 +118,7 @@ class Step:
 
 def fetch(tokens: CachedTokens, new: int, link: Link) -> Fetched:
     """All keys and all values, or all latent vectors, after ``new`` tokens have come."""
-    only_attention_reads = link.is_hooked and not link.needs_arrays
-    if new == 1 and only_attention_reads and tokens.packed_count:
+    if new == 1 and link.reads_tokens and tokens.packed_count:
         return tuple([CompressedTokens(tokens, exact) for _, exact in tokens.sides])
     arrays = tuple(map(CompressedArray, dense(tokens)))
     for array in arrays:
