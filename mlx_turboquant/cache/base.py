@@ -40,7 +40,9 @@ class CompressedCache:
         self._packed = packed
         self._exact: list[mx.array] = []
         self._step: Step | None = None
-        # What the last call returned, for layers that share it.
+        # How often a call of the model asks for what it has fetched again, and has done so.
+        self.shared_reads = 0
+        self.reads = 0
         self._fetched: Fetched | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Fetched:
@@ -49,12 +51,20 @@ class CompressedCache:
         The new tokens and all that were exact before the call are seen exactly by its queries.
         """
         fetched = self._append([keys, values])
-        self._fetched = fetched if self.link.shares_layers else None
+        self.reads = 0
+        self._fetched = fetched if self.shared_reads else None
         return fetched
 
     def keys_and_values(self) -> Fetched:
-        """What the last :meth:`update_and_fetch` returned, for layers without keys of their own."""
-        return self._fetched or fetch(self._tokens(), 0, self.link)
+        """What the last :meth:`update_and_fetch` returned, for layers without keys of their own.
+
+        It is held until the last of them has asked, and then it is what is seen after packing.
+        """
+        fetched = self._fetched or fetch(self._tokens(), 0, self.link)
+        self.reads += 1
+        if self.reads >= self.shared_reads:
+            self._fetched = None
+        return fetched
 
     def _append(self, new: list[mx.array]) -> Fetched:
         """Hold keys and values (B, H, n, dim), fetch all, then pack what has left the window."""

@@ -12,9 +12,9 @@ from ..kernels.tokens import CachedTokens
 class Link:
     """All that the caches of a model know of it; one object for all its layers.
 
-    ``is_hooked`` says that its attention reads :class:`.CachedTokens`, ``needs_arrays`` that other
-    code of it wants arrays of keys and values as well, and ``shares_layers`` that layers without
-    keys of their own ask for those of this one.
+    ``is_hooked`` says that its attention reads :class:`.CachedTokens`, and ``needs_arrays`` that
+    other code of it wants arrays of keys and values as well. ``shared_reads`` are those of the
+    caches of its layers: how often layers without keys of their own ask for those of each.
 
     Left to itself, MLX computes the dense tokens of many layers of a chunk in advance, because they
     need nothing but packed ones. So the attention of a layer is submitted when that of the layer
@@ -24,7 +24,7 @@ class Link:
 
     is_hooked: bool = False
     needs_arrays: bool = True
-    shares_layers: bool = False
+    shared_reads: tuple[int, ...] = ()
     # A number of the last attention that was submitted, and whether a layer has submitted its own.
     _last_attention: mx.array | None = None
     _attention_is_submitted: bool = False

@@ -98,7 +98,8 @@ class TurboQuantKVCache(CompressedCache):
             max_size=batch.max_size,
             seed=packed.seed,
         )
-        cache.link, cache._packed, cache._exact = batch.link, packed, exact
+        cache.link, cache.shared_reads = batch.link, batch.shared_reads
+        cache._packed, cache._exact = packed, exact
         cache.forgotten = batch.forgotten[row]
         held = exact[0].shape[2] if exact else 0
         cache.offset = cache.forgotten + packed.count + held
@@ -125,6 +126,7 @@ class TurboQuantKVCache(CompressedCache):
             sink_tokens=self.sink_tokens,
             max_size=self.max_size,
         )
+        batch.shared_reads = self.shared_reads
         batch.hold_one(self._held_exact(), self.forgotten)
         return batch
 
@@ -247,7 +249,7 @@ class TurboQuantKVCache(CompressedCache):
             self.sink_tokens,
             self.seed,
             self.max_size,
-            self.link.shares_layers,
+            self.shared_reads,
             self.offset,
             self.forgotten,
             self._packed.count,
@@ -258,17 +260,16 @@ class TurboQuantKVCache(CompressedCache):
 
     @state.setter
     def state(self, state: tuple[Any, ...]) -> None:
-        settings, counts, arrays = state[:7], state[7:11], list(state[11:])
-        check_state(len(settings) == 7 and len(counts) == 4, f"it has {len(state)} parts")
-        *bits, window, sink_tokens, seed, max_size, shares_layers = settings
+        settings, counts, arrays = state[:6], state[6:11], list(state[11:])
+        check_state(len(settings) == 6 and len(counts) == 5, f"it has {len(state)} parts")
+        *bits, window, sink_tokens, seed, max_size = settings
         numbers = (*bits, window, sink_tokens, *counts, *([] if max_size is None else [max_size]))
         check_state(all(map(_is_count, numbers)), "a number is none of tokens or bits")
         check_state(type(seed) is int and seed >= 0, f"a seed of {seed}")
         self.__init__(*bits, window=window, sink_tokens=sink_tokens, max_size=max_size, seed=seed)
-        self.link.shares_layers = bool(shares_layers)
         sides = len(self._packed.layouts)
         check_state(len(arrays) == 4 * sides, f"it has {len(state)} parts")
-        self.offset, self.forgotten, packed, oldest = counts
+        self.shared_reads, self.offset, self.forgotten, packed, oldest = counts
         held = self.size() - packed
         check_state(held >= (sink_tokens if packed else 0), f"{held} exact tokens")
         check_state(max_size is not None or not self.forgotten, "tokens forgotten without a limit")

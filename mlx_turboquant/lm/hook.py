@@ -59,7 +59,7 @@ def connect(model: nn.Module, cache: list[Any]) -> None:
     """Let the attention of ``model`` read compressed tokens, and link a prompt cache to it."""
     link = getattr(model, _ATTRIBUTE, None)
     if link is None:
-        link = Link(shares_layers=_calls(model, "keys_and_values"))
+        link = Link()
         setattr(model, _ATTRIBUTE, link)
         _hook_attention(model, link)
         link.needs_arrays = _raises_without_arrays(model, link)
@@ -91,16 +91,18 @@ def _hook_attention(model: nn.Module, link: Link) -> None:
 
 
 def _link(cache: list[Any], link: Link) -> None:
-    for layer in flat_caches(cache):
+    layers = flat_caches(cache)
+    for layer, reads in zip(layers, link.shared_reads or [0] * len(layers)):
         if isinstance(layer, TurboQuantKVCache):
-            layer.link = link
+            layer.link, layer.shared_reads = link, reads
 
 
 def _raises_without_arrays(model: nn.Module, link: Link) -> bool:
     """Whether anything but hooked attention uses the keys and values of one new token.
 
     Tried on a token after a packed block, read in steps that are not evaluated: nothing of the
-    model is. What is not an array raises when it is used as one.
+    model is. What is not an array raises when it is used as one. The steps before it count how
+    often each cache is read again.
     """
     places = compressible_caches(model)
     settings = Settings(window=0, sink_tokens=0)
@@ -108,6 +110,8 @@ def _raises_without_arrays(model: nn.Module, link: Link) -> bool:
     _link(cache, link)
     for _ in range(BLOCK // MAX_DECODE_ROWS):
         model(mx.zeros((1, MAX_DECODE_ROWS), mx.int32), cache=cache)
+    link.shared_reads = tuple(getattr(layer, "reads", 0) for layer in flat_caches(cache))
+    _link(cache, link)
     link.needs_arrays = False
     try:
         model(mx.zeros((1, 1), mx.int32), cache=cache)
@@ -115,9 +119,3 @@ def _raises_without_arrays(model: nn.Module, link: Link) -> bool:
     except (TypeError, AttributeError) as error:
         _log.info("Decoding makes dense keys and values as well, because of: %s", error)
         return True
-
-
-def _calls(model: nn.Module, name: str) -> bool:
-    """Whether the ``__call__`` of one of its modules uses a function or method of this name."""
-    codes = (getattr(type(module).__call__, "__code__", None) for module in model.modules())
-    return any(code is not None and name in code.co_names for code in codes)
