@@ -1,6 +1,7 @@
 """What the caches of one sequence and of several have in common: the way of a new key."""
 
 from functools import lru_cache
+from operator import attrgetter
 
 import mlx.core as mx
 
@@ -9,6 +10,7 @@ from ..kernels.attention import MAX_DECODE_ROWS
 from ..kernels.runtime import backend
 from ..kernels.storage import PackedTokens
 from ..kernels.tokens import CachedTokens, Span
+from .blocks import CacheSettings
 from .fetched import Fetched, Link, Step, fetch
 
 
@@ -24,18 +26,15 @@ class CompressedCache:
     to the packed store, and ``_steps_alike`` tells for how long neither has anything to do.
     """
 
-    def __init__(
-        self,
-        packed: PackedTokens,
-        link: Link,
-        *,
-        window: int,
-        sink_tokens: int,
-        max_size: int | None,
-    ):
-        self.window = window
-        self.sink_tokens = sink_tokens
-        self.max_size = max_size
+    key_bits = property(attrgetter("settings.key_bits"), doc="Bits per value of packed keys.")
+    value_bits = property(attrgetter("settings.value_bits"), doc="Bits per value of packed values.")
+    window = property(attrgetter("settings.window"), doc="Recent tokens that stay exact.")
+    sink_tokens = property(attrgetter("settings.sink_tokens"), doc="First tokens that stay exact.")
+    max_size = property(attrgetter("settings.max_size"), doc="The most tokens to hold, or None.")
+    seed = property(attrgetter("settings.seed"), doc="Seed of the random rotation.")
+
+    def __init__(self, settings: CacheSettings, packed: PackedTokens, link: Link):
+        self.settings = settings
         self.link = link
         self._packed = packed
         self._exact: list[mx.array] = []
@@ -111,21 +110,6 @@ class CompressedCache:
     def keys(self, keys: mx.array) -> None:
         self._exact[0] = keys
         self._step = None
-
-    @property
-    def seed(self) -> int:
-        """Seed of the random rotation."""
-        return self._packed.seed
-
-    @property
-    def key_bits(self) -> int:
-        """Bits per value of the packed keys."""
-        return self._packed.layouts[0].bits
-
-    @property
-    def value_bits(self) -> int:
-        """Bits per value of the packed values."""
-        return self._packed.layouts[-1].bits
 
     def empty(self) -> bool:
         """Whether no token was ever stored."""

@@ -81,11 +81,9 @@ def compressed_caches(
 ) -> list[Any]:
     """A new prompt cache with these bits of keys and values in the compressed ``places``."""
     caches = plain_caches(model)
-    names = ("window", "sink_tokens", "max_size", "seed")
-    options = {name: getattr(settings, name) for name in names}
     for place, pair in zip(places, bits):
         cache_class = TurboQuantLatentCache if place.values is None else TurboQuantKVCache
-        place.put(caches, cache_class(*pair, **options))
+        place.put(caches, cache_class(**settings.of_layer(*pair)._asdict()))
     return caches
 
 

@@ -329,8 +329,7 @@ def key_of(model: nn.Module, scope: str = "") -> str:
         for layer in flat_caches(make_prompt_cache(model)):
             digest.update(type(layer).__name__.encode())
             if isinstance(layer, TurboQuantKVCache):
-                numbers = (layer.key_bits, layer.value_bits, layer.window, layer.sink_tokens)
-                digest.update(repr((*numbers, layer.max_size, layer.seed)).encode())
+                digest.update(repr(layer.settings).encode())
         key = digest.hexdigest()[:32]
         setattr(model, _KEY_ATTRIBUTE, key)
     return hashlib.sha256(f"{key} {scope}".encode()).hexdigest()[:32] if scope else key

@@ -184,7 +184,7 @@ def test_random_states_are_refused_or_usable(kind):
         mx.eval(fetched, restored.state)
         assert fetched[0].shape[2] == size + count
         assert restored.trim(count) in (0, count)
-    assert min(outcomes.values()) > 200
+    assert min(outcomes.values()) > 100
     assert mx.get_peak_memory() - before < 32 * MEGABYTE
 
 
