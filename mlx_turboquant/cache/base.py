@@ -1,6 +1,7 @@
 """What the caches of one sequence and of several have in common: the way of a new key."""
 
 from functools import lru_cache
+from operator import attrgetter
 
 import mlx.core as mx
 
@@ -9,6 +10,7 @@ from ..kernels.attention import MAX_DECODE_ROWS
 from ..kernels.runtime import backend
 from ..kernels.storage import PackedTokens
 from ..kernels.tokens import CachedTokens, Span
+from .blocks import CacheSettings
 from .fetched import Fetched, Link, Step, fetch
 
 
@@ -24,23 +26,22 @@ class CompressedCache:
     to the packed store, and ``_steps_alike`` tells for how long neither has anything to do.
     """
 
-    def __init__(
-        self,
-        packed: PackedTokens,
-        link: Link,
-        *,
-        window: int,
-        sink_tokens: int,
-        max_size: int | None,
-    ):
-        self.window = window
-        self.sink_tokens = sink_tokens
-        self.max_size = max_size
+    key_bits = property(attrgetter("settings.key_bits"), doc="Bits per value of packed keys.")
+    value_bits = property(attrgetter("settings.value_bits"), doc="Bits per value of packed values.")
+    window = property(attrgetter("settings.window"), doc="Recent tokens that stay exact.")
+    sink_tokens = property(attrgetter("settings.sink_tokens"), doc="First tokens that stay exact.")
+    max_size = property(attrgetter("settings.max_size"), doc="The most tokens to hold, or None.")
+    seed = property(attrgetter("settings.seed"), doc="Seed of the random rotation.")
+
+    def __init__(self, settings: CacheSettings, packed: PackedTokens, link: Link):
+        self.settings = settings
         self.link = link
         self._packed = packed
         self._exact: list[mx.array] = []
         self._step: Step | None = None
-        # What the last call returned, for layers that share it.
+        # How often a call of the model asks for what it has fetched again, and has done so.
+        self.shared_reads = 0
+        self.reads = 0
         self._fetched: Fetched | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Fetched:
@@ -49,17 +50,25 @@ class CompressedCache:
         The new tokens and all that were exact before the call are seen exactly by its queries.
         """
         fetched = self._append([keys, values])
-        self._fetched = fetched if self.link.shares_layers else None
+        self.reads = 0
+        self._fetched = fetched if self.shared_reads else None
         return fetched
 
     def keys_and_values(self) -> Fetched:
-        """What the last :meth:`update_and_fetch` returned, for layers without keys of their own."""
-        return self._fetched or fetch(self._tokens(), 0, self.link)
+        """What the last :meth:`update_and_fetch` returned, for layers without keys of their own.
+
+        It is held until the last of them has asked, and then it is what is seen after packing.
+        """
+        fetched = self._fetched or fetch(self._tokens(), 0, self.link)
+        self.reads += 1
+        if self.reads >= self.shared_reads:
+            self._fetched = None
+        return fetched
 
     def _append(self, new: list[mx.array]) -> Fetched:
         """Hold keys and values (B, H, n, dim), fetch all, then pack what has left the window."""
         count = new[0].shape[2]
-        if count == 1 and self._step is not None and self._step.left:
+        if count == 1 and self._step and self._step.left and self.link.reads_tokens:
             self._write(new)
             return self._step.repeat()
         is_chunk = count > MAX_DECODE_ROWS
@@ -101,21 +110,6 @@ class CompressedCache:
     def keys(self, keys: mx.array) -> None:
         self._exact[0] = keys
         self._step = None
-
-    @property
-    def seed(self) -> int:
-        """Seed of the random rotation."""
-        return self._packed.seed
-
-    @property
-    def key_bits(self) -> int:
-        """Bits per value of the packed keys."""
-        return self._packed.layouts[0].bits
-
-    @property
-    def value_bits(self) -> int:
-        """Bits per value of the packed values."""
-        return self._packed.layouts[-1].bits
 
     def empty(self) -> bool:
         """Whether no token was ever stored."""

@@ -19,9 +19,9 @@ import mlx.core as mx
 from ..codec.constants import constant
 from ..kernels.attention import MAX_DECODE_ROWS
 from ..kernels.storage import PackedTokens
-from ..kernels.tokens import CachedTokens, Span, visible_columns
+from ..kernels.tokens import CachedTokens, Span, longer, visible_columns
 from .base import CompressedCache, write_tokens
-from .blocks import leaving_tokens, tokens_until_block
+from .blocks import CacheSettings
 from .fetched import Link
 
 # Room for this many new tokens in the exact buffers, which are copied when it is used up.
@@ -43,8 +43,10 @@ class BatchTurboQuantKVCache(CompressedCache):
     the sequences come from and become when they leave.
     """
 
-    def __init__(self, single_class: type, packed: PackedTokens, link: Link, **settings: Any):
-        super().__init__(packed, link, **settings)
+    def __init__(
+        self, single_class: type, settings: CacheSettings, packed: PackedTokens, link: Link
+    ):
+        super().__init__(settings, packed, link)
         rows = len(packed.counts)
         self.forgotten = [0] * rows
         self._single_class = single_class
@@ -61,8 +63,8 @@ class BatchTurboQuantKVCache(CompressedCache):
             held = exact[0].shape[2]
             self._sinks = [self.sink_tokens if self._packed.count else 0]
             self._recent = [held - self._sinks[0]]
-            exact = [_padded(x, self.sink_tokens - self._sinks[0], 0) for x in exact]
-            self._keep(exact, [self.sink_tokens + self._recent[0]])
+            missing, end = self.sink_tokens - self._sinks[0], self.sink_tokens + self._recent[0]
+            self._keep([longer(x, end, before=missing) for x in exact], [end])
 
     @property
     def lengths(self) -> list[int]:
@@ -125,12 +127,12 @@ class BatchTurboQuantKVCache(CompressedCache):
         """Write tokens behind the exact ones, in place where there is room."""
         count = new[0].shape[2]
         if not self._exact:
-            self._exact = [_padded(x[:, :, :0], self.sink_tokens, 0) for x in new]
+            self._exact = [longer(x[:, :, :0], self.sink_tokens) for x in new]
         elif not is_chunk and self._end + count > self._exact[0].shape[2]:
             self._keep(self._exact, [self._end])
         if self._end + count > self._exact[0].shape[2]:
-            room = (0, count if is_chunk else _ROOM)
-            self._exact = [_padded(x[:, :, : self._end], *room) for x in self._exact]
+            capacity = self._end + (count if is_chunk else _ROOM)
+            self._exact = [longer(x[:, :, : self._end], capacity) for x in self._exact]
         self._write(new)
 
     def _write(self, new: list[mx.array]) -> None:
@@ -141,9 +143,14 @@ class BatchTurboQuantKVCache(CompressedCache):
         self._recent = [recent + count for recent in self._recent]
 
     def _steps_alike(self) -> int:
-        """Steps of one token before one that packs a block or finds the exact buffers full."""
+        """Steps of one token before one that packs a block or finds the exact buffers full.
+
+        There are none while a padded prompt is read, whose steps count what is no padding.
+        """
+        if self._expected is not None:
+            return 0
         until_block = min(
-            tokens_until_block(packed, sinks + recent, self.sink_tokens, self.window)
+            self.settings.until_block(packed, sinks + recent)
             for packed, sinks, recent in zip(self._packed.counts, self._sinks, self._recent)
         )
         return min(until_block - 1, self._exact[0].shape[2] - self._end)
@@ -172,7 +179,7 @@ class BatchTurboQuantKVCache(CompressedCache):
         has_packed = False
         parts = list(zip(self._packed.counts, self._sinks, self._recent, ends))
         for (packed, sinks, recent, end), group in groupby(range(len(parts)), parts.__getitem__):
-            leaving = leaving_tokens(packed, sinks + recent, self.sink_tokens, self.window)
+            leaving = self.settings.leaving(packed, sinks + recent)
             if not leaving:
                 continue
             group = list(group)
@@ -195,9 +202,9 @@ class BatchTurboQuantKVCache(CompressedCache):
     def _keep(self, exact: list[mx.array], ends: list[int]) -> None:
         """Hold sinks and recent tokens, which end at ``ends`` (one for each or for all), anew."""
         most = max(self._recent)
-        kept = ([x[:, :, : self.sink_tokens], _last(x, ends, most)] for x in exact)
-        self._exact = [_padded(mx.concatenate(parts, axis=2), 0, _ROOM) for parts in kept]
         self._end = self.sink_tokens + most
+        kept = ([x[:, :, : self.sink_tokens], _last(x, ends, most)] for x in exact)
+        self._exact = [longer(mx.concatenate(parts, axis=2), self._end + _ROOM) for parts in kept]
 
     def make_mask(
         self, n: int, return_array: bool = False, window_size: int | None = None
@@ -244,11 +251,10 @@ class BatchTurboQuantKVCache(CompressedCache):
         Raises:
             ValueError: a batch with different settings.
         """
-        settings, others = self._settings, other._settings
-        if settings != others:
+        if other.settings != self.settings:
             raise ValueError(
-                f"Caches with different settings cannot be batched: {others} beside {settings} "
-                "(bits of keys and values, window, sinks, seed, limit): use the same."
+                f"Caches with different settings cannot be batched: {other.settings} beside "
+                f"{self.settings}: use the same."
             )
         self._step = None
         end = max(self._end, other._end)
@@ -261,24 +267,14 @@ class BatchTurboQuantKVCache(CompressedCache):
         if exact:
             self._keep(exact, [end])
 
-    @property
-    def _settings(self) -> tuple[int | None, ...]:
-        return (
-            self.key_bits,
-            self.value_bits,
-            self.window,
-            self.sink_tokens,
-            self.seed,
-            self.max_size,
-        )
-
     def _ending(self, end: int, side: int, like: mx.array) -> mx.array:
         """The exact keys or values, moved to end at ``end``; if there are none, zeros."""
         if not self._exact:
             return mx.zeros((len(self._recent), like.shape[1], end, like.shape[3]), like.dtype)
         x = self._exact[side]
         sinks, recent = x[:, :, : self.sink_tokens], x[:, :, self.sink_tokens : self._end]
-        return mx.concatenate([sinks, _padded(recent, end - self._end, 0)], axis=2)
+        recent = longer(recent, end - self.sink_tokens, before=end - self._end)
+        return mx.concatenate([sinks, recent], axis=2)
 
     def extract(self, row: int) -> Any:
         """The cache of one sequence alone."""
@@ -338,10 +334,6 @@ class BatchTurboQuantKVCache(CompressedCache):
 def _as_array(*numbers: int) -> mx.array:
     """One array for all layers of a step."""
     return constant(list(numbers))
-
-
-def _padded(x: mx.array, before: int, after: int) -> mx.array:
-    return mx.pad(x, [(0, 0), (0, 0), (before, after), (0, 0)])
 
 
 def _last(x: mx.array, ends: list[int], count: int) -> mx.array:

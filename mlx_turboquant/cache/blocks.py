@@ -6,6 +6,9 @@ Only whole blocks of packed tokens leave, so that a token is packed once and a k
 blocks. What a call's queries see is decided before the call packs.
 """
 
+from typing import NamedTuple
+
+from ..codec.codebook import check_bits
 from ..kernels.attention import MAX_DECODE_ROWS
 from ..kernels.tokens import BLOCK, CAPACITY_UNIT
 
@@ -15,38 +18,50 @@ DEFAULT_SINK_TOKENS = 4
 LARGEST = 2**31 - 1
 
 
-def leaving_tokens(packed: int, exact: int, sink_tokens: int, window: int) -> int:
-    """How many of ``exact`` tokens have left the window, in whole blocks of packed tokens."""
-    outside = exact - sink_tokens - window
-    return max(0, (packed + outside) // BLOCK * BLOCK - packed)
+class CacheSettings(NamedTuple):
+    """How a cache compresses; :class:`.TurboQuantKVCache` says what is possible."""
 
+    key_bits: int
+    value_bits: int
+    window: int
+    sink_tokens: int
+    max_size: int | None
+    seed: int
 
-def tokens_until_block(packed: int, exact: int, sink_tokens: int, window: int) -> int:
-    """How many more exact tokens it takes until the next block leaves the window: at least 1."""
-    outside = exact - sink_tokens - window
-    return (packed // BLOCK + 1) * BLOCK - (packed + outside)
+    @property
+    def most_exact(self) -> int:
+        """The most exact tokens after a step of decoding."""
+        return self.sink_tokens + self.window + BLOCK + MAX_DECODE_ROWS
 
+    def leaving(self, packed: int, exact: int) -> int:
+        """How many of ``exact`` tokens have left the window, in whole blocks of packed tokens."""
+        outside = exact - self.sink_tokens - self.window
+        return max(0, (packed + outside) // BLOCK * BLOCK - packed)
 
-def most_exact_tokens(sink_tokens: int, window: int) -> int:
-    """The most exact tokens after a step of decoding."""
-    return sink_tokens + window + BLOCK + MAX_DECODE_ROWS
+    def until_block(self, packed: int, exact: int) -> int:
+        """How many more exact tokens it takes until the next block leaves the window, 1 or more."""
+        outside = exact - self.sink_tokens - self.window
+        return (packed // BLOCK + 1) * BLOCK - (packed + outside)
 
+    def limit(self) -> int | None:
+        """The most packed tokens of a cache of ``max_size`` tokens, or None without a limit.
 
-def check_token_counts(window: int, sink_tokens: int, max_size: int | None) -> int | None:
-    """The most packed tokens of a cache of ``max_size`` tokens, or None without a limit.
-
-    Raises:
-        ValueError: a number that is not possible, or too small a limit.
-    """
-    for name, tokens in (("window", window), ("number of sink tokens", sink_tokens)):
-        if not isinstance(tokens, int) or tokens < 0:
-            raise ValueError(f"A {name} of {tokens} is not possible: use 0 or more tokens.")
-    if max_size is None:
-        return None
-    most = min(max_size, LARGEST) - most_exact_tokens(sink_tokens, window)
-    if most < CAPACITY_UNIT:
-        raise ValueError(
-            f"A cache of {max_size} tokens is too small for {sink_tokens} sinks and a "
-            f"window of {window}: use at least {max_size - most + CAPACITY_UNIT} tokens."
-        )
-    return most // CAPACITY_UNIT * CAPACITY_UNIT
+        Raises:
+            ValueError: a setting that is not possible, or too small a limit.
+        """
+        check_bits(self.key_bits)
+        check_bits(self.value_bits)
+        counts = {"window": self.window, "number of sink tokens": self.sink_tokens}
+        for name, tokens in counts.items():
+            if not isinstance(tokens, int) or tokens < 0:
+                raise ValueError(f"A {name} of {tokens} is not possible: use 0 or more tokens.")
+        if self.max_size is None:
+            return None
+        most = min(self.max_size, LARGEST) - self.most_exact
+        if most < CAPACITY_UNIT:
+            raise ValueError(
+                f"A cache of {self.max_size} tokens is too small for {self.sink_tokens} sinks and "
+                f"a window of {self.window}: use at least "
+                f"{self.max_size - most + CAPACITY_UNIT} tokens."
+            )
+        return most // CAPACITY_UNIT * CAPACITY_UNIT

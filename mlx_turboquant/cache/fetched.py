@@ -13,10 +13,10 @@ from ..kernels.tokens import CachedTokens
 class Link:
     """All that the caches of a model know of it; one object for all its layers.
 
-    ``is_hooked`` says that its attention reads :class:`.CachedTokens`, ``needs_arrays`` that other
-    code of it wants arrays of keys and values as well, and ``shares_layers`` that layers without
-    keys of their own ask for those of this one. ``weights`` are those of the model that reads the
-    tokens, or None if nobody has said.
+    ``is_hooked`` says that its attention reads :class:`.CachedTokens`, and ``needs_arrays`` that
+    other code of it wants arrays of keys and values as well. ``shared_reads`` are those of the
+    caches of its layers: how often layers without keys of their own ask for those of each.
+    ``weights`` are those of the model that reads the tokens, or None if nobody has said.
 
     Left to itself, MLX computes the dense tokens of many layers of a chunk in advance, because they
     need nothing but packed ones. So the attention of a layer is submitted when that of the layer
@@ -26,11 +26,16 @@ class Link:
 
     is_hooked: bool = False
     needs_arrays: bool = True
-    shares_layers: bool = False
+    shared_reads: tuple[int, ...] = ()
     weights: Any = None
     # A number of the last attention that was submitted, and whether a layer has submitted its own.
     _last_attention: mx.array | None = None
     _attention_is_submitted: bool = False
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether nothing but attention, which reads tokens, uses what a step fetches."""
+        return self.is_hooked and not self.needs_arrays
 
     def submit_keys(self, new: list[mx.array]) -> None:
         """Compute the keys and values (B, H, n, dim) of a layer of a chunk."""
@@ -116,8 +121,7 @@ class Step:
 
 def fetch(tokens: CachedTokens, new: int, link: Link) -> Fetched:
     """All keys and all values, or all latent vectors, after ``new`` tokens have come."""
-    only_attention_reads = link.is_hooked and not link.needs_arrays
-    if new == 1 and only_attention_reads and tokens.packed_count:
+    if new == 1 and link.reads_tokens and tokens.packed_count:
         return tuple([CompressedTokens(tokens, exact) for _, exact in tokens.sides])
     arrays = tuple(map(CompressedArray, dense(tokens)))
     for array in arrays:

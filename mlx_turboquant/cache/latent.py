@@ -5,6 +5,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..kernels.storage import check_state, check_vectors
+from ..kernels.tokens import longer
 from .batch import BatchTurboQuantKVCache
 from .fetched import CompressedArray, CompressedTokens
 from .single import TurboQuantKVCache
@@ -50,7 +51,7 @@ class BatchTurboQuantLatentCache(BatchTurboQuantKVCache):
                 for x, count in parts
             ]
             longest = max(x.shape[2] for x in rotary)
-            self.rotary = mx.concatenate([_padded(x, longest) for x in rotary])
+            self.rotary = mx.concatenate([longer(x, longest) for x in rotary])
 
     @property
     def nbytes(self) -> int:
@@ -85,8 +86,10 @@ class TurboQuantLatentCache(TurboQuantKVCache):
     _batch_class = BatchTurboQuantLatentCache
     _is_latent = True
 
-    def __init__(self, *bits: int, max_size: int | None = None, **settings: int):
-        super().__init__(*bits, max_size=max_size, **settings)
+    def __init__(
+        self, key_bits: int = 4, value_bits: int = 4, *, max_size: int | None = None, **others: int
+    ):
+        super().__init__(key_bits, key_bits, max_size=max_size, **others)
         if max_size is not None:
             raise ValueError(
                 f"A cache of latent vectors cannot be limited to {max_size} tokens: "
@@ -161,11 +164,7 @@ def _with_room(buffer: mx.array | None, like: mx.array, count: int) -> mx.array:
     """The buffer, or a larger one that has room for ``count`` tokens."""
     if buffer is None:
         buffer = like[:, :, :0]
-    return buffer if count <= buffer.shape[2] else _padded(buffer, -(-count // _STEP) * _STEP)
-
-
-def _padded(x: mx.array, length: int) -> mx.array:
-    return mx.pad(x, [(0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)])
+    return buffer if count <= buffer.shape[2] else longer(buffer, -(-count // _STEP) * _STEP)
 
 
 def _index(tokens: mx.array) -> mx.array:

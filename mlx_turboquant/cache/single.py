@@ -20,20 +20,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..codec.codebook import check_bits
 from ..kernels.storage import PackedTokens, beginning_of, check_state, check_vectors, layouts_of
-from ..kernels.tokens import CachedTokens
+from ..kernels.tokens import CachedTokens, longer
 from .base import CompressedCache, write_tokens
 from .batch import BatchTurboQuantKVCache
-from .blocks import (
-    DEFAULT_SINK_TOKENS,
-    DEFAULT_WINDOW,
-    LARGEST,
-    check_token_counts,
-    leaving_tokens,
-    most_exact_tokens,
-    tokens_until_block,
-)
+from .blocks import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW, LARGEST, CacheSettings
 from .fetched import Link
 
 # The exact buffers of a short conversation grow by this many tokens.
@@ -72,17 +63,9 @@ class TurboQuantKVCache(CompressedCache):
         max_size: int | None = None,
         seed: int = 0,
     ):
-        check_bits(key_bits)
-        check_bits(value_bits)
-        limit = check_token_counts(window, sink_tokens, max_size)
+        settings = CacheSettings(key_bits, value_bits, window, sink_tokens, max_size, seed)
         layouts = layouts_of(key_bits, None if self._is_latent else value_bits)
-        super().__init__(
-            PackedTokens(layouts, seed, limit),
-            Link(),
-            window=window,
-            sink_tokens=sink_tokens,
-            max_size=max_size,
-        )
+        super().__init__(settings, PackedTokens(layouts, seed, settings.limit()), Link())
         self.offset = 0
         self.forgotten = 0
 
@@ -90,15 +73,9 @@ class TurboQuantKVCache(CompressedCache):
     def of_row(cls, batch: BatchTurboQuantKVCache, row: int) -> "TurboQuantKVCache":
         """The cache of one sequence of a batch."""
         exact, packed = batch.exact_row(row), batch.packed_row(row)
-        bits = (layout.bits for layout in (packed.layouts[0], packed.layouts[-1]))
-        cache = cls(
-            *bits,
-            window=batch.window,
-            sink_tokens=batch.sink_tokens,
-            max_size=batch.max_size,
-            seed=packed.seed,
-        )
-        cache.link, cache._packed, cache._exact = batch.link, packed, exact
+        cache = cls(**batch.settings._asdict())
+        cache.link, cache.shared_reads = batch.link, batch.shared_reads
+        cache._packed, cache._exact = packed, exact
         cache.forgotten = batch.forgotten[row]
         held = exact[0].shape[2] if exact else 0
         cache.offset = cache.forgotten + packed.count + held
@@ -117,14 +94,9 @@ class TurboQuantKVCache(CompressedCache):
         return batch
 
     def _as_batch(self) -> BatchTurboQuantKVCache:
-        batch = self._batch_class(
-            type(self),
-            PackedTokens.join([self._packed]),
-            self.link,
-            window=self.window,
-            sink_tokens=self.sink_tokens,
-            max_size=self.max_size,
-        )
+        packed = PackedTokens.join([self._packed])
+        batch = self._batch_class(type(self), self.settings, packed, self.link)
+        batch.shared_reads = self.shared_reads
         batch.hold_one(self._held_exact(), self.forgotten)
         return batch
 
@@ -145,8 +117,8 @@ class TurboQuantKVCache(CompressedCache):
         if not self._exact:
             self._exact = [x[:, :, :0] for x in new]
         if needed > self._exact[0].shape[2]:
-            step = 0 if is_chunk else max(0, min(_STEP, self._most_exact - needed))
-            self._exact = [_padded(x[:, :, :held], needed + step) for x in self._exact]
+            step = 0 if is_chunk else max(0, min(_STEP, self.settings.most_exact - needed))
+            self._exact = [longer(x[:, :, :held], needed + step) for x in self._exact]
         self._write(new)
 
     def _write(self, new: list[mx.array]) -> None:
@@ -157,20 +129,21 @@ class TurboQuantKVCache(CompressedCache):
 
     def _steps_alike(self) -> int:
         """Steps of one token before one that packs a block or finds the exact buffers full."""
-        held, packed = self.exact_tokens, self._packed.count
-        until_block = tokens_until_block(packed, held, self.sink_tokens, self.window)
+        held = self.exact_tokens
+        until_block = self.settings.until_block(self._packed.count, held)
         return min(until_block - 1, self._exact[0].shape[2] - held)
 
     def _pack(self, count: int) -> bool:
         """Quantize the blocks that have left the window; returns whether there were any."""
         held = self.exact_tokens
-        leaving = leaving_tokens(self._packed.count, held, self.sink_tokens, self.window)
+        leaving = self.settings.leaving(self._packed.count, held)
         if not leaving:
             return False
         start, stop = self.sink_tokens, self.sink_tokens + leaving
         self.forgotten += self._packed.append([x[:, :, start:stop] for x in self._exact])
         kept = ([x[:, :, :start], x[:, :, stop:held]] for x in self._exact)
-        self._exact = [_padded(mx.concatenate(parts, axis=2), self._most_exact) for parts in kept]
+        most = self.settings.most_exact
+        self._exact = [longer(mx.concatenate(parts, axis=2), most) for parts in kept]
         return True
 
     def _tokens(self) -> CachedTokens:
@@ -178,10 +151,6 @@ class TurboQuantKVCache(CompressedCache):
         count = self.exact_tokens
         sinks = min(count, self.sink_tokens)
         return self._seen(count, sinks, sinks)
-
-    @property
-    def _most_exact(self) -> int:
-        return most_exact_tokens(self.sink_tokens, self.window)
 
     def _held_exact(self) -> list[mx.array]:
         return [x[:, :, : self.exact_tokens] for x in self._exact]
@@ -222,7 +191,7 @@ class TurboQuantKVCache(CompressedCache):
     @property
     def exact_nbytes(self) -> int:
         """Bytes that the exact tokens of a long text take."""
-        return self._most_exact * sum(x.nbytes // x.shape[2] for x in self._exact)
+        return self.settings.most_exact * sum(x.nbytes // x.shape[2] for x in self._exact)
 
     def make_mask(
         self, n: int, return_array: bool = False, window_size: int | None = None
@@ -241,36 +210,28 @@ class TurboQuantKVCache(CompressedCache):
     def state(self) -> tuple[Any, ...]:
         """All settings, counts and arrays, without free space; what ``from_state`` takes."""
         return (
-            self.key_bits,
-            self.value_bits,
-            self.window,
-            self.sink_tokens,
-            self.seed,
-            self.max_size,
-            self.link.shares_layers,
+            *self.settings,
+            self.shared_reads,
             self.offset,
             self.forgotten,
             self._packed.count,
-            0,  # the place of the oldest packed token
             *(self._held_exact() or [None] * len(self._packed.layouts)),
             *self._packed.used(),
         )
 
     @state.setter
     def state(self, state: tuple[Any, ...]) -> None:
-        settings, counts, arrays = state[:7], state[7:11], list(state[11:])
-        check_state(len(settings) == 7 and len(counts) == 4, f"it has {len(state)} parts")
-        *bits, window, sink_tokens, seed, max_size, shares_layers = settings
-        numbers = (*bits, window, sink_tokens, *counts, *([] if max_size is None else [max_size]))
+        sides = 1 if self._is_latent else 2
+        check_state(len(state) == 10 + 4 * sides, f"it has {len(state)} parts")
+        settings, counts, arrays = CacheSettings(*state[:6]), state[6:10], state[10:]
+        *numbers, max_size, seed = settings
+        numbers = (*numbers, *counts, 0 if max_size is None else max_size)
         check_state(all(map(_is_count, numbers)), "a number is none of tokens or bits")
         check_state(type(seed) is int and seed >= 0, f"a seed of {seed}")
-        self.__init__(*bits, window=window, sink_tokens=sink_tokens, max_size=max_size, seed=seed)
-        self.link.shares_layers = bool(shares_layers)
-        sides = len(self._packed.layouts)
-        check_state(len(arrays) == 4 * sides, f"it has {len(state)} parts")
-        self.offset, self.forgotten, packed, oldest = counts
+        self.__init__(**settings._asdict())
+        self.shared_reads, self.offset, self.forgotten, packed = counts
         held = self.size() - packed
-        check_state(held >= (sink_tokens if packed else 0), f"{held} exact tokens")
+        check_state(held >= (self.sink_tokens if packed else 0), f"{held} exact tokens")
         check_state(max_size is not None or not self.forgotten, "tokens forgotten without a limit")
         self._exact = [x for x in arrays[:sides] if x is not None]
         check_state(bool(self._exact) or not self.offset, "tokens without arrays")
@@ -278,7 +239,7 @@ class TurboQuantKVCache(CompressedCache):
         shapes = []
         for x in self._exact:
             shapes.append((*check_vectors(x, held, self._exact[0]), x.shape[3]))
-        self._packed.restore(packed, oldest, shapes, arrays[sides:])
+        self._packed.restore(packed, shapes, arrays[sides:])
 
     @classmethod
     def beginning(cls, state: tuple[Any, ...], tokens: int) -> tuple[Any, ...]:
@@ -287,15 +248,15 @@ class TurboQuantKVCache(CompressedCache):
         Arrays need only be sliced, so that they may be those of a file. A cache that cannot be
         trimmed, or has no more tokens, is left as it is.
         """
-        settings, (offset, forgotten, packed, oldest), arrays = state[:7], state[7:11], state[11:]
+        settings, (reads, offset, forgotten, packed) = CacheSettings(*state[:6]), state[6:10]
         if forgotten or tokens >= offset:
             return tuple(state)
         # What is packed stays packed, so that the sinks are exact and recent tokens may be none.
-        packed = min(packed, max(tokens - settings[3], 0))
-        sides = len(arrays) // 4
+        packed = min(packed, max(tokens - settings.sink_tokens, 0))
+        arrays, sides = state[10:], 1 if cls._is_latent else 2
         exact = [x[:, :, : tokens - packed] for x in arrays[:sides]]
         used = beginning_of(arrays[sides:], packed)
-        return (*settings, tokens, forgotten, packed, oldest, *exact, *used)
+        return (*settings, reads, tokens, forgotten, packed, *exact, *used)
 
     @classmethod
     def from_state(cls, state: tuple[Any, ...]) -> "TurboQuantKVCache":
@@ -307,11 +268,6 @@ class TurboQuantKVCache(CompressedCache):
         cache = cls.__new__(cls)
         cache.state = state
         return cache
-
-
-def _padded(x: mx.array, capacity: int) -> mx.array:
-    """Tokens (B, H, n, dim) with free space behind them."""
-    return mx.pad(x, [(0, 0), (0, 0), (0, capacity - x.shape[2]), (0, 0)])
 
 
 def _is_count(number: Any) -> bool:

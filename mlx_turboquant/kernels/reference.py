@@ -6,7 +6,7 @@ The products of ``inner_product.metal`` are :meth:`.TurboQuantizer.inner_product
 import mlx.core as mx
 
 from ..codec.quantizer import QuantizedVectors, TurboQuantizer
-from .tokens import BLOCK, CAPACITY_UNIT, CachedTokens, PackedVectors, visible_columns
+from .tokens import BLOCK, CAPACITY_UNIT, CachedTokens, PackedVectors, longer, visible_columns
 
 
 def quantize(x: mx.array, mean: mx.array, quantizer: TurboQuantizer) -> QuantizedVectors:
@@ -20,13 +20,11 @@ def packed_vectors(
 ) -> PackedVectors:
     """:func:`quantize` in buffers that end with a whole step of the attention kernel."""
     codes, scales = quantize(x, mean, quantizer)
-    free = -x.shape[2] % CAPACITY_UNIT
-    codes = mx.pad(codes, [(0, 0), (0, 0), (0, free), (0, 0)])
+    capacity = -(-x.shape[2] // CAPACITY_UNIT) * CAPACITY_UNIT
+    codes = longer(codes, capacity)
     if interleaved:
         codes = interleave(codes)
-    return PackedVectors(
-        quantizer, interleaved, codes, mx.pad(scales, [(0, 0), (0, 0), (0, free)]), mean
-    )
+    return PackedVectors(quantizer, interleaved, codes, longer(scales, capacity), mean)
 
 
 def interleave(codes: mx.array) -> mx.array:

@@ -11,7 +11,7 @@ from ..codec.packing import words_per_vector
 from ..codec.quantizer import QuantizedVectors, TurboQuantizer
 from .quantize import quantize
 from .reference import interleave
-from .tokens import BLOCK, CAPACITY_UNIT, PackedVectors
+from .tokens import BLOCK, CAPACITY_UNIT, PackedVectors, longer
 
 # A scale is a bfloat16.
 SCALE_NBYTES = 2
@@ -237,18 +237,12 @@ class PackedTokens:
             arrays += [codes, side.scales[..., : self.count], side.mean]
         return arrays
 
-    def restore(
-        self, count: int, oldest: int, shapes: list[tuple[int, int, int]], used: list[Any]
-    ) -> None:
+    def restore(self, count: int, shapes: list[tuple[int, int, int]], used: list[Any]) -> None:
         """Hold ``count`` tokens, whose :meth:`used` arrays these are; sides are (B, H, dim).
-
-        ``oldest`` is 0, or in old files the place at which limited buffers begin, cyclically.
 
         Raises:
             ValueError: numbers or arrays that no tokens can have.
         """
-        is_place = self.limit == count > oldest and oldest % BLOCK == 0
-        check_state(oldest == 0 or is_place, f"token {oldest} is the oldest")
         check_state(self.limit is None or count <= self.limit, f"{count} tokens are too many")
         self.counts = [count]
         for layout, (*heads, dim), arrays in zip(
@@ -268,9 +262,6 @@ class PackedTokens:
                 check_state(isinstance(x, mx.array) and x.shape == shape and x.dtype == dtype, what)
             quantizer = shared_quantizer(dim, layout.bits, self.seed)
             side = PackedVectors(quantizer, layout.interleaved, *arrays)
-            if oldest:
-                codes = mx.roll(side.codes, -_slots(side.interleaved, oldest), axis=2)
-                side = side._replace(codes=codes, scales=mx.roll(side.scales, -oldest, axis=2))
             self.sides.append(_resized(side, _whole_steps(count)))
 
 
@@ -305,14 +296,8 @@ def _codes_shape(layout: Layout, heads: tuple[int, ...], dim: int, tokens: int) 
 
 def _resized(side: PackedVectors, capacity: int) -> PackedVectors:
     """The vectors in new, larger buffers."""
-    codes = _longer(side.codes, _slots(side.interleaved, capacity))
-    return side._replace(codes=codes, scales=_longer(side.scales, capacity))
-
-
-def _longer(x: mx.array, length: int) -> mx.array:
-    padding = [(0, 0)] * x.ndim
-    padding[2] = (0, length - x.shape[2])
-    return mx.pad(x, padding)
+    codes = longer(side.codes, _slots(side.interleaved, capacity))
+    return side._replace(codes=codes, scales=longer(side.scales, capacity))
 
 
 def _slots(interleaved: bool, tokens: int) -> int:
@@ -339,7 +324,7 @@ def _write(side: PackedVectors, packed: QuantizedVectors, start: int, rows: slic
         start += head.shape[2]
     if codes.shape[2]:
         # Where they fill the whole buffer they become it.
-        blocks = interleave(_longer(codes, -(-codes.shape[2] // BLOCK) * BLOCK))
+        blocks = interleave(longer(codes, -(-codes.shape[2] // BLOCK) * BLOCK))
         first = start // BLOCK
         side.codes[rows, :, first : first + blocks.shape[2]] = blocks
 

@@ -90,6 +90,13 @@ class CachedTokens:
         return exact[:, :, : self.sink_count], exact[:, :, self.recent_start : self.exact_count]
 
 
+def longer(x: mx.array, length: int, before: int = 0) -> mx.array:
+    """x (B, H, n, ...) with zeros up to ``length`` tokens, ``before`` of them in front."""
+    padding = [(0, 0)] * x.ndim
+    padding[2] = (before, length - before - x.shape[2])
+    return mx.pad(x, padding)
+
+
 def visible_columns(
     spans: tuple[Span, ...], sinks: int, packed: int, recent_start: int, end: int
 ) -> mx.array:

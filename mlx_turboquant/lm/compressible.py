@@ -87,19 +87,18 @@ def compressed_caches(
 ) -> list[Any]:
     """A new prompt cache with these bits of keys and values in the compressed ``places``."""
     caches = plain_caches(model)
-    names = ("window", "sink_tokens", "max_size", "seed")
-    options = {name: getattr(settings, name) for name in names}
     for place, pair in zip(places, bits):
         cache_class = TurboQuantLatentCache if place.values is None else TurboQuantKVCache
-        place.put(caches, cache_class(*pair, **options))
+        place.put(caches, cache_class(**settings.of_layer(*pair)._asdict()))
     return caches
 
 
 def link_caches(cache: list[Any], link: Link) -> None:
     """Tell the compressed caches of a prompt cache what is known of their model."""
-    for layer in flat_caches(cache):
+    layers = flat_caches(cache)
+    for layer, reads in zip(layers, link.shared_reads or [0] * len(layers)):
         if isinstance(layer, TurboQuantKVCache):
-            layer.link = link
+            layer.link, layer.shared_reads = link, reads
 
 
 def flat_caches(cache: list[Any]) -> list[Any]:

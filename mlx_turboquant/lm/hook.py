@@ -20,7 +20,7 @@ from ..cache.fetched import Link
 from ..kernels.attention import MAX_DECODE_ROWS, decode_attention
 from ..kernels.quantize import dense
 from ..kernels.tokens import BLOCK
-from .compressible import Compressible, compressed_caches, link_caches
+from .compressible import Compressible, compressed_caches, flat_caches, link_caches
 from .settings import Settings
 
 _NAME = "scaled_dot_product_attention"
@@ -117,7 +117,7 @@ def observed_attention(model: nn.Module, observe: Callable[..., None]) -> Iterat
 
 def link_of(model: nn.Module, places: list[Compressible]) -> Link:
     """A new link to a model, whose attention it hooks."""
-    link = Link(is_hooked=True, shares_layers=_calls(model, "keys_and_values"))
+    link = Link(is_hooked=True)
     _hook_attention(model, link)
     link.needs_arrays = _raises_without_arrays(model, places, link)
     return link
@@ -133,13 +133,16 @@ def _raises_without_arrays(model: nn.Module, places: list[Compressible], link: L
     """Whether anything but hooked attention uses the keys and values of one new token.
 
     Tried on a token after a packed block, read in steps that are not evaluated: nothing of the
-    model is. What is not an array raises when it is used as one.
+    model is. What is not an array raises when it is used as one. The steps before it count how
+    often each cache is read again.
     """
     settings = Settings(window=0, sink_tokens=0)
     cache = compressed_caches(model, places, [(4, 4)] * len(places), settings)
     link_caches(cache, link)
     for _ in range(BLOCK // MAX_DECODE_ROWS):
         model(mx.zeros((1, MAX_DECODE_ROWS), mx.int32), cache=cache)
+    link.shared_reads = tuple(getattr(layer, "reads", 0) for layer in flat_caches(cache))
+    link_caches(cache, link)
     link.needs_arrays = False
     try:
         model(mx.zeros((1, 1), mx.int32), cache=cache)
@@ -147,12 +150,6 @@ def _raises_without_arrays(model: nn.Module, places: list[Compressible], link: L
     except (TypeError, AttributeError) as error:
         _log.info("Decoding makes dense keys and values as well, because of: %s", error)
         return True
-
-
-def _calls(model: nn.Module, name: str) -> bool:
-    """Whether the ``__call__`` of one of its modules uses a function or method of this name."""
-    codes = (getattr(type(module).__call__, "__code__", None) for module in model.modules())
-    return any(code is not None and name in code.co_names for code in codes)
 
 
 def _attention_scopes(model: nn.Module) -> list[dict[str, Any]]:

@@ -394,8 +394,7 @@ def clear(folder: Path) -> int:
 def key_of(model: nn.Module, cache: list[Any], scope: str = "") -> str:
     """A hash of a model, of the settings of a cache that was made for it, and of a scope."""
     settings = [
-        (place, type(x).__name__, x.key_bits, x.value_bits, x.window, x.sink_tokens)
-        + (x.max_size, x.seed)
+        (place, type(x).__name__, x.settings)
         for place, x in enumerate(flat_caches(cache))
         if isinstance(x, TurboQuantKVCache)
     ]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TypedDict
 
-from ..cache.blocks import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW, check_token_counts
+from ..cache.blocks import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW, CacheSettings
 from ..codec.codebook import check_bits
 from .allocation import check_budget, uniform_bits
 
@@ -53,7 +53,13 @@ class Settings:
         for bits in (self.key_bits, self.value_bits):
             if bits is not None:
                 check_bits(bits)
-        check_token_counts(self.window, self.sink_tokens, self.max_size)
+        self.of_layer(1, 1).limit()
+
+    def of_layer(self, key_bits: int, value_bits: int) -> CacheSettings:
+        """The settings of the cache of a layer that has these bits."""
+        return CacheSettings(
+            key_bits, value_bits, self.window, self.sink_tokens, self.max_size, self.seed
+        )
 
     @property
     def is_fixed(self) -> bool:

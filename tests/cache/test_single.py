@@ -1,5 +1,6 @@
 import copy
 import random
+import weakref
 
 import mlx.core as mx
 import pytest
@@ -66,6 +67,29 @@ def test_nothing_is_held_but_what_nbytes_counts():
     assert cache.nbytes == sum(part.nbytes for part in held)
     # 4 bits and a 2-byte scale in place of 2 bytes a value, sinks and window in float32.
     assert cache.nbytes < 0.36 * cache.fp16_nbytes
+
+
+@pytest.mark.parametrize(
+    "derived",
+    [
+        lambda cache: cache,
+        copy.deepcopy,
+        lambda cache: cache.from_state(cache.state),
+        lambda cache: cache.merge([cache]),
+        lambda cache: cache.merge([cache]).extract(0),
+    ],
+    ids=["itself", "a copy", "its state", "a batch", "a sequence of a batch"],
+)
+def test_what_layers_share_is_held_until_the_last_of_them_has_it(derived):
+    cache, _ = filled([100], window=16)
+    cache.shared_reads = 2
+    cache = derived(cache)
+    fetched = cache.update_and_fetch(*tokens(40))
+    assert cache.keys_and_values() is fetched and cache.keys_and_values() is fetched
+    keys = weakref.ref(fetched[0])
+    del fetched
+    assert keys() is None
+    assert cache.keys_and_values()[0].shape[2] == 140
 
 
 def test_fp16_bytes_are_those_of_a_dense_cache():
@@ -160,7 +184,7 @@ def test_random_states_are_refused_or_usable(kind):
         mx.eval(fetched, restored.state)
         assert fetched[0].shape[2] == size + count
         assert restored.trim(count) in (0, count)
-    assert min(outcomes.values()) > 200
+    assert min(outcomes.values()) > 100
     assert mx.get_peak_memory() - before < 32 * MEGABYTE
 
 

@@ -121,26 +121,12 @@ def test_free_space_is_at_most_256_tokens_or_a_32nd(count):
 def test_restored_tokens_are_the_same_in_buffers_of_whole_steps(count):
     store = stored(vectors(count))
     again = PackedTokens(store.layouts, 0)
-    again.restore(count, 0, [(*HEADS, DIM)] * 2, store.used())
+    again.restore(count, [(*HEADS, DIM)] * 2, store.used())
     for mine, theirs in zip(dense(again), dense(store)):
         assert mx.array_equal(mine, theirs)
     assert again.capacity % CAPACITY_UNIT == 0
     keys, values = again.sides
     assert keys.codes.shape[2] * BLOCK == values.codes.shape[2] == again.capacity
-
-
-@pytest.mark.parametrize("oldest", [0, BLOCK, 3 * BLOCK])
-def test_buffers_that_an_old_file_has_as_a_ring_are_put_in_order(oldest):
-    store = stored(vectors(4 * BLOCK), limit=4 * BLOCK)
-    ring = []
-    for key_codes, scales, mean in (store.used()[:3],):
-        ring += [mx.roll(key_codes, oldest // BLOCK, axis=2), mx.roll(scales, oldest, axis=2), mean]
-    for value_codes, scales, mean in (store.used()[3:],):
-        ring += [mx.roll(value_codes, oldest, axis=2), mx.roll(scales, oldest, axis=2), mean]
-    again = PackedTokens(store.layouts, 0, 4 * BLOCK)
-    again.restore(4 * BLOCK, oldest, [(*HEADS, DIM)] * 2, ring)
-    for mine, theirs in zip(dense(again), dense(store)):
-        assert mx.array_equal(mine, theirs)
 
 
 def test_any_mean_of_keys_is_removed_and_of_values_a_large_one():

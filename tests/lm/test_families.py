@@ -97,6 +97,21 @@ def test_a_family_is_compressed_as_the_readme_says(family, decode_calls):
     assert errors[0] < 0.15 and errors[0] < 0.3 * errors[1]
 
 
+@pytest.mark.parametrize("is_enabled", [True, False])
+@pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
+def test_layers_that_share_keys_see_those_of_their_call_as_they_came(family, is_enabled):
+    """All of a first chunk are exact, though it packs most of them; so are the steps after it."""
+    model, tokens = tiny_model(family), random_tokens(1, 61, seed=1, vocabulary=512)
+    cache, exact = make_prompt_cache(model, 2, window=24), mlx_lm_cache.make_prompt_cache(model)
+    if not is_enabled:
+        disable(model)
+    chunks = [tokens[:, :20], tokens[:, 20:60]]
+    for chunk in chunks:
+        assert mx.allclose(model(chunk, cache=cache), model(chunk, cache=exact), atol=1e-4)
+    assert cache[1].packed_tokens == 32
+    disable(model)
+
+
 def after_prompt(model, cache, prompt: mx.array, following: mx.array) -> mx.array:
     model(prompt, cache=cache)
     steps = (following[:, step : step + 1] for step in range(following.shape[1]))

@@ -8,9 +8,10 @@ from conftest import variant
 from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models.cache import make_prompt_cache as make_exact_cache
 from mlx_lm.models.cache import trim_prompt_cache
+from tiny_families import tiny_model
 from tokens import continuation, random_tokens
 
-from mlx_turboquant import make_prompt_cache
+from mlx_turboquant import disable, make_prompt_cache
 from mlx_turboquant.kernels.storage import PackedTokens
 
 CODE = (
@@ -140,6 +141,24 @@ def held_beside_nbytes(prompt_cache) -> int:
     """Bytes of everything that is not the cache: the same at any time."""
     mx.synchronize()
     return mx.get_active_memory() - sum(layer.nbytes for layer in prompt_cache)
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gemma3n", "gemma4", "deepseek_v3"])
+def test_between_calls_a_model_holds_nothing_but_its_caches(family, is_enabled):
+    """Also where layers share keys and values, or attention was given arrays of all of them."""
+    model = tiny_model(family)
+    prompt = random_tokens(1, 600, vocabulary=512)
+    for is_measured in (False, True):  # constants first
+        compressed = make_prompt_cache(model, 4, window=16)
+        if not is_enabled:
+            disable(model)
+        before = held_beside_nbytes(compressed)
+        for count in (600, 1, 1, 40, 1):
+            mx.eval(model(prompt[:, :count], cache=compressed))
+            beside = held_beside_nbytes(compressed) - before
+            assert not is_measured or beside < 100_000  # what the allocator rounds up
+    disable(model)
 
 
 def generate_long(model, count: int, check_every: int, **settings) -> None:

@@ -260,24 +260,24 @@ class File:
 
 
 def _terabytes(file: File) -> None:
-    file.header["0.13"]["shape"] = [1, 2, 2**20, 2**20, 32]
+    file.header["0.12"]["shape"] = [1, 2, 2**20, 2**20, 32]
 
 
 def _terabytes_of_nothing(file: File) -> None:
-    file.header["0.13"] = {"dtype": "U32", "shape": [0, 2**40], "data_offsets": [0, 0]}
+    file.header["0.12"] = {"dtype": "U32", "shape": [0, 2**40], "data_offsets": [0, 0]}
 
 
 def _overlapping(file: File) -> None:
-    file.header["0.16"]["data_offsets"] = file.header["0.13"]["data_offsets"]
+    file.header["0.15"]["data_offsets"] = file.header["0.12"]["data_offsets"]
 
 
 def _wrong_dtype(file: File) -> None:
-    file.header["0.13"]["dtype"] = "F32"
+    file.header["0.12"]["dtype"] = "F32"
 
 
 def _wrong_words(file: File) -> None:
-    *heads, words, lanes = file.header["0.13"]["shape"]
-    file.header["0.13"]["shape"] = [*heads, 2 * words, lanes // 2]
+    *heads, words, lanes = file.header["0.12"]["shape"]
+    file.header["0.12"]["shape"] = [*heads, 2 * words, lanes // 2]
 
 
 def _negative(name: str) -> Callable[[File], None]:
@@ -289,7 +289,7 @@ def _billions(name: str) -> Callable[[File], None]:
 
 
 def _missing_array(file: File) -> None:
-    del file.header["0.13"]
+    del file.header["0.12"]
 
 
 def _missing_metadata(name: str) -> Callable[[File], None]:
@@ -305,19 +305,19 @@ def _one_layer_more_than_classes(file: File) -> None:
 
 
 def _a_list_of_billions(file: File) -> None:
-    file.header["0.4000000000"] = file.header.pop("0.13")
+    file.header["0.4000000000"] = file.header.pop("0.12")
 
 
 def _a_scalar_that_is_an_array(file: File) -> None:
-    file.header["__metadata__"]["2.1.0"] = "0.13"
+    file.header["__metadata__"]["2.1.0"] = "0.12"
 
 
 @pytest.mark.parametrize(
     "change",
     [
         *(_terabytes, _terabytes_of_nothing, _overlapping, _wrong_dtype, _wrong_words),
-        *(_negative(name) for name in ("0.0", "0.2", "0.4", "0.7", "0.8", "0.9", "0.10")),
-        *(_billions(name) for name in ("0.0", "0.3", "0.7", "0.8", "0.9", "0.10")),
+        *(_negative(name) for name in ("0.0", "0.2", "0.5", "0.7", "0.8", "0.9")),
+        *(_billions(name) for name in ("0.0", "0.3", "0.7", "0.8", "0.9")),
         _missing_array,
         *(_missing_metadata(name) for name in ("0.format", "0.seed", "0.checksums")),
         *(_missing_metadata(name) for name in ("1.1", "2.1.1")),

@@ -530,8 +530,8 @@ def _alike(first: list[int], second: list[int]) -> int:
 @pytest.mark.parametrize(
     "runs, steps", [(8, 12), pytest.param(200, 50, marks=pytest.mark.slow)], ids=["few", "10 000"]
 )
-def test_any_operations_leave_a_store_that_tells_the_truth(model, runs, steps):
-    Store.model = model
+def test_any_operations_leave_a_store_that_tells_the_truth(model, monkeypatch, runs, steps):
+    monkeypatch.setattr(Store, "model", model)
     machine = Store.TestCase
     machine.settings = hypothesis_settings(
         max_examples=runs, stateful_step_count=steps, deadline=None
