@@ -7,9 +7,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generate_step
 
-from mlx_turboquant.kernels.reference import packed_vectors
+from mlx_turboquant.kernels.reference import packed_side
 from mlx_turboquant.kernels.storage import shared_quantizer
-from mlx_turboquant.kernels.tokens import CachedTokens
+from mlx_turboquant.kernels.tokens import VisibleTokens
 
 
 def normal(shape: tuple[int, ...], seed: int = 0, dtype: mx.Dtype = mx.float32) -> mx.array:
@@ -40,7 +40,7 @@ def append_in_chunks(cache: Any, tokens: Iterable[mx.array], sizes: list[int]) -
     return fetched
 
 
-def cached_tokens(
+def visible_tokens(
     dim: int = 64,
     value_dim: int = 64,
     key_bits: int = 4,
@@ -50,7 +50,7 @@ def cached_tokens(
     packed: int = 70,
     mean: float = 0.0,
     heads: int = 2,
-) -> CachedTokens:
+) -> VisibleTokens:
     """Two sequences: 4 sinks, ``packed`` tokens, 11 recent ones, and free space behind them."""
     sides, exact = [], []
     for seed, width, bits in ((1, dim, key_bits), (2, value_dim, value_bits)):
@@ -59,9 +59,9 @@ def cached_tokens(
             shared_quantizer(width, bits, 0),
         )
         means = x.mean(axis=2, keepdims=True)
-        sides.append(packed_vectors(x, means, quantizer, interleaved=seed == 1))
+        sides.append(packed_side(x, means, quantizer, interleaved=seed == 1))
         exact.append(normal((2, heads, 24, width), width, dtype))
-    return CachedTokens(*sides, packed, *exact, exact_count=15, sink_count=4, recent_start=4)
+    return VisibleTokens(*sides, packed, *exact, exact_count=15, sink_count=4, recent_start=4)
 
 
 def random_tokens(*shape: int, seed: int = 0, vocabulary: int = 128) -> mx.array:

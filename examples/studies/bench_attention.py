@@ -24,8 +24,8 @@ import mlx.core as mx
 from mlx_lm.models.base import quantized_scaled_dot_product_attention
 
 from mlx_turboquant.kernels.attention import decode_attention
-from mlx_turboquant.kernels.storage import PackedTokens, layouts_of
-from mlx_turboquant.kernels.tokens import CachedTokens
+from mlx_turboquant.kernels.storage import PackedKV, layouts_of
+from mlx_turboquant.kernels.tokens import VisibleTokens
 
 PRESETS = ((4, 4), (4, 2), (3, 3), (8, 4))
 CHUNK = 8192
@@ -73,7 +73,7 @@ def affine_arm(keys: mx.array, values: mx.array, scale: float, bits: int) -> Arm
 
 def compressed_arm(keys, values, scale, key_bits, value_bits) -> Arm:
     """Four sinks and 128 recent tokens exact, the rest packed."""
-    packed = PackedTokens(layouts_of(key_bits, value_bits), seed=0)
+    packed = PackedKV(layouts_of(key_bits, value_bits), seed=0)
     last = keys.shape[2] - 128
     for start in range(4, last, CHUNK):
         new_keys, new_values = (x[:, :, start : min(start + CHUNK, last)] for x in (keys, values))
@@ -81,7 +81,7 @@ def compressed_arm(keys, values, scale, key_bits, value_bits) -> Arm:
         mx.eval(packed.arrays)
     exact = [mx.concatenate([x[:, :, :4], x[:, :, last:]], axis=2) for x in (keys, values)]
     mx.eval(exact)
-    tokens = CachedTokens(
+    tokens = VisibleTokens(
         *packed.sides, packed.count, *exact, exact_count=132, sink_count=4, recent_start=4
     )
     nbytes = sum(x.nbytes for x in (*exact, *packed.used()))

@@ -8,8 +8,8 @@ import mlx.core as mx
 from ..codec.constants import constant
 from ..kernels.attention import MAX_DECODE_ROWS
 from ..kernels.runtime import backend
-from ..kernels.storage import PackedTokens
-from ..kernels.tokens import CachedTokens, Span
+from ..kernels.storage import PackedKV
+from ..kernels.tokens import Span, VisibleTokens
 from .blocks import CacheSettings
 from .fetched import Fetched, Link, Step, fetch
 
@@ -33,7 +33,7 @@ class CompressedCache:
     max_size = property(attrgetter("settings.max_size"), doc="The most tokens to hold, or None.")
     seed = property(attrgetter("settings.seed"), doc="Seed of the random rotation.")
 
-    def __init__(self, settings: CacheSettings, packed: PackedTokens, link: Link):
+    def __init__(self, settings: CacheSettings, packed: PackedKV, link: Link):
         self.settings = settings
         self.link = link
         self._packed = packed
@@ -86,10 +86,10 @@ class CompressedCache:
             mx.async_eval(self._exact, self._packed.arrays)
         return fetched
 
-    def _seen(self, count: int, sinks: int, recent_start: int, *spans: Span) -> CachedTokens:
+    def _seen(self, count: int, sinks: int, recent_start: int, *spans: Span) -> VisibleTokens:
         """The packed tokens between the first and the later ones of ``count`` exact ones."""
         sides = self._packed.sides
-        return CachedTokens(
+        return VisibleTokens(
             keys=sides[0] if sides else None,
             values=sides[-1] if sides else None,
             packed_count=self._packed.count,

@@ -18,8 +18,8 @@ import mlx.core as mx
 
 from ..codec.constants import constant
 from ..kernels.attention import MAX_DECODE_ROWS
-from ..kernels.storage import PackedTokens
-from ..kernels.tokens import CachedTokens, Span, longer, visible_columns
+from ..kernels.storage import PackedKV
+from ..kernels.tokens import Span, VisibleTokens, longer, visible_columns
 from .base import CompressedCache, write_tokens
 from .blocks import CacheSettings
 from .fetched import Link
@@ -43,9 +43,7 @@ class BatchTurboQuantKVCache(CompressedCache):
     the sequences come from and become when they leave.
     """
 
-    def __init__(
-        self, single_class: type, settings: CacheSettings, packed: PackedTokens, link: Link
-    ):
+    def __init__(self, single_class: type, settings: CacheSettings, packed: PackedKV, link: Link):
         super().__init__(settings, packed, link)
         rows = len(packed.counts)
         self.forgotten = [0] * rows
@@ -155,7 +153,7 @@ class BatchTurboQuantKVCache(CompressedCache):
         )
         return min(until_block - 1, self._exact[0].shape[2] - self._end)
 
-    def _tokens(self) -> CachedTokens:
+    def _tokens(self) -> VisibleTokens:
         """All tokens, as attention reads them."""
         recent_start = self._end - max(self._recent)
         spans = self._spans(self._end, self._recent)
@@ -261,7 +259,7 @@ class BatchTurboQuantKVCache(CompressedCache):
         exact = []
         for i, like in enumerate(self._exact or other._exact):
             exact.append(mx.concatenate([batch._ending(end, i, like) for batch in (self, other)]))
-        self._packed = PackedTokens.join([self._packed, other._packed])
+        self._packed = PackedKV.join([self._packed, other._packed])
         self._sinks, self._recent = self._sinks + other._sinks, self._recent + other._recent
         self.forgotten = self.forgotten + other.forgotten
         if exact:
@@ -288,7 +286,7 @@ class BatchTurboQuantKVCache(CompressedCache):
             for x in self._exact
         ]
 
-    def packed_row(self, row: int) -> PackedTokens:
+    def packed_row(self, row: int) -> PackedKV:
         """The packed tokens of one sequence."""
         return self._packed.take([row])
 

@@ -6,14 +6,14 @@ from typing import Any
 import mlx.core as mx
 
 from ..kernels.quantize import dense
-from ..kernels.tokens import CachedTokens
+from ..kernels.tokens import VisibleTokens
 
 
 @dataclass(eq=False)
 class Link:
     """All that the caches of a model know of it; one object for all its layers.
 
-    ``is_hooked`` says that its attention reads :class:`.CachedTokens`, and ``needs_arrays`` that
+    ``is_hooked`` says that its attention reads :class:`.VisibleTokens`, and ``needs_arrays`` that
     other code of it wants arrays of keys and values as well. ``shared_reads`` are those of the
     caches of its layers: how often layers without keys of their own ask for those of each.
     ``weights`` are those of the model that reads the tokens, or None if nobody has said.
@@ -57,18 +57,18 @@ class Link:
         return self  # the model is not copied with its caches
 
 
-class CompressedArray(mx.array):
+class KVArray(mx.array):
     """Keys or values as an ordinary, lazily dequantized array that knows where they came from.
 
     Attention that recognises it reads ``tokens`` and never evaluates the array; any other code
     gets correct dense values.
     """
 
-    tokens: CachedTokens
+    tokens: VisibleTokens
     link: Link
 
 
-class CompressedTokens:
+class KVHandle:
     """Keys or values for attention that reads ``tokens``: there is no array.
 
     A lazy array costs the host as much as the attention itself. Any use but for ``shape`` and
@@ -77,7 +77,7 @@ class CompressedTokens:
 
     __slots__ = ("tokens", "_exact")
 
-    def __init__(self, tokens: CachedTokens, exact: mx.array):
+    def __init__(self, tokens: VisibleTokens, exact: mx.array):
         self.tokens = tokens
         self._exact = exact
 
@@ -93,7 +93,7 @@ class CompressedTokens:
         return self._exact.dtype
 
 
-Fetched = tuple[CompressedArray | CompressedTokens, ...]
+Fetched = tuple[KVArray | KVHandle, ...]
 
 
 @dataclass(slots=True)
@@ -110,7 +110,7 @@ class Step:
     @classmethod
     def of(cls, fetched: Fetched, left: int) -> "Step | None":
         """There is none if other code than attention was given arrays of all tokens."""
-        return None if type(fetched[0]) is CompressedArray else cls(fetched, left)
+        return None if type(fetched[0]) is KVArray else cls(fetched, left)
 
     def repeat(self) -> Fetched:
         """Count one more token, which has been written."""
@@ -119,11 +119,11 @@ class Step:
         return self.returned
 
 
-def fetch(tokens: CachedTokens, new: int, link: Link) -> Fetched:
+def fetch(tokens: VisibleTokens, new: int, link: Link) -> Fetched:
     """All keys and all values, or all latent vectors, after ``new`` tokens have come."""
     if new == 1 and link.reads_tokens and tokens.packed_count:
-        return tuple([CompressedTokens(tokens, exact) for _, exact in tokens.sides])
-    arrays = tuple(map(CompressedArray, dense(tokens)))
+        return tuple([KVHandle(tokens, exact) for _, exact in tokens.sides])
+    arrays = tuple(map(KVArray, dense(tokens)))
     for array in arrays:
         array.tokens, array.link = tokens, link
     return arrays

@@ -7,13 +7,13 @@ import mlx.core as mx
 from ..kernels.storage import check_state, check_vectors
 from ..kernels.tokens import longer
 from .batch import BatchTurboQuantKVCache
-from .fetched import CompressedArray, CompressedTokens
+from .fetched import KVArray, KVHandle
 from .single import TurboQuantKVCache
 
 # The buffer of rotary parts grows by this many tokens.
 _STEP = 256
 
-Latents = CompressedArray | CompressedTokens
+Latents = KVArray | KVHandle
 
 
 class BatchTurboQuantLatentCache(BatchTurboQuantKVCache):

@@ -20,8 +20,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..kernels.storage import PackedTokens, beginning_of, check_state, check_vectors, layouts_of
-from ..kernels.tokens import CachedTokens, longer
+from ..kernels.storage import PackedKV, beginning_of, check_state, check_vectors, layouts_of
+from ..kernels.tokens import VisibleTokens, longer
 from .base import CompressedCache, write_tokens
 from .batch import BatchTurboQuantKVCache
 from .blocks import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW, LARGEST, CacheSettings
@@ -65,7 +65,7 @@ class TurboQuantKVCache(CompressedCache):
     ):
         settings = CacheSettings(key_bits, value_bits, window, sink_tokens, max_size, seed)
         layouts = layouts_of(key_bits, None if self._is_latent else value_bits)
-        super().__init__(settings, PackedTokens(layouts, seed, settings.limit()), Link())
+        super().__init__(settings, PackedKV(layouts, seed, settings.limit()), Link())
         self.offset = 0
         self.forgotten = 0
 
@@ -94,7 +94,7 @@ class TurboQuantKVCache(CompressedCache):
         return batch
 
     def _as_batch(self) -> BatchTurboQuantKVCache:
-        packed = PackedTokens.join([self._packed])
+        packed = PackedKV.join([self._packed])
         batch = self._batch_class(type(self), self.settings, packed, self.link)
         batch.shared_reads = self.shared_reads
         batch.hold_one(self._held_exact(), self.forgotten)
@@ -146,7 +146,7 @@ class TurboQuantKVCache(CompressedCache):
         self._exact = [longer(mx.concatenate(parts, axis=2), most) for parts in kept]
         return True
 
-    def _tokens(self) -> CachedTokens:
+    def _tokens(self) -> VisibleTokens:
         """All tokens, as attention reads them."""
         count = self.exact_tokens
         sinks = min(count, self.sink_tokens)

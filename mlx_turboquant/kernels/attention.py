@@ -21,7 +21,7 @@ from .runtime import (
     supports,
     worst,
 )
-from .tokens import BLOCK, CAPACITY_UNIT, CachedTokens, Span
+from .tokens import BLOCK, CAPACITY_UNIT, Span, VisibleTokens
 from .tuning import TARGETS, Tuning, Tunings, tuning_for, tunings
 
 # Up to so many query rows a call is a decode step (or the check of drafted tokens).
@@ -50,7 +50,7 @@ _INPUTS = (
 
 def decode_attention(
     queries: mx.array,
-    tokens: CachedTokens,
+    tokens: VisibleTokens,
     scale: float,
     mask: None | str | mx.array = None,
     sinks: mx.array | None = None,
@@ -207,7 +207,7 @@ class DecodeAttention:
     def of(
         cls,
         queries: mx.array,
-        tokens: CachedTokens,
+        tokens: VisibleTokens,
         mask: None | str | mx.array,
         sinks: mx.array | None,
     ) -> "DecodeAttention | None":
@@ -220,7 +220,7 @@ class DecodeAttention:
     @staticmethod
     def configuration(
         queries: mx.array,
-        tokens: CachedTokens,
+        tokens: VisibleTokens,
         mask: None | str | mx.array,
         sinks: mx.array | None,
     ) -> Configuration:
@@ -264,7 +264,7 @@ class DecodeAttention:
     def __call__(
         self,
         queries: mx.array,
-        tokens: CachedTokens,
+        tokens: VisibleTokens,
         scale: float,
         mask: None | str | mx.array,
         sinks: mx.array | None,
@@ -373,7 +373,7 @@ def _divided(
     return splits, packed_splits, arguments.sizes(*sizes, *chain(*spans))
 
 
-def _check_shapes(queries: mx.array, tokens: CachedTokens) -> None:
+def _check_shapes(queries: mx.array, tokens: VisibleTokens) -> None:
     _, heads, room, dim = tokens.exact_keys.shape
     if queries.shape[-1] != dim or queries.shape[1] % heads:
         raise ValueError(

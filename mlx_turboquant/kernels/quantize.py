@@ -20,7 +20,7 @@ from .runtime import (
     supports,
     worst,
 )
-from .tokens import BLOCK, CachedTokens
+from .tokens import BLOCK, VisibleTokens
 
 _PARAMETERS = ("mean", "levels", "thresholds", "gains", "signs", "matrix")
 _RESTORED = ("codes", "scales", "mean", "constants")
@@ -42,7 +42,7 @@ def quantize(
     return kernel(vectors, means)
 
 
-def dense(tokens: CachedTokens) -> list[mx.array]:
+def dense(tokens: VisibleTokens) -> list[mx.array]:
     """All keys and all values, or all latent vectors: (B, H, count, dim) in the model's dtype.
 
     They are lazy, and what is evaluated is one launch.
@@ -53,7 +53,7 @@ def dense(tokens: CachedTokens) -> list[mx.array]:
     return reference.dense(tokens) if kernel is None else kernel(tokens)
 
 
-def _exact_tokens(tokens: CachedTokens, exact: mx.array) -> mx.array:
+def _exact_tokens(tokens: VisibleTokens, exact: mx.array) -> mx.array:
     if tokens.recent_start == tokens.sink_count:
         return exact[:, :, : tokens.exact_count]
     return mx.concatenate(tokens.split(exact), axis=2)
@@ -189,7 +189,7 @@ class Dequantize:
         self._launch = build(self.name, (*inputs, "sizes"), ("keys", "values"), constants)
 
     @classmethod
-    def of(cls, tokens: CachedTokens) -> "Dequantize | None":
+    def of(cls, tokens: VisibleTokens) -> "Dequantize | None":
         """The kernel for such tokens; None where plain MLX takes its place."""
         dtypes = tuple(exact.dtype for _, exact in tokens.sides)
         return checked(cls, dtypes, tuple(packed.quantizer for packed, _ in tokens.sides))
@@ -200,7 +200,7 @@ class Dequantize:
         pairs = zip(self(tokens), reference.dense(tokens))
         return worst([compare(*pair, dtype) for pair, dtype in zip(pairs, self._dtypes)])
 
-    def __call__(self, tokens: CachedTokens) -> list[mx.array]:
+    def __call__(self, tokens: VisibleTokens) -> list[mx.array]:
         """Dense keys and values, or latent vectors: (B, H, count, dim) each."""
         inputs, shapes = [], []
         for packed, exact in _both(tokens.sides):

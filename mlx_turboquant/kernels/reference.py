@@ -6,7 +6,7 @@ The products of ``inner_product.metal`` are :meth:`.TurboQuantizer.inner_product
 import mlx.core as mx
 
 from ..codec.quantizer import QuantizedVectors, TurboQuantizer
-from .tokens import BLOCK, CAPACITY_UNIT, CachedTokens, PackedVectors, longer, visible_columns
+from .tokens import BLOCK, CAPACITY_UNIT, PackedSide, VisibleTokens, longer, visible_columns
 
 
 def quantize(x: mx.array, mean: mx.array, quantizer: TurboQuantizer) -> QuantizedVectors:
@@ -15,16 +15,16 @@ def quantize(x: mx.array, mean: mx.array, quantizer: TurboQuantizer) -> Quantize
     return QuantizedVectors(packed.codes, packed.scales.astype(mx.bfloat16))
 
 
-def packed_vectors(
+def packed_side(
     x: mx.array, mean: mx.array, quantizer: TurboQuantizer, interleaved: bool
-) -> PackedVectors:
+) -> PackedSide:
     """:func:`quantize` in buffers that end with a whole step of the attention kernel."""
     codes, scales = quantize(x, mean, quantizer)
     capacity = -(-x.shape[2] // CAPACITY_UNIT) * CAPACITY_UNIT
     codes = longer(codes, capacity)
     if interleaved:
         codes = interleave(codes)
-    return PackedVectors(quantizer, interleaved, codes, longer(scales, capacity), mean)
+    return PackedSide(quantizer, interleaved, codes, longer(scales, capacity), mean)
 
 
 def interleave(codes: mx.array) -> mx.array:
@@ -33,7 +33,7 @@ def interleave(codes: mx.array) -> mx.array:
     return mx.contiguous(mx.unflatten(codes, 2, (-1, BLOCK)).swapaxes(-1, -2))
 
 
-def token_major(packed: PackedVectors, count: int) -> QuantizedVectors:
+def token_major(packed: PackedSide, count: int) -> QuantizedVectors:
     """The first ``count`` vectors: codes (B, H, count, words) and scales (B, H, count)."""
     codes = packed.codes
     if packed.interleaved:
@@ -41,12 +41,12 @@ def token_major(packed: PackedVectors, count: int) -> QuantizedVectors:
     return QuantizedVectors(codes[:, :, :count], packed.scales[..., :count])
 
 
-def restored(packed: PackedVectors, count: int, dtype: mx.Dtype) -> mx.array:
+def restored(packed: PackedSide, count: int, dtype: mx.Dtype) -> mx.array:
     """The first ``count`` vectors (B, H, count, dim)."""
     return (packed.quantizer.dequantize(token_major(packed, count)) + packed.mean).astype(dtype)
 
 
-def dense(tokens: CachedTokens) -> list[mx.array]:
+def dense(tokens: VisibleTokens) -> list[mx.array]:
     """All keys and all values, or all latent vectors: (B, H, count, dim) in the model's dtype."""
     arrays = []
     for packed, exact in tokens.sides:
@@ -58,7 +58,7 @@ def dense(tokens: CachedTokens) -> list[mx.array]:
 
 def decode_attention(
     queries: mx.array,
-    tokens: CachedTokens,
+    tokens: VisibleTokens,
     scale: float,
     mask: None | str | mx.array = None,
     sinks: mx.array | None = None,
@@ -104,7 +104,7 @@ def decode_attention(
     return output.reshape(batch, query_heads, rows, -1).astype(queries.dtype)
 
 
-def _visible(tokens: CachedTokens) -> mx.array:
+def _visible(tokens: VisibleTokens) -> mx.array:
     return visible_columns(
         tokens.spans,
         tokens.sink_count,
@@ -136,7 +136,7 @@ def _softmax(scores: mx.array, sinks: mx.array | None) -> mx.array:
 
 def example_tokens(
     dtypes: tuple[mx.Dtype, ...], quantizers: tuple[TurboQuantizer, ...], mean: float = 0.0
-) -> CachedTokens:
+) -> VisibleTokens:
     """For checks: 70 packed and 20 exact tokens of two heads, 4 of them sinks, and free space.
 
     With one dtype and one quantizer the tokens are latent vectors.
@@ -145,9 +145,9 @@ def example_tokens(
     for i, (dtype, quantizer) in enumerate(zip(dtypes, quantizers)):
         x = normal((1, 2, 70, quantizer.dim), i) + mean
         means = x.mean(axis=2, keepdims=True)
-        packed.append(packed_vectors(x, means, quantizer, interleaved=i == 0))
+        packed.append(packed_side(x, means, quantizer, interleaved=i == 0))
         exact.append(normal((1, 2, 24, quantizer.dim), 2 + i).astype(dtype))
-    return CachedTokens(packed[0], packed[-1], 70, exact[0], exact[-1], 20, 4, 4)
+    return VisibleTokens(packed[0], packed[-1], 70, exact[0], exact[-1], 20, 4, 4)
 
 
 def normal(shape: tuple[int, ...], seed: int) -> mx.array:

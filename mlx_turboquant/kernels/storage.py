@@ -11,7 +11,7 @@ from ..codec.packing import words_per_vector
 from ..codec.quantizer import QuantizedVectors, TurboQuantizer
 from .quantize import quantize
 from .reference import interleave
-from .tokens import BLOCK, CAPACITY_UNIT, PackedVectors, longer
+from .tokens import BLOCK, CAPACITY_UNIT, PackedSide, longer
 
 # A scale is a bfloat16.
 SCALE_NBYTES = 2
@@ -57,7 +57,7 @@ def _squared_distance(x: mx.array, y: mx.array) -> mx.array:
 
 
 class Layout(NamedTuple):
-    """How the vectors of one side are stored, see :class:`.PackedVectors`.
+    """How the vectors of one side are stored, see :class:`.PackedSide`.
 
     A mean is removed where it has ``least_mean_energy``, see :func:`removable_mean`.
     """
@@ -78,7 +78,7 @@ def layouts_of(key_bits: int, value_bits: int | None) -> list[Layout]:
     return [Layout(key_bits, True, 0.0), Layout(value_bits, False, VALUE_MEAN_ENERGY)]
 
 
-class PackedTokens:
+class PackedKV:
     """Quantized keys and values of the same tokens, or latent vectors that are both.
 
     Sequence b has ``counts[b]`` tokens, from the start of row b of the buffers on; a single count
@@ -94,7 +94,7 @@ class PackedTokens:
         self.layouts = layouts
         self.seed = seed
         self.limit = limit
-        self.sides: list[PackedVectors] = []
+        self.sides: list[PackedSide] = []
         self.counts = [0]
 
     @property
@@ -197,9 +197,9 @@ class PackedTokens:
         """Forget the last ``tokens[b]`` of sequence b."""
         self.counts = [count - n for count, n in zip(self.counts, tokens)]
 
-    def take(self, rows: list[int]) -> "PackedTokens":
+    def take(self, rows: list[int]) -> "PackedKV":
         """Some of the sequences, in buffers of the size that these need."""
-        taken = PackedTokens(self.layouts, self.seed, self.limit)
+        taken = PackedKV(self.layouts, self.seed, self.limit)
         taken.counts = [self.counts[row] for row in rows]
         capacity = _whole_steps(taken.count + 1)
         for side in self.sides:
@@ -209,7 +209,7 @@ class PackedTokens:
         return taken
 
     @classmethod
-    def join(cls, parts: "Sequence[PackedTokens]") -> "PackedTokens":
+    def join(cls, parts: "Sequence[PackedKV]") -> "PackedKV":
         """The sequences of all ``parts``, which agree in layouts, seed and limit."""
         joined = cls(parts[0].layouts, parts[0].seed, parts[0].limit)
         joined.counts = [count for part in parts for count in part.counts]
@@ -261,12 +261,12 @@ class PackedTokens:
             for x, (shape, dtype) in zip(arrays, expected):
                 check_state(isinstance(x, mx.array) and x.shape == shape and x.dtype == dtype, what)
             quantizer = shared_quantizer(dim, layout.bits, self.seed)
-            side = PackedVectors(quantizer, layout.interleaved, *arrays)
+            side = PackedSide(quantizer, layout.interleaved, *arrays)
             self.sides.append(_resized(side, _whole_steps(count)))
 
 
 def beginning_of(used: Sequence[Any], count: int) -> list[Any]:
-    """What :meth:`PackedTokens.used` would be for the first ``count`` tokens alone."""
+    """What :meth:`PackedKV.used` would be for the first ``count`` tokens alone."""
     if count == 0:
         return [None] * len(used)
     cut: list[Any] = []
@@ -276,9 +276,9 @@ def beginning_of(used: Sequence[Any], count: int) -> list[Any]:
     return cut
 
 
-def _empty(layout: Layout, heads: tuple[int, ...], dim: int, seed: int) -> PackedVectors:
+def _empty(layout: Layout, heads: tuple[int, ...], dim: int, seed: int) -> PackedSide:
     """Vectors of a side of (B, H) heads that hold no token; the mean is zeros."""
-    return PackedVectors(
+    return PackedSide(
         shared_quantizer(dim, layout.bits, seed),
         layout.interleaved,
         mx.zeros(_codes_shape(layout, heads, dim, 0), mx.uint32),
@@ -294,7 +294,7 @@ def _codes_shape(layout: Layout, heads: tuple[int, ...], dim: int, tokens: int) 
     return (*heads, tokens, words)
 
 
-def _resized(side: PackedVectors, capacity: int) -> PackedVectors:
+def _resized(side: PackedSide, capacity: int) -> PackedSide:
     """The vectors in new, larger buffers."""
     codes = longer(side.codes, _slots(side.interleaved, capacity))
     return side._replace(codes=codes, scales=longer(side.scales, capacity))
@@ -309,7 +309,7 @@ def _whole_steps(tokens: int) -> int:
     return -(-tokens // CAPACITY_UNIT) * CAPACITY_UNIT
 
 
-def _write(side: PackedVectors, packed: QuantizedVectors, start: int, rows: slice) -> None:
+def _write(side: PackedSide, packed: QuantizedVectors, start: int, rows: slice) -> None:
     """Store vectors of some rows from the token ``start`` on, in place."""
     codes, stop = packed.codes, start + packed.scales.shape[2]
     side.scales[rows, :, start:stop] = packed.scales

@@ -16,7 +16,7 @@ BLOCK = 32
 CAPACITY_UNIT = 2 * BLOCK
 
 
-class PackedVectors(NamedTuple):
+class PackedSide(NamedTuple):
     """Packed keys or values of one layer, in buffers that are larger than their number.
 
     With ``interleaved`` (keys), ``codes`` are uint32 (B, H, capacity / 32, words, 32): 32 lanes
@@ -46,7 +46,7 @@ class Span(NamedTuple):
 
 
 @dataclass(slots=True)
-class CachedTokens:
+class VisibleTokens:
     """The tokens that one attention call sees, in order: sinks, packed tokens, recent tokens.
 
     ``keys`` and ``values`` have ``packed_count`` packed tokens; they are None if there are none.
@@ -59,8 +59,8 @@ class CachedTokens:
     none.
     """
 
-    keys: PackedVectors | None
-    values: PackedVectors | None
+    keys: PackedSide | None
+    values: PackedSide | None
     packed_count: int
     exact_keys: mx.array
     exact_values: mx.array
@@ -80,7 +80,7 @@ class CachedTokens:
         return self.exact_values is self.exact_keys
 
     @property
-    def sides(self) -> list[tuple[PackedVectors | None, mx.array]]:
+    def sides(self) -> list[tuple[PackedSide | None, mx.array]]:
         """Packed and exact vectors: of keys and of values, or of latent vectors alone."""
         keys, values = (self.keys, self.exact_keys), (self.values, self.exact_values)
         return [keys] if self.is_latent else [keys, values]

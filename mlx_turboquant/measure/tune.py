@@ -12,7 +12,7 @@ from ..codec.packing import words_per_vector
 from ..kernels.attention import Configuration, DecodeAttention
 from ..kernels.runtime import backend
 from ..kernels.storage import shared_quantizer
-from ..kernels.tokens import BLOCK, CAPACITY_UNIT, CachedTokens, PackedVectors
+from ..kernels.tokens import BLOCK, CAPACITY_UNIT, PackedSide, VisibleTokens
 from ..kernels.tuning import (
     Tuning,
     Tunings,
@@ -201,7 +201,7 @@ def _chain(attend: Attend, queries: mx.array, count: int) -> float:
     return (time.perf_counter() - begin) / count
 
 
-def _random_tokens(heads: Heads, length: int) -> CachedTokens:
+def _random_tokens(heads: Heads, length: int) -> VisibleTokens:
     """Any codes: what they are does not matter to the speed."""
     capacity = -(-length // CAPACITY_UNIT) * CAPACITY_UNIT
 
@@ -213,7 +213,7 @@ def _random_tokens(heads: Heads, length: int) -> CachedTokens:
         words = words_per_vector(dim, _BITS)
         shape = (capacity // BLOCK, words, BLOCK) if interleaved else (capacity, words)
         sides.append(
-            PackedVectors(
+            PackedSide(
                 shared_quantizer(dim, _BITS, 0),
                 interleaved,
                 codes(1, heads.key_heads, *shape),
@@ -228,7 +228,7 @@ def _random_tokens(heads: Heads, length: int) -> CachedTokens:
     if heads.is_latent:
         sides[1], exact[1] = sides[0], exact[0]
     mx.eval([side[2:] for side in sides], exact)
-    return CachedTokens(
+    return VisibleTokens(
         keys=sides[0],
         values=sides[1],
         packed_count=length,

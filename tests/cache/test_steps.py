@@ -10,7 +10,7 @@ from test_reading import assert_same
 from tokens import keys_and_values
 
 from mlx_turboquant import TurboQuantKVCache
-from mlx_turboquant.cache.fetched import CompressedArray, Link
+from mlx_turboquant.cache.fetched import KVArray, Link
 from mlx_turboquant.cache.latent import TurboQuantLatentCache
 from mlx_turboquant.kernels.quantize import dense
 
@@ -45,7 +45,7 @@ class Twins:
             if forgets:
                 cache._step = None
             first, last = cache.update_and_fetch(*new)
-            is_array = isinstance(first, CompressedArray)
+            is_array = isinstance(first, KVArray)
             seen.append([*([first] if is_array else dense(first.tokens)), first.tokens.spans])
             if isinstance(last, mx.array):
                 seen[-1].append(mx.array(last))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from tokens import cached_tokens, normal
+from tokens import normal, visible_tokens
 
 from mlx_turboquant import VectorIndex, enable, make_prompt_cache
 from mlx_turboquant.cli import doctor
@@ -220,7 +220,7 @@ def test_dequantize_restores_keys_that_are_the_values(kernels_run):
 
 
 def test_dense_tokens_are_one_launch_and_skip_what_lies_between(kernels_run):
-    tokens = replace(cached_tokens(mean=5.0), recent_start=7)
+    tokens = replace(visible_tokens(mean=5.0), recent_start=7)
     tokens.exact_keys[:, :, 4:7] = mx.nan
     restored = dense(tokens)
     if ON_EXECUTOR:
@@ -275,7 +275,7 @@ CASES = pairwise(DIMS, BITS, BITS, DTYPES, MASKS, (1, 2, 5, 8), (1, 3, 4, 8), (F
 def test_attention_is_that_of_the_reference(
     dim, key_bits, value_bits, dtype, mask, rows, group, sinks
 ):
-    tokens = cached_tokens(dim, dim, key_bits, value_bits, dtype)
+    tokens = visible_tokens(dim, dim, key_bits, value_bits, dtype)
     assert_attention_agrees(*attention_arguments(tokens, group, rows, dtype, mask, sinks))
 
 
@@ -322,7 +322,7 @@ def assert_is_attention(output, *arguments) -> None:
 
 @pytest.mark.parametrize("dim, value_dim", [(192, 128), (96, 64), (72, 72)])
 def test_attention_takes_keys_and_values_of_different_width(dim, value_dim):
-    tokens = cached_tokens(dim, value_dim)
+    tokens = visible_tokens(dim, value_dim)
     assert_attention_agrees(*attention_arguments(tokens, 2, 1, mx.float32))
 
 
@@ -338,7 +338,7 @@ def test_attention_takes_keys_and_values_of_different_width(dim, value_dim):
 def test_attention_takes_eight_query_rows_at_once(
     monkeypatch, dim, key_bits, value_bits, dtype, group, rows, mask
 ):
-    tokens = cached_tokens(dim, dim, key_bits, value_bits, dtype, packed=300)
+    tokens = visible_tokens(dim, dim, key_bits, value_bits, dtype, packed=300)
     arguments = attention_arguments(tokens, group, rows, dtype, mask)
     for least in (0, 2 * 2 * 300):
         tune(monkeypatch, (0, FOUR_ROWS), (least + 1, EIGHT_ROWS))
@@ -352,7 +352,7 @@ def test_many_packed_tokens_in_all_heads_take_eight_query_rows(kernels_run, monk
     tune(monkeypatch, (0, FOUR_ROWS), (2 * 2 * 300, EIGHT_ROWS))
     threadgroups, checks = [], []
     for packed in (299, 300):
-        arguments = attention_arguments(cached_tokens(packed=packed), 8, 1, mx.float32)
+        arguments = attention_arguments(visible_tokens(packed=packed), 8, 1, mx.float32)
         output = attention.decode_attention(*arguments)
         threadgroups.append(kernels_run[-2][1]["grid"][2])
         checks.append(runtime._checked.cache_info().misses)
@@ -365,7 +365,7 @@ def test_many_packed_tokens_in_all_heads_take_eight_query_rows(kernels_run, monk
 def test_a_group_of_query_heads_is_divided_evenly(kernels_run, monkeypatch, group, passes):
     """So that a code is unpacked as few times as possible."""
     tune(monkeypatch, (0, EIGHT_ROWS))
-    assert_attention_agrees(*attention_arguments(cached_tokens(), group, 1, mx.float32))
+    assert_attention_agrees(*attention_arguments(visible_tokens(), group, 1, mx.float32))
     assert kernels_run[0][1]["grid"][2] == passes
 
 
@@ -383,7 +383,7 @@ TUNINGS = [
 @pytest.mark.parametrize("dim, key_bits, value_bits", [(64, 5, 1), (96, 7, 3), (256, 4, 6)])
 def test_a_tuning_does_not_change_the_result(monkeypatch, chosen, dim, key_bits, value_bits):
     tune(monkeypatch, (0, chosen))
-    tokens = cached_tokens(dim, dim, key_bits, value_bits, packed=300)
+    tokens = visible_tokens(dim, dim, key_bits, value_bits, packed=300)
     assert_attention_agrees(*attention_arguments(tokens, 6, 1, mx.float32, "boolean"))
 
 
@@ -392,7 +392,7 @@ def test_a_tuning_does_not_change_the_result(monkeypatch, chosen, dim, key_bits,
 def test_the_text_is_right_as_each_gpu_gets_it(monkeypatch, target, dim, value_dim, bits):
     """With sums of halves and words loaded ahead too, which only CUDA gets."""
     monkeypatch.setitem(attention.TARGETS, "metal", TARGETS[target])
-    tokens = cached_tokens(dim, value_dim, bits, bits, packed=300)
+    tokens = visible_tokens(dim, value_dim, bits, bits, packed=300)
     if dim == 512:
         tokens = replace(tokens, values=tokens.keys, exact_values=tokens.exact_keys)
     assert_attention_agrees(*attention_arguments(tokens, 4, 2, mx.float32, "causal"))
@@ -401,7 +401,7 @@ def test_the_text_is_right_as_each_gpu_gets_it(monkeypatch, target, dim, value_d
 @pytest.mark.parametrize("packed", [1, 31, 32, 33, 700])
 def test_attention_takes_any_number_of_packed_tokens(packed):
     """700 tokens make several splits of several blocks."""
-    tokens = cached_tokens(packed=packed)
+    tokens = visible_tokens(packed=packed)
     assert_attention_agrees(*attention_arguments(tokens, 4, 2, mx.float32, "causal"))
 
 
@@ -409,7 +409,7 @@ def test_attention_takes_any_number_of_packed_tokens(packed):
 def test_attention_reads_sequences_of_different_length(mask):
     """Keys that lie between the tokens of a sequence are not a number here."""
     spans = (Span(300, 4, 7), Span(33, 0, 12))
-    tokens = replace(cached_tokens(packed=300), recent_start=7, spans=spans)
+    tokens = replace(visible_tokens(packed=300), recent_start=7, spans=spans)
     tokens.exact_keys[:, :, 4:7] = mx.nan
     tokens.exact_keys[1, :, :12] = mx.nan
     if mask == "none":
@@ -420,24 +420,24 @@ def test_attention_reads_sequences_of_different_length(mask):
 
 @pytest.mark.parametrize("dim, bits", [(512, 4), (512, 3), (128, 6), (256, 8)])
 def test_attention_reads_one_latent_vector_as_key_and_value(dim, bits):
-    tokens = cached_tokens(dim, dim, bits, bits)
+    tokens = visible_tokens(dim, dim, bits, bits)
     tokens = replace(tokens, values=tokens.keys, exact_values=tokens.exact_keys)
     assert_attention_agrees(*attention_arguments(tokens, 4, 1, mx.float32, "additive"))
 
 
 def test_attention_adds_the_means_back():
-    tokens = cached_tokens(mean=5.0)
+    tokens = visible_tokens(mean=5.0)
     assert tokens.keys.mean.any()
     assert_attention_agrees(*attention_arguments(tokens, 2, 2, mx.float32))
 
 
 def test_attention_reads_queries_and_exact_tokens_of_different_types():
-    tokens = cached_tokens(dtype=mx.bfloat16)
+    tokens = visible_tokens(dtype=mx.bfloat16)
     assert_attention_agrees(*attention_arguments(tokens, 2, 1, mx.float32))
 
 
 def test_attention_is_two_launches_with_whole_buffers(kernels_run):
-    tokens = cached_tokens()
+    tokens = visible_tokens()
     launched_attention(*attention_arguments(tokens, 2, 1, mx.float32))
     if ON_EXECUTOR:
         assert names_of(kernels_run) == ["decode_attention", "combine"]
@@ -462,7 +462,7 @@ def test_the_text_is_what_metal_accepts(kernels_run, dim, bits, dtype):
     Quantize((dtype,), (quantizer,)).check()
     Dequantize((dtype, dtype), (quantizer, quantizer)).check()
     InnerProduct(quantizer).check()
-    tokens = cached_tokens(dim, dim, bits, bits, dtype)
+    tokens = visible_tokens(dim, dim, bits, bits, dtype)
     for mask in ("none", "boolean", "additive"):
         arguments = attention_arguments(tokens, 2, 1, dtype, mask, mask == "none")
         launched_attention(*arguments)
@@ -473,7 +473,7 @@ def test_the_text_is_what_metal_accepts(kernels_run, dim, bits, dtype):
 @pytest.mark.parametrize("order", ["forward", "reverse"])
 @pytest.mark.skipif(not ON_EXECUTOR, reason="a GPU chooses the order of threads")
 def test_results_do_not_depend_on_the_order_of_threads(kernels_run, order):
-    tokens = cached_tokens(128, 128, packed=300)
+    tokens = visible_tokens(128, 128, packed=300)
     arguments = attention_arguments(tokens, 4, 2, mx.float32)
     expected = launched_attention(*arguments)
     for kernel, _ in list(kernels_run):
@@ -482,7 +482,7 @@ def test_results_do_not_depend_on_the_order_of_threads(kernels_run, order):
 
 
 def test_a_cache_uses_the_kernels_it_has_checked(kernels_run):
-    tokens = cached_tokens()
+    tokens = visible_tokens()
     arguments = attention_arguments(tokens, 2, 1, mx.float32)
     output = attention.decode_attention(*arguments)
     assert kernels_run
@@ -502,7 +502,7 @@ def test_a_cache_that_has_been_read_can_be_copied(kernels_run, random_model, bac
 
 @pytest.mark.skipif(not ON_EXECUTOR, reason="a GPU has one kind of compiler")
 def test_a_compiler_that_reads_no_files_gets_the_text(kernels_run, monkeypatch):
-    arguments = attention_arguments(cached_tokens(), 2, 1, mx.float32)
+    arguments = attention_arguments(visible_tokens(), 2, 1, mx.float32)
     expected = launched_attention(*arguments)
     monkeypatch.setattr(runtime, "_metal_reads_files", lambda: False)
     forget_kernels()
@@ -581,7 +581,7 @@ def test_a_wrong_kernel_is_replaced_with_a_warning(monkeypatch, caplog, tmp_path
     [packed] = quantize([x], [mean], [quantizer])  # does not compile
     expected = reference.quantize(x, mean, quantizer)
     assert mx.array_equal(packed.codes, expected.codes)
-    tokens = cached_tokens()
+    tokens = visible_tokens()
     for restored, expected in zip(dense(tokens), reference.dense(tokens)):  # runs, and is wrong
         assert mx.array_equal(restored, expected)
     messages = [record.message for record in caplog.records if record.levelname == "WARNING"]
@@ -592,7 +592,7 @@ def test_a_wrong_kernel_is_replaced_with_a_warning(monkeypatch, caplog, tmp_path
 
 
 def test_shapes_and_counts_that_do_not_fit_are_refused():
-    tokens = cached_tokens()
+    tokens = visible_tokens()
     queries, *rest = attention_arguments(tokens, 2, 1, mx.float32)
     with pytest.raises(ValueError, match="do not fit 2 heads of 64 values"):
         attention.decode_attention(queries[..., :32], *rest)
@@ -608,7 +608,7 @@ def test_shapes_and_counts_that_do_not_fit_are_refused():
 
 
 def test_a_mask_that_does_not_fit_is_refused():
-    tokens = cached_tokens()
+    tokens = visible_tokens()
     queries, _, scale, _, _ = attention_arguments(tokens, 2, 1, mx.float32)
     with pytest.raises(ValueError, match="does not fit scores"):
         launched_attention(queries, tokens, scale, mx.zeros((1, 1, 1, 7)), None)

@@ -7,7 +7,7 @@ from tokens import normal
 
 from mlx_turboquant.kernels.reference import restored
 from mlx_turboquant.kernels.storage import (
-    PackedTokens,
+    PackedKV,
     layouts_of,
     removable_mean,
     shared_quantizer,
@@ -22,15 +22,15 @@ def vectors(count: int, seed: int = 0, mean: float = 0.0) -> mx.array:
     return normal((*HEADS, count, DIM), seed) + mean
 
 
-def stored(*parts: mx.array, bits: int = 4, limit: int | None = None) -> PackedTokens:
+def stored(*parts: mx.array, bits: int = 4, limit: int | None = None) -> PackedKV:
     """Each part as keys and as values."""
-    store = PackedTokens(layouts_of(bits, bits), 0, limit)
+    store = PackedKV(layouts_of(bits, bits), 0, limit)
     for part in parts:
         store.append([part, part])
     return store
 
 
-def dense(store: PackedTokens) -> list[mx.array]:
+def dense(store: PackedKV) -> list[mx.array]:
     return [restored(side, store.count, mx.float32) for side in store.sides]
 
 
@@ -120,7 +120,7 @@ def test_free_space_is_at_most_256_tokens_or_a_32nd(count):
 @given(st.integers(1, 200))
 def test_restored_tokens_are_the_same_in_buffers_of_whole_steps(count):
     store = stored(vectors(count))
-    again = PackedTokens(store.layouts, 0)
+    again = PackedKV(store.layouts, 0)
     again.restore(count, [(*HEADS, DIM)] * 2, store.used())
     for mine, theirs in zip(dense(again), dense(store)):
         assert mx.array_equal(mine, theirs)

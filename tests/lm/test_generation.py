@@ -12,7 +12,7 @@ from tiny_families import tiny_model
 from tokens import continuation, random_tokens
 
 from mlx_turboquant import disable, make_prompt_cache
-from mlx_turboquant.kernels.storage import PackedTokens
+from mlx_turboquant.kernels.storage import PackedKV
 
 CODE = (
     "import os\n\n\ndef read(path):\n    with open(path) as file:\n        return file.read()\n\n\n"
@@ -57,8 +57,8 @@ def test_no_token_is_quantized_twice_while_drafts_are_taken_back(tiny_lm, prompt
 
     drafting = variant(model)
     caches = [make_prompt_cache(m, 8, window=8) for m in (model, drafting)]
-    append = PackedTokens.append
-    monkeypatch.setattr(PackedTokens, "append", counting)
+    append = PackedKV.append
+    monkeypatch.setattr(PackedKV, "append", counting)
     options = {"max_tokens": 80, "num_draft_tokens": 4, "prompt_cache": sum(caches, [])}
     list(speculative_generate_step(prompt, model, drafting, **options))
     # A window of 8 is longer than any draft, so nothing that was packed is ever taken back.
