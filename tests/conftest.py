@@ -19,6 +19,7 @@ from platformdirs import user_cache_path
 from tokens import random_tokens
 
 from mlx_turboquant import disable
+from mlx_turboquant.lm.allocation import Layer, chosen_sides
 from mlx_turboquant.lm.loading import prepare_for_device
 
 # Profiles of the user are not for tests, nor those of tests for the user.
@@ -66,6 +67,13 @@ def logits(model, cache, chunks=(150, 40, 1, 1, 8)) -> mx.array:
 def variant(model, **arguments) -> llama.Model:
     """A model like ``model`` with other arguments and other random weights."""
     return llama.Model(llama.ModelArgs(**{**vars(model.args), **arguments}))
+
+
+def mean_bits(layers: list[Layer], bits: list[tuple[int, int]]) -> float:
+    """The mean number of bits of all compressed values, by the bytes of their codes."""
+    sides = [(side.vectors, b) for side, b in chosen_sides(layers, bits)]
+    nbytes = sum(vectors.nbytes(b) for vectors, b in sides)
+    return 8 * nbytes / sum(vectors.heads * vectors.dim for vectors, _ in sides)
 
 
 def peak_of_growth(caches, rows: int, chunks: tuple[int, ...]) -> float:

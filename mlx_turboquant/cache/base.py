@@ -111,6 +111,11 @@ class CompressedCache:
         self._exact[0] = keys
         self._step = None
 
+    @property
+    def side_values(self) -> list[int]:
+        """Values of one token of each side, of all heads and sequences; none before the first."""
+        return [x.size // x.shape[2] for x in self._exact]
+
     def empty(self) -> bool:
         """Whether no token was ever stored."""
         return not self._exact

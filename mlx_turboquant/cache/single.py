@@ -180,7 +180,7 @@ class TurboQuantKVCache(CompressedCache):
     @property
     def token_values(self) -> int:
         """Values of one token: of keys and values of all heads and rows."""
-        return sum(x.size // x.shape[2] for x in self._exact)
+        return sum(self.side_values)
 
     @property
     def token_nbytes(self) -> int:

@@ -22,7 +22,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..lm.enable import make_prompt_cache
 from ..lm.prompt_cache import load_prompt_cache, save_prompt_cache
 from ..lm.prompt_store import Progress, PromptStore, named, reading, seen_tokens
-from ..lm.report import cache_report, cache_size, mean_of_bits
+from ..lm.report import cache_report, cache_size
 from ..lm.settings import Settings
 from .loading import load_ready
 from .options import add_store_options, open_store, parse
@@ -202,9 +202,7 @@ class Chat:
 
     def run(self, model_name: str) -> None:
         """Talk until Ctrl-D."""
-        report = cache_report(self.conversation.cache, self.conversation.model)
-        cache = f"{mean_of_bits(report.key_bits, report.value_bits):.3g} bits per value"
-        lines = [("model", model_name), ("cache", cache)]
+        lines = [("model", model_name), ("cache", str(self.conversation.settings))]
         print_header_panel(self.console, "mlx_turboquant chat", lines)
         self._note("/help lists the commands")
         while True:

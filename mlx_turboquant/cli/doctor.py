@@ -2,12 +2,10 @@
 
 import argparse
 import datetime
-import json
 import platform
 import sys
 import time
 from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +19,7 @@ from .. import __version__
 from ..files import write_json
 from ..kernels.attention import MAX_DECODE_ROWS, Configuration, DecodeAttention
 from ..kernels.quantize import Dequantize, InnerProduct, Quantize
-from ..kernels.runtime import Kernel, backend, thread_limits
+from ..kernels.runtime import Kernel, backend
 from ..kernels.storage import shared_quantizer
 from ..kernels.tuning import (
     Tunings,
@@ -43,8 +41,6 @@ _TIMED = (
     Heads(4, 8, 128, 128, False),
     Heads(4, 6, 256, 256, False),
 )
-# What Mesa's compiler for Apple's G13 needs for each configuration.
-_COUNTED = "g13_registers.json"
 _DEFAULT_REPORT = "mlx_turboquant-report.json"
 
 
@@ -139,39 +135,11 @@ def _report(results: list[Checked]) -> dict[str, Any]:
         "tuned": {heads: _as_lists(each) for heads, each in saved_tunings().items()},
     }
     report["ratios"] = [ratio(heads, count)._asdict() for heads in _TIMED for count in LENGTHS]
-    if backend() == "metal":
-        report["thread_limits"] = _thread_limits()
     return report
 
 
 def _as_lists(tunings: Tunings) -> list[dict[str, int]]:
     return [{"packed_tokens": least, **tuning._asdict()} for least, tuning in tunings]
-
-
-def _thread_limits() -> list[dict[str, Any]]:
-    """Of every configuration, the threads that Apple's compiler leaves it, and what Mesa's needs.
-
-    The latter are half-registers of an M1 or M2. They were counted once: ``is_current`` says
-    whether for these kernels.
-    """
-    counted = json.loads(files(__package__).joinpath(_COUNTED).read_text(encoding="ascii"))
-    limits = []
-    for kernel, configuration, label in tqdm(list(_configurations()), leave=False):
-        try:
-            threads: dict[str, int] | str = thread_limits(kernel, *configuration)
-        except _FAILURES as failure:
-            threads = _first_line(failure)
-        mesa = counted["half_registers"].get(f"{kernel.name}, {label}")
-        limits.append(
-            {
-                "kernel": kernel.name,
-                "configuration": label,
-                "threads": threads,
-                "mesa": mesa,
-                "is_current": counted["kernels"] == kernel_version(),
-            }
-        )
-    return limits
 
 
 def _first_line(failure: Exception) -> str:

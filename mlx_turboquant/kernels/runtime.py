@@ -9,7 +9,6 @@ import logging
 import os
 import re
 from collections.abc import Callable, Hashable
-from contextvars import ContextVar
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -22,9 +21,6 @@ LANES = 32
 # SIMD groups in a threadgroup, where a kernel says nothing else.
 SIMDS = 4
 THREADGROUP_BYTES = 32768
-_MOST_THREADS = 1024
-# What MLX says of a launch of more threads than the registers of a kernel allow.
-_OVER_LIMIT = r"maximum allowed threads per threadgroup \((\d+)\)"
 BACKEND_VARIABLE = "MLX_TURBOQUANT_BACKEND"
 
 # Headers of the functions that a kernel uses, where it has none of its own name.
@@ -37,8 +33,6 @@ Launch = Callable[..., list[mx.array]]
 
 _log = logging.getLogger("mlx_turboquant")
 _forced_backend: str | None = None
-# Where thread_limits notes what it finds; otherwise None.
-_limits: ContextVar[dict[str, int] | None] = ContextVar("limits", default=None)
 
 
 class Agreement(NamedTuple):
@@ -170,58 +164,7 @@ def build(
     So many threadgroups of 256 threads fit the registers of a CUDA multiprocessor: 1 leaves a
     thread 255 registers, 2 leave it 128, 3 leave it 80.
     """
-    limits = _limits.get()
-    arguments = (backend(), name, inputs, outputs, tuple(constants.items()), cuda_blocks)
-    if limits is None:
-        return _built(*arguments)
-    return _limiting(
-        limits, name, inputs.index("sizes"), _built(*arguments, "if (sizes[0] < 0) { return; }\n")
-    )
-
-
-def thread_limits(kernel: type[Kernel], *configuration: Hashable) -> dict[str, int]:
-    """For each launch of a kernel, the threads of a threadgroup that its registers allow.
-
-    Metal tells them to who wants more, and that is what its compiler says of its registers: 1 024
-    threads may have 104 half-registers each, 512 208, 384 256. The kernels do no more than return.
-
-    Raises:
-        RuntimeError, ValueError: a kernel that does not compile.
-    """
-    limits: dict[str, int] = {}
-    token = _limits.set(limits)
-    try:
-        kernel(*configuration).check()
-    finally:
-        _limits.reset(token)
-    return limits
-
-
-def _limiting(limits: dict[str, int], name: str, sizes: int, launch: Launch) -> Launch:
-    """In place of a launch, one of 1 024 threads; notes the limit, and returns zeros."""
-
-    def limited(
-        *,
-        inputs: list[mx.array],
-        grid: tuple[int, int, int],
-        threadgroup: tuple[int, int, int],
-        output_shapes: list[tuple[int, ...]],
-        output_dtypes: list[mx.Dtype],
-    ) -> list[mx.array]:
-        inputs = [mx.full(x.shape, -1) if i == sizes else x for i, x in enumerate(inputs)]
-        shapes = {"output_shapes": output_shapes, "output_dtypes": output_dtypes}
-        most = (_MOST_THREADS, 1, 1)
-        limit = _MOST_THREADS
-        try:
-            mx.eval(launch(inputs=inputs, grid=most, threadgroup=most, init_value=0, **shapes))
-        except (RuntimeError, ValueError) as error:
-            if (found := re.search(_OVER_LIMIT, str(error))) is None:
-                raise
-            limit = int(found[1])
-        limits[name] = min(limit, limits.get(name, limit))
-        return [mx.zeros(*each) for each in zip(output_shapes, output_dtypes)]
-
-    return limited
+    return _built(backend(), name, inputs, outputs, tuple(constants.items()), cuda_blocks)
 
 
 @cache
@@ -232,26 +175,24 @@ def _built(
     outputs: tuple[str, ...],
     constants: tuple[tuple[str, Constant], ...],
     cuda_blocks: int,
-    prologue: str = "",
 ) -> Launch:
     # Constants are part of the text: as template arguments they would cost the host time at each
     # launch. All types are among them: MLX tells compiled kernels apart by their names alone.
     definitions = [_definition(*pair) for pair in (("LANES", LANES), *constants)]
     label = "_".join(_TYPES.get(value, str(value)) for _, value in constants)
     names = {"input_names": list(inputs), "output_names": list(outputs)}
-    names |= {"name": f"turboquant_{name}_{label}{'_limited' if prologue else ''}"}
+    names |= {"name": f"turboquant_{name}_{label}"}
     file, functions = _file(f"{name}.metal"), _FUNCTIONS.get(name, f"{name}.h")
     body = file.read_text(encoding="ascii")
     # What functions are made for comes before them.
     header = "\n".join(definitions) + "\n"
     if target == "metal" and not _metal_reads_files():
         header += _joined(functions, set())
-        source = prologue + _without_comments(body)
-        return mx.fast.metal_kernel(**names, header=header, source=source)
+        return mx.fast.metal_kernel(**names, header=header, source=_without_comments(body))
     # MLX copies the text at each launch, a microsecond a kilobyte: the compiler gets the files'
     # names, and a comment has what MLX looks for in the text.
     used = " ".join(sorted(set(re.findall(r"\w+_shape\b|thread\w*_in_\w+|simd\w+_in_\w+", body))))
-    source = f'// {used}\n{prologue}#include "{file}"\n'
+    source = f'// {used}\n#include "{file}"\n'
     if target == "metal":
         return mx.fast.metal_kernel(**names, header=header + _including(functions), source=source)
     macros = [each for each in definitions if each.startswith("#")]

@@ -149,13 +149,6 @@ def expected_divergence(layers: Sequence[Layer], bits: Sequence[tuple[int, int]]
     return sum(side.divergences[b] for side, b in chosen_sides(layers, bits))
 
 
-def mean_bits(layers: Sequence[Layer], bits: Sequence[tuple[int, int]]) -> float:
-    """The mean number of bits of all compressed values, by the bytes of their codes."""
-    sides = [(side.vectors, b) for side, b in chosen_sides(layers, bits)]
-    nbytes = sum(vectors.nbytes(b) for vectors, b in sides)
-    return 8 * nbytes / sum(vectors.heads * vectors.dim for vectors, _ in sides)
-
-
 def _worthwhile_bits(side: Side) -> list[int]:
     """The bits that a side may have, ascending, each with a smaller gain than the one before.
 

@@ -156,13 +156,15 @@ def _layer_kind(name: str, layers: list[Any]) -> LayerKind:
     if hasattr(layers[0], "packed_tokens"):
         packed, exact = layers[-1].packed_tokens, layers[-1].exact_tokens
         remark = f"{packed:,} tokens a layer packed, {exact:,} exact"
-        bits = mean_of_bits([x.key_bits for x in layers], [x.value_bits for x in layers])
+        bits = _mean_bits(layers)
     else:
         remark, bits = _WHY_NOT.get(name, "a kind that is left as it is"), None
     size = cache_size(layers)
     return LayerKind(name, len(layers), bits, remark, size.nbytes, size.fp16_nbytes)
 
 
-def mean_of_bits(key_bits: list[int], value_bits: list[int]) -> float:
-    """The mean of the bits of all layers, which have as many keys as values."""
-    return sum(key_bits + value_bits) / (2 * len(key_bits))
+def _mean_bits(layers: list[Any]) -> float:
+    """The mean number of bits of the values of compressed layers, without scales."""
+    pairs = [(layer.side_values, (layer.key_bits, layer.value_bits)) for layer in layers]
+    sides = [side for values, bits in pairs for side in zip(values or (1, 1), bits)]
+    return sum(values * bits for values, bits in sides) / sum(values for values, _ in sides)

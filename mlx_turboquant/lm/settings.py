@@ -55,6 +55,12 @@ class Settings:
                 check_bits(bits)
         self.of_layer(1, 1).limit()
 
+    def __str__(self) -> str:
+        """The bits, as people give them."""
+        if self.is_fixed:
+            return "K{}V{}".format(*self.fixed_bits())
+        return f"{self.bits:g} bits per value"
+
     def of_layer(self, key_bits: int, value_bits: int) -> CacheSettings:
         """The settings of the cache of a layer that has these bits."""
         return CacheSettings(

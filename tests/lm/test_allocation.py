@@ -1,6 +1,7 @@
 import itertools
 
 import pytest
+from conftest import mean_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +15,6 @@ from mlx_turboquant.lm.allocation import (
     check_budget,
     divergences_by_bits,
     expected_divergence,
-    mean_bits,
     uniform_bits,
 )
 

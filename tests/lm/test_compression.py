@@ -2,10 +2,9 @@ import logging
 
 import mlx.core as mx
 import pytest
-from conftest import variant
+from conftest import mean_bits, variant
 
 from mlx_turboquant import enable, make_prompt_cache
-from mlx_turboquant.lm.allocation import mean_bits
 from mlx_turboquant.lm.compression import compression_of, treat_layers_alike
 from mlx_turboquant.lm.profile import Profile, fingerprint, save_profile
 from mlx_turboquant.lm.settings import Settings

@@ -104,3 +104,14 @@ def test_a_batch_is_reported_as_its_sequences_are():
     assert kind.remark == "224 tokens a layer packed, 76 exact"
     # 200 columns for two sequences.
     assert cache_size([batch]).fp16_nbytes == 2 * (2 * 200 * 2 * 2 * 64)
+
+
+def test_the_mean_of_bits_counts_the_values_of_each_side():
+    """Keys of minicpm3 are three times as wide as its values here."""
+    model = tiny_model("minicpm3")
+    cache = make_prompt_cache(model, key_bits=6, value_bits=2)
+    model(mx.ones((1, 40), mx.int32), cache=cache)
+    widths = {(layer.side_values[0], layer.side_values[1]) for layer in cache}
+    [(keys, values)] = widths
+    assert keys == 3 * values
+    assert [kind.bits for kind in cache_report(cache).kinds] == [(3 * 6 + 2) / 4]
