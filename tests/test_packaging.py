@@ -1,7 +1,10 @@
+import ast
 import importlib.resources
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 
 import pytest
@@ -71,3 +74,30 @@ def test_a_package_from_the_wheel_finds_its_kernel_files(wheel, tmp_path):
     module, files = run.stdout.splitlines()
     assert module.startswith(str(tmp_path))
     assert set(KERNEL_FILES) <= set(files.split())
+
+
+def test_all_that_the_package_imports_is_declared():
+    """But for matplotlib, which the extra "evaluate" brings."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    names = {re.match(r"[\w-]+", each)[0] for each in project["dependencies"]}
+    imported = set()
+    for file in (REPOSITORY / "mlx_turboquant").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.split(".")[0])
+    others = imported - set(sys.stdlib_module_names) - {"mlx_turboquant"}
+    assert others <= {name.replace("-", "_") for name in names} | {"matplotlib"}
+
+
+@pytest.mark.parametrize("command", ["evaluate", "benchmark"])
+def test_without_matplotlib_a_command_says_what_to_install(command):
+    code = (
+        "import sys; sys.modules['matplotlib'] = None; from mlx_turboquant import cli;"
+        f"sys.argv = ['mlx_turboquant', '{command}', '--model', 'none']; cli.main()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 2
+    [line] = result.stderr.splitlines()
+    assert "matplotlib is not installed" in line and "pip install 'mlx-turboquant-cache[" in line

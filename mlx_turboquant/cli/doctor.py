@@ -156,8 +156,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const=Path(_DEFAULT_REPORT),
         metavar="FILE",
-        help="Write all that was found, the speed of the attention kernel and the registers that "
-        f"Metal's compiler uses to a file for an issue (default: {_DEFAULT_REPORT})",
+        help="Write all that was found, and the speed of attention, to a file for an issue "
+        f"(default: {_DEFAULT_REPORT})",
     )
     return parser
 

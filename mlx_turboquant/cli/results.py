@@ -20,12 +20,12 @@ from .. import __version__
 
 @contextmanager
 def drawing_tools(command: str) -> Iterator[None]:
-    """Turn the absence of tqdm, rich or matplotlib into one ValueError."""
+    """Turn the absence of matplotlib into one ValueError."""
     try:
         yield
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"{error.name} is not installed; {command} draws tables and pictures: "
+            f"{command} draws pictures, and matplotlib is not installed: "
             "pip install 'mlx-turboquant-cache[evaluate]'."
         ) from error
 

@@ -3,6 +3,7 @@ import logging
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
+from tiny_families import tiny_model
 from tokens import keys_and_values
 
 from mlx_turboquant import TurboQuantKVCache, cache_report, cache_size, make_prompt_cache
