@@ -106,12 +106,6 @@ def disable(model: nn.Module) -> nn.Module:
     return model
 
 
-def enabled_settings(model: nn.Module) -> Settings | None:
-    """The settings that :func:`enable` was given; None without it."""
-    compression = getattr(model, ATTRIBUTE, None)
-    return None if compression is None else compression.settings
-
-
 def _settings(bits: float | Settings, options: CacheOptions) -> Settings:
     return replace(bits, **options) if isinstance(bits, Settings) else Settings(bits, **options)
 
