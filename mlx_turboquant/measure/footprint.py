@@ -62,7 +62,11 @@ def footprint(model: nn.Module, contender: Contender) -> Footprint:
     per_token, constant, bounded, workspaces = 0.0, 0.0, [], [0.0]
     for layer in flat_caches(cache):
         if isinstance(layer, TurboQuantKVCache):
-            per_token += layer.token_nbytes * (1 + GROWTH)
+            packed = layer.token_nbytes * (1 + GROWTH)
+            if layer.max_size is None:
+                per_token += packed
+            else:
+                bounded.append((packed, layer.max_size))
             constant += layer.exact_nbytes + LEAST_GROWTH * layer.token_nbytes
             workspaces.append(layer.fp16_nbytes + _scores(model, contender))  # dequantized
         elif type(layer) is KVCache:
