@@ -12,28 +12,39 @@ from mlx_lm.models.cache import LRUPromptCache
 from ..lm.loading import device_nbytes
 from ..lm.settings import Settings
 from ..measure.contenders import Contender
-from ..measure.footprint import chunk_nbytes, footprint
+from ..measure.footprint import Footprint, chunk_nbytes, footprint
+from .requests import BadRequest
 
 
-class DoesNotFit(ValueError):
+class DoesNotFit(BadRequest):
     """A request that would not fit into memory if it were the only one."""
 
 
 class Admission:
-    """Lets requests in, one after the other, while what they need stays within ``limit`` bytes."""
+    """Lets requests in, one after the other, while what they need stays within ``limit`` bytes.
+
+    They may all be in one batch, whose rows are as long as the longest of them.
+    """
 
     def __init__(self, limit: int):
         self._limit = limit
-        # Of the limit, for prompts in all and for those that may still come.
-        self._room = self._left = 0
+        self._room = 0
+        self._footprint: Footprint | None = None
         self._changed = threading.Condition()
         self._waiting: deque[object] = deque()
-        self._footprint = None
+        # The tokens in the end of each request that was let in.
+        self._inside: list[int] = []
 
     @property
     def left(self) -> int:
         """Bytes that no request was let in for."""
-        return self._left
+        return self._room - self._nbytes(self._inside)
+
+    def _nbytes(self, requests: list[int]) -> int:
+        """Bytes of requests of so many tokens, by the model in use; 0 before there is one."""
+        if self._footprint is None or not requests:
+            return 0
+        return len(requests) * int(self._footprint.prompt_nbytes(max(requests)))
 
     def room(self, model: nn.Module) -> int:
         """The bytes that caches may have beside a model.
@@ -53,8 +64,8 @@ class Admission:
         """Count for this model from now on; returns its :meth:`room`."""
         room, counted = self.room(model), footprint(model, Contender("ours", settings=settings))
         with self._changed:
-            self._left += room - self._room
             self._room, self._footprint = room, counted
+            self._changed.notify_all()
         return room
 
     @contextmanager
@@ -62,28 +73,35 @@ class Admission:
         """Wait until a request fits that has so many tokens in the end.
 
         Raises:
-            DoesNotFit: it never will.
+            DoesNotFit: it never will, or no longer, now that another model is used.
         """
-        nbytes = int(self._footprint.prompt_nbytes(tokens)) if self._footprint else 0
         ticket = object()
         with self._changed:
-            if self._footprint and nbytes > self._room:
-                raise DoesNotFit(
-                    f"A request of {tokens:,} tokens, new ones included, needs "
-                    f"{nbytes / 1e9:,.2f} GB, more than is left beside the model: ask for less, "
-                    "or use a larger --memory-limit."
-                )
             self._waiting.append(ticket)
-            self._changed.wait_for(lambda: self._waiting[0] is ticket and nbytes <= self._left)
-            self._waiting.popleft()
-            self._left -= nbytes
-            self._changed.notify_all()
+            try:
+                self._changed.wait_for(lambda: self._may_enter(ticket, tokens))
+                self._inside.append(tokens)
+            finally:
+                self._waiting.remove(ticket)
+                self._changed.notify_all()
         try:
             yield
         finally:
             with self._changed:
-                self._left += nbytes
+                self._inside.remove(tokens)
                 self._changed.notify_all()
+
+    def _may_enter(self, ticket: object, tokens: int) -> bool:
+        alone = self._nbytes([tokens])
+        if alone > self._room:
+            raise DoesNotFit(
+                f"A request of {tokens:,} tokens, new ones included, needs {alone / 1e9:,.2f} GB, "
+                "more than is left beside the model: ask for less, or use a larger --memory-limit.",
+                "max_tokens",
+                code="context_length_exceeded",
+            )
+        is_next = self._waiting[0] is ticket
+        return is_next and self._nbytes([*self._inside, tokens]) <= self._room
 
 
 class KeptPrompts(LRUPromptCache):
@@ -92,6 +110,15 @@ class KeptPrompts(LRUPromptCache):
     def __init__(self, admission: Admission, *limits: int):
         super().__init__(*limits)
         self._admission = admission
+
+    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list]:
+        """mlx-lm's, which at least leaves the last token to be read."""
+        cache, rest = super().fetch_nearest_cache(model, tokens)
+        if not rest:
+            # It would end the generation thread for want of a token to begin with.
+            cache, rest = super().fetch_nearest_cache(model, tokens[:-1])
+            rest = [*rest, *tokens[-1:]]
+        return cache, rest
 
     def insert_cache(
         self, model: Any, tokens: list[int], prompt_cache: list[Any], **keywords: str

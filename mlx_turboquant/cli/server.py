@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import json
 import logging
 import os
@@ -12,20 +13,22 @@ from functools import partial
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
+from huggingface_hub import CacheNotFound, scan_cache_dir
 from mlx_lm.utils import _download, load, load_config, sharded_load
 
 from ..lm.enable import enable
-from ..lm.loading import memory_nbytes, model_errors
+from ..lm.loading import memory_nbytes, model_errors, reason_of
 from ..lm.prompt_store import PromptStore
 from ..measure.shapes import unloaded_model
-from .admission import Admission, DoesNotFit, KeptPrompts
+from .admission import Admission, KeptPrompts
 from .loading import load_ready
 from .options import add_store_options, open_store, parse, parse_size
 from .replaced import replaced
-from .stored_prompts import SCOPES, StoredPrompts
+from .requests import BadRequest, answer, begin_answer, check_tokens, read_request
+from .stored_prompts import SCOPES, ScopedTokens, StoredPrompts
 
 _mlx_lm_server = importlib.import_module("mlx_lm.server")
 _WAITING_CONNECTIONS = 128
@@ -43,7 +46,8 @@ def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     run = _Run(arguments)
     handler, generator = _mlx_lm_server.APIHandler, _mlx_lm_server.ResponseGenerator
-    originals = handler.do_GET, handler.handle_completion, generator._tokenize
+    get, post, complete = handler.do_GET, handler.do_POST, handler.handle_completion
+    begin, tokenize = handler._set_completion_headers, generator._tokenize
     with (
         # Python's five would turn away clients that connect at once.
         replaced(ThreadingHTTPServer, request_queue_size=_WAITING_CONNECTIONS),
@@ -52,21 +56,24 @@ def main(arguments: list[str]) -> None:
             argparse=SimpleNamespace(ArgumentParser=run.parser),
             load=partial(run.load, load),
             sharded_load=partial(run.load, sharded_load),
+            scan_cache_dir=_hub_models,
             LRUPromptCache=run.prompt_caches,
         ),
         replaced(
             handler,
-            do_GET=lambda *arguments: run.get(originals[0], *arguments),
-            handle_completion=lambda *arguments: run.handle_completion(*originals[1:], *arguments),
+            do_GET=lambda handler: answer(handler, partial(run.get, get)),
+            do_POST=lambda handler: answer(handler, partial(_post, post)),
+            handle_completion=lambda *arguments: run.complete(complete, tokenize, *arguments),
+            _set_completion_headers=lambda *arguments: begin_answer(begin, *arguments),
         ),
-        replaced(generator, _tokenize=lambda *arguments: run.tokenize(originals[2], *arguments)),
+        replaced(
+            generator,
+            _tokenize=lambda *arguments: run.tokenize(tokenize, *arguments),
+            _run_generate=lambda generator: run.generate(generator),
+        ),
     ):
         _mlx_lm_server.main()
-    if run.store is not None:
-        run.store.close()
-    # Threads of MLX for the streams of a thread that has ended would abort the interpreter's end.
-    logging.shutdown()
-    os._exit(0)
+    run.end(0)
 
 
 class _Run:
@@ -119,6 +126,9 @@ class _Run:
             load, self.args, self.settings, *positional, **keywords
         )
         enable(model, self.settings)
+        if "return_config" not in keywords:  # the draft model
+            return (model, tokenizer, *rest)
+        self.vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1]  # nothing is evaluated
         if self.prompts is not None:
             self.prompts.use(model, tokenizer, Path(self.args.model or "").name)
         room = self.admission.use(model, self.settings)
@@ -150,9 +160,9 @@ class _Run:
             self.kept = self.prompts = StoredPrompts(self.store, scope, self.admission, *limits)
         return self.kept
 
-    def handle_completion(
+    def complete(
         self,
-        handle: Callable[..., None],
+        complete: Callable[..., None],
         tokenize: Callable[..., tuple],
         handler: Any,
         request: Any,
@@ -161,37 +171,81 @@ class _Run:
         """Give a request the scope of who sent it, and let mlx-lm answer it once it fits."""
         if self.prompts is not None:
             request.scope = self.prompts.scope_of(handler)
+            if handler.requested_draft_model not in (None, "default_model"):
+                message = "The prompt store does not keep caches of a draft_model: leave it out."
+                raise BadRequest(message, "draft_model")
         request.tokenized = _tokenized(tokenize, handler, request)
         tokens = len(request.tokenized[1][0]) if request.tokenized[1] else 0
-        try:
-            with self.admission.admitted(tokens + (handler.max_tokens or 0)):
-                handle(handler, request, *others)
-        except DoesNotFit as error:
-            handler._set_completion_headers(400)
-            handler.end_headers()
-            handler.wfile.write(json.dumps({"error": str(error)}).encode())
+        with self.admission.admitted(tokens + handler.max_tokens):
+            complete(handler, request, *others)
 
     def tokenize(
-        self, tokenize: Callable[..., tuple], generator: Any, tokenizer: Any, request: Any, *others
+        self,
+        tokenize: Callable[..., tuple],
+        generator: Any,
+        tokenizer: Any,
+        request: Any,
+        args: Any,
     ):
         """mlx-lm's tokens of a request; what it does next is look for a cache of them."""
         model, tokenized = request.tokenized
         if tokenized is None or model != generator.model_provider.model_key:
-            tokenized = tokenize(generator, tokenizer, request, *others)
-        tokens, segments, kinds, *rest = tokenized
+            try:
+                tokenized = tokenize(generator, tokenizer, request, args)
+            except Exception as error:
+                message = f"The prompt cannot be made into tokens ({reason_of(error)}): change it."
+                raise BadRequest(message, "messages" if request.messages else "prompt") from error
+        tokens, segments, kinds, state, vision = tokenized
+        check_tokens(args, tokens, tokenizer, self.vocabulary)
         if self.prompts is not None:
+            tokens = ScopedTokens(tokens, request.scope)
             segments, kinds = self.prompts.in_pieces(segments, kinds)
-            self.prompts.begin(tokens, request.scope)
-        return (tokens, segments, kinds, *rest)
+            if vision is not None:
+                vision.cache_key = ScopedTokens(vision.cache_key, request.scope)
+        return tokens, segments, kinds, state, vision
 
-    def get(self, answer: Callable[..., None], handler: Any) -> None:
+    def get(self, get: Callable[..., None], handler: Any) -> None:
         """Answer a GET request: of the store here, any other by mlx-lm."""
         if handler.path != "/v1/prompt-store" or self.store is None:
-            answer(handler)
+            get(handler)
             return
         handler._set_completion_headers(200)
         handler.end_headers()
         handler.wfile.write(json.dumps(self.store.statistics()).encode())
+
+    def generate(self, generator: Any) -> None:
+        """What mlx-lm's thread does; without it the server would refuse all requests for ever."""
+        try:
+            generator._generate()
+        except BaseException as error:
+            _log.critical(
+                "The server ends, as it cannot generate any more: %s", error, exc_info=True
+            )
+            self.end(1)
+
+    def end(self, status: int) -> NoReturn:
+        """Write what is left to be written, and end the process."""
+        if self.store is not None:
+            self.store.close()
+        logging.shutdown()
+        # Threads of MLX for the streams of a thread that has ended would abort a usual end.
+        os._exit(status)
+
+
+def _post(post: Callable[..., None], handler: Any) -> None:
+    """Check a POST request, and let mlx-lm answer it."""
+    body = read_request(handler)
+    handler.headers.replace_header("Content-Length", str(len(body)))
+    handler.rfile = io.BytesIO(body)
+    post(handler)
+
+
+def _hub_models() -> Any:
+    """The models of the hub that are on this machine, also where there is no folder of them."""
+    try:
+        return scan_cache_dir()
+    except CacheNotFound:
+        return SimpleNamespace(repos=())
 
 
 def _tokenized(

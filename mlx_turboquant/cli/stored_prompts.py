@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-from collections import deque
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
@@ -16,10 +15,24 @@ from ..lm.prompt_store import CHECKPOINT_TOKENS, SHOWN_TOKENS, PromptStore
 from .admission import Admission, KeptPrompts
 
 SCOPES = ("all", "key", "user")
-# Prompts whose scope is known, until their caches come back.
-_REMEMBERED = 256
 
 _log = logging.getLogger("mlx_turboquant")
+
+
+class ScopedTokens(list):
+    """Tokens that belong to the request of a scope, as do parts of them and what is appended.
+
+    mlx-lm keeps a cache by tokens that it has copied from those of its request in this way, so that
+    no comparison has to tell which of several requests they come from.
+    """
+
+    def __init__(self, tokens: list[int], scope: str):
+        super().__init__(tokens)
+        self.scope = scope
+
+    def __getitem__(self, index: Any) -> Any:
+        part = super().__getitem__(index)
+        return ScopedTokens(part, self.scope) if isinstance(index, slice) else part
 
 
 class StoredPrompts(KeptPrompts):
@@ -33,8 +46,6 @@ class StoredPrompts(KeptPrompts):
         super().__init__(admission, *limits)
         self._store = store
         self._kind = kind
-        self._scope = ""
-        self._scopes: deque[tuple[list[int], str]] = deque(maxlen=_REMEMBERED)
 
     def use(self, model: nn.Module, tokenizer: TokenizerWrapper, name: str) -> None:
         """From now on prompts are those of this model, which people call ``name``."""
@@ -52,11 +63,6 @@ class StoredPrompts(KeptPrompts):
             told = request.body.get("user") or "" if self._kind == "user" else ""
         return hashlib.sha256(str(told).encode()).hexdigest() if told else ""
 
-    def begin(self, tokens: list[int], scope: str) -> None:
-        """A request of a scope is answered next, whose prompt has these tokens."""
-        self._scope = scope
-        self._scopes.append((tokens, scope))
-
     def in_pieces(
         self, segments: list[list[int]], kinds: list[str]
     ) -> tuple[list[list[int]], list[str]]:
@@ -73,12 +79,14 @@ class StoredPrompts(KeptPrompts):
         ]
         return [piece for piece, _ in pieces], [kind for _, kind in pieces]
 
-    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list]:
+    def fetch_nearest_cache(
+        self, model: Any, tokens: ScopedTokens
+    ) -> tuple[list[Any] | None, list]:
         """The cache of the longest known beginning, and the tokens that are left to be read."""
-        cache, rest = super().fetch_nearest_cache((model, self._scope), tokens)
+        cache, rest = super().fetch_nearest_cache((model, tokens.scope), tokens)
         in_memory, on_disk = len(tokens) - len(rest), 0
         if _are_tokens(tokens):
-            found = self._store.find(self._model, tokens, self._empty, in_memory, self._scope)
+            found = self._store.find(self._model, tokens, self._empty, in_memory, tokens.scope)
             if found is not None:
                 cache, on_disk = found
                 in_memory, rest = 0, tokens[on_disk:]
@@ -92,26 +100,19 @@ class StoredPrompts(KeptPrompts):
         return cache, rest
 
     def insert_cache(
-        self, model: Any, tokens: list[int], prompt_cache: list[Any], **keywords: str
+        self, model: Any, tokens: ScopedTokens, prompt_cache: list[Any], **keywords: str
     ) -> None:
-        """Keep a cache for those who have asked what its tokens begin with."""
-        are_tokens = _are_tokens(tokens)
-        text = self._tokenizer.decode(tokens[:SHOWN_TOKENS]) if are_tokens else ""
-        for scope in {scope for prompt, scope in self._scopes if _alike(prompt, tokens)}:
-            super().insert_cache((model, scope), tokens, prompt_cache, **keywords)
-            if are_tokens:
-                try:
-                    self._store.keep(self._model, tokens, prompt_cache, self._name, text, scope)
-                except ValueError as error:  # the server is being closed
-                    _log.warning("A prompt of %d tokens is not kept: %s", len(tokens), error)
-
-
-def _alike(first: list[Any], second: list[Any]) -> bool:
-    """Whether one begins with the other."""
-    count = min(len(first), len(second))
-    return first[:count] == second[:count]
+        """Keep the cache of a request, or of the beginning of its prompt, for its scope alone."""
+        super().insert_cache((model, tokens.scope), tokens, prompt_cache, **keywords)
+        if _are_tokens(tokens):
+            text = self._tokenizer.decode(tokens[:SHOWN_TOKENS])
+            try:
+                about = self._name, text, tokens.scope
+                self._store.keep(self._model, tokens, prompt_cache, *about)
+            except ValueError as error:  # the server is being closed
+                _log.warning("A prompt of %d tokens is not kept: %s", len(tokens), error)
 
 
 def _are_tokens(tokens: list[Any]) -> bool:
-    """Whether these are tokens alone, and no parts of pictures among them."""
-    return all(type(token) is int for token in tokens)
+    """Whether these are tokens alone: mlx-lm has negative numbers for parts of pictures."""
+    return min(tokens, default=0) >= 0

@@ -36,8 +36,12 @@ class Footprint(NamedTuple):
         return self.per_token * tokens + self.constant + windows
 
     def prompt_nbytes(self, tokens: int) -> float:
-        """Bytes of the cache and of the workspace at the end of a prompt of so many tokens."""
-        return self.nbytes(tokens) + self.workspace_per_token * tokens
+        """Bytes of the cache and of the workspace at the end of a prompt of so many tokens.
+
+        A sliding window then has the last chunk as well.
+        """
+        chunk = sum(each * min(max(tokens - most, 0), CHUNK) for each, most in self.bounded)
+        return self.nbytes(tokens) + chunk + self.workspace_per_token * tokens
 
     def longest(self, nbytes: float) -> int:
         """The most tokens of a prompt that fit in so many bytes."""
@@ -62,7 +66,11 @@ def footprint(model: nn.Module, contender: Contender) -> Footprint:
     per_token, constant, bounded, workspaces = 0.0, 0.0, [], [0.0]
     for layer in flat_caches(cache):
         if isinstance(layer, TurboQuantKVCache):
-            per_token += layer.token_nbytes * (1 + GROWTH)
+            packed = layer.token_nbytes * (1 + GROWTH)
+            if layer.max_size is None:
+                per_token += packed
+            else:
+                bounded.append((packed, layer.max_size))
             constant += layer.exact_nbytes + LEAST_GROWTH * layer.token_nbytes
             workspaces.append(layer.fp16_nbytes + _scores(model, contender))  # dequantized
         elif type(layer) is KVCache:

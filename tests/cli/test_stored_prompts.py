@@ -32,7 +32,7 @@ from servers import (
 
 from mlx_turboquant import enable, make_prompt_cache
 from mlx_turboquant.cli.admission import Admission
-from mlx_turboquant.cli.stored_prompts import StoredPrompts
+from mlx_turboquant.cli.stored_prompts import ScopedTokens, StoredPrompts
 from mlx_turboquant.lm.prompt_store import PromptStore
 from mlx_turboquant.measure.needle import random_names
 
@@ -333,14 +333,14 @@ def test_a_request_that_ends_after_the_store_was_closed_costs_a_warning(tiny_lm,
     store = PromptStore(tmp_path)
     prompts = StoredPrompts(store, "all", Admission(10**9))
     prompts.use(model, tokenizer, "tiny")
-    tokens = tokenizer.encode("import os\n" * 100)
-    prompts.begin(tokens, "")
+    tokens = ScopedTokens(tokenizer.encode("import os\n" * 100), "")
     store.close()
     cache = make_prompt_cache(model)
     model(mx.array([tokens]), cache=cache)
     prompts.insert_cache("model", tokens, cache)
     assert f"A prompt of {len(tokens)} tokens is not kept: {tmp_path} is closed" in caplog.text
-    assert prompts.fetch_nearest_cache("model", [*tokens, 1])[1] == [1]
+    longer = ScopedTokens([*tokens, 1], "")
+    assert prompts.fetch_nearest_cache("model", longer)[1] == [1]
 
 
 @pytest.mark.parametrize("prefixes, repeats", [(8, 4), pytest.param(60, 7, marks=pytest.mark.slow)])

@@ -1,0 +1,323 @@
+"""What a request may contain, checked before mlx-lm sees it, and refused in OpenAI's form."""
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
+from types import NoneType
+from typing import Any, NamedTuple
+
+from ..cache.blocks import LARGEST
+from ..lm.loading import reason_of
+
+_MOST_BODY_BYTES = 1 << 28
+# The most characters of a value that a message repeats.
+_SHOWN = 60
+# Of mlx-lm.
+_MOST_TOP_LOGPROBS = 11
+
+_log = logging.getLogger("mlx_turboquant")
+
+
+class BadRequest(ValueError):
+    """Why a request is not answered, which field is to blame, and the status of the answer."""
+
+    def __init__(
+        self, message: str, param: str | None = None, status: int = 400, code: str | None = None
+    ):
+        super().__init__(message)
+        self.status = status
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        self._about = {"type": kind, "param": param, "code": code}
+
+    def send(self, handler: BaseHTTPRequestHandler) -> None:
+        """Answer a request, in a stream that has begun by an event."""
+        body = json.dumps({"error": {"message": str(self), **self._about}}).encode()
+        if getattr(handler, "_headers_buffer", None) == []:  # they were sent
+            handler.wfile.write(b"data: " + body + b"\n\n")
+            return
+        handler._headers_buffer = []
+        handler.send_response(self.status)
+        handler.send_header("Content-type", "application/json")
+        handler._set_cors_headers()
+        handler.end_headers()
+        handler.wfile.write(body)
+
+
+def answer(handler: BaseHTTPRequestHandler, answer: Callable[..., None]) -> None:
+    """Let ``answer`` answer a request, and tell the client what it raises."""
+    try:
+        answer(handler)
+    except BadRequest as error:
+        error.send(handler)
+    except ConnectionError as error:
+        _log.info("A client has gone before the end of its answer: %s", error)
+    except Exception as error:
+        _log.exception("A request has failed")
+        message = f"The request has failed ({reason_of(error)}): the server's log says where."
+        BadRequest(message, status=500).send(handler)
+
+
+def begin_answer(
+    begin: Callable[..., None], handler: BaseHTTPRequestHandler, status: int = 200
+) -> None:
+    """Begin an answer of mlx-lm; one by which it refuses a request is raised in place of it.
+
+    Raises:
+        BadRequest: with the text of the error that mlx-lm has caught.
+    """
+    error = sys.exception()
+    if isinstance(error, BadRequest):
+        raise error
+    if error is not None and status == 404:
+        raise BadRequest(str(error), "model", status, "model_not_found") from error
+    if error is not None and status == 400:
+        raise BadRequest(str(error)) from error
+    if status == 404:
+        raise _no_such_path(handler)
+    begin(handler, status)
+
+
+class _Kind(NamedTuple):
+    """Values of a field: what they are called, which they are, and in a list what each is."""
+
+    name: str
+    fits: Callable[[Any], bool]
+    each: "_Kind | None" = None
+
+
+def _number(least: float, most: float) -> _Kind:
+    def fits(x: Any) -> bool:
+        return type(x) in (int, float) and least <= x <= most
+
+    return _Kind(f"a number from {least} to {most}", fits)
+
+
+def _integer(least: int, most: int) -> _Kind:
+    return _Kind(
+        f"an integer from {least} to {most}", lambda x: type(x) is int and least <= x <= most
+    )
+
+
+def _list(name: str, each: _Kind, least: int = 0) -> _Kind:
+    return _Kind(name, lambda x: type(x) is list and len(x) >= least, each)
+
+
+def _either(first: _Kind, second: _Kind) -> _Kind:
+    name = f"{first.name} or {second.name}"
+    return _Kind(name, lambda x: first.fits(x) or second.fits(x), second.each)
+
+
+_TEXT = _Kind("a string", lambda x: type(x) is str)
+_SWITCH = _Kind("true or false", lambda x: type(x) is bool)
+_OBJECT = _Kind("an object", lambda x: type(x) is dict)
+
+
+def _are(x: Any, fits: Callable[[Any], bool]) -> bool:
+    return x is None or type(x) is list and all(map(fits, x))
+
+
+def _is_part(x: Any) -> bool:
+    if type(x) is not dict or type(x.get("type")) is not str:
+        return False
+    url = x.get("image_url", x.get("image"))
+    url = url.get("url") if type(url) is dict else url
+    return type(x.get("text") if x["type"] == "text" else url) is str
+
+
+def _is_function(x: Any) -> bool:
+    function = x.get("function") if type(x) is dict else None
+    return type(function) is dict and type(function.get("name")) is str
+
+
+def _is_message(x: Any) -> bool:
+    return (
+        type(x) is dict
+        and type(x.get("role")) is str
+        and (type(x.get("content")) is str or _are(x.get("content"), _is_part))
+        and _are(x.get("tool_calls"), _is_function)
+        and all(type(x.get(name, "")) in (str, NoneType) for name in ("name", "tool_call_id"))
+    )
+
+
+_MESSAGE = _Kind(
+    "an object with a role (string), a content (string, null, or a list of parts that are texts or "
+    "images) and the tool_calls, if any, each with a function that has a name",
+    _is_message,
+)
+_TOOL = _Kind("an object with a function that has a name", _is_function)
+_LOGIT_BIAS = _Kind(
+    "an object of token ids, each with a number from -100 to 100",
+    lambda x: (
+        type(x) is dict
+        and all(re.fullmatch("[0-9]{1,9}", token) for token in x)
+        and all(map(_number(-100, 100).fits, x.values()))
+    ),
+)
+_ROLES = _Kind(
+    "an object of strings", lambda x: type(x) is dict and all(map(_TEXT.fits, x.values()))
+)
+_STREAM_OPTIONS = _Kind(
+    "an object, in which include_usage is true or false",
+    lambda x: type(x) is dict and type(x.get("include_usage")) in (bool, NoneType),
+)
+# These are no variables of a template, but would change how it is filled in and made into tokens.
+_NO_VARIABLES = (
+    "add_generation_prompt chat_template continue_final_message conversation max_length messages "
+    "padding processor_kwargs return_assistant_tokens_mask return_dict return_tensors "
+    "sanitize_control_tokens tokenize tokenizer_kwargs tools truncation"
+).split()
+_VARIABLES = _Kind(
+    f"an object of variables of the chat template, but none of {', '.join(_NO_VARIABLES)}",
+    lambda x: type(x) is dict and not x.keys() & {*_NO_VARIABLES},
+)
+
+# Fields that mlx-lm reads; then those of OpenAI's that change nothing, but are typed all the same.
+_FIELDS = {
+    "model": _TEXT,
+    "draft_model": _TEXT,
+    "adapters": _TEXT,
+    "num_draft_tokens": _integer(1, 1000),
+    "max_tokens": _integer(1, LARGEST),
+    "max_completion_tokens": _integer(1, LARGEST),
+    "temperature": _number(0, 100),
+    "top_p": _number(0, 1),
+    "top_k": _integer(0, LARGEST),
+    "min_p": _number(0, 1),
+    "repetition_penalty": _number(0, 100),
+    "repetition_context_size": _integer(0, LARGEST),
+    "presence_penalty": _number(-100, 100),
+    "presence_context_size": _integer(0, LARGEST),
+    "frequency_penalty": _number(-100, 100),
+    "frequency_context_size": _integer(0, LARGEST),
+    "xtc_probability": _number(0, 1),
+    "xtc_threshold": _number(0, 0.5),
+    "logit_bias": _LOGIT_BIAS,
+    "logprobs": _SWITCH,
+    "top_logprobs": _integer(-1, _MOST_TOP_LOGPROBS),
+    "seed": _integer(0, 2**64 - 1),
+    "stop": _either(_TEXT, _list("a list of strings", _TEXT)),
+    "stream": _SWITCH,
+    "stream_options": _STREAM_OPTIONS,
+    "chat_template_kwargs": _VARIABLES,
+    "user": _TEXT,
+    "n": _integer(1, 128),
+    "metadata": _OBJECT,
+    "store": _SWITCH,
+}
+_FIELDS_OF = {
+    "/v1/completions": {
+        "prompt": _TEXT,
+        **_FIELDS,
+        "best_of": _integer(1, 20),
+        "echo": _SWITCH,
+        "suffix": _TEXT,
+    },
+    "/v1/chat/completions": {
+        "messages": _list("a list of one or more messages", _MESSAGE, 1),
+        **_FIELDS,
+        "tools": _list("a list of tools", _TOOL),
+        "role_mapping": _ROLES,
+        "tool_choice": _either(_TEXT, _OBJECT),
+        "parallel_tool_calls": _SWITCH,
+        "response_format": _OBJECT,
+        "reasoning_effort": _TEXT,
+        "service_tier": _TEXT,
+    },
+}
+_FIELDS_OF["/chat/completions"] = _FIELDS_OF["/v1/chat/completions"]
+_REQUIRED = ("prompt", "messages")
+# Of fields that may be null, the only one for which mlx-lm does not take null as not given.
+_NULL_IS_A_VALUE = "draft_model"
+
+
+def read_request(handler: BaseHTTPRequestHandler) -> bytes:
+    """The body of a request, checked, without the fields that are null.
+
+    Raises:
+        BadRequest: one that mlx-lm would not answer as it should.
+    """
+    fields = _FIELDS_OF.get(handler.path)
+    if fields is None:
+        raise _no_such_path(handler)
+    body = _read_object(handler)
+    for name, kind in fields.items():
+        value = body.get(name)
+        if value is not None:
+            _check(name, value, kind)
+        elif name in _REQUIRED:
+            raise BadRequest(f"The field {name} is missing: give {kind.name}.", name)
+        elif name != _NULL_IS_A_VALUE:
+            body.pop(name, None)
+    # mlx-lm takes no integers for these, and no options without this one.
+    for name in {"xtc_probability", "xtc_threshold"} & body.keys():
+        body[name] = float(body[name])
+    if body.get("stream_options", {}).get("include_usage") is None:
+        body.pop("stream_options", None)
+    return json.dumps(body).encode()
+
+
+def _no_such_path(handler: BaseHTTPRequestHandler) -> BadRequest:
+    """What is said about a path that nothing is at."""
+    paths = ", ".join([*_FIELDS_OF, "/v1/models", "/health"])
+    message = f"There is nothing at {_shown(handler.path)}: use one of {paths}."
+    return BadRequest(message, status=404, code="unknown_url")
+
+
+def _read_object(handler: BaseHTTPRequestHandler) -> dict[str, Any]:
+    length = handler.headers.get("Content-Length")
+    if length is None:
+        message = "The request has no Content-Length: give the number of bytes of its body."
+        raise BadRequest(message, status=411)
+    if not re.fullmatch("[0-9]{1,18}", length):
+        raise BadRequest(f"The Content-Length is {_shown(length)}: use a number of bytes.")
+    if int(length) > _MOST_BODY_BYTES:
+        message = f"The body has {length} bytes: use at most {_MOST_BODY_BYTES}."
+        raise BadRequest(message, status=413)
+    raw = handler.rfile.read(int(length))
+    try:
+        body = json.loads(raw.decode())
+        # Neither infinite numbers nor halves of characters, wherever they are.
+        json.dumps(body, allow_nan=False, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(
+            f"The body is not valid JSON in UTF-8 ({error}): use a JSON object."
+        ) from None
+    if type(body) is not dict:
+        raise BadRequest(f"The body is {_shown(body)}: use a JSON object.")
+    return body
+
+
+def _check(param: str, value: Any, kind: _Kind) -> None:
+    if not kind.fits(value):
+        raise BadRequest(f"{param} is {_shown(value)}: use {kind.name}.", param)
+    if kind.each and type(value) is list:
+        for i, each in enumerate(value):
+            _check(f"{param}[{i}]", each, kind.each)
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a value, as it is in JSON."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def check_tokens(args: Any, tokens: Any, tokenizer: Any, vocabulary: int) -> None:
+    """Check what mlx-lm's ``args`` of a request ask of a model whose logits are ``vocabulary``.
+
+    Raises:
+        BadRequest: a prompt without tokens, or tokens that the model does not have.
+    """
+    if not tokens:
+        raise BadRequest("The prompt has no tokens: give one that is not empty.", "prompt")
+    if args.sampling.top_k >= vocabulary:
+        message = (
+            f"top_k is {args.sampling.top_k}: use less than the {vocabulary} tokens there are."
+        )
+        raise BadRequest(message, "top_k")
+    for token in args.logits.logit_bias or ():
+        if token >= vocabulary or tokenizer.convert_ids_to_tokens(token) is None:
+            message = f"logit_bias has token {token}: use ids of the {vocabulary} tokens there are."
+            raise BadRequest(message, "logit_bias")
