@@ -37,7 +37,8 @@ def port(tmp_path_factory):
         for name, value in environment.items():
             patch.setenv(name, value)
         port = free_port()
-        with server(port, "--model", str(folder), "--kv-bits", "8", "--log-level", "ERROR"):
+        options = ("--kv-bits", "8", "--max-tokens", "16", "--log-level", "ERROR")
+        with server(port, "--model", str(folder), *options):
             yield port
 
 

@@ -320,7 +320,7 @@ def test_requests_wait_for_memory_and_get_their_answers(tmp_path, prefixes, repe
         count = 10**7 + short.usage.prompt_tokens
         with pytest.raises(openai.BadRequestError) as refused:
             complete(client(port), prompts[0], 10**7)
-        message = refused.value.response.json()["error"]
+        message = refused.value.body["message"]
         assert f"A request of {count:,} tokens" in message
         assert "more than is left beside the model" in message
     with server(port, *STORED[:-1]):
