@@ -12,11 +12,14 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 import openai
 import pytest
 from damage import claiming_terabytes, emptied, truncated, with_flipped_bits
+from hypothesis import example, given, strategies
 from servers import (
     TINY_LM,
     client,
@@ -27,6 +30,7 @@ from servers import (
     resident_bytes,
     server,
 )
+from transformers import AutoTokenizer
 
 from mlx_turboquant.measure.needle import random_names
 
@@ -205,6 +209,106 @@ def test_prompts_are_found_only_by_those_who_asked_them(tmp_path, kind):
         assert asked_by("carol") == 0
         assert asked_by("bob") > 300
         assert statistics(port)["entries"] == 2
+
+
+TOKENIZER = AutoTokenizer.from_pretrained(TINY_LM)
+
+
+def first_tokens(length: int) -> str:
+    """A text of so many tokens, which longer ones begin with."""
+    text = TOKENIZER.decode(TOKENIZER.encode(long_text())[:length])
+    assert TOKENIZER.encode(text) == TOKENIZER.encode(long_text())[:length]
+    return text
+
+
+class Ask(NamedTuple):
+    """A request of a user for a text that begins with ``length`` tokens of one that all know.
+
+    With a ``seed`` mlx-lm answers it alone, otherwise in a batch. That of a ``chat`` has a system
+    prompt of half of it, at whose end a cache is kept as well.
+    """
+
+    user: int
+    length: int
+    count: int = 1
+    seed: int | None = None
+    chat: bool = False
+
+    def cached(self, port: int, users: str) -> int:
+        """Tokens of it that were known; users are other ones than before."""
+        api, text = client(port), first_tokens(self.length)
+        settings = {"max_tokens": self.count, "temperature": 0, "seed": self.seed}
+        settings |= {"model": "default_model", "user": f"{users} {self.user}"}
+        if self.chat:
+            half = first_tokens(self.length // 2)
+            contents = {"system": half, "user": text.removeprefix(half)}
+            messages = [{"role": role, "content": contents[role]} for role in contents]
+            answer = api.chat.completions.create(messages=messages, **settings)
+        else:
+            answer = api.completions.create(prompt=text, **settings)
+        assert answer.usage.prompt_tokens == self.length
+        return answer.usage.prompt_tokens_details.cached_tokens
+
+    def explains(self, other: "Ask") -> int:
+        """The most tokens of another request that may be known because of this one."""
+        return min(self.length + self.count, other.length - 1) if other.user == self.user else 0
+
+
+@pytest.fixture(scope="module")
+def port_of_users(tmp_path_factory):
+    """Of a server whose users do not find each other's prompts, neither in memory nor on disk."""
+    folder = tmp_path_factory.mktemp("users")
+    shutil.copytree(TINY_LM, folder / "model")
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    (folder / "model" / "chat_template.jinja").write_text(template)
+    options = ("--model", str(folder / "model"), "--prompt-store-scope", "user")
+    port = free_port()
+    with server(port, *options, "--prompt-cache-size", "100000", *STORED, str(folder / "store")):
+        yield port
+
+
+ASKS = strategies.builds(
+    Ask,
+    strategies.integers(0, 2),
+    strategies.sampled_from((2, 3, 20, 21, 50)),
+    strategies.integers(1, 3),
+    strategies.sampled_from((None, None, 1)),
+    strategies.booleans(),
+)
+_examples = count()
+
+
+@given(strategies.lists(ASKS, min_size=2, max_size=6))
+@example([Ask(0, 50), Ask(1, 2)])
+@example([Ask(0, 50, 3), Ask(1, 50), Ask(2, 21), Ask(2, 20, seed=1), Ask(1, 3, chat=True)])
+def test_users_only_know_what_they_have_asked_themselves(port_of_users, asks):
+    """While requests that begin with each other are answered together, and after that."""
+    users = f"example {next(_examples)}, user"
+    with ThreadPoolExecutor(len(asks)) as clients:
+        known = list(clients.map(lambda ask: ask.cached(port_of_users, users), asks))
+    for ask, tokens in zip(asks, known):
+        assert tokens <= max(other.explains(ask) for other in asks)
+    for user in {3, *(ask.user for ask in asks)}:
+        probe = Ask(user, 60)
+        own = [ask for ask in asks if ask.user == user]
+        tokens = probe.cached(port_of_users, users)
+        assert tokens <= max((ask.explains(probe) for ask in own), default=0)
+        # A cache of one token is not looked for.
+        assert tokens >= max((ask.length for ask in own), default=0)
+
+
+def test_a_stranger_who_knows_how_a_prompt_begins_knows_no_more(port_of_users):
+    """In memory and, as the prompt is long, on disk; while it is answered, and after that."""
+    probe = Ask(2, 300)
+    with ThreadPoolExecutor(2) as clients:
+        owner = clients.submit(Ask(0, 350, 20).cached, port_of_users, "strangers")
+        beginning = Ask(1, 1)
+        assert beginning.cached(port_of_users, "strangers") == 0
+        assert owner.result() == 0
+    assert beginning.cached(port_of_users, "strangers") == 0
+    assert beginning._replace(length=300).cached(port_of_users, "strangers") <= 1
+    assert probe.cached(port_of_users, "strangers") == 0
+    assert Ask(0, 351).cached(port_of_users, "strangers") >= 350
 
 
 def test_a_disk_without_space_costs_a_warning_and_no_answer(tmp_path):
