@@ -20,6 +20,7 @@ import openai
 import pytest
 from damage import claiming_terabytes, emptied, truncated, with_flipped_bits
 from hypothesis import example, given, strategies
+from mlx_lm.models.cache import make_prompt_cache
 from servers import (
     TINY_LM,
     client,
@@ -30,8 +31,13 @@ from servers import (
     resident_bytes,
     server,
 )
+from tokens import random_tokens
 from transformers import AutoTokenizer
 
+from mlx_turboquant import enable
+from mlx_turboquant.cli.admission import Admission
+from mlx_turboquant.cli.stored_prompts import ScopedTokens, StoredPrompts
+from mlx_turboquant.lm.prompt_store import PromptStore
 from mlx_turboquant.measure.needle import random_names
 
 
@@ -309,6 +315,21 @@ def test_a_stranger_who_knows_how_a_prompt_begins_knows_no_more(port_of_users):
     assert beginning._replace(length=300).cached(port_of_users, "strangers") <= 1
     assert probe.cached(port_of_users, "strangers") == 0
     assert Ask(0, 351).cached(port_of_users, "strangers") >= 350
+
+
+def test_a_prompt_with_a_picture_is_known_in_memory_alone(tmp_path, tiny_lm):
+    """mlx-lm has negative numbers for parts of pictures, which are no tokens to others."""
+    model, tokenizer = tiny_lm
+    store, cache = PromptStore(tmp_path), make_prompt_cache(enable(model, 4))
+    model(random_tokens(300)[None], cache=cache)
+    prompts = StoredPrompts(store, "all", Admission(10**12))
+    prompts.use(model, tokenizer, "tiny-lm")
+    tokens = ScopedTokens([7, -(10**15), *range(298)], "")
+    prompts.insert_cache("model", tokens[:], cache)
+    known, rest = prompts.fetch_nearest_cache("model", ScopedTokens([*tokens, 5], ""))
+    assert rest == [5] and known[0].offset == 300
+    store.close()
+    assert store.entries() == []
 
 
 def test_a_disk_without_space_costs_a_warning_and_no_answer(tmp_path):
