@@ -15,14 +15,12 @@ from ..lm.loading import reason_of
 _MOST_BODY_BYTES = 1 << 28
 # The most characters of a value that a message repeats.
 _SHOWN = 60
-# Of mlx-lm.
-_MOST_TOP_LOGPROBS = 11
 
 _log = logging.getLogger("mlx_turboquant")
 
 
 class BadRequest(ValueError):
-    """Why a request is not answered, which field is to blame, and the status of the answer."""
+    """A request that is refused: why, because of which field, and with which HTTP status."""
 
     def __init__(
         self, message: str, param: str | None = None, status: int = 400, code: str | None = None
@@ -46,10 +44,10 @@ class BadRequest(ValueError):
         handler.wfile.write(body)
 
 
-def answer(handler: BaseHTTPRequestHandler, answer: Callable[..., None]) -> None:
-    """Let ``answer`` answer a request, and tell the client what it raises."""
+def answer(handler: BaseHTTPRequestHandler, reply: Callable[..., None]) -> None:
+    """Let ``reply`` answer a request, and tell the client what it raises."""
     try:
-        answer(handler)
+        reply(handler)
     except BadRequest as error:
         error.send(handler)
     except ConnectionError as error:
@@ -63,25 +61,25 @@ def answer(handler: BaseHTTPRequestHandler, answer: Callable[..., None]) -> None
 def begin_answer(
     begin: Callable[..., None], handler: BaseHTTPRequestHandler, status: int = 200
 ) -> None:
-    """Begin an answer of mlx-lm; one by which it refuses a request is raised in place of it.
+    """Begin an answer of mlx-lm.
 
     Raises:
-        BadRequest: with the text of the error that mlx-lm has caught.
+        BadRequest: mlx-lm refuses the request, because of an error that it has caught.
     """
     error = sys.exception()
-    if isinstance(error, BadRequest):
-        raise error
-    if error is not None and status == 404:
-        raise BadRequest(str(error), "model", status, "model_not_found") from error
-    if error is not None and status == 400:
-        raise BadRequest(str(error)) from error
-    if status == 404:
+    if status not in (400, 404):
+        begin(handler, status)
+    elif error is None:
         raise _no_such_path(handler)
-    begin(handler, status)
+    elif isinstance(error, BadRequest):
+        raise error
+    else:
+        missing = ("model", 404, "model_not_found") if status == 404 else ()
+        raise BadRequest(reason_of(error), *missing) from error
 
 
 class _Kind(NamedTuple):
-    """Values of a field: what they are called, which they are, and in a list what each is."""
+    """Values that a field may have: their name, a test, and the kind of each item of a list."""
 
     name: str
     fits: Callable[[Any], bool]
@@ -163,7 +161,7 @@ _STREAM_OPTIONS = _Kind(
     "an object, in which include_usage is true or false",
     lambda x: type(x) is dict and type(x.get("include_usage")) in (bool, NoneType),
 )
-# These are no variables of a template, but would change how it is filled in and made into tokens.
+# Arguments of the functions that fill in a template and make tokens of it, not variables.
 _NO_VARIABLES = (
     "add_generation_prompt chat_template continue_final_message conversation max_length messages "
     "padding processor_kwargs return_assistant_tokens_mask return_dict return_tensors "
@@ -174,7 +172,7 @@ _VARIABLES = _Kind(
     lambda x: type(x) is dict and not x.keys() & {*_NO_VARIABLES},
 )
 
-# Fields that mlx-lm reads; then those of OpenAI's that change nothing, but are typed all the same.
+# The fields of all requests. mlx-lm reads those before "user", and ignores the ones behind it.
 _FIELDS = {
     "model": _TEXT,
     "draft_model": _TEXT,
@@ -196,7 +194,7 @@ _FIELDS = {
     "xtc_threshold": _number(0, 0.5),
     "logit_bias": _LOGIT_BIAS,
     "logprobs": _SWITCH,
-    "top_logprobs": _integer(-1, _MOST_TOP_LOGPROBS),
+    "top_logprobs": _integer(-1, 11),
     "seed": _integer(0, 2**64 - 1),
     "stop": _either(_TEXT, _list("a list of strings", _TEXT)),
     "stream": _SWITCH,
@@ -229,7 +227,7 @@ _FIELDS_OF = {
 }
 _FIELDS_OF["/chat/completions"] = _FIELDS_OF["/v1/chat/completions"]
 _REQUIRED = ("prompt", "messages")
-# Of fields that may be null, the only one for which mlx-lm does not take null as not given.
+# Null takes the model without a draft; for all other fields it counts as not given.
 _NULL_IS_A_VALUE = "draft_model"
 
 
@@ -260,7 +258,7 @@ def read_request(handler: BaseHTTPRequestHandler) -> bytes:
 
 
 def _no_such_path(handler: BaseHTTPRequestHandler) -> BadRequest:
-    """What is said about a path that nothing is at."""
+    """The refusal of a path that is not served."""
     paths = ", ".join([*_FIELDS_OF, "/v1/models", "/health"])
     message = f"There is nothing at {_shown(handler.path)}: use one of {paths}."
     return BadRequest(message, status=404, code="unknown_url")
@@ -279,12 +277,11 @@ def _read_object(handler: BaseHTTPRequestHandler) -> dict[str, Any]:
     raw = handler.rfile.read(int(length))
     try:
         body = json.loads(raw.decode())
-        # Neither infinite numbers nor halves of characters, wherever they are.
+        # Infinite numbers and halves of characters fail here, wherever they are.
         json.dumps(body, allow_nan=False, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise BadRequest(
-            f"The body is not valid JSON in UTF-8 ({error}): use a JSON object."
-        ) from None
+        message = f"The body is not valid JSON in UTF-8 ({error}): use a JSON object."
+        raise BadRequest(message) from error
     if type(body) is not dict:
         raise BadRequest(f"The body is {_shown(body)}: use a JSON object.")
     return body
@@ -305,17 +302,15 @@ def _shown(value: Any) -> str:
 
 
 def check_tokens(args: Any, tokens: Any, tokenizer: Any, vocabulary: int) -> None:
-    """Check what mlx-lm's ``args`` of a request ask of a model whose logits are ``vocabulary``.
+    """Check the tokens of a prompt, and those in mlx-lm's ``args``, of ``vocabulary`` that exist.
 
     Raises:
         BadRequest: a prompt without tokens, or tokens that the model does not have.
     """
     if not tokens:
         raise BadRequest("The prompt has no tokens: give one that is not empty.", "prompt")
-    if args.sampling.top_k >= vocabulary:
-        message = (
-            f"top_k is {args.sampling.top_k}: use less than the {vocabulary} tokens there are."
-        )
+    if (top_k := args.sampling.top_k) >= vocabulary:
+        message = f"top_k is {top_k}: use less than the {vocabulary} tokens there are."
         raise BadRequest(message, "top_k")
     for token in args.logits.logit_bias or ():
         if token >= vocabulary or tokenizer.convert_ids_to_tokens(token) is None:

@@ -1,7 +1,10 @@
 """Requests are let in while they fit, in the order in which they came."""
 
+import importlib
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import pytest
 from conftest import variant
@@ -15,9 +18,15 @@ from mlx_turboquant.lm.compressible import compressible_caches
 from mlx_turboquant.lm.loading import device_nbytes
 from mlx_turboquant.lm.settings import Settings
 from mlx_turboquant.measure.contenders import Contender
-from mlx_turboquant.measure.footprint import chunk_nbytes, footprint
+from mlx_turboquant.measure.footprint import Footprint, chunk_nbytes, footprint
+
+_mlx_lm_generate = importlib.import_module("mlx_lm.generate")
 
 TOKENS = 1000
+# How long a thread that should go on may take to do so.
+SECONDS = 20
+# mlx-lm makes no batches of the one, and gives the other masks that do not fit its scores.
+NOT_IN_BATCHES = ("llama4", "gemma2")
 
 
 @pytest.fixture
@@ -25,10 +34,13 @@ def model(random_model):
     return enable(variant(random_model), 4)
 
 
+def counted(model) -> Footprint:
+    return footprint(model, Contender("ours", settings=Settings(4)))
+
+
 def admission_for(model, requests: float) -> Admission:
     """One with room for so many requests of 1 000 tokens."""
-    each = footprint(model, Contender("ours", settings=Settings(4))).prompt_nbytes(TOKENS)
-    room = int(requests * each) + 10
+    room = int(requests * counted(model).prompt_nbytes(TOKENS)) + 10
     admission = Admission(device_nbytes(model) + chunk_nbytes(model) + room)
     assert admission.use(model, Settings(4)) == room
     return admission
@@ -92,11 +104,139 @@ def test_before_the_model_is_there_requests_are_let_in():
         pass
 
 
+class Request(threading.Thread):
+    """One that waits to be let in, and stays until ``leave`` is set."""
+
+    def __init__(self, admission: Admission, tokens: int):
+        super().__init__(daemon=True)
+        self.admission, self.tokens = admission, tokens
+        self.inside, self.leave = threading.Event(), threading.Event()
+        self.refused: DoesNotFit | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            with self.admission.admitted(self.tokens):
+                self.inside.set()
+                assert self.leave.wait(SECONDS)
+        except DoesNotFit as error:
+            self.refused = error
+
+
+@contextmanager
+def waiting(admission: Admission, tokens: int, before: int = 0) -> Iterator[Request]:
+    """A request that is in the queue, behind others, and leaves in the end."""
+    request = Request(admission, tokens)
+    while len(admission._waiting) <= before:
+        assert request.is_alive()
+        time.sleep(0.001)
+    try:
+        yield request
+    finally:
+        request.leave.set()
+        request.join(SECONDS)
+    assert not request.is_alive()
+
+
+def cost(model, tokens: int = TOKENS) -> int:
+    """Bytes of one request."""
+    return int(counted(model).prompt_nbytes(tokens))
+
+
+@pytest.fixture
+def larger(model):
+    return enable(variant(model, num_hidden_layers=20, layer_types=["full_attention"] * 20), 4)
+
+
+def test_a_model_that_leaves_more_room_lets_those_in_that_wait(model, larger):
+    admission = admission_for(larger, 1.5)
+    with admission.admitted(TOKENS):
+        with waiting(admission, TOKENS) as second, waiting(admission, TOKENS, 1) as third:
+            assert admission.use(model, Settings(4)) > 3 * cost(model)
+            assert second.inside.wait(SECONDS) and third.inside.wait(SECONDS)
+
+
+def test_what_waits_and_does_not_fit_beside_another_model_is_refused(model, larger):
+    admission = admission_for(larger, 2.5)
+    tokens = counted(model).longest(admission.use(model, Settings(4)))
+    with ExitStack() as requests:
+        for _ in range(admission.left // cost(model)):
+            requests.enter_context(admission.admitted(TOKENS))
+        with waiting(admission, tokens) as long, waiting(admission, TOKENS, 1) as short:
+            assert admission.use(larger, Settings(4)) < cost(larger, tokens)
+            long.join(SECONDS)
+            assert f"{tokens:,} tokens" in str(long.refused)
+            assert not short.inside.is_set()
+            requests.close()
+            assert short.inside.wait(SECONDS) and not short.refused
+
+
+def test_what_waits_counts_by_the_model_that_is_there_when_it_is_let_in(model, larger):
+    admission = admission_for(larger, 1.5)
+    with ExitStack() as first:
+        first.enter_context(admission.admitted(TOKENS))
+        with waiting(admission, TOKENS) as second:
+            room = admission.use(model, Settings(4))
+            assert second.inside.wait(SECONDS)
+            assert admission.left == room - 2 * cost(model)
+            first.close()
+            assert admission.left == room - cost(model)
+    assert admission.left == room
+
+
+def test_a_long_request_makes_the_short_ones_beside_it_as_long(model):
+    admission = admission_for(model, 3)
+    room = admission.left
+    with ExitStack() as short:
+        for _ in range(2):
+            short.enter_context(admission.admitted(100))
+        assert admission.left == room - 2 * cost(model, 100)
+        with admission.admitted(TOKENS):
+            assert admission.left == room - 3 * cost(model)
+        with waiting(admission, 2 * TOKENS) as long:
+            assert not long.inside.is_set()
+            short.close()
+            assert long.inside.wait(SECONDS)  # alone it fits
+    assert admission.left == room
+
+
+def batches(model, prompts: list[int], later: list[int], count: int) -> Iterator[int]:
+    """Bytes held at every step of mlx-lm's batches of random prompts, some of which come later."""
+    generator = _mlx_lm_generate.BatchGenerator(model)
+    tokens = random_tokens(max(prompts + later)).tolist()
+    generator.insert([tokens[:length] for length in prompts], [count] * len(prompts))
+    for _ in range(2):
+        generator.next()
+    if later:
+        generator.insert([tokens[:length] for length in later], [count] * len(later))
+    while any(generator.next()):
+        yield generator.prompt_cache_nbytes
+
+
+@pytest.mark.parametrize(
+    "prompts, later, count",
+    [([1024] + [64] * 7, [], 20), ([700, 30, 300, 20], [900], 70), ([20] * 5, [20] * 20, 40)],
+)
+def test_ragged_batches_hold_no_more_than_was_counted(model, prompts, later, count):
+    admission = Admission(10**12)
+    room = admission.use(model, Settings(4))
+    with ExitStack() as requests:
+        for length in prompts + later:
+            requests.enter_context(admission.admitted(length + count))
+        held = max(batches(model, prompts, later, count))
+        assert held <= room - admission.left <= 3.5 * held
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_of_models_is_counted(family):
+def test_ragged_batches_of_every_family_hold_no_more_than_was_counted(family):
     model = tiny_model(family)
-    if compressible_caches(model):
-        assert Admission(10**12).use(enable(model, 4), Settings(4)) < 10**12
+    if not compressible_caches(model):
+        pytest.skip("no layer of it can be compressed")
+    admission = Admission(10**12)
+    room = admission.use(enable(model, 4), Settings(4))
+    if family not in NOT_IN_BATCHES:
+        with admission.admitted(604), admission.admitted(24):
+            assert max(batches(model, [600, 20], [], 4)) <= room - admission.left
 
 
 def cache_of(model, count: int) -> list:

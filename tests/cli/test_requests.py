@@ -7,14 +7,18 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import openai
 import pytest
 from damage import truncated
 from servers import TINY_LM, client, complete, free_port, server
+
+from mlx_turboquant.cli.requests import answer
 
 PROMPT = "def add(a, b):\n    return"
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -37,7 +41,8 @@ def port(tmp_path_factory):
         for name, value in environment.items():
             patch.setenv(name, value)
         port = free_port()
-        with server(port, "--model", str(folder), "--kv-bits", "8", "--log-level", "ERROR"):
+        options = ("--kv-bits", "8", "--max-tokens", "16", "--log-level", "ERROR")
+        with server(port, "--model", str(folder), *options):
             yield port
 
 
@@ -234,6 +239,45 @@ def test_a_server_whose_model_cannot_be_loaded_ends_with_an_error(tmp_path):
     )
     assert result.returncode == 1
     assert "The server ends, as it cannot generate any more: " in result.stderr
+
+
+class FailingHandler(BaseHTTPRequestHandler):
+    """One whose answers fail: of a stream when it has begun, others before their headers are sent.
+
+    mlx-lm's answers begin in the same way.
+    """
+
+    def do_POST(self) -> None:
+        answer(self, FailingHandler.begin_and_fail)
+
+    def begin_and_fail(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.send_response(200)
+        if body["stream"]:
+            self.send_header("Content-type", "text/event-stream")
+            self.end_headers()
+        raise RuntimeError("Out of memory")
+
+    def _set_cors_headers(self) -> None:
+        pass
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    "stream, error", [(True, openai.APIError), (False, openai.InternalServerError)]
+)
+def test_an_answer_that_fails_says_so_to_its_client(stream, error):
+    with HTTPServer(("127.0.0.1", 0), FailingHandler) as failing:
+        threading.Thread(target=failing.handle_request).start()
+        with pytest.raises(error, match=r"The request has failed \(Out of memory\)") as raised:
+            list(
+                client(failing.server_port).completions.create(
+                    model="default_model", prompt=PROMPT, stream=stream
+                )
+            )
+        assert raised.value.type == "server_error"
 
 
 NAMES = (

@@ -12,13 +12,16 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 import openai
 import pytest
 from adapters import adapter_folder
 from damage import claiming_terabytes, emptied, truncated, with_flipped_bits
+from hypothesis import example, given, strategies
 from servers import (
     TINY_LM,
     client,
@@ -29,6 +32,8 @@ from servers import (
     resident_bytes,
     server,
 )
+from tokens import random_tokens
+from transformers import AutoTokenizer
 
 from mlx_turboquant import enable, make_prompt_cache
 from mlx_turboquant.cli.admission import Admission
@@ -234,6 +239,121 @@ def test_an_adapter_that_a_request_names_gets_no_prompt_of_its_base(tiny_lm, tmp
         assert known_tokens(adapters=str(adapter)) > 300
 
 
+TOKENIZER = AutoTokenizer.from_pretrained(TINY_LM)
+
+
+def first_tokens(length: int) -> str:
+    """A text of so many tokens, which longer ones begin with."""
+    text = TOKENIZER.decode(TOKENIZER.encode(long_text())[:length])
+    assert TOKENIZER.encode(text) == TOKENIZER.encode(long_text())[:length]
+    return text
+
+
+class Ask(NamedTuple):
+    """A request of a user for a text that begins with ``length`` tokens of one that all know.
+
+    With a ``seed`` mlx-lm answers it alone, otherwise in a batch. That of a ``chat`` has a system
+    prompt of half of it, at whose end a cache is kept as well.
+    """
+
+    user: int
+    length: int
+    count: int = 1
+    seed: int | None = None
+    chat: bool = False
+
+    def cached(self, port: int, users: str) -> int:
+        """Tokens of it that were known; users are other ones than before."""
+        api, text = client(port), first_tokens(self.length)
+        settings = {"max_tokens": self.count, "temperature": 0, "seed": self.seed}
+        settings |= {"model": "default_model", "user": f"{users} {self.user}"}
+        if self.chat:
+            half = first_tokens(self.length // 2)
+            contents = {"system": half, "user": text.removeprefix(half)}
+            messages = [{"role": role, "content": contents[role]} for role in contents]
+            answer = api.chat.completions.create(messages=messages, **settings)
+        else:
+            answer = api.completions.create(prompt=text, **settings)
+        assert answer.usage.prompt_tokens == self.length
+        return answer.usage.prompt_tokens_details.cached_tokens
+
+    def explains(self, other: "Ask") -> int:
+        """The most tokens of another request that may be known because of this one."""
+        return min(self.length + self.count, other.length - 1) if other.user == self.user else 0
+
+
+@pytest.fixture(scope="module")
+def port_of_users(tmp_path_factory):
+    """Of a server whose users do not find each other's prompts, neither in memory nor on disk."""
+    folder = tmp_path_factory.mktemp("users")
+    shutil.copytree(TINY_LM, folder / "model")
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    (folder / "model" / "chat_template.jinja").write_text(template)
+    options = ("--model", str(folder / "model"), "--prompt-store-scope", "user")
+    port = free_port()
+    with server(port, *options, "--prompt-cache-size", "100000", *STORED, str(folder / "store")):
+        yield port
+
+
+ASKS = strategies.builds(
+    Ask,
+    strategies.integers(0, 2),
+    strategies.sampled_from((2, 3, 20, 21, 50)),
+    strategies.integers(1, 3),
+    strategies.sampled_from((None, None, 1)),
+    strategies.booleans(),
+)
+_examples = count()
+
+
+@given(strategies.lists(ASKS, min_size=2, max_size=6))
+@example([Ask(0, 50), Ask(1, 2)])
+@example([Ask(0, 50, 3), Ask(1, 50), Ask(2, 21), Ask(2, 20, seed=1), Ask(1, 3, chat=True)])
+def test_users_only_know_what_they_have_asked_themselves(port_of_users, asks):
+    """While requests that begin with each other are answered together, and after that."""
+    users = f"example {next(_examples)}, user"
+    with ThreadPoolExecutor(len(asks)) as clients:
+        known = list(clients.map(lambda ask: ask.cached(port_of_users, users), asks))
+    for ask, tokens in zip(asks, known):
+        assert tokens <= max(other.explains(ask) for other in asks)
+    for user in {3, *(ask.user for ask in asks)}:
+        probe = Ask(user, 60)
+        own = [ask for ask in asks if ask.user == user]
+        tokens = probe.cached(port_of_users, users)
+        assert tokens <= max((ask.explains(probe) for ask in own), default=0)
+        # A cache of one token is not looked for.
+        assert tokens >= max((ask.length for ask in own), default=0)
+
+
+def test_a_stranger_who_knows_how_a_prompt_begins_knows_no_more(port_of_users):
+    """In memory and, as the prompt is long, on disk; while it is answered, and after that."""
+    probe = Ask(2, 300)
+    with ThreadPoolExecutor(2) as clients:
+        owner = clients.submit(Ask(0, 350, 20).cached, port_of_users, "strangers")
+        beginning = Ask(1, 1)
+        assert beginning.cached(port_of_users, "strangers") == 0
+        assert owner.result() == 0
+    assert beginning.cached(port_of_users, "strangers") == 0
+    assert beginning._replace(length=300).cached(port_of_users, "strangers") <= 1
+    assert probe.cached(port_of_users, "strangers") == 0
+    assert Ask(0, 351).cached(port_of_users, "strangers") >= 350
+
+
+def test_a_prompt_with_a_picture_is_known_in_memory_alone(tmp_path, tiny_lm):
+    """mlx-lm has negative numbers for parts of pictures, which are no tokens to others."""
+    model, tokenizer = tiny_lm
+    store, cache = PromptStore(tmp_path), make_prompt_cache(enable(model, 4))
+    model(random_tokens(300)[None], cache=cache)
+    prompts = StoredPrompts(store, "all", Admission(10**12))
+    prompts.use(model, tokenizer, "tiny-lm")
+    tokens = ScopedTokens([7, -(10**15), *range(298)], "")
+    prompts.insert_cache("model", tokens[:], cache)
+    known, rest = prompts.fetch_nearest_cache("model", ScopedTokens([*tokens, 5], ""))
+    assert rest == [5] and known[0].offset == 300
+    store.close()
+    assert store.entries() == []
+
+
 def test_a_disk_without_space_costs_a_warning_and_no_answer(tmp_path):
     def small_files() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
@@ -363,7 +483,7 @@ def test_requests_wait_for_memory_and_get_their_answers(tmp_path, prefixes, repe
         count = 10**7 + short.usage.prompt_tokens
         with pytest.raises(openai.BadRequestError) as refused:
             complete(client(port), prompts[0], 10**7)
-        message = refused.value.response.json()["error"]
+        message = refused.value.body["message"]
         assert f"A request of {count:,} tokens" in message
         assert "more than is left beside the model" in message
     with server(port, *STORED[:-1]):

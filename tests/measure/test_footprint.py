@@ -3,6 +3,7 @@ import pytest
 from conftest import variant
 from mlx_lm.models import gemma3_text
 
+from mlx_turboquant.lm.settings import Settings
 from mlx_turboquant.measure.contenders import EXACT, MLX_LM, preset
 from mlx_turboquant.measure.footprint import footprint
 
@@ -31,6 +32,14 @@ def test_a_sliding_window_takes_no_more_than_its_tokens():
     token = 2 * 64 * 4
     assert foreseen.nbytes(400) == 6 * 400 * token
     assert foreseen.nbytes(10_000) == 10_000 * token + 5 * 512 * token
+
+
+def test_a_limited_cache_takes_no_more_than_its_limit(random_model):
+    limited = preset("4", Settings(max_size=512))
+    foreseen, cache = footprint(random_model, limited), limited.make_cache(random_model)
+    assert foreseen.nbytes(10_000) == foreseen.nbytes(512) < foreseen.nbytes(400) * 1.2
+    random_model(mx.ones((1, 3000), mx.int32), cache=cache)
+    assert sum(layer.nbytes for layer in cache) <= foreseen.prompt_nbytes(3000)
 
 
 def test_the_longest_context_is_the_last_that_fits(random_model):
