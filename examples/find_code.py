@@ -18,7 +18,7 @@ from rich.table import Table
 
 from mlx_turboquant.cli.results import print_rich
 from mlx_turboquant.lm.loading import prepare_for_device
-from mlx_turboquant.measure.contenders import EXACT, MLX_LM, preset
+from mlx_turboquant.measure.contenders import EXACT, MLX_LM, preset, token_size
 from mlx_turboquant.measure.evaluate import greedy_tokens, read_first_chunk, read_on
 from mlx_turboquant.measure.needle import answer, hide_codes
 
@@ -70,7 +70,7 @@ def main() -> None:
         shown = tokenizer.decode(reply[-_SHOWN_TOKENS:]).strip()
         table.add_row(
             contender.name,
-            f"{contender.token_nbytes(cache):,.0f}",
+            f"{token_size(cache)[1]:,.0f}",
             "found" if found else "lost",
             f"for {same} tokens",
             shown,

@@ -23,7 +23,7 @@ from ..lm.compressible import plain_caches
 from ..lm.loading import reason_of
 from ..lm.report import cache_size
 from ..lm.texts import start_tokens
-from .contenders import CHUNK, EXACT, Contender
+from .contenders import CHUNK, EXACT, Contender, token_size
 from .needle import hide_codes
 from .scores import Generation, Needle, Scores
 
@@ -178,8 +178,8 @@ class Comparison:
                 continuation.extend(following)
             scores.departures.append(first_difference(continuation, following))
             self.progress(greedy)
-            scores.bits = scores.contender.bits_per_value(cache)
-            scores.token_nbytes = scores.contender.token_nbytes(cache)
+            values, scores.token_nbytes = token_size(cache)
+            scores.bits = 8 * scores.token_nbytes / max(values, 1)
             if scores.contender.settings is not None:
                 size = cache_size(cache)
                 scores.bits_in_all = 16 * size.nbytes / size.fp16_nbytes
