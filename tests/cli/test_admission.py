@@ -14,7 +14,7 @@ from mlx_turboquant.cli.admission import Admission, DoesNotFit, KeptPrompts
 from mlx_turboquant.lm.compressible import compressible_caches
 from mlx_turboquant.lm.loading import device_nbytes
 from mlx_turboquant.lm.settings import Settings
-from mlx_turboquant.measure.contenders import Contender
+from mlx_turboquant.measure.cache_specs import CacheSpec
 from mlx_turboquant.measure.footprint import chunk_nbytes, footprint
 
 TOKENS = 1000
@@ -27,7 +27,7 @@ def model(random_model):
 
 def admission_for(model, requests: float) -> Admission:
     """One with room for so many requests of 1 000 tokens."""
-    each = footprint(model, Contender("ours", settings=Settings(4))).prompt_nbytes(TOKENS)
+    each = footprint(model, CacheSpec("ours", settings=Settings(4))).prompt_nbytes(TOKENS)
     room = int(requests * each) + 10
     admission = Admission(device_nbytes(model) + chunk_nbytes(model) + room)
     assert admission.use(model, Settings(4)) == room

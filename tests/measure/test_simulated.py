@@ -12,7 +12,7 @@ from mlx_turboquant.kernels import storage
 from mlx_turboquant.kernels.tokens import BLOCK
 from mlx_turboquant.lm.compressible import flat_caches, plain_caches
 from mlx_turboquant.lm.settings import Settings
-from mlx_turboquant.measure.contenders import preset, token_size
+from mlx_turboquant.measure.cache_specs import preset, token_size
 from mlx_turboquant.measure.simulated import (
     MethodRounding,
     SimulatedCache,

@@ -22,7 +22,7 @@ GROUP_SIZE = 64
 _DEFAULTS = Settings()
 
 
-class Contender(NamedTuple):
+class CacheSpec(NamedTuple):
     """A cache to put beside others: the exact one, or that of one of the other fields.
 
     ``mlx_lm_bits`` are those of mlx-lm's quantized cache, ``settings`` those of ours. With a
@@ -56,11 +56,11 @@ class Contender(NamedTuple):
         _mlx_lm_generate.maybe_quantize_kv_cache(cache, 0, GROUP_SIZE, self.mlx_lm_bits)
 
 
-EXACT = Contender("exact")
-MLX_LM = (Contender("mlx-lm 8 bits", 8), Contender("mlx-lm 4 bits", 4))
+EXACT = CacheSpec("exact")
+MLX_LM = (CacheSpec("mlx-lm 8 bits", 8), CacheSpec("mlx-lm 4 bits", 4))
 
 
-def preset(name: str, settings: Settings = _DEFAULTS) -> Contender:
+def preset(name: str, settings: Settings = _DEFAULTS) -> CacheSpec:
     """Our cache with a setting as ``4``, ``3.5`` (bits) or ``K5V3`` (of keys and values).
 
     With the names of methods before it, as ``prod:4`` or ``qjl+affine:K3V2``, a simulated one:
@@ -78,17 +78,17 @@ def preset(name: str, settings: Settings = _DEFAULTS) -> Contender:
         )
     label = bits_name.upper() if split else f"{bits_name} bits"
     if not split and not colon:
-        return Contender(label, settings=replace(settings, bits=float(bits_name)))
+        return CacheSpec(label, settings=replace(settings, bits=float(bits_name)))
     if split:
         key_bits, value_bits = map(int, split.groups())
     else:
         key_bits, value_bits = int(float(bits_name) + 0.5), int(float(bits_name))
     settings = replace(settings, key_bits=key_bits, value_bits=value_bits)
     if not colon:
-        return Contender(label, settings=settings)
+        return CacheSpec(label, settings=settings)
     settings = replace(settings, uniform=False)
     method_roundings(codec, settings)  # refuses what no model can have
-    return Contender(f"{codec} {label}", settings=settings, codec=codec)
+    return CacheSpec(f"{codec} {label}", settings=settings, codec=codec)
 
 
 def token_size(cache: list[Any]) -> tuple[int, float]:
