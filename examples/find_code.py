@@ -18,7 +18,7 @@ from rich.table import Table
 
 from mlx_turboquant.cli.results import print_rich
 from mlx_turboquant.lm.loading import prepare_for_device
-from mlx_turboquant.measure.contenders import EXACT, MLX_LM, preset
+from mlx_turboquant.measure.cache_specs import EXACT, MLX_LM, preset, token_size
 from mlx_turboquant.measure.evaluate import greedy_tokens, read_first_chunk, read_on
 from mlx_turboquant.measure.needle import answer, hide_codes
 
@@ -51,17 +51,17 @@ def main() -> None:
     prepare_for_device(model)
     text = standard_library_tokens(tokenizer, args.tokens)
     prompt, code = hide_codes(tokenizer, text, args.tokens, seed=args.seed)
-    contenders = [EXACT, MLX_LM[1], ours._replace(name=f"mlx_turboquant {ours.name}")]
+    specs = [EXACT, MLX_LM[1], ours._replace(name=f"mlx_turboquant {ours.name}")]
     print(f"Reading {len(prompt):,} tokens of Python, in which four codes are hidden ...")
     print(f"The last line: {tokenizer.decode(prompt).splitlines()[-1]}", flush=True)
 
     tokens = mx.array(prompt[:-1])
     headers = ("cache", "bytes a token", "code", "as the exact cache", "the words there")
     table = Table(*headers, box=SIMPLE)
-    caches = read_first_chunk(model, contenders, tokens)
+    caches = read_first_chunk(model, specs, tokens)
     exact: list[int] = []
-    for contender, cache in zip(contenders, caches):
-        read_on(model, contender, cache, tokens)
+    for spec, cache in zip(specs, caches):
+        read_on(model, spec, cache, tokens)
         reply = list(islice(greedy_tokens(model, cache, prompt[-1]), _REPLY_TOKENS))
         exact = exact or reply
         found = tokenizer.decode(reply).startswith(answer(code))
@@ -69,8 +69,8 @@ def main() -> None:
         same = next((i for i, is_other in enumerate(differs) if is_other), len(reply))
         shown = tokenizer.decode(reply[-_SHOWN_TOKENS:]).strip()
         table.add_row(
-            contender.name,
-            f"{contender.token_nbytes(cache):,.0f}",
+            spec.name,
+            f"{token_size(cache)[1]:,.0f}",
             "found" if found else "lost",
             f"for {same} tokens",
             shown,

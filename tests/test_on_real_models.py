@@ -19,7 +19,7 @@ from mlx_turboquant.lm import texts
 from mlx_turboquant.lm.calibrate import calibrate
 from mlx_turboquant.lm.compression import give_profile
 from mlx_turboquant.lm.loading import prepare_for_device
-from mlx_turboquant.measure.contenders import preset
+from mlx_turboquant.measure.cache_specs import preset
 from mlx_turboquant.measure.evaluate import Comparison, greedy_tokens, passkey_prompt
 
 pytestmark = pytest.mark.real

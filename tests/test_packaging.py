@@ -77,18 +77,30 @@ def test_a_package_from_the_wheel_finds_its_kernel_files(wheel, tmp_path):
 
 
 def test_all_that_the_package_imports_is_declared():
-    """But for matplotlib, which the extra "evaluate" brings."""
+    """But for matplotlib: the extra "evaluate" brings it, and only what draws imports it."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    names = {re.match(r"[\w-]+", each)[0] for each in project["dependencies"]}
-    imported = set()
+    names = [re.match(r"[\w-]+", each)[0].replace("-", "_") for each in project["dependencies"]]
+    known = {*names, *sys.stdlib_module_names, "mlx_turboquant"}
+    undeclared = {}
     for file in (REPOSITORY / "mlx_turboquant").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Import):
-                imported |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and not node.level:
-                imported.add(node.module.split(".")[0])
-    others = imported - set(sys.stdlib_module_names) - {"mlx_turboquant"}
-    assert others <= {name.replace("-", "_") for name in names} | {"matplotlib"}
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                modules = [node.module]
+            for name in {module.split(".")[0] for module in modules} - known:
+                undeclared.setdefault(name, set()).add(file.name)
+    assert undeclared == {"matplotlib": {"pictures.py", "benchmark_pictures.py"}}
+
+
+def test_without_matplotlib_all_that_does_not_draw_is_imported():
+    code = (
+        "import sys; sys.modules['matplotlib'] = None; import importlib, pkgutil, mlx_turboquant\n"
+        "for each in pkgutil.walk_packages(mlx_turboquant.__path__, 'mlx_turboquant.'):\n"
+        "    if not each.name.endswith('pictures'): print(importlib.import_module(each.name))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "mlx_turboquant.cli.doctor" in run.stdout
 
 
 @pytest.mark.parametrize("command", ["evaluate", "benchmark"])

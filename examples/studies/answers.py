@@ -17,7 +17,7 @@ import mlx_lm
 
 from mlx_turboquant.lm import texts
 from mlx_turboquant.lm.loading import model_errors, prepare_for_device
-from mlx_turboquant.measure.contenders import EXACT, MLX_LM, preset
+from mlx_turboquant.measure.cache_specs import EXACT, MLX_LM, preset
 from mlx_turboquant.measure.evaluate import greedy_tokens, read_first_chunk, read_on
 
 QUESTION = "What is this Python module for? Answer in three sentences."
@@ -49,7 +49,7 @@ def main() -> None:
     add("--tokens", type=int, default=80, help="of an answer, at most (default: 80)")
     args = parser.parse_args()
     try:
-        contenders = [EXACT, MLX_LM[1], *map(preset, args.kv_bits)]
+        specs = [EXACT, MLX_LM[1], *map(preset, args.kv_bits)]
         text = texts.read_texts([args.text])[0] if args.text else texts.bundled_texts()[_BUNDLED]
         with model_errors(args.model):
             model, tokenizer = mlx_lm.load(args.model)
@@ -61,17 +61,17 @@ def main() -> None:
     prepare_for_device(model)
     tokens = mx.array(prompt[:-1])
     print("| cache | answer |\n|---|---|")
-    caches = read_first_chunk(model, contenders, tokens)
-    for contender, cache in zip(contenders, caches):
+    caches = read_first_chunk(model, specs, tokens)
+    for spec, cache in zip(specs, caches):
         try:
-            read_on(model, contender, cache, tokens)
+            read_on(model, spec, cache, tokens)
         except NotImplementedError as error:  # mlx-lm does not quantize every kind of cache
-            print(f"| {contender.name} | not possible: {error} |", flush=True)
+            print(f"| {spec.name} | not possible: {error} |", flush=True)
             continue
         reply = islice(greedy_tokens(model, cache, prompt[-1]), args.tokens)
         reply = list(takewhile(lambda token: token not in tokenizer.eos_token_ids, reply))
         answer = tokenizer.decode(reply).strip().replace("|", "\\|").replace("\n", "<br>")
-        print(f"| {contender.name} | {answer} |", flush=True)
+        print(f"| {spec.name} | {answer} |", flush=True)
 
 
 if __name__ == "__main__":

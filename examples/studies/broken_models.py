@@ -23,7 +23,7 @@ from mlx_turboquant.lm.calibrate import calibrate
 from mlx_turboquant.lm.compression import give_profile
 from mlx_turboquant.lm.loading import prepare_for_device
 from mlx_turboquant.lm.profile import find_profile, fingerprint, profile_path
-from mlx_turboquant.measure.contenders import Contender, preset
+from mlx_turboquant.measure.cache_specs import CacheSpec, preset
 from mlx_turboquant.measure.evaluate import Comparison
 
 
@@ -176,8 +176,8 @@ def main() -> None:
     for name, change in variants(model.args.head_dim).items():
         changed = change(load()[0])
         # The first is our codec without the removal of means.
-        contenders = [preset(name) for name in ("turboquant:4", "K4V4", "4")]
-        exact, *others = compare(changed, contenders, contexts, args.scored)
+        specs = [preset(name) for name in ("turboquant:4", "K4V4", "4")]
+        exact, *others = compare(changed, specs, contexts, args.scored)
         give_profile(changed, calibrate(changed, tokenizer))
         others.append(compare(changed, [preset("4")], contexts, args.scored)[1])
         cells = " | ".join(f"{each['kl_mean']:.5f}" for each in others)
@@ -185,10 +185,10 @@ def main() -> None:
 
 
 def compare(
-    model: nn.Module, contenders: list[Contender], contexts: list[list[int]], scored: int
+    model: nn.Module, specs: list[CacheSpec], contexts: list[list[int]], scored: int
 ) -> list[dict]:
     """The summaries of the exact cache and of all others."""
-    comparison = Comparison(model, contenders)
+    comparison = Comparison(model, specs)
     for context in contexts:
         comparison.text(context, scored)
     return [scores.summary() for scores in comparison.scores]

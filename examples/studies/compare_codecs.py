@@ -24,7 +24,7 @@ from mlx_turboquant.kernels.storage import VALUE_MEAN_ENERGY, removable_mean
 from mlx_turboquant.lm import texts
 from mlx_turboquant.lm.compression import compression_of
 from mlx_turboquant.lm.loading import prepare_for_device
-from mlx_turboquant.measure.contenders import CHUNK, EXACT, preset
+from mlx_turboquant.measure.cache_specs import CHUNK, EXACT, preset
 from mlx_turboquant.measure.evaluate import divergence, log_probabilities, read_prompt
 from mlx_turboquant.measure.simulated import MethodRounding, Rounding, SimulatedCache
 from mlx_turboquant.methods import KVarN

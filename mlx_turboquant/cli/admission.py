@@ -11,7 +11,7 @@ from mlx_lm.models.cache import LRUPromptCache
 
 from ..lm.loading import device_nbytes
 from ..lm.settings import Settings
-from ..measure.contenders import Contender
+from ..measure.cache_specs import CacheSpec
 from ..measure.footprint import Footprint, chunk_nbytes, footprint
 from .requests import BadRequest
 
@@ -62,7 +62,7 @@ class Admission:
 
     def use(self, model: nn.Module, settings: Settings) -> int:
         """Count for this model from now on; returns its :meth:`room`."""
-        room, counted = self.room(model), footprint(model, Contender("ours", settings=settings))
+        room, counted = self.room(model), footprint(model, CacheSpec("ours", settings=settings))
         with self._changed:
             self._room, self._footprint = room, counted
             self._changed.notify_all()

@@ -21,7 +21,7 @@ from ..lm.loading import (
     reason_of,
 )
 from ..measure.benchmark import LEAST_NEW_TOKENS, Measurement, measure, median
-from ..measure.contenders import EXACT, MLX_LM, Contender, preset
+from ..measure.cache_specs import EXACT, MLX_LM, CacheSpec, preset
 from ..measure.footprint import chunk_nbytes, footprint
 from ..measure.shapes import SHAPES, random_model
 from .loading import MODEL_HELP, ensure_profile, load_lazily
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
     args = _parser().parse_args(arguments)
     check_least(args, contexts=2, batch=1, repeats=1, new_tokens=LEAST_NEW_TOKENS)
     settings = settings_of(args)
-    contenders = [EXACT, *MLX_LM, *(preset(name, settings) for name in args.kv_bits)]
+    specs = [EXACT, *MLX_LM, *(preset(name, settings) for name in args.kv_bits)]
     with drawing_tools("benchmark"):
         from . import benchmark_pictures
     args.out.mkdir(parents=True, exist_ok=True)
@@ -48,9 +48,9 @@ def main(arguments: list[str]) -> None:
     prepare_for_device(model)
     if tokenizer is None:
         treat_layers_alike(model)
-    elif any(contender.needs_profile for contender in contenders):
+    elif any(spec.needs_profile for spec in specs):
         ensure_profile(model, tokenizer, args, settings)
-    run = _Run(model, tokens, args, contenders)
+    run = _Run(model, tokens, args, specs)
     shortest, longest = min(args.contexts), max(args.contexts)
     if not run.fitting[shortest]:
         raise ValueError(
@@ -60,12 +60,12 @@ def main(arguments: list[str]) -> None:
     mx.eval(model.parameters())
     total = sum(len(fitting) * (n + args.new_tokens) for n, fitting in run.fitting.items())
     with tqdm(total=args.repeats * total, unit="tokens", unit_scale=True) as bar:
-        for contender in contenders:
-            run.attempt(contender, min(_WARM_UP_CONTEXT, longest), _WARM_UP_TOKENS)
+        for spec in specs:
+            run.attempt(spec, min(_WARM_UP_CONTEXT, longest), _WARM_UP_TOKENS)
         run.progress = bar.update
         for context, fitting in run.fitting.items():
-            for contender in args.repeats * fitting:
-                run.attempt(contender, context, args.new_tokens)
+            for spec in args.repeats * fitting:
+                run.attempt(spec, context, args.new_tokens)
     result = run.result()
     benchmark_pictures.print_table(result)
     write_results(args.out, "benchmark", result, benchmark_pictures.draw)
@@ -82,37 +82,37 @@ class _Run:
         model: nn.Module,
         tokens: list[int],
         args: argparse.Namespace,
-        contenders: list[Contender],
+        specs: list[CacheSpec],
     ):
         self.model = model
         self.tokens = tokens
         self.args = args
-        self.contenders = contenders
+        self.specs = specs
         self.measured: dict[tuple[str, int], list[Measurement]] = {}
         self.failures: dict[str, str] = {}
         self.progress = lambda tokens: None
         left = memory_nbytes() - device_nbytes(model) - args.batch * chunk_nbytes(model)
-        longest = [footprint(model, c).longest(left / args.batch) for c in contenders]
+        longest = [footprint(model, c).longest(left / args.batch) for c in specs]
         self.fitting = {
-            n: [c for c, most in zip(contenders, longest) if n + args.new_tokens <= most]
+            n: [c for c, most in zip(specs, longest) if n + args.new_tokens <= most]
             for n in sorted(args.contexts)
         }
 
-    def attempt(self, contender: Contender, context: int, new_tokens: int) -> None:
+    def attempt(self, spec: CacheSpec, context: int, new_tokens: int) -> None:
         """Measure, unless the cache has failed before."""
-        if contender.name in self.failures:
+        if spec.name in self.failures:
             return
         repeated = self.tokens * -(-context // len(self.tokens))
         prompts = mx.array([repeated[:context]] * self.args.batch)
         try:
-            measured = measure(self.model, contender, prompts, new_tokens, self.progress)
+            measured = measure(self.model, spec, prompts, new_tokens, self.progress)
         except (RuntimeError, ValueError) as error:
-            if contender.settings is not None:
+            if spec.settings is not None:
                 raise
             # What mlx-lm's own caches say of a model that they do not support.
-            self.failures[contender.name] = reason_of(error)
+            self.failures[spec.name] = reason_of(error)
             return
-        self.measured.setdefault((contender.name, context), []).append(measured)
+        self.measured.setdefault((spec.name, context), []).append(measured)
 
     def result(self) -> dict[str, Any]:
         """Everything, as it is written."""
@@ -125,14 +125,14 @@ class _Run:
             "batch": args.batch,
             "new_tokens": args.new_tokens,
             "repeats": args.repeats,
-            "caches": [c.name for c in self.contenders],
-            "settings": {c.name: asdict(c.settings) for c in self.contenders if c.settings},
+            "caches": [c.name for c in self.specs],
+            "settings": {c.name: asdict(c.settings) for c in self.specs if c.settings},
             "failures": self.failures,
             "runs": [self._cell(c.name, n) for n, fitting in self.fitting.items() for c in fitting],
             "too_large": [
                 {"cache": c.name, "context": n}
                 for n, fitting in self.fitting.items()
-                for c in self.contenders
+                for c in self.specs
                 if c not in fitting
             ],
         }

@@ -7,7 +7,7 @@ import mlx.core as mx
 from rich.box import SIMPLE
 from rich.table import Table
 
-from ..kernels.storage import SCALE_NBYTES
+from ..kernels.storage import layouts_of
 from ..lm.allocation import allocate, chosen_sides, expected_divergence
 from ..lm.bit_plan import BitPlan
 from ..lm.compression import give_profile
@@ -42,7 +42,7 @@ def _table(plan: BitPlan) -> Table:
     for budget in _BUDGETS:
         bits = allocate(plan.layers, budget)
         nbytes = sum(
-            side.vectors.nbytes(b) + SCALE_NBYTES * side.vectors.heads
+            side.vectors.heads * layouts_of(b, None)[0].vector_nbytes(side.vectors.dim)
             for side, b in chosen_sides(plan.layers, bits)
         )
         keys, values = zip(*bits)

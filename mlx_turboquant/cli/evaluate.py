@@ -11,7 +11,7 @@ from tqdm import tqdm
 from ..lm import texts
 from ..lm.compressible import check_compressible, compressible_caches
 from ..lm.loading import check_memory, prepare_for_device
-from ..measure.contenders import MLX_LM, preset
+from ..measure.cache_specs import MLX_LM, preset
 from ..measure.evaluate import REPLY_TOKENS, Comparison, passkey_prompt
 from ..methods import METHODS
 from .loading import MODEL_HELP, ensure_profile, load_lazily
@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> None:
     args = _parser().parse_args(arguments)
     _check_numbers(args)
     settings = settings_of(args)
-    contenders = [preset(name, settings) for name in args.kv_bits]
+    specs = [preset(name, settings) for name in args.kv_bits]
     contents = texts.read_texts(args.text) if args.text else texts.bundled_texts()
     with drawing_tools("evaluate"):
         from . import pictures
@@ -40,11 +40,11 @@ def main(arguments: list[str]) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     prepare_for_device(model)
     mx.eval(model.parameters())
-    if any(contender.needs_profile for contender in contenders):
+    if any(spec.needs_profile for spec in specs):
         ensure_profile(model, tokenizer, args, settings)
-    for contender in contenders:
-        contender.make_cache(model)  # refuses what it cannot have before anything is measured
-    comparison = Comparison(model, [*MLX_LM, *contenders])
+    for spec in specs:
+        spec.make_cache(model)  # refuses what it cannot have before anything is measured
+    comparison = Comparison(model, [*MLX_LM, *specs])
     steps = sum(len(context) + args.greedy for context in contexts)
     steps += sum(len(prompt) + REPLY_TOKENS for prompt, *_ in prompts)
     steps += 2 * (len(contexts[0]) + args.generate) if args.generate else 0

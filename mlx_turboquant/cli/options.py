@@ -155,7 +155,7 @@ def parse_size(text: str) -> int:
 
 
 def add_presets_option(parser: argparse.ArgumentParser, *presets: str) -> None:
-    """Add the ``--kv-bits`` of several caches, each as :func:`.contenders.preset` reads it."""
+    """Add the ``--kv-bits`` of several caches, each as :func:`.cache_specs.preset` reads it."""
     parser.add_argument(
         "--kv-bits",
         nargs="+",

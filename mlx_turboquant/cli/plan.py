@@ -8,7 +8,7 @@ from mlx_lm.utils import _download, load_config
 
 from ..lm.compression import treat_layers_alike
 from ..lm.loading import device_nbytes, memory_nbytes, model_errors, weight_nbytes
-from ..measure.contenders import EXACT, MLX_LM, preset
+from ..measure.cache_specs import EXACT, MLX_LM, preset
 from ..measure.footprint import chunk_nbytes, footprint
 from ..measure.shapes import random_model, unloaded_model
 from .benchmark import add_model_options, shape_config
@@ -30,11 +30,11 @@ def main(arguments: list[str]) -> None:
     args = _parser().parse_args(arguments)
     check_least(args, batch=1)
     settings = settings_of(args)
-    contenders = [EXACT, *MLX_LM, *(preset(name, settings) for name in args.kv_bits)]
+    specs = [EXACT, *MLX_LM, *(preset(name, settings) for name in args.kv_bits)]
     available, explanation = _available(args.memory)
     model, config = model_without_weights(args)
     treat_layers_alike(model)
-    footprints = [footprint(model, contender) for contender in contenders]
+    footprints = [footprint(model, spec) for spec in specs]
     # A Mac keeps the weights as they are; this machine may be a CPU.
     weights = weight_nbytes(model) if args.memory else device_nbytes(model)
     left = available - weights - args.batch * chunk_nbytes(model)
@@ -47,10 +47,10 @@ def main(arguments: list[str]) -> None:
     trained = config.get("max_position_embeddings")
     sequences = f", each of {args.batch} sequences" if args.batch > 1 else ""
     print(f"{'cache':15} {'bytes a token':>14} {'longest context':>16}{sequences}")
-    for contender, cache in zip(contenders, footprints):
+    for spec, cache in zip(specs, footprints):
         longest = cache.longest(left / args.batch)
         beyond = "  more than it was trained for" if trained and longest > trained else ""
-        print(f"{contender.name:15} {cache.per_token:14,.0f} {_tokens(longest):>16}{beyond}")
+        print(f"{spec.name:15} {cache.per_token:14,.0f} {_tokens(longest):>16}{beyond}")
     if trained:
         print(f"The model was trained for {trained:,} tokens.")
     print(

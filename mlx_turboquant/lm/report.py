@@ -112,13 +112,6 @@ def cache_size(cache: list[Any]) -> CacheSize:
     )
 
 
-def bits_per_value(cache: list[Any]) -> float:
-    """Bits that a value of one more token takes in compressed layers, with its share of scales."""
-    layers = [layer for layer in flat_caches(cache) if hasattr(layer, "token_nbytes")]
-    values = sum(layer.token_values for layer in layers)
-    return 8 * sum(layer.token_nbytes for layer in layers) / max(values, 1)
-
-
 def cache_report(cache: list[Any], model: nn.Module | None = None) -> CacheReport:
     """What a prompt cache, a list of one cache per layer, holds; warns if nothing is compressed.
 

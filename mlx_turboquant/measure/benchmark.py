@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .contenders import CHUNK, Contender
+from .cache_specs import CHUNK, CacheSpec
 
 # Tokens that are decoded before the clock starts.
 _WARM_UP_TOKENS = 8
@@ -40,7 +40,7 @@ class Measurement(NamedTuple):
 
 def measure(
     model: nn.Module,
-    contender: Contender,
+    spec: CacheSpec,
     prompts: mx.array,
     new_tokens: int,
     progress: Callable[[int], Any] = lambda tokens: None,
@@ -57,17 +57,17 @@ def measure(
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     begin = time.perf_counter()
-    cache = contender.make_cache(model)
+    cache = spec.make_cache(model)
     length = prompts.shape[1]
     for start in range(0, length - 1, CHUNK):
         chunk = prompts[:, start : min(start + CHUNK, length - 1)]
         model(chunk, cache=cache)
-        contender.after_chunk(cache)
+        spec.after_chunk(cache)
         mx.eval([layer.state for layer in cache])
         mx.clear_cache()
         progress(chunk.shape[1])
     prefill = time.perf_counter() - begin
-    steps = _decode(model, contender, cache, prompts[:, -1:])
+    steps = _decode(model, spec, cache, prompts[:, -1:])
     next(steps)
     first_token = time.perf_counter() - begin
     mx.synchronize()  # the next step, which holds dense tokens while it is computed
@@ -94,7 +94,7 @@ def measure(
 
 
 def _decode(
-    model: nn.Module, contender: Contender, cache: list[Any], tokens: mx.array
+    model: nn.Module, spec: CacheSpec, cache: list[Any], tokens: mx.array
 ) -> Iterator[float]:
     """Greedy decoding one step ahead of what is known, as in mlx-lm's ``generate_step``.
 
@@ -104,7 +104,7 @@ def _decode(
     while True:
         begin = time.perf_counter()
         following = model(tokens, cache=cache)[:, -1].argmax(axis=-1, keepdims=True)
-        contender.after_chunk(cache)
+        spec.after_chunk(cache)
         seconds = time.perf_counter() - begin
         mx.async_eval(following)
         if known is not None:

@@ -23,7 +23,7 @@ from ..lm.compressible import plain_caches
 from ..lm.loading import reason_of
 from ..lm.report import cache_size
 from ..lm.texts import start_tokens
-from .contenders import CHUNK, EXACT, Contender
+from .cache_specs import CHUNK, EXACT, CacheSpec, token_size
 from .needle import hide_codes
 from .scores import Generation, Needle, Scores
 
@@ -40,21 +40,21 @@ def _ignore(tokens: int) -> None:
     pass
 
 
-def read_prompt(model: nn.Module, contender: Contender, tokens: mx.array) -> list[Any]:
-    """A cache of ``contender`` that has read the tokens (n,) as mlx-lm reads a prompt."""
-    [cache] = read_first_chunk(model, [contender], tokens)
-    read_on(model, contender, cache, tokens)
+def read_prompt(model: nn.Module, spec: CacheSpec, tokens: mx.array) -> list[Any]:
+    """A cache of ``spec`` that has read the tokens (n,) as mlx-lm reads a prompt."""
+    [cache] = read_first_chunk(model, [spec], tokens)
+    read_on(model, spec, cache, tokens)
     return cache
 
 
 def read_first_chunk(
-    model: nn.Module, contenders: list[Contender], tokens: mx.array, progress: Progress = _ignore
+    model: nn.Module, specs: list[CacheSpec], tokens: mx.array, progress: Progress = _ignore
 ) -> list[list[Any]]:
-    """A cache of each contender that has read the first chunk of a prompt, the tokens (n,).
+    """A cache of each spec that has read the first chunk of a prompt, the tokens (n,).
 
     Nothing of a first chunk is seen quantized: the model computes the same for all, and runs once.
     """
-    caches = [contender.make_cache(model) for contender in contenders]
+    caches = [spec.make_cache(model) for spec in specs]
     chunk = tokens[None, :CHUNK]
     plain = plain_caches(model)
     if all(type(layer) in (KVCache, *_STATES) for layer in plain):
@@ -71,30 +71,30 @@ def read_first_chunk(
         for cache in caches:
             model(chunk, cache=cache)
     mx.eval([layer.state for cache in caches for layer in cache])
-    progress(chunk.size * len(contenders))
+    progress(chunk.size * len(specs))
     return caches
 
 
 def read_on(
     model: nn.Module,
-    contender: Contender,
+    spec: CacheSpec,
     cache: list[Any],
     tokens: mx.array,
     progress: Progress = _ignore,
 ) -> None:
     """Let a cache that has read the first chunk of the tokens (n,) read the others."""
-    contender.after_chunk(cache)
+    spec.after_chunk(cache)
     mx.eval([layer.state for layer in cache])
     for start in range(CHUNK, len(tokens), CHUNK):
         chunk = tokens[None, start : start + CHUNK]
         model(chunk, cache=cache)
-        contender.after_chunk(cache)
+        spec.after_chunk(cache)
         mx.eval([layer.state for layer in cache])
         progress(chunk.size)
 
 
 class _FirstChunk:
-    """Stands for the empty caches of one layer of several contenders, and fills all of them."""
+    """Stands for the empty caches of one layer of several specs, and fills all of them."""
 
     def __init__(self, caches: list[Any]):
         self.caches = caches
@@ -156,10 +156,10 @@ class Comparison:
     support is a ``failure`` in its scores.
     """
 
-    def __init__(self, model: nn.Module, contenders: list[Contender], progress: Progress = _ignore):
+    def __init__(self, model: nn.Module, specs: list[CacheSpec], progress: Progress = _ignore):
         self.model = model
         self.progress = progress
-        self.scores = [Scores(contender) for contender in (EXACT, *contenders)]
+        self.scores = [Scores(spec) for spec in (EXACT, *specs)]
 
     def text(self, tokens: list[int], scored: int, greedy: int = 0) -> None:
         """Score the predictions of the last ``scored`` tokens.
@@ -174,13 +174,13 @@ class Comparison:
             self._score(scores, cache, mx.array(tokens[first - 1 :]), exact)
             scores.positions += range(first, first + scored)
             following = islice(greedy_tokens(self.model, cache, tokens[-1]), greedy)
-            if scores.contender is EXACT:
+            if scores.spec is EXACT:
                 continuation.extend(following)
             scores.departures.append(first_difference(continuation, following))
             self.progress(greedy)
-            scores.bits = scores.contender.bits_per_value(cache)
-            scores.token_nbytes = scores.contender.token_nbytes(cache)
-            if scores.contender.settings is not None:
+            values, scores.token_nbytes = token_size(cache)
+            scores.bits = 8 * scores.token_nbytes / max(values, 1)
+            if scores.spec.settings is not None:
                 size = cache_size(cache)
                 scores.bits_in_all = 16 * size.nbytes / size.fp16_nbytes
 
@@ -192,16 +192,16 @@ class Comparison:
         A true result of ``measure`` ends this.
         """
         working = [scores for scores in self.scores if scores.failure is None]
-        contenders = [scores.contender for scores in working]
-        caches = read_first_chunk(self.model, contenders, tokens, self.progress)
+        specs = [scores.spec for scores in working]
+        caches = read_first_chunk(self.model, specs, tokens, self.progress)
         while caches:
             scores, cache = working.pop(0), caches.pop(0)
             try:
-                read_on(self.model, scores.contender, cache, tokens, self.progress)
+                read_on(self.model, scores.spec, cache, tokens, self.progress)
                 if measure(scores, cache):
                     return
             except Exception as error:  # whatever mlx-lm's cache raises with a model
-                if scores.contender.mlx_lm_bits is None:
+                if scores.spec.mlx_lm_bits is None:
                     raise
                 scores.failure = reason_of(error)
             mx.clear_cache()
@@ -211,7 +211,7 @@ class Comparison:
     ) -> None:
         steps = log_probabilities(self.model, cache, tokens[:-1], self.progress)
         for i, rows in enumerate(steps):
-            if scores.contender is EXACT:
+            if scores.spec is EXACT:
                 exact.append(rows)
             targets = tokens[1 + i * MAX_DECODE_ROWS :][: len(rows)]
             agreements = rows.argmax(axis=-1) == exact[i].argmax(axis=-1)
@@ -222,13 +222,13 @@ class Comparison:
             scores.overlaps += overlaps.tolist()
 
     def generation(self, prompt: list[int], count: int, is_sampled: bool, seed: int = 0) -> None:
-        """Let every contender write ``count`` tokens after a prompt, and score them exactly."""
+        """Let every cache write ``count`` tokens after a prompt, and score them exactly."""
         follow = partial(sampled_tokens, seed=seed) if is_sampled else greedy_tokens
         exact: list[int] = []
 
         def measure(scores: Scores, cache: list[Any]) -> None:
             written = list(islice(follow(self.model, cache, prompt[-1]), count))
-            if scores.contender is EXACT:
+            if scores.spec is EXACT:
                 exact.extend(written)
             losses = exact_losses(self.model, prompt, written)
             departure = first_difference(exact, written)
@@ -238,7 +238,7 @@ class Comparison:
         self._each(mx.array(prompt[:-1]), measure)
 
     def needle(self, tokenizer, prompt: list[int], code: str, length: int, depth: float) -> None:
-        """Let every contender go on after a passkey prompt; the first six digits must be the code.
+        """Let every cache go on after a passkey prompt; the first six digits must be the code.
 
         Where the exact cache does not find it, the others are not asked.
         """
@@ -248,7 +248,7 @@ class Comparison:
             found = _first_code(tokenizer, islice(continuation, REPLY_TOKENS)) == code
             scores.needles.append(Needle(length, depth, found))
             self.progress(REPLY_TOKENS)
-            is_lost = scores.contender is EXACT and not found
+            is_lost = scores.spec is EXACT and not found
             if is_lost:
                 unread = max(len(prompt) - 1 - CHUNK, 0) + REPLY_TOKENS
                 self.progress((len(self.scores) - 1) * unread)

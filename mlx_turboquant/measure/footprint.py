@@ -10,7 +10,7 @@ from mlx_lm.models.cache import KVCache
 from ..cache.single import TurboQuantKVCache
 from ..kernels.storage import GROWTH, LEAST_GROWTH
 from ..lm.compressible import flat_caches, text_arguments
-from .contenders import CHUNK, GROUP_SIZE, Contender
+from .cache_specs import CHUNK, GROUP_SIZE, CacheSpec
 
 # For heads of other widths, MLX's attention over many queries has all scores in memory at once.
 _FUSED_DIMS = (64, 80, 128)
@@ -48,20 +48,20 @@ class Footprint(NamedTuple):
         return bisect_right(range(1, (1 << 40) + 1), nbytes, key=self.prompt_nbytes)
 
 
-def footprint(model: nn.Module, contender: Contender) -> Footprint:
-    """The footprint of the caches that ``contender`` makes; nothing of the model is evaluated.
+def footprint(model: nn.Module, spec: CacheSpec) -> Footprint:
+    """The footprint of the caches that ``spec`` makes; nothing of the model is evaluated.
 
     One token goes through the model lazily, which tells heads and dimensions.
 
     Raises:
         ValueError: a simulated cache, or a model that the cache is not for.
     """
-    if contender.codec is not None:
+    if spec.codec is not None:
         raise ValueError(
-            f"The cache {contender.name} is only simulated, by dense arrays: use `mlx_turboquant "
+            f"The cache {spec.name} is only simulated, by dense arrays: use `mlx_turboquant "
             "evaluate` for it."
         )
-    cache = contender.make_cache(model)
+    cache = spec.make_cache(model)
     model(mx.zeros((1, 1), mx.int32), cache=cache)
     per_token, constant, bounded, workspaces = 0.0, 0.0, [], [0.0]
     for layer in flat_caches(cache):
@@ -72,14 +72,14 @@ def footprint(model: nn.Module, contender: Contender) -> Footprint:
             else:
                 bounded.append((packed, layer.max_size))
             constant += layer.exact_nbytes + LEAST_GROWTH * layer.token_nbytes
-            workspaces.append(layer.fp16_nbytes + _scores(model, contender))  # dequantized
+            workspaces.append(layer.fp16_nbytes + _scores(model, spec))  # dequantized
         elif type(layer) is KVCache:
             dense = _token_nbytes(layer)
-            if contender.mlx_lm_bits is not None:
-                dense *= (contender.mlx_lm_bits + 32 / GROUP_SIZE) / (8 * layer.keys.itemsize)
+            if spec.mlx_lm_bits is not None:
+                dense *= (spec.mlx_lm_bits + 32 / GROUP_SIZE) / (8 * layer.keys.itemsize)
             per_token += dense
             # A cache is copied when it grows.
-            workspaces.append(dense + _scores(model, contender))
+            workspaces.append(dense + _scores(model, spec))
         elif getattr(layer, "max_size", None):
             bounded.append((_token_nbytes(layer), layer.max_size))
         else:
@@ -109,12 +109,12 @@ def _widest(model: nn.Module) -> int:
     return max(weight.shape[0] for weight in weights if weight.ndim == 2)
 
 
-def _scores(model: nn.Module, contender: Contender) -> int:
+def _scores(model: nn.Module, spec: CacheSpec) -> int:
     """Bytes of the scores of a chunk for one token, where MLX does not fuse them: in 16 bits."""
     sizes = text_arguments(model)
     heads = _size(sizes, "num_attention_heads")
     head_dim = _size(sizes, "head_dim") or _size(sizes, "hidden_size") // max(heads, 1)
-    fused = contender.mlx_lm_bits is None and head_dim in _FUSED_DIMS
+    fused = spec.mlx_lm_bits is None and head_dim in _FUSED_DIMS
     return 0 if fused else 2 * 2 * heads * CHUNK
 
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .contenders import Contender
+from .cache_specs import CacheSpec
 
 
 class Needle(NamedTuple):
@@ -52,7 +52,7 @@ class Scores:
     one of them that the other accepts.
     """
 
-    contender: Contender
+    spec: CacheSpec
     bits: float = 0.0
     token_nbytes: float = 0.0
     bits_in_all: float = 0.0
@@ -69,7 +69,7 @@ class Scores:
     def summary(self) -> dict[str, Any]:
         """Numbers for a table or a file."""
         measured = {
-            "codec": self.contender.name,
+            "codec": self.spec.name,
             "bits_per_value": self.bits,
             "token_nbytes": self.token_nbytes,
             "bits_in_all": self.bits_in_all,

@@ -17,7 +17,7 @@ from mlx_turboquant.cli.admission import Admission, DoesNotFit, KeptPrompts
 from mlx_turboquant.lm.compressible import compressible_caches
 from mlx_turboquant.lm.loading import device_nbytes
 from mlx_turboquant.lm.settings import Settings
-from mlx_turboquant.measure.contenders import Contender
+from mlx_turboquant.measure.cache_specs import CacheSpec
 from mlx_turboquant.measure.footprint import Footprint, chunk_nbytes, footprint
 
 _mlx_lm_generate = importlib.import_module("mlx_lm.generate")
@@ -35,7 +35,7 @@ def model(random_model):
 
 
 def counted(model) -> Footprint:
-    return footprint(model, Contender("ours", settings=Settings(4)))
+    return footprint(model, CacheSpec("ours", settings=Settings(4)))
 
 
 def admission_for(model, requests: float) -> Admission:

@@ -7,7 +7,7 @@ from tokens import random_tokens
 
 from mlx_turboquant.lm.settings import Settings
 from mlx_turboquant.measure.benchmark import Measurement, measure, median
-from mlx_turboquant.measure.contenders import EXACT, MLX_LM, preset
+from mlx_turboquant.measure.cache_specs import EXACT, MLX_LM, preset
 
 PROMPTS = random_tokens(2, 600, seed=1)
 # Beside the cache there are the tokens, and what the allocator rounds up.
@@ -15,14 +15,14 @@ ROUNDING = 50_000
 
 
 def test_the_cache_is_that_of_all_tokens_and_all_that_is_held(random_model):
-    for contender in (EXACT, *MLX_LM, preset("4", Settings(window=32))):
+    for spec in (EXACT, *MLX_LM, preset("4", Settings(window=32))):
         mx.eval(PROMPTS)
-        measured = measure(random_model, contender, PROMPTS, 20)
-        cache = contender.make_cache(random_model)
+        measured = measure(random_model, spec, PROMPTS, 20)
+        cache = spec.make_cache(random_model)
         # One token is the end of the prompt, and one the step that is ahead.
         for tokens in (PROMPTS[:, :599], *mx.split(PROMPTS[:, :22], 22, axis=1)):
             random_model(tokens, cache=cache)
-            contender.after_chunk(cache)
+            spec.after_chunk(cache)
         assert measured.cache_nbytes == sum(layer.nbytes for layer in cache)
         assert measured.cache_nbytes <= measured.decode_active < measured.cache_nbytes + ROUNDING
         assert measured.decode_active <= measured.decode_peak
@@ -49,9 +49,7 @@ def test_progress_counts_the_tokens_of_one_sequence(random_model):
 def test_a_prompt_is_read_with_one_dense_layer_at_a_time(random_model):
     """The exact cache of 6 000 tokens is 6 MB a layer; what one chunk takes is the same for all."""
     prompt = mx.broadcast_to(PROMPTS[:1, :1], (1, 6000))
-    exact, ours = (
-        measure(random_model, contender, prompt, 10) for contender in (EXACT, preset("4"))
-    )
+    exact, ours = (measure(random_model, spec, prompt, 10) for spec in (EXACT, preset("4")))
     layer = 6000 * 2 * 2 * 64 * 4
     assert ours.prefill_peak < exact.prefill_peak + 2 * layer
     assert ours.prefill_active < 0.5 * exact.prefill_active

@@ -10,7 +10,7 @@ from tokens import random_tokens
 from mlx_turboquant import disable
 from mlx_turboquant.lm import texts
 from mlx_turboquant.lm.settings import Settings
-from mlx_turboquant.measure.contenders import EXACT, MLX_LM, preset
+from mlx_turboquant.measure.cache_specs import EXACT, MLX_LM, preset
 from mlx_turboquant.measure.evaluate import (
     REPLY_TOKENS,
     Comparison,
@@ -26,8 +26,8 @@ SHORT = Settings(window=16)
 UNPROTECTED = Settings(window=0, sink_tokens=0)
 
 
-def compare(model, *contenders, scored=100, greedy=0) -> list[Scores]:
-    comparison = Comparison(model, list(contenders))
+def compare(model, *specs, scored=100, greedy=0) -> list[Scores]:
+    comparison = Comparison(model, list(specs))
     comparison.text(TOKENS, scored, greedy)
     return comparison.scores
 
@@ -64,8 +64,8 @@ def test_fewer_bits_are_farther_away(random_model):
 
 def test_tokens_are_seen_quantized_as_soon_as_they_leave_the_window(random_model):
     """A window that holds the whole text changes nothing; none does, from the first token on."""
-    contenders = [preset("2", Settings(window=window)) for window in (400, 0)]
-    whole, none = compare(random_model, *contenders)[1:]
+    specs = [preset("2", Settings(window=window)) for window in (400, 0)]
+    whole, none = compare(random_model, *specs)[1:]
     assert max(whole.divergences) < 1e-6 < min(none.divergences)
 
 
@@ -86,11 +86,11 @@ def test_a_model_that_mlx_lm_cannot_quantize_fails_in_its_line_only(random_model
 def test_the_first_departure_is_where_generation_differs(tiny_lm):
     model, tokenizer = tiny_lm
     tokens = tokenizer.encode("import os\n\nclass A:\n    def f(self, x):\n" * 30)
-    contender = preset("K1V1", UNPROTECTED)
-    comparison = Comparison(model, [contender])
+    spec = preset("K1V1", UNPROTECTED)
+    comparison = Comparison(model, [spec])
     comparison.text(tokens, 1, 24)
     texts = []
-    for cache in (None, contender.make_cache(model)):
+    for cache in (None, spec.make_cache(model)):
         replies = mlx_lm.stream_generate(
             model, tokenizer, tokens, max_tokens=24, prompt_cache=cache
         )
@@ -208,9 +208,9 @@ def test_presets_are_bits_or_a_split(name, bits):
 
 
 def test_presets_of_other_codecs_have_no_budget_of_layers():
-    contender = preset("qjl+affine:k3v2", Settings(uniform=True, window=16))
-    assert (contender.name, contender.codec) == ("qjl+affine K3V2", "qjl+affine")
-    assert contender.settings == Settings(key_bits=3, value_bits=2, window=16)
+    spec = preset("qjl+affine:k3v2", Settings(uniform=True, window=16))
+    assert (spec.name, spec.codec) == ("qjl+affine K3V2", "qjl+affine")
+    assert spec.settings == Settings(key_bits=3, value_bits=2, window=16)
 
 
 def test_qjl_hurts_attention(tiny_lm):
@@ -230,10 +230,10 @@ def test_qjl_hurts_attention(tiny_lm):
 def test_a_first_chunk_that_is_read_once_for_all_caches_leaves_what_each_would_have_read(family):
     model = tiny_model(family)
     tokens = random_tokens(90, seed=1, vocabulary=512)
-    contenders = [EXACT, *([preset("4", SHORT)] if family != "deepseek_v32" else [])]
-    together = read_first_chunk(model, contenders, tokens[:80])
-    for contender, shared in zip(contenders, together):
-        alone = contender.make_cache(model)
+    specs = [EXACT, *([preset("4", SHORT)] if family != "deepseek_v32" else [])]
+    together = read_first_chunk(model, specs, tokens[:80])
+    for spec, shared in zip(specs, together):
+        alone = spec.make_cache(model)
         model(tokens[None, :80], cache=alone)
         expected, logits = (model(tokens[None, 80:], cache=cache) for cache in (alone, shared))
         assert mx.array_equal(logits, expected)

@@ -4,20 +4,20 @@ from conftest import variant
 from mlx_lm.models import gemma3_text
 
 from mlx_turboquant.lm.settings import Settings
-from mlx_turboquant.measure.contenders import EXACT, MLX_LM, preset
+from mlx_turboquant.measure.cache_specs import EXACT, MLX_LM, preset
 from mlx_turboquant.measure.footprint import footprint
 
-CONTENDERS = (EXACT, *MLX_LM, preset("4"), preset("K3V2"))
+SPECS = (EXACT, *MLX_LM, preset("4"), preset("K3V2"))
 
 
-@pytest.mark.parametrize("contender", CONTENDERS, ids=[contender.name for contender in CONTENDERS])
+@pytest.mark.parametrize("spec", SPECS, ids=[spec.name for spec in SPECS])
 @pytest.mark.parametrize("tokens", [700, 3000])
-def test_a_cache_takes_the_bytes_that_were_foreseen(random_model, contender, tokens):
-    cache = contender.make_cache(random_model)
+def test_a_cache_takes_the_bytes_that_were_foreseen(random_model, spec, tokens):
+    cache = spec.make_cache(random_model)
     random_model(mx.ones((1, tokens), mx.int32), cache=cache)
-    contender.after_chunk(cache)
+    spec.after_chunk(cache)
     taken = sum(layer.nbytes for layer in cache)
-    foreseen = footprint(random_model, contender).nbytes(tokens)
+    foreseen = footprint(random_model, spec).nbytes(tokens)
     # Buffers grow by 256 tokens, those of 2 layers with 2 x 2 x 64 values of 4 bytes.
     assert taken - 256 * 2 * 1024 <= foreseen <= taken * 1.2
 
@@ -50,7 +50,7 @@ def test_the_longest_context_is_the_last_that_fits(random_model):
 
 
 def test_fewer_bits_fit_more(random_model):
-    longest = [footprint(variant(random_model), contender).longest(1e9) for contender in CONTENDERS]
+    longest = [footprint(variant(random_model), spec).longest(1e9) for spec in SPECS]
     assert longest[0] < longest[3] < longest[4]
 
 

@@ -12,7 +12,7 @@ from mlx_turboquant.lm.allocation import Vectors
 from mlx_turboquant.lm.compressible import compressible_caches, text_arguments
 from mlx_turboquant.lm.compression import treat_layers_alike
 from mlx_turboquant.lm.loading import prepare_for_device, weight_nbytes
-from mlx_turboquant.measure.contenders import EXACT
+from mlx_turboquant.measure.cache_specs import EXACT
 from mlx_turboquant.measure.footprint import chunk_nbytes, footprint
 from mlx_turboquant.measure.shapes import SHAPES, random_model, unloaded_model
 

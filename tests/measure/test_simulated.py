@@ -12,7 +12,7 @@ from mlx_turboquant.kernels import storage
 from mlx_turboquant.kernels.tokens import BLOCK
 from mlx_turboquant.lm.compressible import flat_caches, plain_caches
 from mlx_turboquant.lm.settings import Settings
-from mlx_turboquant.measure.contenders import preset
+from mlx_turboquant.measure.cache_specs import preset, token_size
 from mlx_turboquant.measure.simulated import (
     MethodRounding,
     SimulatedCache,
@@ -112,13 +112,12 @@ def test_a_vector_takes_what_the_method_would_store_with_numbers_in_16_bits(name
 
 
 def test_a_token_takes_the_bytes_of_its_key_and_its_value(random_model):
-    contender = preset("qjl+affine:2")
-    cache = contender.make_cache(random_model)
+    cache = preset("qjl+affine:2").make_cache(random_model)
     logits(random_model, cache)
     # A norm for the 64 values of a key, a scale and an offset for those of a value.
     bits = (2 + 16 / 64 + 2 + 32 / 64) / 2
-    assert contender.bits_per_value(cache) == bits
-    assert contender.token_nbytes(cache) == 2 * 2 * HEADS * DIM * bits / 8
+    values = 2 * 2 * HEADS * DIM
+    assert token_size(cache) == (values, values * bits / 8)
 
 
 def test_outlier_channels_are_those_of_the_first_tokens_of_each_head():

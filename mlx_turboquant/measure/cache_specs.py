@@ -10,7 +10,6 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from ..lm.compressible import flat_caches, plain_caches
 from ..lm.enable import make_prompt_cache
-from ..lm.report import bits_per_value
 from ..lm.settings import Settings
 from .simulated import method_roundings, simulated_prompt_cache
 
@@ -23,7 +22,7 @@ GROUP_SIZE = 64
 _DEFAULTS = Settings()
 
 
-class Contender(NamedTuple):
+class CacheSpec(NamedTuple):
     """A cache to put beside others: the exact one, or that of one of the other fields.
 
     ``mlx_lm_bits`` are those of mlx-lm's quantized cache, ``settings`` those of ours. With a
@@ -56,23 +55,12 @@ class Contender(NamedTuple):
         """What mlx-lm does after every chunk of a prompt: its own cache is quantized then."""
         _mlx_lm_generate.maybe_quantize_kv_cache(cache, 0, GROUP_SIZE, self.mlx_lm_bits)
 
-    def bits_per_value(self, cache: list[Any]) -> float:
-        """Bits that one more value takes, scales included; 16 where nothing is quantized."""
-        if any(isinstance(layer, QuantizedKVCache) for layer in cache):
-            return self.mlx_lm_bits + 32 / GROUP_SIZE
-        return 16.0 if self.settings is None else bits_per_value(cache)
 
-    def token_nbytes(self, cache: list[Any]) -> float:
-        """Bytes that one more token takes in the layers that hold all tokens, in a 16-bit model."""
-        values = sum(map(_token_values, flat_caches(cache)))
-        return values * self.bits_per_value(cache) / 8
+EXACT = CacheSpec("exact")
+MLX_LM = (CacheSpec("mlx-lm 8 bits", 8), CacheSpec("mlx-lm 4 bits", 4))
 
 
-EXACT = Contender("exact")
-MLX_LM = (Contender("mlx-lm 8 bits", 8), Contender("mlx-lm 4 bits", 4))
-
-
-def preset(name: str, settings: Settings = _DEFAULTS) -> Contender:
+def preset(name: str, settings: Settings = _DEFAULTS) -> CacheSpec:
     """Our cache with a setting as ``4``, ``3.5`` (bits) or ``K5V3`` (of keys and values).
 
     With the names of methods before it, as ``prod:4`` or ``qjl+affine:K3V2``, a simulated one:
@@ -90,26 +78,36 @@ def preset(name: str, settings: Settings = _DEFAULTS) -> Contender:
         )
     label = bits_name.upper() if split else f"{bits_name} bits"
     if not split and not colon:
-        return Contender(label, settings=replace(settings, bits=float(bits_name)))
+        return CacheSpec(label, settings=replace(settings, bits=float(bits_name)))
     if split:
         key_bits, value_bits = map(int, split.groups())
     else:
         key_bits, value_bits = int(float(bits_name) + 0.5), int(float(bits_name))
     settings = replace(settings, key_bits=key_bits, value_bits=value_bits)
     if not colon:
-        return Contender(label, settings=settings)
+        return CacheSpec(label, settings=settings)
     settings = replace(settings, uniform=False)
     method_roundings(codec, settings)  # refuses what no model can have
-    return Contender(f"{codec} {label}", settings=settings, codec=codec)
+    return CacheSpec(f"{codec} {label}", settings=settings, codec=codec)
 
 
-def _token_values(layer: Any) -> int:
-    """Values of one token, of all heads: none in layers that are bounded or hold no tokens."""
-    if hasattr(layer, "token_values"):
-        return layer.token_values
+def token_size(cache: list[Any]) -> tuple[int, float]:
+    """The values of one more token and the bytes that they take, scales included.
+
+    Layers that are bounded or hold no tokens do not count. The model is taken for one of 16 bits.
+    """
+    sizes = [_layer_token_size(layer) for layer in flat_caches(cache)]
+    return sum(values for values, _ in sizes), sum((nbytes for _, nbytes in sizes), 0.0)
+
+
+def _layer_token_size(layer: Any) -> tuple[int, float]:
+    if hasattr(layer, "token_nbytes"):
+        return layer.token_values, layer.token_nbytes
     if isinstance(layer, QuantizedKVCache):
-        groups = (scales.shape[1] * scales.shape[3] for _, scales, _ in (layer.keys, layer.values))
-        return GROUP_SIZE * sum(groups)
+        scales = layer.keys[1], layer.values[1]
+        values = layer.group_size * sum(x.size // x.shape[2] for x in scales)
+        return values, values * (layer.bits + 32 / layer.group_size) / 8
     if type(layer) is KVCache:
-        return sum(x.shape[1] * x.shape[3] for x in (layer.keys, layer.values))
-    return 0
+        values = sum(x.size // x.shape[2] for x in (layer.keys, layer.values))
+        return values, 2 * values
+    return 0, 0
