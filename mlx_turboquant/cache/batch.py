@@ -247,8 +247,14 @@ class BatchTurboQuantKVCache(CompressedCache):
         """Add the sequences of another batch.
 
         Raises:
-            ValueError: a batch with different settings.
+            ValueError: a batch with different settings, or of a model with other weights.
         """
+        weights, others = self.link.weights, other.link.weights
+        if None not in (weights, others) and weights is not others:
+            if weights.identity() != others.identity():
+                raise ValueError(
+                    "Caches that were read with different weights cannot be batched: use one model."
+                )
         if other.settings != self.settings:
             raise ValueError(
                 f"Caches with different settings cannot be batched: {other.settings} beside "

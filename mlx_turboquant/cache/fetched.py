@@ -53,6 +53,9 @@ class Link:
         mx.async_eval(output, self._last_attention)
         self._attention_is_submitted = True
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"weights": self.weights}  # elsewhere there is no hooked attention
+
     def __deepcopy__(self, memo: dict) -> "Link":
         return self  # the model is not copied with its caches
 

@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm.models.cache import LRUPromptCache
+from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..lm.loading import device_nbytes
+from ..lm.prompt_store import key_of
 from ..lm.settings import Settings
 from ..measure.cache_specs import CacheSpec
 from ..measure.footprint import Footprint, chunk_nbytes, footprint
@@ -110,9 +112,21 @@ class KeptPrompts(LRUPromptCache):
     def __init__(self, admission: Admission, *limits: int):
         super().__init__(*limits)
         self._admission = admission
+        self._key = ""
+
+    def use(self, model: nn.Module, tokenizer: TokenizerWrapper, name: str) -> None:
+        """From now on prompts are those of this model, which people call ``name``.
+
+        mlx-lm tells models apart by their paths alone. What is there may be other weights by now,
+        and caches may get other bits.
+        """
+        self._model, self._tokenizer, self._name = model, tokenizer, name
+        self._empty = make_prompt_cache(model)
+        self._key = key_of(model, self._empty)
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list]:
         """mlx-lm's, which at least leaves the last token to be read."""
+        model = (model, self._key)
         cache, rest = super().fetch_nearest_cache(model, tokens)
         if not rest:
             # It would end the generation thread for want of a token to begin with.
@@ -124,7 +138,7 @@ class KeptPrompts(LRUPromptCache):
         self, model: Any, tokens: list[int], prompt_cache: list[Any], **keywords: str
     ) -> None:
         """Keep a cache, whose request was let in with these bytes and has not ended yet."""
-        super().insert_cache(model, tokens, prompt_cache, **keywords)
+        super().insert_cache((model, self._key), tokens, prompt_cache, **keywords)
         own = sum(layer.nbytes for layer in prompt_cache)
         super().trim_to(n_bytes=self._admission.left + own)
 

@@ -4,7 +4,9 @@ import importlib
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+from ..lm.compression import compression_of
 from ..lm.enable import make_prompt_cache
 from ..lm.prompt_cache import check_identity, load_prompt_cache
 from ..lm.prompt_store import PromptStore, reading
@@ -56,19 +58,21 @@ class _Run:
         self.args = args
         self.settings = settings
         self.store = store
-        self.saved: dict[str, str] | None = None
+        self.saved: tuple[list[Any], dict[str, str]] | None = None
 
     def load(self, *positional, **keywords):
         model, *rest = load_ready(_load, self.args, self.settings, *positional, **keywords)
         if self.saved is not None:
-            check_identity(self.args.prompt_cache_file, self.saved, model)
+            cache, metadata = self.saved
+            check_identity(self.args.prompt_cache_file, metadata, model)
+            compression_of(model).connect(cache)
             self.saved = None  # a draft model is another one
         return (model, *rest)
 
     def load_prompt_cache(self, file: str, return_metadata: bool):
         """mlx-lm loads the cache before the model, so the model is checked when it is loaded."""
         cache, metadata = load_prompt_cache(file, return_metadata=True)
-        self.saved = metadata
+        self.saved = cache, metadata
         # The identity says whether it is the right model, whatever its name is now.
         model = self.args.model or metadata.get("model")
         return cache, {"tokenizer_config": "{}", **metadata, "model": model}

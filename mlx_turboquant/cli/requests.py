@@ -126,7 +126,10 @@ def _is_part(x: Any) -> bool:
 
 
 def _is_function(x: Any) -> bool:
-    function = x.get("function") if type(x) is dict else None
+    if type(x) is not dict:
+        return False
+    # Tools of another type have none, and some clients send a flat form.
+    function = x.get("function", x if x.get("type") == "function" else {"name": ""})
     return type(function) is dict and type(function.get("name")) is str
 
 
@@ -142,10 +145,10 @@ def _is_message(x: Any) -> bool:
 
 _MESSAGE = _Kind(
     "an object with a role (string), a content (string, null, or a list of parts that are texts or "
-    "images) and the tool_calls, if any, each with a function that has a name",
+    "images) and the tool_calls, if any, each an object, whose function has a name",
     _is_message,
 )
-_TOOL = _Kind("an object with a function that has a name", _is_function)
+_TOOL = _Kind("an object, whose function has a name", _is_function)
 _LOGIT_BIAS = _Kind(
     "an object of token ids, each with a number from -100 to 100",
     lambda x: (

@@ -129,8 +129,7 @@ class _Run:
         if "return_config" not in keywords:  # the draft model
             return (model, tokenizer, *rest)
         self.vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1]  # nothing is evaluated
-        if self.prompts is not None:
-            self.prompts.use(model, tokenizer, Path(self.args.model or "").name)
+        self.kept.use(model, tokenizer, Path(self.args.model or "").name)
         room = self.admission.use(model, self.settings)
         if self.args.prompt_cache_bytes is None:
             # With a limit mlx-lm makes room for each request.

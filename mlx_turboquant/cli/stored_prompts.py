@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.cache import KVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..cache.single import TurboQuantKVCache
@@ -49,8 +49,7 @@ class StoredPrompts(KeptPrompts):
 
     def use(self, model: nn.Module, tokenizer: TokenizerWrapper, name: str) -> None:
         """From now on prompts are those of this model, which people call ``name``."""
-        self._model, self._tokenizer, self._name = model, tokenizer, name
-        self._empty = make_prompt_cache(model)
+        super().use(model, tokenizer, name)
         # Whether its caches can be cut back to any prompt that they begin with.
         layers = flat_caches(self._empty)
         self._can_be_cut = all(isinstance(x, (KVCache, TurboQuantKVCache)) for x in layers)
@@ -86,7 +85,11 @@ class StoredPrompts(KeptPrompts):
         cache, rest = super().fetch_nearest_cache((model, tokens.scope), tokens)
         in_memory, on_disk = len(tokens) - len(rest), 0
         if _are_tokens(tokens):
-            found = self._store.find(self._model, tokens, self._empty, in_memory, tokens.scope)
+            try:
+                found = self._store.find(self._model, tokens, self._empty, in_memory, tokens.scope)
+            except OSError as error:
+                _log.warning("The prompt store cannot be read: %s", error)
+                found = None
             if found is not None:
                 cache, on_disk = found
                 in_memory, rest = 0, tokens[on_disk:]

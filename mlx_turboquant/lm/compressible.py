@@ -44,8 +44,8 @@ class Compressible(NamedTuple):
 
 def plain_caches(model: nn.Module) -> list[Any]:
     """The caches that mlx-lm makes for a model that is not enabled."""
-    compression = getattr(model, ATTRIBUTE, None)
-    if compression is None or compression.settings is None:
+    compression = getattr(model.__dict__.get("make_cache"), "__self__", None)
+    if not hasattr(compression, "replaced"):
         return mlx_lm_cache.make_prompt_cache(model)
     if compression.replaced is not None:
         return compression.replaced()

@@ -55,7 +55,9 @@ class Compression:
     ):
         self._model = weakref.ref(model)
         self.settings = settings
-        self.replaced = model.__dict__.get("make_cache")
+        maker = model.__dict__.get("make_cache")
+        owner = getattr(maker, "__self__", None)
+        self.replaced = owner.replaced if isinstance(owner, Compression) else maker
         self.given = given
         self._weights: Weights | None = None
         self._link: Link | None = None
@@ -66,8 +68,6 @@ class Compression:
             self.compressible = before.compressible
             self.given = given or before.given
             self._weights, self._link = before._weights, before._link
-            if before.settings is not None:
-                self.replaced = before.replaced
         own = fingerprints(model)
         self.profile = self.given or (find_profile(own) if plan is None else None)
         self._has_other_adapters = self.profile and self.profile.fingerprint != own[0]
@@ -75,6 +75,10 @@ class Compression:
             self._plan = BitPlan.of_profile(self.compressible, self.profile)
         elif before is not None and before.profile is None and before.weights() is self._weights:
             self._plan = self._plan or before._plan
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether this is what is known of ``model`` itself."""
+        return self._model() is model
 
     def __deepcopy__(self, memo: dict) -> "Compression":
         copied = copy.copy(self)
@@ -99,6 +103,8 @@ class Compression:
             ValueError: a budget that is too small, or no layer that could be compressed.
         """
         model = self._model()
+        if model is None:
+            raise ValueError("The model that was enabled is gone: enable its copy.")
         check_compressible(model, self.compressible)
         cache = compressed_caches(model, self.compressible, self.bits(settings), settings)
         self.connect(cache)
@@ -159,10 +165,16 @@ class Compression:
                 self._link = None
 
 
+def known_compression(model: nn.Module) -> Compression | None:
+    """What is known of a model so far; a shallow copy has that of the original, which is not it."""
+    compression = getattr(model, ATTRIBUTE, None)
+    return compression if compression is not None and compression.is_of(model) else None
+
+
 def compression_of(model: nn.Module) -> Compression:
     """What is known of a model, which need not be enabled."""
     with _lock:
-        compression = getattr(model, ATTRIBUTE, None)
+        compression = known_compression(model)
         if compression is None:
             compression = Compression(model)
             setattr(model, ATTRIBUTE, compression)

@@ -13,7 +13,7 @@ from ..kernels.runtime import force_backend
 from ..kernels.tokens import BLOCK
 from .calibrate import calibrate
 from .compressible import ATTRIBUTE
-from .compression import Compression, compression_of, give_profile
+from .compression import Compression, compression_of, give_profile, known_compression
 from .profile import Profile, fingerprints, load_profile, save_profile
 from .settings import CacheOptions, Settings
 
@@ -77,7 +77,7 @@ def enable(
     settings = _settings(bits, options)
     if backend is not None:
         force_backend(backend)
-    before = getattr(model, ATTRIBUTE, None)
+    before = known_compression(model)
     compression = Compression(model, before, settings, _loaded(profile, model))
     if compression.profile is None and tokenizer is not None and not settings.is_fixed:
         profile = calibrate(model, tokenizer)
@@ -96,13 +96,15 @@ def disable(model: nn.Module) -> nn.Module:
 
     Compressed caches that exist keep working, without the fast path.
     """
-    compression = model.__dict__.pop(ATTRIBUTE, None)
+    compression = known_compression(model)
     if compression is not None:
         compression.disconnect()
-        if compression.settings is not None:
-            del model.make_cache
-            if compression.replaced is not None:
-                model.make_cache = compression.replaced
+    maker = getattr(model.__dict__.get("make_cache"), "__self__", None)
+    if isinstance(maker, Compression):
+        del model.make_cache
+        if maker.replaced is not None:
+            model.make_cache = maker.replaced
+    model.__dict__.pop(ATTRIBUTE, None)
     return model
 
 

@@ -11,7 +11,7 @@ arXiv 1202.4961).
 import hashlib
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,7 +28,7 @@ _SMALL = 1 << 16
 class Weights:
     """The weights that a model has now: the same object for as long as they are the same arrays.
 
-    An array that was written in place is not noticed.
+    An array that was written in place (``weight[0] = 1``, ``weight += 1``) is not noticed.
     """
 
     def __init__(self, model: nn.Module):
@@ -54,6 +54,19 @@ class Weights:
                 raise ValueError(CHANGED)
             self._identity = _digest({name: reference() for name, reference in self._parts})
         return self._identity
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return KnownWeights, (self.identity(),)
+
+
+class KnownWeights(NamedTuple):
+    """The weights that a saved cache was read with, of which there is the identity alone."""
+
+    digest: str
+
+    def identity(self) -> str:
+        """That of the weights."""
+        return self.digest
 
 
 CHANGED = (

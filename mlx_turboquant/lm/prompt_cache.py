@@ -26,7 +26,7 @@ from ..kernels.storage import check_state, check_vectors
 from ..stored_arrays import Damaged, StoredArray, StoredFile, room_for_checksums
 from .compressible import flat_caches, plain_caches
 from .compression import compression_of
-from .identity import CHANGED, description
+from .identity import CHANGED, KnownWeights, description
 
 # Changes whenever the state of a cache is written in another way.
 FORMAT_VERSION = "5"
@@ -143,6 +143,10 @@ def load_prompt_cache(
     if model is not None:
         _check_model(file, cache, seeds, model)
         compression_of(model).connect(cache)
+    else:
+        for layer in flat_caches(cache):
+            if isinstance(layer, TurboQuantKVCache):
+                layer.link.weights = KnownWeights(saved.get("identity", ""))
     return (cache, saved) if return_metadata else cache
 
 

@@ -44,6 +44,7 @@ WRITE_DELAY = 5.0
 # Of a prompt, what people who list it are shown.
 SHOWN_TOKENS = 24
 _ABOUT = "store.json"
+_OWN = {"format": FORMAT_VERSION, "made_by": "mlx_turboquant"}
 _LOCK = ".lock"
 _SESSIONS = "sessions"
 _SUFFIX = ".safetensors"
@@ -115,7 +116,7 @@ class PromptStore:
                 f"{FORMAT_VERSION}: use another folder, or clear it with `mlx_turboquant store`."
             )
         if version is None:
-            write_json(folder / _ABOUT, {"format": FORMAT_VERSION})
+            write_json(folder / _ABOUT, _OWN)
         (folder / _LOCK).open("a").close()  # so that it can be written to
         self.size = size
         self._delay = delay
@@ -142,7 +143,9 @@ class PromptStore:
             except ValueError as error:
                 self._remove_damaged(file, error)
                 continue
-            except FileNotFoundError:
+            except OSError as error:
+                if not isinstance(error, FileNotFoundError):
+                    _log.warning("%s cannot be read: %s", file, error)
                 continue
             known[identity] = entry
             # What seems to be used in the future is of a clock that was wrong.
@@ -381,14 +384,26 @@ def reading(
 
 def clear(folder: Path) -> int:
     """Remove all prompts and conversations of a store of any version; returns how many."""
+    sessions = folder / _SESSIONS
     with _locked(folder):
-        files = [*folder.glob(f"{_DIGITS}{_SUFFIX}"), *(folder / _SESSIONS).glob(f"*{_SUFFIX}")]
+        files = list(folder.glob(f"{_DIGITS}{_SUFFIX}"))
+        files += filter(_is_conversation, sessions.glob(f"*{_SUFFIX}"))
         for path in (*files, folder / _ABOUT):
             path.unlink(missing_ok=True)
-        for path in (*folder.glob(f".{_DIGITS}-*"), folder / _SESSIONS):
+        for path in (*folder.glob(f".{_DIGITS}-*"), *sessions.glob(".*-*/")):  # unfinished ones
             shutil.rmtree(path, ignore_errors=True)
-        write_json(folder / _ABOUT, {"format": FORMAT_VERSION})
+        with contextlib.suppress(OSError):  # where there is something else
+            sessions.rmdir()
+        write_json(folder / _ABOUT, _OWN)
     return len(files)
+
+
+def _is_conversation(file: Path) -> bool:
+    """Whether a file in the folder of conversations is one, or cannot be read."""
+    try:
+        return "0.chat" in read_header(file)["__metadata__"]
+    except (ValueError, OSError):
+        return True
 
 
 def key_of(model: nn.Module, cache: list[Any], scope: str = "") -> str:
@@ -420,10 +435,13 @@ def named(entries: list[Entry], name: str) -> Entry:
 def version_of(folder: Path) -> int | None:
     """The version of the prompt store in a folder; None if there is none."""
     try:
-        version = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))["format"]
-    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError):
+        about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+        version, maker = about["format"], about.get("made_by")
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, LookupError):
         return None
-    return version if type(version) is int else None
+    # The first two versions did not say who had made them.
+    is_own = maker == _OWN["made_by"] or (maker is None and (folder / _LOCK).exists())
+    return version if type(version) is int and is_own else None
 
 
 @contextlib.contextmanager

@@ -138,7 +138,7 @@ def test_a_field_that_is_not_possible_is_one_sentence(port, path, field, value, 
         (CHAT, {"messages": chat([{"type": "image", "image": "x"}])}, "Only 'text' content type"),
         (CHAT, {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "none of"),
         (CHAT, {"chat_template_kwargs": {"return_dict": True}}, "none of"),
-        (CHAT, {"tools": [{"type": "function"}]}, "use an object with a function that has a name."),
+        (CHAT, {"tools": [{"type": "function"}]}, "use an object, whose function has a name."),
     ],
 )
 def test_a_prompt_that_is_not_possible_is_one_sentence(port, path, fields, message):

@@ -36,7 +36,7 @@ from tokens import random_tokens
 from transformers import AutoTokenizer
 
 from mlx_turboquant import enable, make_prompt_cache
-from mlx_turboquant.cli.admission import Admission
+from mlx_turboquant.cli.admission import Admission, KeptPrompts
 from mlx_turboquant.cli.stored_prompts import ScopedTokens, StoredPrompts
 from mlx_turboquant.lm.prompt_store import PromptStore
 from mlx_turboquant.measure.needle import random_names
@@ -237,6 +237,43 @@ def test_an_adapter_that_a_request_names_gets_no_prompt_of_its_base(tiny_lm, tmp
         stop(process)
     with server(port, *STORED, str(tmp_path / "store")):
         assert known_tokens(adapters=str(adapter)) > 300
+
+
+def test_an_adapter_that_was_trained_again_gets_no_prompt_of_the_one_before(tiny_lm, tmp_path):
+    """Its folder has the same name, which is all that mlx-lm goes by in memory."""
+    adapter = adapter_folder(tmp_path / "adapter", tiny_lm[0], 1)
+    prompt, port = long_text(), free_port()
+
+    def asked_of(**fields: str) -> tuple[str, int]:
+        response = client(port).completions.create(
+            model=TINY_LM, prompt=prompt, max_tokens=8, temperature=0, extra_body=fields
+        )
+        return response.choices[0].text, response.usage.prompt_tokens_details.cached_tokens
+
+    with server(port, *STORED, str(tmp_path / "store")):
+        assert asked_of(adapters=str(adapter))[1] == 0
+        assert asked_of()[1] == 0
+        shutil.rmtree(adapter)
+        adapter_folder(adapter, tiny_lm[0], 2)
+        answer, known = asked_of(adapters=str(adapter))
+        assert known == 0
+    with server(port, "--kv-bits", "8", "--kv-window", "32"):
+        assert asked_of(adapters=str(adapter)) == (answer, 0)
+
+
+def test_prompts_in_memory_are_found_only_with_the_settings_that_they_have(tiny_lm):
+    """They would join requests with other bits in a batch, which is not possible."""
+    model, tokenizer = tiny_lm
+    prompts = KeptPrompts(Admission(10**9), 10)
+    tokens = list(range(40))
+    for bits, known in ((8, 0), (8, 40), (4, 0), (8, 40)):
+        enable(model, bits, uniform=True)
+        prompts.use(model, tokenizer, "tiny")
+        found = prompts.fetch_nearest_cache("path", [*tokens, 1])
+        assert 41 - len(found[1]) == known
+        cache = make_prompt_cache(model, bits, uniform=True)
+        model(mx.array([tokens]), cache=cache)
+        prompts.insert_cache("path", tokens, cache)
 
 
 TOKENIZER = AutoTokenizer.from_pretrained(TINY_LM)

@@ -13,7 +13,15 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.tuner.utils import load_adapters, remove_lora_layers
 from tokens import continuation
 
-from mlx_turboquant import TurboQuantKVCache, cache_size, disable, enable, make_prompt_cache
+from mlx_turboquant import (
+    TurboQuantKVCache,
+    cache_size,
+    disable,
+    enable,
+    load_prompt_cache,
+    make_prompt_cache,
+    save_prompt_cache,
+)
 from mlx_turboquant.cache.batch import BatchTurboQuantKVCache
 from mlx_turboquant.kernels import runtime
 from mlx_turboquant.lm.compression import compression_of
@@ -273,3 +281,31 @@ def test_a_cache_of_before_an_adapter_goes_on_without_the_fast_path(random_model
     dense = mlx_lm_cache.make_prompt_cache(random_model)
     assert continuation(random_model, PROMPT[:9].tolist(), dense, 5)
     assert len(continuation(random_model, PROMPT[100:103].tolist(), cache, 5)) == 5
+
+
+def test_a_shallow_copy_is_another_model(random_model, tmp_path):
+    enable(random_model, 4, window=16)
+    file = save_prompt_cache(tmp_path / "cache", random_model.make_cache(), random_model)
+    copied = copy.copy(random_model)
+    copied.model = copy.deepcopy(random_model.model)
+    load_adapters(copied, adapter_folder(tmp_path / "adapter", random_model))
+    with pytest.raises(ValueError, match="belongs to another model"):
+        load_prompt_cache(file, copied)
+    assert compression_of(copied) is not compression_of(random_model)
+    disable(copied)
+    assert [type(layer) for layer in copied.make_cache()] == [KVCache] * 2
+    assert [type(layer) for layer in random_model.make_cache()] == [TurboQuantKVCache] * 2
+    enable(copied, 4)
+    assert [type(layer) for layer in copied.make_cache()] == [TurboQuantKVCache] * 2
+    disable(copied)
+
+
+def test_caches_of_different_weights_are_not_batched(random_model, tmp_path):
+    other = copy.deepcopy(random_model)
+    load_adapters(other, adapter_folder(tmp_path / "adapter", random_model))
+    caches = [make_prompt_cache(model, 4)[0] for model in (random_model, other)]
+    with pytest.raises(ValueError, match="read with different weights cannot be batched"):
+        TurboQuantKVCache.merge(caches)
+    again = make_prompt_cache(copy.deepcopy(random_model), 4)[0]
+    assert len(TurboQuantKVCache.merge([caches[0], again]).lengths) == 2
+    disable(other)

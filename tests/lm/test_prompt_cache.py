@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import random
 import resource
 import signal
@@ -512,3 +513,25 @@ def test_a_process_that_is_killed_while_saving_leaves_a_whole_file(tmp_path):
             process.send_signal(signal.SIGKILL)
         assert_same(load_prompt_cache(file, model), cache)
     disable(model)
+
+
+@pytest.mark.parametrize(
+    "again", [lambda cache: cache, lambda cache: pickle.loads(pickle.dumps(cache))]
+)
+def test_a_cache_that_was_loaded_without_a_model_is_still_that_of_its_model(
+    random_model, saved, tmp_path, again
+):
+    cache = again(load_prompt_cache(saved))
+    save_prompt_cache(tmp_path / "same", cache, random_model)
+    with pytest.raises(ValueError, match="weights of the model have changed"):
+        save_prompt_cache(tmp_path / "other", cache, variant(random_model))
+
+
+def test_a_pickled_cache_goes_on_without_the_fast_path(random_model):
+    cache = make_prompt_cache(random_model, 4, window=16)
+    random_model(PROMPT[None, :100], cache=cache)
+    again = pickle.loads(pickle.dumps(cache))
+    assert cache[0].link.is_hooked and not again[0].link.is_hooked
+    expected = random_model(PROMPT[None, 100:103], cache=cache)
+    found = random_model(PROMPT[None, 100:103], cache=again)
+    assert mx.allclose(found, expected, atol=1e-4)  # sums in another order

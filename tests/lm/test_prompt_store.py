@@ -22,7 +22,7 @@ from tiny_families import tiny_model
 from mlx_turboquant import enable
 from mlx_turboquant import make_prompt_cache as make_compressed_cache
 from mlx_turboquant.lm import prompt_store
-from mlx_turboquant.lm.prompt_store import FORMAT_VERSION, PromptStore, clear, reading
+from mlx_turboquant.lm.prompt_store import FORMAT_VERSION, PromptStore, clear, reading, version_of
 from mlx_turboquant.lm.report import flat_caches
 
 LEAST = 16
@@ -427,6 +427,32 @@ def test_a_folder_that_is_a_file_and_a_size_of_nothing_are_refused(tmp_path):
         PromptStore(tmp_path / "file")
     with pytest.raises(ValueError, match="A store of 0 bytes holds nothing"):
         PromptStore(tmp_path / "store", 0)
+
+
+def test_clearing_leaves_what_is_not_of_the_store(model, tmp_path):
+    keep(tmp_path, model, text(0, 100))
+    sessions = tmp_path / "sessions"
+    sessions.mkdir()
+    others = [tmp_path / "mine.safetensors", sessions / "book.safetensors", sessions / "notes.md"]
+    for file in others[:2]:
+        mx.save_safetensors(str(file), {"a": mx.ones(3)})
+    others[2].write_text("of somebody")
+    assert clear(tmp_path) == 1
+    assert all(file.exists() for file in others)
+
+
+def test_a_folder_of_another_program_is_no_store(tmp_path):
+    (tmp_path / "store.json").write_text('{"format": 1}')
+    assert version_of(tmp_path) is None
+
+
+def test_an_entry_that_cannot_be_looked_at_is_passed_over(model, tmp_path, caplog):
+    tokens = text(0, 100)
+    store = keep(tmp_path, model, tokens)
+    loop = tmp_path / f"{'0' * 32}.safetensors"
+    loop.symlink_to(loop)
+    assert find(store, model, [*tokens, 1])[1] == 100
+    assert "cannot be read" in caplog.text and loop.is_symlink()
 
 
 class Store(RuleBasedStateMachine):
