@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import threading
 import time
@@ -399,11 +400,11 @@ def clear(folder: Path) -> int:
 
 
 def _is_conversation(file: Path) -> bool:
-    """Whether a file in the folder of conversations is one, or cannot be read."""
+    """Whether a file in the folder of conversations is one, or a damaged one by its name."""
     try:
         return "0.chat" in read_header(file)["__metadata__"]
-    except (ValueError, OSError):
-        return True
+    except (ValueError, OSError, LookupError):
+        return re.fullmatch(r"\d{4}-\d\d-\d\d-\d{6}", file.stem) is not None
 
 
 def key_of(model: nn.Module, cache: list[Any], scope: str = "") -> str:
