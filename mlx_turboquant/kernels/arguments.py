@@ -31,28 +31,10 @@ def _half_coefficients(polynomial: tuple[float, float, float], bits: int) -> tup
 
 
 @cache
-def gains(quantizer: TurboQuantizer) -> mx.array:
-    """The gains that are tried, ascending: float32."""
-    return constant(quantizer.gains)
-
-
-@cache
-def signs(quantizer: TurboQuantizer) -> mx.array:
-    """The signs of the randomized Hadamard matrix, ones for a dense rotation: float32 (dim,)."""
-    if quantizer.rotation.factors is None:
-        return constant(mx.ones(quantizer.dim))
-    return quantizer.rotation.signs
-
-
-def order_and_power(quantizer: TurboQuantizer) -> tuple[int, int]:
-    """ORDER and POWER of ``rotation.h``, whose product is the dimension."""
-    return quantizer.rotation.factors or (quantizer.dim, 1)
-
-
-@cache
 def rotation(quantizer: TurboQuantizer) -> mx.array:
     """Signs and matrix of the rotation in one array, see ``rotation.h``: float32."""
-    return constant(mx.concatenate([signs(quantizer), quantizer.rotation.matrix.flatten()]))
+    parts = quantizer.rotation
+    return constant(mx.concatenate([parts.signs, parts.matrix.flatten()]))
 
 
 @cache
