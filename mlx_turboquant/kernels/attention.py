@@ -72,7 +72,9 @@ def decode_attention(
         ValueError: shapes that do not fit each other, or counts beyond the buffers.
     """
     _check_shapes(queries, tokens)
-    kernel = DecodeAttention.of(queries, tokens, mask, sinks)
+    kernel, wanted = None, DecodeAttention.configuration(queries, tokens, mask, sinks)
+    if supports(DecodeAttention.name, max(wanted.keys.dim, wanted.values.dim), _MAX_DIM):
+        kernel = checked(DecodeAttention, wanted)
     if kernel is None:
         return reference.decode_attention(queries, tokens, scale, mask, sinks)
     return kernel(queries, tokens, scale, mask, sinks)
@@ -142,7 +144,7 @@ class DecodeAttention:
 
     def _build(self, tuning: Tuning) -> Launch:
         wanted = self._configuration
-        order, power = arguments.order_and_power(wanted.keys)
+        order, power = wanted.keys.rotation.factors
         mask = MASK_KINDS.index(wanted.mask_kind)
         rows, coordinates = self._rows(tuning), self._coordinates(tuning)
         constants: dict[str, Constant] = {
@@ -187,7 +189,7 @@ class DecodeAttention:
 
     def _build_combine(self) -> Launch:
         wanted = self._configuration
-        order, power = arguments.order_and_power(wanted.values)
+        order, power = wanted.values.rotation.factors
         inputs = ("partial", "mean", "rotation", "sizes")
         coordinates = -(-wanted.values.dim // LANES)
         constants: dict[str, Constant] = {
@@ -202,20 +204,6 @@ class DecodeAttention:
         return build(
             "combine", (*inputs, "sinks") if wanted.has_sinks else inputs, ("out",), constants
         )
-
-    @classmethod
-    def of(
-        cls,
-        queries: mx.array,
-        tokens: VisibleTokens,
-        mask: None | str | mx.array,
-        sinks: mx.array | None,
-    ) -> "DecodeAttention | None":
-        """The kernels for such arguments; None where plain MLX takes their place."""
-        dim = max(tokens.keys.quantizer.dim, tokens.values.quantizer.dim)
-        if not supports(cls.name, dim, _MAX_DIM):
-            return None
-        return checked(cls, cls.configuration(queries, tokens, mask, sinks))
 
     @staticmethod
     def configuration(

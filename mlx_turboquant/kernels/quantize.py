@@ -24,6 +24,8 @@ from .tokens import BLOCK, VisibleTokens
 
 _PARAMETERS = ("mean", "levels", "thresholds", "gains", "signs", "matrix")
 _RESTORED = ("codes", "scales", "mean", "constants")
+# The coordinates of a vector of quantize.metal are in the registers of one SIMD group.
+_MAX_DIM = 1024
 # Tokens that a SIMD group of dequantize.metal restores.
 _RESTORED_TOKENS = 32
 
@@ -36,7 +38,9 @@ def quantize(
     Vectors are (B, H, n, dim), from which float32 means (B, H, 1, dim) are subtracted. The scale of
     the quantizers must be "unbiased". Codes are (B, H, n, words), scales bfloat16 (B, H, n).
     """
-    kernel = Quantize.of([x.dtype for x in vectors], quantizers)
+    kernel = None
+    if supports(Quantize.name, max(each.dim for each in quantizers), _MAX_DIM):
+        kernel = checked(Quantize, tuple(x.dtype for x in vectors), tuple(quantizers))
     if kernel is None:
         return [reference.quantize(*each) for each in zip(vectors, means, quantizers)]
     return kernel(vectors, means)
@@ -49,7 +53,8 @@ def dense(tokens: VisibleTokens) -> list[mx.array]:
     """
     if tokens.packed_count == 0:
         return [_exact_tokens(tokens, exact) for _, exact in tokens.sides]
-    kernel = Dequantize.of(tokens)
+    dtypes = tuple(exact.dtype for _, exact in tokens.sides)
+    kernel = checked(Dequantize, dtypes, tuple(packed.quantizer for packed, _ in tokens.sides))
     return reference.dense(tokens) if kernel is None else kernel(tokens)
 
 
@@ -75,7 +80,7 @@ def inner_product(
             f"Queries of shape {queries.shape} and packed vectors of shape {packed.scales.shape} "
             "have different leading axes: use the same."
         )
-    kernel = InnerProduct.of(quantizer)
+    kernel = checked(InnerProduct, quantizer)
     if kernel is None:
         return quantizer.inner_product(queries, packed)
     return kernel(queries, packed)
@@ -85,8 +90,6 @@ class Quantize:
     """``quantize.metal`` for keys and values of these dtypes; alone, keys are packed twice."""
 
     name = "quantize"
-    # The coordinates of a vector are in the registers of one SIMD group.
-    _MAX_DIM = 1024
 
     def __init__(self, dtypes: tuple[mx.Dtype, ...], quantizers: tuple[TurboQuantizer, ...]):
         self._dtypes = dtypes
@@ -95,7 +98,7 @@ class Quantize:
         self._most_lanes = 0
         for name, dtype, quantizer in zip(("", "VALUE_"), _both(dtypes), _both(quantizers)):
             dim, bits = quantizer.dim, quantizer.bits
-            order, power = arguments.order_and_power(quantizer)
+            order, power = quantizer.rotation.factors
             lanes = 32 if dim > 256 else 16 if dim > 128 else 8
             constants |= {f"{name}T": dtype, f"{name}DIM": dim, f"{name}ORDER": order}
             constants |= {f"{name}POWER": power, f"{name}VECTOR_LANES": lanes}
@@ -109,15 +112,6 @@ class Quantize:
         ]
         outputs = ("key_codes", "key_scales", "value_codes", "value_scales")
         self._launch = build(self.name, (*inputs, "sizes"), outputs, constants, cuda_blocks=3)
-
-    @classmethod
-    def of(
-        cls, dtypes: Sequence[mx.Dtype], quantizers: Sequence[TurboQuantizer]
-    ) -> "Quantize | None":
-        """The kernel for vectors of these dtypes; None where plain MLX takes its place."""
-        if not supports(cls.name, max(each.dim for each in quantizers), cls._MAX_DIM):
-            return None
-        return checked(cls, tuple(dtypes), tuple(quantizers))
 
     def check(self) -> Agreement:
         """Compares squared errors: codes may differ where values or gains tie within rounding."""
@@ -146,8 +140,8 @@ class Quantize:
                 mean,
                 arguments.levels(quantizer),
                 quantizer.thresholds,
-                arguments.gains(quantizer),
-                arguments.signs(quantizer),
+                quantizer.gains,
+                quantizer.rotation.signs,
                 quantizer.rotation.matrix,
             ]
             words = words_per_vector(quantizer.dim, quantizer.bits)
@@ -177,7 +171,7 @@ class Dequantize:
         self._groups = min(4, THREADGROUP_BYTES // (4 * longest))
         constants: dict[str, Constant] = {"SIDES": len(quantizers)}
         for name, dtype, quantizer in zip(("", "VALUE_"), _both(dtypes), _both(quantizers)):
-            order, power = arguments.order_and_power(quantizer)
+            order, power = quantizer.rotation.factors
             constants |= {f"{name}T": dtype, f"{name}DIM": quantizer.dim, f"{name}ORDER": order}
             constants |= {f"{name}POWER": power, f"{name or 'KEY_'}BITS": quantizer.bits}
         inputs = [
@@ -187,12 +181,6 @@ class Dequantize:
         ]
         constants |= {"GROUPS": self._groups}
         self._launch = build(self.name, (*inputs, "sizes"), ("keys", "values"), constants)
-
-    @classmethod
-    def of(cls, tokens: VisibleTokens) -> "Dequantize | None":
-        """The kernel for such tokens; None where plain MLX takes its place."""
-        dtypes = tuple(exact.dtype for _, exact in tokens.sides)
-        return checked(cls, dtypes, tuple(packed.quantizer for packed, _ in tokens.sides))
 
     def check(self) -> Agreement:
         """Compares dense keys and values of 90 tokens."""
@@ -238,11 +226,6 @@ class InnerProduct:
         }
         inputs = ("queries", "codes", "scales", "levels", "sizes")
         self._launch = build(self.name, inputs, ("out",), constants)
-
-    @classmethod
-    def of(cls, quantizer: TurboQuantizer) -> "InnerProduct | None":
-        """The kernel for a quantizer; None where plain MLX takes its place."""
-        return checked(cls, quantizer)
 
     def check(self) -> Agreement:
         """Compares the products of five queries."""

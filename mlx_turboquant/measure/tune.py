@@ -8,11 +8,10 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..codec.packing import words_per_vector
 from ..kernels.attention import Configuration, DecodeAttention
 from ..kernels.runtime import backend
-from ..kernels.storage import shared_quantizer
-from ..kernels.tokens import BLOCK, CAPACITY_UNIT, PackedSide, VisibleTokens
+from ..kernels.storage import PackedKV, layouts_of, shared_quantizer
+from ..kernels.tokens import VisibleTokens
 from ..kernels.tuning import (
     Tuning,
     Tunings,
@@ -127,19 +126,30 @@ def _tune_length(
 
 
 class _Setup:
-    """One token's queries and random tokens, packed and dense."""
+    """One token's queries and random tokens, dense and packed."""
 
     def __init__(self, heads: Heads, length: int):
-        self._tokens = _random_tokens(heads, length)
-        shape = (1, heads.key_heads * heads.group, 1, heads.dim)
-        self.queries = mx.random.normal(shape).astype(mx.bfloat16)
+        dims = (heads.dim, heads.value_dim)
+        self.queries = _random(heads.key_heads * heads.group, 1, heads.dim)
         self._scale = heads.dim**-0.5
         # Without the exact ones: for most numbers of tokens MLX takes a slow way on CUDA.
-        self._dense = [
-            mx.random.normal((1, heads.key_heads, length, dim)).astype(mx.bfloat16)
-            for dim in (heads.dim, heads.value_dim)
-        ]
-        mx.eval(self.queries, self._dense)
+        self._dense = [_random(heads.key_heads, length, dim) for dim in dims]
+        exact = [_random(heads.key_heads, _EXACT_TOKENS, dim) for dim in dims]
+        if heads.is_latent:
+            exact[1] = exact[0]
+        packed = PackedKV(layouts_of(_BITS, None if heads.is_latent else _BITS), seed=0)
+        packed.append(self._dense[: len(packed.layouts)])
+        self._tokens = VisibleTokens(
+            keys=packed.sides[0],
+            values=packed.sides[-1],
+            packed_count=length,
+            exact_keys=exact[0],
+            exact_values=exact[1],
+            exact_count=_EXACT_TOKENS,
+            sink_count=4,
+            recent_start=4,
+        )
+        mx.eval(self.queries, self._dense, exact, packed.arrays)
 
     def exact(self, queries: mx.array) -> mx.array:
         """MLX's own attention over dense keys and values."""
@@ -201,40 +211,6 @@ def _chain(attend: Attend, queries: mx.array, count: int) -> float:
     return (time.perf_counter() - begin) / count
 
 
-def _random_tokens(heads: Heads, length: int) -> VisibleTokens:
-    """Any codes: what they are does not matter to the speed."""
-    capacity = -(-length // CAPACITY_UNIT) * CAPACITY_UNIT
-
-    def codes(*shape: int) -> mx.array:
-        return mx.random.randint(0, 1 << 31, shape, mx.uint32)
-
-    sides = []
-    for interleaved, dim in ((True, heads.dim), (False, heads.value_dim)):
-        words = words_per_vector(dim, _BITS)
-        shape = (capacity // BLOCK, words, BLOCK) if interleaved else (capacity, words)
-        sides.append(
-            PackedSide(
-                shared_quantizer(dim, _BITS, 0),
-                interleaved,
-                codes(1, heads.key_heads, *shape),
-                mx.ones((1, heads.key_heads, capacity), mx.bfloat16),
-                mx.zeros((1, heads.key_heads, 1, dim)),
-            )
-        )
-    exact = [
-        mx.random.normal((1, heads.key_heads, _EXACT_TOKENS, dim)).astype(mx.bfloat16)
-        for dim in (heads.dim, heads.value_dim)
-    ]
-    if heads.is_latent:
-        sides[1], exact[1] = sides[0], exact[0]
-    mx.eval([side[2:] for side in sides], exact)
-    return VisibleTokens(
-        keys=sides[0],
-        values=sides[1],
-        packed_count=length,
-        exact_keys=exact[0],
-        exact_values=exact[1],
-        exact_count=_EXACT_TOKENS,
-        sink_count=4,
-        recent_start=4,
-    )
+def _random(heads: int, count: int, dim: int) -> mx.array:
+    """Vectors of one sequence: bfloat16 (1, heads, count, dim)."""
+    return mx.random.normal((1, heads, count, dim)).astype(mx.bfloat16)
