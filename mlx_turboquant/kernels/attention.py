@@ -46,6 +46,20 @@ _INPUTS = (
     "constants",
     "sizes",
 )
+# The array ``sizes`` of decode_attention.metal, which knows these names. Columns of the mask are
+# sinks, packed tokens and recent ones, whose place in the exact buffers is RECENT_SHIFT before
+# their column. From SPANS on there is a Span for each sequence.
+_SIZES = (
+    "EXACT_COUNT",
+    "SPLITS",
+    "PACKED_SPLITS",
+    "SINK_COLUMNS",
+    "RECENT_SHIFT",
+    "MASK_BATCH_STRIDE",
+    "MASK_HEAD_STRIDE",
+    "MASK_ROW_STRIDE",
+    "SPANS",
+)
 
 
 def decode_attention(
@@ -78,26 +92,6 @@ def decode_attention(
     if kernel is None:
         return reference.decode_attention(queries, tokens, scale, mask, sinks)
     return kernel(queries, tokens, scale, mask, sinks)
-
-
-class Sizes(NamedTuple):
-    """The beginning of the array ``sizes`` of decode_attention.metal, which knows these names.
-
-    Columns of the mask are sinks, packed tokens and recent ones, whose place in the exact buffers
-    is ``recent_shift`` before their column. ``spans`` follow: a :class:`.Span` for each sequence.
-    """
-
-    exact_count: int
-    splits: int
-    packed_splits: int
-    sink_columns: int
-    recent_shift: int
-    mask_batch_stride: int
-    mask_head_stride: int
-    mask_row_stride: int
-
-
-_SIZES = {name.upper(): place for place, name in enumerate((*Sizes._fields, "spans"))}
 
 
 class Configuration(NamedTuple):
@@ -167,7 +161,7 @@ class DecodeAttention:
             "SIMDS": tuning.simds,
             "HALF_SUMS": self._target.half_sums,
             "AHEAD": self._target.ahead,
-            **_SIZES,
+            **{name: place for place, name in enumerate(_SIZES)},
         }
         inputs = (*_INPUTS, "mask") if mask > 1 else _INPUTS
         blocks = 1 if rows * self._lane_values(coordinates) > 32 else 2
@@ -356,8 +350,8 @@ def _divided(
     packed_splits = max(1, -(-blocks // steps))
     splits = packed_splits - (-exact_count // (2 * steps * exact_step))
     recent_shift = sink_count + packed_count - recent_start
-    sizes = Sizes(exact_count, splits, packed_splits, sink_count, recent_shift, *mask_strides)
     spans = spans or (Span(packed_count, sink_count, recent_start),)
+    sizes = (exact_count, splits, packed_splits, sink_count, recent_shift, *mask_strides)
     return splits, packed_splits, arguments.sizes(*sizes, *chain(*spans))
 
 

@@ -94,17 +94,12 @@ class Quantize:
     def __init__(self, dtypes: tuple[mx.Dtype, ...], quantizers: tuple[TurboQuantizer, ...]):
         self._dtypes = dtypes
         self._quantizers = quantizers
-        constants: dict[str, Constant] = {"GROUPS": SIMDS}
-        self._most_lanes = 0
-        for name, dtype, quantizer in zip(("", "VALUE_"), _both(dtypes), _both(quantizers)):
-            dim, bits = quantizer.dim, quantizer.bits
-            order, power = quantizer.rotation.factors
-            lanes = 32 if dim > 256 else 16 if dim > 128 else 8
-            constants |= {f"{name}T": dtype, f"{name}DIM": dim, f"{name}ORDER": order}
-            constants |= {f"{name}POWER": power, f"{name}VECTOR_LANES": lanes}
-            constants |= {f"{name or 'KEY_'}BITS": bits}
-            constants |= {f"{name or 'KEY_'}GAINS": len(quantizer.gains)}
-            self._most_lanes = max(self._most_lanes, lanes)
+        constants = {"GROUPS": SIMDS, **_constants(dtypes, quantizers)}
+        lanes = [32 if q.dim > 256 else 16 if q.dim > 128 else 8 for q in _both(quantizers)]
+        constants["VECTOR_LANES"], constants["VALUE_VECTOR_LANES"] = lanes
+        gains = [q.gains.size for q in _both(quantizers)]
+        constants["KEY_GAINS"], constants["VALUE_GAINS"] = gains
+        self._most_lanes = max(lanes)
         inputs = [
             name
             for side in ("key", "value")
@@ -169,17 +164,13 @@ class Dequantize:
         self._quantizers = quantizers
         longest = max(quantizer.dim for quantizer in quantizers)
         self._groups = min(4, THREADGROUP_BYTES // (4 * longest))
-        constants: dict[str, Constant] = {"SIDES": len(quantizers)}
-        for name, dtype, quantizer in zip(("", "VALUE_"), _both(dtypes), _both(quantizers)):
-            order, power = quantizer.rotation.factors
-            constants |= {f"{name}T": dtype, f"{name}DIM": quantizer.dim, f"{name}ORDER": order}
-            constants |= {f"{name}POWER": power, f"{name or 'KEY_'}BITS": quantizer.bits}
+        constants = {"SIDES": len(quantizers), "GROUPS": self._groups}
+        constants |= _constants(dtypes, quantizers)
         inputs = [
             name
             for side in ("key", "value")
             for name in (*(f"{side}_{part}" for part in _RESTORED), f"exact_{side}s")
         ]
-        constants |= {"GROUPS": self._groups}
         self._launch = build(self.name, (*inputs, "sizes"), ("keys", "values"), constants)
 
     def check(self) -> Agreement:
@@ -260,6 +251,18 @@ class InnerProduct:
 def _both(sides: Sequence) -> Sequence:
     """Keys and values; one side alone, which the text of the kernels does not know, twice."""
     return sides if len(sides) == 2 else (sides[0], sides[0])
+
+
+def _constants(
+    dtypes: Sequence[mx.Dtype], quantizers: Sequence[TurboQuantizer]
+) -> dict[str, Constant]:
+    """What the text of both kernels needs to know of keys and of values."""
+    constants: dict[str, Constant] = {}
+    for name, dtype, quantizer in zip(("", "VALUE_"), _both(dtypes), _both(quantizers)):
+        order, power = quantizer.rotation.factors
+        constants |= {f"{name}T": dtype, f"{name}DIM": quantizer.dim, f"{name}ORDER": order}
+        constants |= {f"{name}POWER": power, f"{name or 'KEY_'}BITS": quantizer.bits}
+    return constants
 
 
 def _example(quantizer: TurboQuantizer, dtype: mx.Dtype) -> mx.array:

@@ -127,6 +127,11 @@ def tuning_path() -> Path:
     return user_cache_path("mlx_turboquant") / "tunings.json"
 
 
+def as_entries(tunings: Tunings) -> list[dict[str, int]]:
+    """Tunings as files and reports have them."""
+    return [{"packed_tokens": least, **tuning._asdict()} for least, tuning in tunings]
+
+
 def save_tunings(found: dict[str, Tunings]) -> Path:
     """Add tunings, by :func:`heads_key`, to those of this machine; later kernels use them.
 
@@ -138,10 +143,7 @@ def save_tunings(found: dict[str, Tunings]) -> Path:
         "format": _FORMAT_VERSION,
         "device": device_name(),
         "kernels": kernel_version(),
-        "tunings": {
-            heads: [{"packed_tokens": least, **tuning._asdict()} for least, tuning in each]
-            for heads, each in (_load(file) | found).items()
-        },
+        "tunings": {heads: as_entries(each) for heads, each in (_load(file) | found).items()},
     }
     write_json(file, contents)
     saved_tunings.cache_clear()

@@ -45,23 +45,16 @@ class Measured(NamedTuple):
     is_table: bool
 
 
-class Ratio(NamedTuple):
-    """The time of our attention over so many packed tokens, to that of MLX's own with bfloat16."""
+def ratio(heads: Heads, length: int) -> float | None:
+    """The time of our attention over ``length`` packed tokens, to that of MLX's own with bfloat16.
 
-    heads: str
-    tokens: int
-    ratio: float | None
-
-
-def ratio(heads: Heads, length: int) -> Ratio:
-    """Measured with the settings in use; None where the kernel does not run."""
+    Measured with the settings in use; None where the kernel does not run.
+    """
     setup = _Setup(heads, length)
     kernel = _kernel(heads, None)
     arms = {"exact": setup.exact, "ours": kernel and setup.attention(kernel)}
     seconds = _seconds(arms, setup.queries)
-    name = heads_key(heads.dim, heads.value_dim, heads.group)
-    name += f" on {heads.key_heads} key heads"
-    return Ratio(name, length, seconds["ours"] / seconds["exact"] if kernel else None)
+    return seconds["ours"] / seconds["exact"] if kernel else None
 
 
 def tune(heads: Heads) -> Iterator[Measured]:
@@ -121,8 +114,7 @@ def _tune_length(
     fastest = min(seconds, key=seconds.get)
     if seconds[fastest] > (1 - _LEAST_GAIN) * seconds[table]:
         fastest = table
-    is_table = fastest == table
-    return Measured(length, mlx, seconds[table], seconds[fastest], fastest, is_table)
+    return Measured(length, mlx, seconds[table], seconds[fastest], fastest, fastest == table)
 
 
 class _Setup:
