@@ -86,9 +86,9 @@ def decode_attention(
         ValueError: shapes that do not fit each other, or counts beyond the buffers.
     """
     _check_shapes(queries, tokens)
-    kernel, wanted = None, DecodeAttention.configuration(queries, tokens, mask, sinks)
-    if supports(DecodeAttention.name, max(wanted.keys.dim, wanted.values.dim), _MAX_DIM):
-        kernel = checked(DecodeAttention, wanted)
+    wanted = DecodeAttention.configuration(queries, tokens, mask, sinks)
+    fits = supports(DecodeAttention.name, max(wanted.keys.dim, wanted.values.dim), _MAX_DIM)
+    kernel = checked(DecodeAttention, wanted) if fits else None
     if kernel is None:
         return reference.decode_attention(queries, tokens, scale, mask, sinks)
     return kernel(queries, tokens, scale, mask, sinks)
@@ -268,16 +268,10 @@ class DecodeAttention:
         if tuning is None:
             tuning = tuning_for(self.tunings, heads * tokens.packed_count)
         tiles = self._tiles[tuning]
+        most = tuning.threadgroups // (heads * tiles)
+        columns = Span(tokens.packed_count, tokens.sink_count, tokens.recent_start)
         splits, packed_splits, sizes = _divided(
-            tuning.threadgroups // (heads * tiles),
-            tuning.tokens * LANES * tuning.simds,
-            _EXACT_TOKENS * tuning.simds,
-            tokens.packed_count,
-            tokens.exact_count,
-            tokens.sink_count,
-            tokens.recent_start,
-            tokens.spans,
-            strides,
+            tuning, most, tokens.exact_count, columns, tokens.spans, strides
         )
         inputs = [
             queries,
@@ -329,30 +323,26 @@ def mask_kind(mask: None | str | mx.array) -> str:
 
 @lru_cache(maxsize=64)
 def _divided(
+    tuning: Tuning,
     most: int,
-    packed_step: int,
-    exact_step: int,
-    packed_count: int,
     exact_count: int,
-    sink_count: int,
-    recent_start: int,
+    columns: Span,
     spans: tuple[Span, ...],
     mask_strides: tuple[int, int, int],
 ) -> tuple[int, int, mx.array]:
     """Threadgroups of a head, those of its packed tokens (at most ``most``), and the sizes.
 
-    A threadgroup takes ``packed_step`` or ``exact_step`` tokens in a step. Those of packed tokens
-    all take the same number of steps; those of exact tokens few enough to run beside them. The
-    sizes are those of decode_attention.metal, for all layers of a step.
+    Threadgroups of packed tokens all take the same number of steps; those of exact tokens few
+    enough to run beside them. The sizes are those of decode_attention.metal, for all layers of a
+    step. The ``columns`` of all sequences are divided as a sequence with these numbers would be.
     """
-    blocks = -(-packed_count // packed_step)
+    blocks = -(-columns.packed // (tuning.tokens * LANES * tuning.simds))
     steps = max(1, -(-blocks // max(1, most)))
     packed_splits = max(1, -(-blocks // steps))
-    splits = packed_splits - (-exact_count // (2 * steps * exact_step))
-    recent_shift = sink_count + packed_count - recent_start
-    spans = spans or (Span(packed_count, sink_count, recent_start),)
-    sizes = (exact_count, splits, packed_splits, sink_count, recent_shift, *mask_strides)
-    return splits, packed_splits, arguments.sizes(*sizes, *chain(*spans))
+    splits = packed_splits - (-exact_count // (2 * steps * _EXACT_TOKENS * tuning.simds))
+    recent_shift = columns.sinks + columns.packed - columns.recent_start
+    sizes = (exact_count, splits, packed_splits, columns.sinks, recent_shift, *mask_strides)
+    return splits, packed_splits, arguments.sizes(*sizes, *chain(*(spans or (columns,))))
 
 
 def _check_shapes(queries: mx.array, tokens: VisibleTokens) -> None:

@@ -38,9 +38,9 @@ def quantize(
     Vectors are (B, H, n, dim), from which float32 means (B, H, 1, dim) are subtracted. The scale of
     the quantizers must be "unbiased". Codes are (B, H, n, words), scales bfloat16 (B, H, n).
     """
-    kernel = None
-    if supports(Quantize.name, max(each.dim for each in quantizers), _MAX_DIM):
-        kernel = checked(Quantize, tuple(x.dtype for x in vectors), tuple(quantizers))
+    fits = supports(Quantize.name, max(each.dim for each in quantizers), _MAX_DIM)
+    dtypes = tuple(x.dtype for x in vectors)
+    kernel = checked(Quantize, dtypes, tuple(quantizers)) if fits else None
     if kernel is None:
         return [reference.quantize(*each) for each in zip(vectors, means, quantizers)]
     return kernel(vectors, means)
@@ -232,15 +232,14 @@ class InnerProduct:
         threads = LANES * SIMDS
         threadgroups = -(-count // threads)
         rows, tiles = packed.scales.size // count, -(-query_count // self._queries)
-        inputs = [
-            self._quantizer.rotation.apply(queries),
-            packed.codes,
-            packed.scales,
-            arguments.levels(self._quantizer),
-            arguments.sizes(query_count, count),
-        ]
         return self._launch(
-            inputs=inputs,
+            inputs=[
+                self._quantizer.rotation.apply(queries),
+                packed.codes,
+                packed.scales,
+                arguments.levels(self._quantizer),
+                arguments.sizes(query_count, count),
+            ],
             grid=(threadgroups * threads, rows, tiles),
             threadgroup=(threads, 1, 1),
             output_shapes=[(*leading, query_count, count)],

@@ -96,11 +96,7 @@ def _checked_backend(name: str | None, origin: str) -> str:
 
 
 def checked(kernel: type[AnyKernel], *configuration: Hashable) -> AnyKernel | None:
-    """The kernel of a configuration; None where plain MLX takes its place.
-
-    There is none without a backend, and none for a configuration that does not compile or that
-    disagrees with plain MLX. The answer, and its warning, hold for the process.
-    """
+    """The kernel of a configuration; None where plain MLX takes its place."""
     target = backend()
     return None if target == "reference" else _checked(target, kernel, *configuration)
 

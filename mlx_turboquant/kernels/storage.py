@@ -181,15 +181,10 @@ class PackedKV:
         """Forget the oldest tokens of some sequences: all of them, or a multiple of 32."""
         moved = []
         for side in self.sides:
-            arrays = []
-            for x, count in (
-                (side.codes, _slots(side.interleaved, forgotten)),
-                (side.scales, forgotten),
-            ):
-                later, x = x[rows, :, count:], mx.array(x)
-                x[rows, :, : later.shape[2]] = later
-                arrays.append(x)
-            moved.append(side._replace(codes=arrays[0], scales=arrays[1]))
+            codes, scales = mx.array(side.codes), mx.array(side.scales)
+            for x, count in ((codes, _slots(side.interleaved, forgotten)), (scales, forgotten)):
+                x[rows, :, : x.shape[2] - count] = x[rows, :, count:]
+            moved.append(side._replace(codes=codes, scales=scales))
         self.sides = moved
         mx.eval([(side.codes, side.scales) for side in moved])  # see _reserve
 
@@ -246,13 +241,8 @@ class PackedKV:
             if count == 0:
                 check_state(all(x is None for x in arrays), "codes of no tokens")
                 continue
-            expected = (
-                (_codes_shape(layout, tuple(heads), dim, count), mx.uint32),
-                ((*heads, count), mx.bfloat16),
-                ((*heads, 1, dim), mx.float32),
-            )
             what = f"codes, scales and means of {count} tokens are not of their shape"
-            for x, (shape, dtype) in zip(arrays, expected):
+            for x, (shape, dtype) in zip(arrays, _shapes(layout, tuple(heads), dim, count)):
                 check_state(isinstance(x, mx.array) and x.shape == shape and x.dtype == dtype, what)
             quantizer = shared_quantizer(dim, layout.bits, self.seed)
             side = PackedSide(quantizer, layout.interleaved, *arrays)
@@ -272,18 +262,18 @@ def beginning_of(used: Sequence[Any], count: int) -> list[Any]:
 
 def _empty(layout: Layout, heads: tuple[int, ...], dim: int, seed: int) -> PackedSide:
     """Vectors of a side of (B, H) heads that hold no token; the mean is zeros."""
-    return PackedSide(
-        shared_quantizer(dim, layout.bits, seed),
-        layout.interleaved,
-        mx.zeros(_codes_shape(layout, heads, dim, 0), mx.uint32),
-        mx.zeros((*heads, 0), mx.bfloat16),
-        mx.zeros((*heads, 1, dim)),
-    )
+    arrays = [mx.zeros(*each) for each in _shapes(layout, heads, dim, 0)]
+    return PackedSide(shared_quantizer(dim, layout.bits, seed), layout.interleaved, *arrays)
 
 
-def _codes_shape(layout: Layout, heads: tuple[int, ...], dim: int, tokens: int) -> tuple[int, ...]:
-    shape = (*heads, _slots(layout.interleaved, tokens), words_per_vector(dim, layout.bits))
-    return (*shape, BLOCK) if layout.interleaved else shape
+def _shapes(
+    layout: Layout, heads: tuple[int, ...], dim: int, tokens: int
+) -> list[tuple[tuple[int, ...], mx.Dtype]]:
+    """Shapes and dtypes of codes, scales and mean of (B, H) heads."""
+    codes = (*heads, _slots(layout.interleaved, tokens), words_per_vector(dim, layout.bits))
+    if layout.interleaved:
+        codes = (*codes, BLOCK)
+    return [(codes, mx.uint32), ((*heads, tokens), mx.bfloat16), ((*heads, 1, dim), mx.float32)]
 
 
 def _resized(side: PackedSide, capacity: int) -> PackedSide:

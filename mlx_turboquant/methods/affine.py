@@ -60,7 +60,6 @@ class Affine(Method):
         return AffineVectors(codes, scales.astype(mx.bfloat16), offsets.astype(mx.bfloat16))
 
     def _values(self, packed: AffineVectors) -> mx.array:
-        # One axis more, because MLX takes no array of a single axis.
-        codes, scales, offsets = (part[None] for part in packed)
+        codes, scales, offsets = (part[None] for part in packed)  # as in _pack
         scales, offsets = scales.astype(mx.float32), offsets.astype(mx.float32)
         return mx.dequantize(codes, scales, offsets, self.group_size, self.bits)[0]
