@@ -11,15 +11,13 @@ import numpy as np
 
 from .constants import constant
 
-_ODD_ORDERS = (1, 12, 20, 28)
-
 
 def hadamard_factors(dim: int) -> tuple[int, int] | None:
     """(m, 2^k) with dim = m * 2^k and m in {1, 12, 20, 28}, or None if there is no such pair.
 
     This is checked here because ``mx.hadamard_transform`` does not refuse every other dimension.
     """
-    for order in _ODD_ORDERS:
+    for order in (1, 12, 20, 28):
         power = dim // order
         if dim % order == 0 and power & (power - 1) == 0:
             return order, power
@@ -84,8 +82,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 @cache
 def _random_signs(dim: int, seed: int) -> mx.array:
-    signs = 1 - 2 * (_random_bits(dim, seed) >> np.uint64(63)).astype(np.float32)
-    return constant(signs)
+    return constant(1 - 2 * (_random_bits(dim, seed) >> np.uint64(63)).astype(np.float32))
 
 
 @lru_cache(maxsize=8)

@@ -7,20 +7,8 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..codec.quantizer import TurboQuantizer
-from . import arguments, reference
-from .runtime import (
-    LANES,
-    THREADGROUP_BYTES,
-    Agreement,
-    Constant,
-    Launch,
-    backend,
-    build,
-    checked,
-    compare,
-    supports,
-    worst,
-)
+from . import arguments, reference, runtime
+from .runtime import LANES, THREADGROUP_BYTES, Agreement, Constant, Launch
 from .tokens import BLOCK, CAPACITY_UNIT, Span, VisibleTokens
 from .tuning import TARGETS, Tuning, Tunings, tuning_for, tunings
 
@@ -87,8 +75,8 @@ def decode_attention(
     """
     _check_shapes(queries, tokens)
     wanted = DecodeAttention.configuration(queries, tokens, mask, sinks)
-    fits = supports(DecodeAttention.name, max(wanted.keys.dim, wanted.values.dim), _MAX_DIM)
-    kernel = checked(DecodeAttention, wanted) if fits else None
+    fits = runtime.supports(DecodeAttention.name, max(wanted.keys.dim, wanted.values.dim), _MAX_DIM)
+    kernel = runtime.checked(DecodeAttention, wanted) if fits else None
     if kernel is None:
         return reference.decode_attention(queries, tokens, scale, mask, sinks)
     return kernel(queries, tokens, scale, mask, sinks)
@@ -124,9 +112,9 @@ class DecodeAttention:
         wanted = self._configuration = configuration
         self._group_rows = wanted.group * wanted.rows
         self._wider = max(wanted.keys.dim, wanted.values.dim)
-        self._target = TARGETS["cuda" if backend() == "cuda" else "metal"]
+        self._target = TARGETS["cuda" if runtime.backend() == "cuda" else "metal"]
         self.tunings = chosen or tunings(
-            backend(), wanted.keys.dim, wanted.values.dim, self._group_rows
+            runtime.backend(), wanted.keys.dim, wanted.values.dim, self._group_rows
         )
         self._attend: dict[Tuning, Launch] = {
             tuning: self._build(tuning) for _, tuning in self.tunings
@@ -165,7 +153,7 @@ class DecodeAttention:
         }
         inputs = (*_INPUTS, "mask") if mask > 1 else _INPUTS
         blocks = 1 if rows * self._lane_values(coordinates) > 32 else 2
-        return build(self.name, inputs, ("partial",), constants, blocks)
+        return runtime.build(self.name, inputs, ("partial",), constants, blocks)
 
     def _rows(self, tuning: Tuning) -> int:
         """Query rows of a threadgroup: as few threadgroups as possible, all as full as possible."""
@@ -195,7 +183,7 @@ class DecodeAttention:
             "SIMDS": self._combine_simds,
             "BATCH": max(1, self._target.combined // max(4, coordinates)),
         }
-        return build(
+        return runtime.build(
             "combine", (*inputs, "sinks") if wanted.has_sinks else inputs, ("out",), constants
         )
 
@@ -208,6 +196,8 @@ class DecodeAttention:
     ) -> Configuration:
         """What decides which kernels such arguments need."""
         _, query_heads, rows, _ = queries.shape
+        if isinstance(mask, mx.array):
+            mask = "boolean" if mask.dtype == mx.bool_ else "additive"
         return Configuration(
             tokens.keys.quantizer,
             tokens.values.quantizer,
@@ -216,7 +206,7 @@ class DecodeAttention:
             tokens.exact_values.dtype,
             query_heads // tokens.exact_keys.shape[1],
             rows,
-            mask_kind(mask),
+            mask or "none",
             sinks is not None,
             tokens.is_latent,
         )
@@ -241,7 +231,9 @@ class DecodeAttention:
         expected = reference.decode_attention(queries, tokens, scale, mask, sinks)
         outputs = (self(queries, tokens, scale, mask, sinks, each) for each in self._attend)
         dtype = wanted.query_dtype
-        return worst([compare(output, expected, dtype, HALF_ARITHMETIC) for output in outputs])
+        return runtime.worst(
+            [runtime.compare(output, expected, dtype, HALF_ARITHMETIC) for output in outputs]
+        )
 
     def __call__(
         self,
@@ -312,13 +304,6 @@ class DecodeAttention:
             output_dtypes=[queries.dtype],
         )
         return output
-
-
-def mask_kind(mask: None | str | mx.array) -> str:
-    """One of ``MASK_KINDS``."""
-    if mask is None or isinstance(mask, str):
-        return mask or "none"
-    return "boolean" if mask.dtype == mx.bool_ else "additive"
 
 
 @lru_cache(maxsize=64)

@@ -7,19 +7,8 @@ import mlx.core as mx
 
 from ..codec.packing import words_per_vector
 from ..codec.quantizer import QuantizedVectors, TurboQuantizer
-from . import arguments, reference
-from .runtime import (
-    LANES,
-    SIMDS,
-    THREADGROUP_BYTES,
-    Agreement,
-    Constant,
-    build,
-    checked,
-    compare,
-    supports,
-    worst,
-)
+from . import arguments, reference, runtime
+from .runtime import LANES, SIMDS, THREADGROUP_BYTES, Agreement, Constant
 from .tokens import BLOCK, VisibleTokens
 
 _PARAMETERS = ("mean", "levels", "thresholds", "gains", "signs", "matrix")
@@ -38,9 +27,9 @@ def quantize(
     Vectors are (B, H, n, dim), from which float32 means (B, H, 1, dim) are subtracted. The scale of
     the quantizers must be "unbiased". Codes are (B, H, n, words), scales bfloat16 (B, H, n).
     """
-    fits = supports(Quantize.name, max(each.dim for each in quantizers), _MAX_DIM)
+    fits = runtime.supports(Quantize.name, max(each.dim for each in quantizers), _MAX_DIM)
     dtypes = tuple(x.dtype for x in vectors)
-    kernel = checked(Quantize, dtypes, tuple(quantizers)) if fits else None
+    kernel = runtime.checked(Quantize, dtypes, tuple(quantizers)) if fits else None
     if kernel is None:
         return [reference.quantize(*each) for each in zip(vectors, means, quantizers)]
     return kernel(vectors, means)
@@ -54,7 +43,9 @@ def dense(tokens: VisibleTokens) -> list[mx.array]:
     if tokens.packed_count == 0:
         return [_exact_tokens(tokens, exact) for _, exact in tokens.sides]
     dtypes = tuple(exact.dtype for _, exact in tokens.sides)
-    kernel = checked(Dequantize, dtypes, tuple(packed.quantizer for packed, _ in tokens.sides))
+    kernel = runtime.checked(
+        Dequantize, dtypes, tuple(packed.quantizer for packed, _ in tokens.sides)
+    )
     return reference.dense(tokens) if kernel is None else kernel(tokens)
 
 
@@ -80,7 +71,7 @@ def inner_product(
             f"Queries of shape {queries.shape} and packed vectors of shape {packed.scales.shape} "
             "have different leading axes: use the same."
         )
-    kernel = checked(InnerProduct, quantizer)
+    kernel = runtime.checked(InnerProduct, quantizer)
     if kernel is None:
         return quantizer.inner_product(queries, packed)
     return kernel(queries, packed)
@@ -106,7 +97,9 @@ class Quantize:
             for name in (f"{side}s", *(f"{side}_{parameter}" for parameter in _PARAMETERS))
         ]
         outputs = ("key_codes", "key_scales", "value_codes", "value_scales")
-        self._launch = build(self.name, (*inputs, "sizes"), outputs, constants, cuda_blocks=3)
+        self._launch = runtime.build(
+            self.name, (*inputs, "sizes"), outputs, constants, cuda_blocks=3
+        )
 
     def check(self) -> Agreement:
         """Compares squared errors: codes may differ where values or gains tie within rounding."""
@@ -121,7 +114,7 @@ class Quantize:
                 for p in (packed, reference.quantize(*each))
             )
             agreements.append(Agreement(abs(error / expected - 1), 0.02))
-        return worst(agreements)
+        return runtime.worst(agreements)
 
     def __call__(
         self, vectors: Sequence[mx.array], means: Sequence[mx.array]
@@ -171,13 +164,15 @@ class Dequantize:
             for side in ("key", "value")
             for name in (*(f"{side}_{part}" for part in _RESTORED), f"exact_{side}s")
         ]
-        self._launch = build(self.name, (*inputs, "sizes"), ("keys", "values"), constants)
+        self._launch = runtime.build(self.name, (*inputs, "sizes"), ("keys", "values"), constants)
 
     def check(self) -> Agreement:
         """Compares dense keys and values of 90 tokens."""
         tokens = reference.example_tokens(self._dtypes, self._quantizers, mean=2.0)
         pairs = zip(self(tokens), reference.dense(tokens))
-        return worst([compare(*pair, dtype) for pair, dtype in zip(pairs, self._dtypes)])
+        return runtime.worst(
+            [runtime.compare(*pair, dtype) for pair, dtype in zip(pairs, self._dtypes)]
+        )
 
     def __call__(self, tokens: VisibleTokens) -> list[mx.array]:
         """Dense keys and values, or latent vectors: (B, H, count, dim) each."""
@@ -216,14 +211,14 @@ class InnerProduct:
             "SIMDS": SIMDS,
         }
         inputs = ("queries", "codes", "scales", "levels", "sizes")
-        self._launch = build(self.name, inputs, ("out",), constants)
+        self._launch = runtime.build(self.name, inputs, ("out",), constants)
 
     def check(self) -> Agreement:
         """Compares the products of five queries."""
         x = _example(self._quantizer, mx.float32)
         packed, queries = self._quantizer.quantize(x), x[:, :, :5]
         expected = self._quantizer.inner_product(queries, packed)
-        return compare(self(queries, packed), expected, mx.float32)
+        return runtime.compare(self(queries, packed), expected, mx.float32)
 
     def __call__(self, queries: mx.array, packed: QuantizedVectors) -> mx.array:
         """Products float32 (..., q, n) of queries (..., q, dim) with packed vectors (..., n)."""

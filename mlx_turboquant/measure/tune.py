@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from statistics import median
 from typing import NamedTuple
 
@@ -66,33 +67,28 @@ def tune(heads: Heads) -> Iterator[Measured]:
     Raises:
         OSError: the result cannot be kept.
     """
-    best: list[tuple[int, Tuning]] = []
-    kernels: dict[Tuning, DecodeAttention | None] = {}
+    kernel_of = cache(lambda tuning: _kernel(heads, ((0, tuning),)))
+    found: list[tuple[int, Tuning]] = []
+    before = 0
     for length in LENGTHS:
-        measured = _tune_length(heads, length, kernels)
-        best.append((length * heads.key_heads, measured.tuning))
+        measured = _tune_length(heads, length, kernel_of)
+        packed_tokens = length * heads.key_heads
+        if not found or measured.tuning != found[-1][1]:
+            # From the middle between this length and the one before.
+            found.append((math.isqrt(before * packed_tokens), measured.tuning))
+        before = packed_tokens
         yield measured
-    save_tunings({heads_key(heads.dim, heads.value_dim, heads.group): _by_length(best)})
-
-
-def _by_length(best: list[tuple[int, Tuning]]) -> Tunings:
-    """A tuning holds from the middle between its length and the one before."""
-    found = [(0, best[0][1])]
-    for (before, _), (packed_tokens, tuning) in zip(best, best[1:]):
-        if tuning != found[-1][1]:
-            found.append((math.isqrt(before * packed_tokens), tuning))
-    return tuple(found)
+    save_tunings({heads_key(heads.dim, heads.value_dim, heads.group): tuple(found)})
 
 
 def _tune_length(
-    heads: Heads, length: int, kernels: dict[Tuning, DecodeAttention | None]
+    heads: Heads, length: int, kernel_of: Callable[[Tuning], DecodeAttention | None]
 ) -> Measured:
     setup = _Setup(heads, length)
 
     def attend(tuning: Tuning) -> Attend | None:
-        if tuning not in kernels:
-            kernels[tuning] = _kernel(heads, ((0, tuning),))
-        return setup.attention(kernels[tuning]) if kernels[tuning] else None
+        kernel = kernel_of(tuning)
+        return setup.attention(kernel) if kernel else None
 
     table = tuning_for(default_tunings(backend(), heads.group), length * heads.key_heads)
     seconds = _seconds(
