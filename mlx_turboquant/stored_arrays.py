@@ -84,8 +84,11 @@ class StoredFile:
             ValueError: a part of the file that is read is not as it was written.
             OSError: it cannot be read.
         """
-        if _header_checksum(self._raw, self._key) != self._checksums[:_CHECKSUM_DIGITS]:
-            raise Damaged(self._file, "its checksum is another one")
+        place = _checksums_place(self._raw, self._key)
+        # The header has zeros in place of its own checksum.
+        zeros = b"0" * _CHECKSUM_DIGITS
+        header = self._raw[:place] + zeros + self._raw[place + _CHECKSUM_DIGITS :]
+        self._check(0, zlib.crc32(header))
         loaded = [mx.zeros(array.shape, _DTYPES[array.dtype]) for array in arrays]
         mx.eval(loaded)
         # NumPy lets us write to the memory of evaluated arrays.
@@ -123,7 +126,7 @@ class StoredFile:
         offset = len(self._raw) + begin
         for some in (buffers[i : i + _MOST_BUFFERS] for i in range(0, len(buffers), _MOST_BUFFERS)):
             offset += os.preadv(descriptor, some, offset)
-        number, crc, left = begin // PIECE_BYTES, 0, PIECE_BYTES
+        number, crc, left = 1 + begin // PIECE_BYTES, 0, PIECE_BYTES
         for buffer in buffers:
             while len(buffer):
                 part, buffer = buffer[:left], buffer[left:]
@@ -135,8 +138,8 @@ class StoredFile:
             self._check(number, crc)
 
     def _check(self, number: int, crc: int) -> None:
-        """Raise ValueError unless a piece has this checksum."""
-        place = _CHECKSUM_DIGITS * (1 + number)  # after that of the header
+        """Raise ValueError unless this is the checksum of the header, 0, or of a piece, from 1."""
+        place = _CHECKSUM_DIGITS * number
         if f"{crc:08x}" != self._checksums[place : place + _CHECKSUM_DIGITS]:
             raise Damaged(self._file, "its checksum is another one")
 
@@ -251,13 +254,6 @@ def _up(position: int) -> int:
 def _header_bytes(content: BinaryIO) -> bytes:
     length = content.read(8)
     return length + content.read(int.from_bytes(length, "little"))
-
-
-def _header_checksum(raw: bytes, key: str) -> str:
-    """Of a header with zeros in place of this checksum."""
-    place = _checksums_place(raw, key)
-    zeros = b"0" * _CHECKSUM_DIGITS
-    return _checksum(raw[:place] + zeros + raw[place + _CHECKSUM_DIGITS :])
 
 
 def _checksum(content: Any) -> str:

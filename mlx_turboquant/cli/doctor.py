@@ -22,9 +22,10 @@ from ..kernels.quantize import Dequantize, InnerProduct, Quantize
 from ..kernels.runtime import Kernel, backend
 from ..kernels.storage import shared_quantizer
 from ..kernels.tuning import (
-    Tunings,
+    as_entries,
     default_tunings,
     device_name,
+    heads_key,
     kernel_version,
     saved_tunings,
 )
@@ -34,7 +35,6 @@ from .tune import described
 
 _DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
 _SPLITS = ((4, 4), (4, 2), (3, 2), (3, 1), (5, 4), (6, 6), (8, 8))
-_FAILURES = (RuntimeError, ValueError)
 # What a report times: heads of Llama-3.1-8B, Qwen3-30B-A3B and Qwen3.8-27B.
 _TIMED = (
     Heads(8, 4, 128, 128, False),
@@ -82,7 +82,7 @@ def _check(kernel: type[Kernel], configuration: tuple[Any, ...], label: str) -> 
         agreement = kernel(*configuration).check()
         error, allowed = agreement
         verdict = "ok" if agreement.holds else "WRONG"
-    except _FAILURES as failure:
+    except (RuntimeError, ValueError) as failure:
         verdict = _first_line(failure)
     return Checked(kernel.name, label, error, allowed, time.perf_counter() - begin, verdict)
 
@@ -131,15 +131,20 @@ def _report(results: list[Checked]) -> dict[str, Any]:
     if backend() == "reference":
         return report
     report["settings"] = {
-        "table": _as_lists(default_tunings(backend(), MAX_DECODE_ROWS)),
-        "tuned": {heads: _as_lists(each) for heads, each in saved_tunings().items()},
+        "table": as_entries(default_tunings(backend(), MAX_DECODE_ROWS)),
+        "tuned": {heads: as_entries(each) for heads, each in saved_tunings().items()},
     }
-    report["ratios"] = [ratio(heads, count)._asdict() for heads in _TIMED for count in LENGTHS]
+    report["ratios"] = [
+        {"heads": _label(heads), "tokens": count, "ratio": ratio(heads, count)}
+        for heads in _TIMED
+        for count in LENGTHS
+    ]
     return report
 
 
-def _as_lists(tunings: Tunings) -> list[dict[str, int]]:
-    return [{"packed_tokens": least, **tuning._asdict()} for least, tuning in tunings]
+def _label(heads: Heads) -> str:
+    name = heads_key(heads.dim, heads.value_dim, heads.group)
+    return f"{name} on {heads.key_heads} key heads"
 
 
 def _first_line(failure: Exception) -> str:
@@ -184,11 +189,8 @@ def _configurations() -> Iterator[tuple[type[Kernel], tuple[Any, ...], str]]:
             (2, 8, "boolean", True),
         ):
             label = f"{str(dtype)[9:]}, {group} query heads, {rows} rows, mask {mask}"
-            yield (
-                DecodeAttention,
-                (Configuration(*quantizers, *[dtype] * 3, group, rows, mask, has_sinks),),
-                label,
-            )
+            configuration = Configuration(*quantizers, *[dtype] * 3, group, rows, mask, has_sinks)
+            yield DecodeAttention, (configuration,), label
     latents = (shared_quantizer(512, 4, 0),) * 2
     configuration = Configuration(*latents, *[mx.bfloat16] * 3, 16, 1, "additive", is_latent=True)
     yield DecodeAttention, (configuration,), "512 values, K4, latent vectors"

@@ -13,17 +13,13 @@ import mlx.core as mx
 
 from .constants import constant
 
-_PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (4, 4)}
-
-
-def planes(bits: int) -> tuple[int, ...]:
-    """Widths in bits of the planes of a code of ``bits`` bits, high bits first."""
-    return _PLANES[bits]
+# Widths in bits of the planes of a code, by its bits.
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (4, 4)}
 
 
 def words_per_vector(dim: int, bits: int) -> int:
     """The number of uint32 words that ``dim`` codes of ``bits`` bits take."""
-    return sum(_words(dim, width) for width in planes(bits))
+    return sum(_words(dim, width) for width in PLANES[bits])
 
 
 def pack(codes: mx.array, bits: int) -> mx.array:
@@ -31,7 +27,7 @@ def pack(codes: mx.array, bits: int) -> mx.array:
     codes = codes.astype(mx.uint32)
     dim = codes.shape[-1]
     packed, remaining = [], bits
-    for width in planes(bits):
+    for width in PLANES[bits]:
         remaining -= width
         per_word = 32 // width
         field = (codes >> remaining) & (2**width - 1)
@@ -44,7 +40,7 @@ def pack(codes: mx.array, bits: int) -> mx.array:
 def unpack(words: mx.array, bits: int, dim: int) -> mx.array:
     """The codes of words, uint32 (..., words_per_vector): uint32 (..., dim)."""
     codes, start = None, 0
-    for width in planes(bits):
+    for width in PLANES[bits]:
         stop = start + _words(dim, width)
         field = (words[..., start:stop, None] >> _shifts(width)) & (2**width - 1)
         field = field.flatten(-2)[..., :dim]

@@ -80,7 +80,7 @@ class TurboQuantizer:
         self.scale = scale
         self.seed = seed
         self.bits_per_value = 32 * (words_per_vector(dim, bits) + 1) / dim
-        self.gains = _GAINS if gain_search and bits > 1 else (1.0,)
+        self.gains = constant(_GAINS if gain_search and bits > 1 else (1.0,))
         self.rotation = Rotation(dim, rotation, seed)
         self.levels = constant(levels.astype(np.float32))
         self.thresholds = constant(thresholds.astype(np.float32))
@@ -154,12 +154,8 @@ class TurboQuantizer:
         """The inverse of :meth:`stored_order`."""
         return stored if self._byte_levels is None else stored[..., mx.argsort(self._order)]
 
-    def rotated_values(self, packed: QuantizedVectors) -> mx.array:
-        """The reconstruction before the inverse rotation, s * q: float32 (..., dim)."""
-        return self.rotated_levels(packed) * packed.scales[..., None]
-
     def rotated_levels(self, packed: QuantizedVectors) -> mx.array:
-        """:meth:`rotated_values` without the scales s: float32 (..., dim)."""
+        """q, the levels of packed vectors: float32 (..., dim)."""
         self._check_packed(packed)
         return self._levels_of(unpack(packed.codes, self.bits, self.dim))
 
@@ -202,7 +198,7 @@ class TurboQuantizer:
                 length = mx.linalg.norm(levels, axis=-1, keepdims=True)
                 cosines.append((levels * y).sum(axis=-1, keepdims=True) / length)
             best = mx.argmax(mx.concatenate(cosines, axis=-1), axis=-1, keepdims=True)
-            gain = mx.array(self.gains)[best]
+            gain = self.gains[best]
         return self._codes_of(gain * y), gain
 
     def _scales(self, rotated: mx.array, codes: mx.array, gain: mx.array) -> mx.array:

@@ -11,15 +11,13 @@ import numpy as np
 
 from .constants import constant
 
-_ODD_ORDERS = (1, 12, 20, 28)
-
 
 def hadamard_factors(dim: int) -> tuple[int, int] | None:
     """(m, 2^k) with dim = m * 2^k and m in {1, 12, 20, 28}, or None if there is no such pair.
 
     This is checked here because ``mx.hadamard_transform`` does not refuse every other dimension.
     """
-    for order in _ODD_ORDERS:
+    for order in (1, 12, 20, 28):
         power = dim // order
         if dim % order == 0 and power & (power - 1) == 0:
             return order, power
@@ -42,36 +40,28 @@ class Rotation:
         if kind not in ("hadamard", "haar"):
             raise ValueError(f"Rotation {kind!r} is not known: use 'hadamard' or 'haar'.")
         self.dim = dim
-        self.factors = hadamard_factors(dim) if kind == "hadamard" else None
-        if self.factors is None:
-            self.matrix = _haar_matrix(dim, seed)
-        else:
-            self.signs = _random_signs(dim, seed)
-            self.matrix = _paley_matrix(self.factors[0])
+        factors = hadamard_factors(dim) if kind == "hadamard" else None
+        # A dense matrix is that of order dim, with 2^0 and no signs.
+        self.factors = factors or (dim, 1)
+        self.signs = _random_signs(dim, seed) if factors else constant(mx.ones(dim))
+        self.matrix = _paley_matrix(factors[0]) if factors else _haar_matrix(dim, seed)
 
     def apply(self, x: mx.array) -> mx.array:
         """R x for every vector x of an array (..., dim): float32 of the same shape."""
-        x = x.astype(mx.float32)
-        if self.factors is None:
-            return x @ self.matrix.T
-        return self._hadamard(x * self.signs, self.matrix)
+        return self._multiply(x.astype(mx.float32) * self.signs, self.matrix)
 
     def invert(self, y: mx.array) -> mx.array:
         """R^T y for every vector y of an array (..., dim): float32 of the same shape."""
-        y = y.astype(mx.float32)
-        if self.factors is None:
-            return y @ self.matrix
-        return self._hadamard(y, self.matrix.T) * self.signs
+        return self._multiply(y.astype(mx.float32), self.matrix.T) * self.signs
 
-    def _hadamard(self, x: mx.array, odd_matrix: mx.array) -> mx.array:
+    def _multiply(self, x: mx.array, matrix: mx.array) -> mx.array:
         """The Kronecker product of the m x m matrix and the 2^k Hadamard matrix, times x."""
         order, power = self.factors
         if order == 1:
             return mx.hadamard_transform(x)
-        rows = x.reshape(*x.shape[:-1], order, power)
-        if power > 1:
-            rows = mx.hadamard_transform(rows)
-        return (odd_matrix @ rows).reshape(x.shape)
+        if power == 1:
+            return x @ matrix.T
+        return (matrix @ mx.hadamard_transform(mx.unflatten(x, -1, self.factors))).flatten(-2)
 
 
 def _random_bits(count: int, seed: int) -> np.ndarray:
@@ -92,8 +82,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 @cache
 def _random_signs(dim: int, seed: int) -> mx.array:
-    signs = 1 - 2 * (_random_bits(dim, seed) >> np.uint64(63)).astype(np.float32)
-    return constant(signs)
+    return constant(1 - 2 * (_random_bits(dim, seed) >> np.uint64(63)).astype(np.float32))
 
 
 @lru_cache(maxsize=8)

@@ -1,5 +1,6 @@
 """What kernels take besides tokens: levels, rotations and sizes, as arrays that are made once."""
 
+import math
 from functools import cache, lru_cache
 
 import mlx.core as mx
@@ -31,28 +32,10 @@ def _half_coefficients(polynomial: tuple[float, float, float], bits: int) -> tup
 
 
 @cache
-def gains(quantizer: TurboQuantizer) -> mx.array:
-    """The gains that are tried, ascending: float32."""
-    return constant(quantizer.gains)
-
-
-@cache
-def signs(quantizer: TurboQuantizer) -> mx.array:
-    """The signs of the randomized Hadamard matrix, ones for a dense rotation: float32 (dim,)."""
-    if quantizer.rotation.factors is None:
-        return constant(mx.ones(quantizer.dim))
-    return quantizer.rotation.signs
-
-
-def order_and_power(quantizer: TurboQuantizer) -> tuple[int, int]:
-    """ORDER and POWER of ``rotation.h``, whose product is the dimension."""
-    return quantizer.rotation.factors or (quantizer.dim, 1)
-
-
-@cache
 def rotation(quantizer: TurboQuantizer) -> mx.array:
     """Signs and matrix of the rotation in one array, see ``rotation.h``: float32."""
-    return constant(mx.concatenate([signs(quantizer), quantizer.rotation.matrix.flatten()]))
+    parts = quantizer.rotation
+    return constant(mx.concatenate([parts.signs, parts.matrix.flatten()]))
 
 
 @cache
@@ -87,10 +70,8 @@ def mask_and_strides(
     if any(size not in (1, full) for size, full in zip(mask.shape, shape)):
         raise ValueError(f"A mask of shape {mask.shape} does not fit scores of shape {shape}.")
     mask = mx.broadcast_to(mask, (*mask.shape[:3], shape[3]))
-    strides, step = [], shape[3]
-    for size in mask.shape[2::-1]:
-        strides.append(step if size > 1 else 0)
-        step *= size
+    sizes = mask.shape
+    strides = tuple(math.prod(sizes[i + 1 :]) if sizes[i] > 1 else 0 for i in range(3))
     if mask.dtype != mx.bool_:
         mask = mask.astype(mx.float32)
-    return mask, tuple(reversed(strides))
+    return mask, strides

@@ -7,20 +7,8 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..codec.quantizer import TurboQuantizer
-from . import arguments, reference
-from .runtime import (
-    LANES,
-    THREADGROUP_BYTES,
-    Agreement,
-    Constant,
-    Launch,
-    backend,
-    build,
-    checked,
-    compare,
-    supports,
-    worst,
-)
+from . import arguments, reference, runtime
+from .runtime import LANES, THREADGROUP_BYTES, Agreement, Constant, Launch
 from .tokens import BLOCK, CAPACITY_UNIT, Span, VisibleTokens
 from .tuning import TARGETS, Tuning, Tunings, tuning_for, tunings
 
@@ -45,6 +33,20 @@ _INPUTS = (
     "exact_values",
     "constants",
     "sizes",
+)
+# The array ``sizes`` of decode_attention.metal, which knows these names. Columns of the mask are
+# sinks, packed tokens and recent ones, whose place in the exact buffers is RECENT_SHIFT before
+# their column. From SPANS on there is a Span for each sequence.
+_SIZES = (
+    "EXACT_COUNT",
+    "SPLITS",
+    "PACKED_SPLITS",
+    "SINK_COLUMNS",
+    "RECENT_SHIFT",
+    "MASK_BATCH_STRIDE",
+    "MASK_HEAD_STRIDE",
+    "MASK_ROW_STRIDE",
+    "SPANS",
 )
 
 
@@ -72,30 +74,12 @@ def decode_attention(
         ValueError: shapes that do not fit each other, or counts beyond the buffers.
     """
     _check_shapes(queries, tokens)
-    kernel = DecodeAttention.of(queries, tokens, mask, sinks)
+    wanted = DecodeAttention.configuration(queries, tokens, mask, sinks)
+    fits = runtime.supports(DecodeAttention.name, max(wanted.keys.dim, wanted.values.dim), _MAX_DIM)
+    kernel = runtime.checked(DecodeAttention, wanted) if fits else None
     if kernel is None:
         return reference.decode_attention(queries, tokens, scale, mask, sinks)
     return kernel(queries, tokens, scale, mask, sinks)
-
-
-class Sizes(NamedTuple):
-    """The beginning of the array ``sizes`` of decode_attention.metal, which knows these names.
-
-    Columns of the mask are sinks, packed tokens and recent ones, whose place in the exact buffers
-    is ``recent_shift`` before their column. ``spans`` follow: a :class:`.Span` for each sequence.
-    """
-
-    exact_count: int
-    splits: int
-    packed_splits: int
-    sink_columns: int
-    recent_shift: int
-    mask_batch_stride: int
-    mask_head_stride: int
-    mask_row_stride: int
-
-
-_SIZES = {name.upper(): place for place, name in enumerate((*Sizes._fields, "spans"))}
 
 
 class Configuration(NamedTuple):
@@ -128,9 +112,9 @@ class DecodeAttention:
         wanted = self._configuration = configuration
         self._group_rows = wanted.group * wanted.rows
         self._wider = max(wanted.keys.dim, wanted.values.dim)
-        self._target = TARGETS["cuda" if backend() == "cuda" else "metal"]
+        self._target = TARGETS["cuda" if runtime.backend() == "cuda" else "metal"]
         self.tunings = chosen or tunings(
-            backend(), wanted.keys.dim, wanted.values.dim, self._group_rows
+            runtime.backend(), wanted.keys.dim, wanted.values.dim, self._group_rows
         )
         self._attend: dict[Tuning, Launch] = {
             tuning: self._build(tuning) for _, tuning in self.tunings
@@ -142,7 +126,7 @@ class DecodeAttention:
 
     def _build(self, tuning: Tuning) -> Launch:
         wanted = self._configuration
-        order, power = arguments.order_and_power(wanted.keys)
+        order, power = wanted.keys.rotation.factors
         mask = MASK_KINDS.index(wanted.mask_kind)
         rows, coordinates = self._rows(tuning), self._coordinates(tuning)
         constants: dict[str, Constant] = {
@@ -165,11 +149,11 @@ class DecodeAttention:
             "SIMDS": tuning.simds,
             "HALF_SUMS": self._target.half_sums,
             "AHEAD": self._target.ahead,
-            **_SIZES,
+            **{name: place for place, name in enumerate(_SIZES)},
         }
         inputs = (*_INPUTS, "mask") if mask > 1 else _INPUTS
         blocks = 1 if rows * self._lane_values(coordinates) > 32 else 2
-        return build(self.name, inputs, ("partial",), constants, blocks)
+        return runtime.build(self.name, inputs, ("partial",), constants, blocks)
 
     def _rows(self, tuning: Tuning) -> int:
         """Query rows of a threadgroup: as few threadgroups as possible, all as full as possible."""
@@ -187,7 +171,7 @@ class DecodeAttention:
 
     def _build_combine(self) -> Launch:
         wanted = self._configuration
-        order, power = arguments.order_and_power(wanted.values)
+        order, power = wanted.values.rotation.factors
         inputs = ("partial", "mean", "rotation", "sizes")
         coordinates = -(-wanted.values.dim // LANES)
         constants: dict[str, Constant] = {
@@ -199,23 +183,9 @@ class DecodeAttention:
             "SIMDS": self._combine_simds,
             "BATCH": max(1, self._target.combined // max(4, coordinates)),
         }
-        return build(
+        return runtime.build(
             "combine", (*inputs, "sinks") if wanted.has_sinks else inputs, ("out",), constants
         )
-
-    @classmethod
-    def of(
-        cls,
-        queries: mx.array,
-        tokens: VisibleTokens,
-        mask: None | str | mx.array,
-        sinks: mx.array | None,
-    ) -> "DecodeAttention | None":
-        """The kernels for such arguments; None where plain MLX takes their place."""
-        dim = max(tokens.keys.quantizer.dim, tokens.values.quantizer.dim)
-        if not supports(cls.name, dim, _MAX_DIM):
-            return None
-        return checked(cls, cls.configuration(queries, tokens, mask, sinks))
 
     @staticmethod
     def configuration(
@@ -226,6 +196,8 @@ class DecodeAttention:
     ) -> Configuration:
         """What decides which kernels such arguments need."""
         _, query_heads, rows, _ = queries.shape
+        if isinstance(mask, mx.array):
+            mask = "boolean" if mask.dtype == mx.bool_ else "additive"
         return Configuration(
             tokens.keys.quantizer,
             tokens.values.quantizer,
@@ -234,7 +206,7 @@ class DecodeAttention:
             tokens.exact_values.dtype,
             query_heads // tokens.exact_keys.shape[1],
             rows,
-            mask_kind(mask),
+            mask or "none",
             sinks is not None,
             tokens.is_latent,
         )
@@ -259,7 +231,9 @@ class DecodeAttention:
         expected = reference.decode_attention(queries, tokens, scale, mask, sinks)
         outputs = (self(queries, tokens, scale, mask, sinks, each) for each in self._attend)
         dtype = wanted.query_dtype
-        return worst([compare(output, expected, dtype, HALF_ARITHMETIC) for output in outputs])
+        return runtime.worst(
+            [runtime.compare(output, expected, dtype, HALF_ARITHMETIC) for output in outputs]
+        )
 
     def __call__(
         self,
@@ -286,16 +260,10 @@ class DecodeAttention:
         if tuning is None:
             tuning = tuning_for(self.tunings, heads * tokens.packed_count)
         tiles = self._tiles[tuning]
+        most = tuning.threadgroups // (heads * tiles)
+        columns = Span(tokens.packed_count, tokens.sink_count, tokens.recent_start)
         splits, packed_splits, sizes = _divided(
-            tuning.threadgroups // (heads * tiles),
-            tuning.tokens * LANES * tuning.simds,
-            _EXACT_TOKENS * tuning.simds,
-            tokens.packed_count,
-            tokens.exact_count,
-            tokens.sink_count,
-            tokens.recent_start,
-            tokens.spans,
-            strides,
+            tuning, most, tokens.exact_count, columns, tokens.spans, strides
         )
         inputs = [
             queries,
@@ -338,39 +306,28 @@ class DecodeAttention:
         return output
 
 
-def mask_kind(mask: None | str | mx.array) -> str:
-    """One of ``MASK_KINDS``."""
-    if mask is None or isinstance(mask, str):
-        return mask or "none"
-    return "boolean" if mask.dtype == mx.bool_ else "additive"
-
-
 @lru_cache(maxsize=64)
 def _divided(
+    tuning: Tuning,
     most: int,
-    packed_step: int,
-    exact_step: int,
-    packed_count: int,
     exact_count: int,
-    sink_count: int,
-    recent_start: int,
+    columns: Span,
     spans: tuple[Span, ...],
     mask_strides: tuple[int, int, int],
 ) -> tuple[int, int, mx.array]:
     """Threadgroups of a head, those of its packed tokens (at most ``most``), and the sizes.
 
-    A threadgroup takes ``packed_step`` or ``exact_step`` tokens in a step. Those of packed tokens
-    all take the same number of steps; those of exact tokens few enough to run beside them. The
-    sizes are those of decode_attention.metal, for all layers of a step.
+    Threadgroups of packed tokens all take the same number of steps; those of exact tokens few
+    enough to run beside them. The sizes are those of decode_attention.metal, for all layers of a
+    step. The ``columns`` of all sequences are divided as a sequence with these numbers would be.
     """
-    blocks = -(-packed_count // packed_step)
+    blocks = -(-columns.packed // (tuning.tokens * LANES * tuning.simds))
     steps = max(1, -(-blocks // max(1, most)))
     packed_splits = max(1, -(-blocks // steps))
-    splits = packed_splits - (-exact_count // (2 * steps * exact_step))
-    recent_shift = sink_count + packed_count - recent_start
-    sizes = Sizes(exact_count, splits, packed_splits, sink_count, recent_shift, *mask_strides)
-    spans = spans or (Span(packed_count, sink_count, recent_start),)
-    return splits, packed_splits, arguments.sizes(*sizes, *chain(*spans))
+    splits = packed_splits - (-exact_count // (2 * steps * _EXACT_TOKENS * tuning.simds))
+    recent_shift = columns.sinks + columns.packed - columns.recent_start
+    sizes = (exact_count, splits, packed_splits, columns.sinks, recent_shift, *mask_strides)
+    return splits, packed_splits, arguments.sizes(*sizes, *chain(*(spans or (columns,))))
 
 
 def _check_shapes(queries: mx.array, tokens: VisibleTokens) -> None:

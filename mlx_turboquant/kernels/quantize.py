@@ -7,23 +7,14 @@ import mlx.core as mx
 
 from ..codec.packing import words_per_vector
 from ..codec.quantizer import QuantizedVectors, TurboQuantizer
-from . import arguments, reference
-from .runtime import (
-    LANES,
-    SIMDS,
-    THREADGROUP_BYTES,
-    Agreement,
-    Constant,
-    build,
-    checked,
-    compare,
-    supports,
-    worst,
-)
+from . import arguments, reference, runtime
+from .runtime import LANES, SIMDS, THREADGROUP_BYTES, Agreement, Constant
 from .tokens import BLOCK, VisibleTokens
 
 _PARAMETERS = ("mean", "levels", "thresholds", "gains", "signs", "matrix")
 _RESTORED = ("codes", "scales", "mean", "constants")
+# The coordinates of a vector of quantize.metal are in the registers of one SIMD group.
+_MAX_DIM = 1024
 # Tokens that a SIMD group of dequantize.metal restores.
 _RESTORED_TOKENS = 32
 
@@ -36,7 +27,9 @@ def quantize(
     Vectors are (B, H, n, dim), from which float32 means (B, H, 1, dim) are subtracted. The scale of
     the quantizers must be "unbiased". Codes are (B, H, n, words), scales bfloat16 (B, H, n).
     """
-    kernel = Quantize.of([x.dtype for x in vectors], quantizers)
+    fits = runtime.supports(Quantize.name, max(each.dim for each in quantizers), _MAX_DIM)
+    dtypes = tuple(x.dtype for x in vectors)
+    kernel = runtime.checked(Quantize, dtypes, tuple(quantizers)) if fits else None
     if kernel is None:
         return [reference.quantize(*each) for each in zip(vectors, means, quantizers)]
     return kernel(vectors, means)
@@ -49,7 +42,10 @@ def dense(tokens: VisibleTokens) -> list[mx.array]:
     """
     if tokens.packed_count == 0:
         return [_exact_tokens(tokens, exact) for _, exact in tokens.sides]
-    kernel = Dequantize.of(tokens)
+    dtypes = tuple(exact.dtype for _, exact in tokens.sides)
+    kernel = runtime.checked(
+        Dequantize, dtypes, tuple(packed.quantizer for packed, _ in tokens.sides)
+    )
     return reference.dense(tokens) if kernel is None else kernel(tokens)
 
 
@@ -75,7 +71,7 @@ def inner_product(
             f"Queries of shape {queries.shape} and packed vectors of shape {packed.scales.shape} "
             "have different leading axes: use the same."
         )
-    kernel = InnerProduct.of(quantizer)
+    kernel = runtime.checked(InnerProduct, quantizer)
     if kernel is None:
         return quantizer.inner_product(queries, packed)
     return kernel(queries, packed)
@@ -85,39 +81,25 @@ class Quantize:
     """``quantize.metal`` for keys and values of these dtypes; alone, keys are packed twice."""
 
     name = "quantize"
-    # The coordinates of a vector are in the registers of one SIMD group.
-    _MAX_DIM = 1024
 
     def __init__(self, dtypes: tuple[mx.Dtype, ...], quantizers: tuple[TurboQuantizer, ...]):
         self._dtypes = dtypes
         self._quantizers = quantizers
-        constants: dict[str, Constant] = {"GROUPS": SIMDS}
-        self._most_lanes = 0
-        for name, dtype, quantizer in zip(("", "VALUE_"), _both(dtypes), _both(quantizers)):
-            dim, bits = quantizer.dim, quantizer.bits
-            order, power = arguments.order_and_power(quantizer)
-            lanes = 32 if dim > 256 else 16 if dim > 128 else 8
-            constants |= {f"{name}T": dtype, f"{name}DIM": dim, f"{name}ORDER": order}
-            constants |= {f"{name}POWER": power, f"{name}VECTOR_LANES": lanes}
-            constants |= {f"{name or 'KEY_'}BITS": bits}
-            constants |= {f"{name or 'KEY_'}GAINS": len(quantizer.gains)}
-            self._most_lanes = max(self._most_lanes, lanes)
+        constants = {"GROUPS": SIMDS, **_constants(dtypes, quantizers)}
+        lanes = [32 if q.dim > 256 else 16 if q.dim > 128 else 8 for q in _both(quantizers)]
+        constants["VECTOR_LANES"], constants["VALUE_VECTOR_LANES"] = lanes
+        gains = [q.gains.size for q in _both(quantizers)]
+        constants["KEY_GAINS"], constants["VALUE_GAINS"] = gains
+        self._most_lanes = max(lanes)
         inputs = [
             name
             for side in ("key", "value")
             for name in (f"{side}s", *(f"{side}_{parameter}" for parameter in _PARAMETERS))
         ]
         outputs = ("key_codes", "key_scales", "value_codes", "value_scales")
-        self._launch = build(self.name, (*inputs, "sizes"), outputs, constants, cuda_blocks=3)
-
-    @classmethod
-    def of(
-        cls, dtypes: Sequence[mx.Dtype], quantizers: Sequence[TurboQuantizer]
-    ) -> "Quantize | None":
-        """The kernel for vectors of these dtypes; None where plain MLX takes its place."""
-        if not supports(cls.name, max(each.dim for each in quantizers), cls._MAX_DIM):
-            return None
-        return checked(cls, tuple(dtypes), tuple(quantizers))
+        self._launch = runtime.build(
+            self.name, (*inputs, "sizes"), outputs, constants, cuda_blocks=3
+        )
 
     def check(self) -> Agreement:
         """Compares squared errors: codes may differ where values or gains tie within rounding."""
@@ -132,7 +114,7 @@ class Quantize:
                 for p in (packed, reference.quantize(*each))
             )
             agreements.append(Agreement(abs(error / expected - 1), 0.02))
-        return worst(agreements)
+        return runtime.worst(agreements)
 
     def __call__(
         self, vectors: Sequence[mx.array], means: Sequence[mx.array]
@@ -146,8 +128,8 @@ class Quantize:
                 mean,
                 arguments.levels(quantizer),
                 quantizer.thresholds,
-                arguments.gains(quantizer),
-                arguments.signs(quantizer),
+                quantizer.gains,
+                quantizer.rotation.signs,
                 quantizer.rotation.matrix,
             ]
             words = words_per_vector(quantizer.dim, quantizer.bits)
@@ -175,30 +157,22 @@ class Dequantize:
         self._quantizers = quantizers
         longest = max(quantizer.dim for quantizer in quantizers)
         self._groups = min(4, THREADGROUP_BYTES // (4 * longest))
-        constants: dict[str, Constant] = {"SIDES": len(quantizers)}
-        for name, dtype, quantizer in zip(("", "VALUE_"), _both(dtypes), _both(quantizers)):
-            order, power = arguments.order_and_power(quantizer)
-            constants |= {f"{name}T": dtype, f"{name}DIM": quantizer.dim, f"{name}ORDER": order}
-            constants |= {f"{name}POWER": power, f"{name or 'KEY_'}BITS": quantizer.bits}
+        constants = {"SIDES": len(quantizers), "GROUPS": self._groups}
+        constants |= _constants(dtypes, quantizers)
         inputs = [
             name
             for side in ("key", "value")
             for name in (*(f"{side}_{part}" for part in _RESTORED), f"exact_{side}s")
         ]
-        constants |= {"GROUPS": self._groups}
-        self._launch = build(self.name, (*inputs, "sizes"), ("keys", "values"), constants)
-
-    @classmethod
-    def of(cls, tokens: VisibleTokens) -> "Dequantize | None":
-        """The kernel for such tokens; None where plain MLX takes its place."""
-        dtypes = tuple(exact.dtype for _, exact in tokens.sides)
-        return checked(cls, dtypes, tuple(packed.quantizer for packed, _ in tokens.sides))
+        self._launch = runtime.build(self.name, (*inputs, "sizes"), ("keys", "values"), constants)
 
     def check(self) -> Agreement:
         """Compares dense keys and values of 90 tokens."""
         tokens = reference.example_tokens(self._dtypes, self._quantizers, mean=2.0)
         pairs = zip(self(tokens), reference.dense(tokens))
-        return worst([compare(*pair, dtype) for pair, dtype in zip(pairs, self._dtypes)])
+        return runtime.worst(
+            [runtime.compare(*pair, dtype) for pair, dtype in zip(pairs, self._dtypes)]
+        )
 
     def __call__(self, tokens: VisibleTokens) -> list[mx.array]:
         """Dense keys and values, or latent vectors: (B, H, count, dim) each."""
@@ -237,19 +211,14 @@ class InnerProduct:
             "SIMDS": SIMDS,
         }
         inputs = ("queries", "codes", "scales", "levels", "sizes")
-        self._launch = build(self.name, inputs, ("out",), constants)
-
-    @classmethod
-    def of(cls, quantizer: TurboQuantizer) -> "InnerProduct | None":
-        """The kernel for a quantizer; None where plain MLX takes its place."""
-        return checked(cls, quantizer)
+        self._launch = runtime.build(self.name, inputs, ("out",), constants)
 
     def check(self) -> Agreement:
         """Compares the products of five queries."""
         x = _example(self._quantizer, mx.float32)
         packed, queries = self._quantizer.quantize(x), x[:, :, :5]
         expected = self._quantizer.inner_product(queries, packed)
-        return compare(self(queries, packed), expected, mx.float32)
+        return runtime.compare(self(queries, packed), expected, mx.float32)
 
     def __call__(self, queries: mx.array, packed: QuantizedVectors) -> mx.array:
         """Products float32 (..., q, n) of queries (..., q, dim) with packed vectors (..., n)."""
@@ -258,15 +227,14 @@ class InnerProduct:
         threads = LANES * SIMDS
         threadgroups = -(-count // threads)
         rows, tiles = packed.scales.size // count, -(-query_count // self._queries)
-        inputs = [
-            self._quantizer.rotation.apply(queries),
-            packed.codes,
-            packed.scales,
-            arguments.levels(self._quantizer),
-            arguments.sizes(query_count, count),
-        ]
         return self._launch(
-            inputs=inputs,
+            inputs=[
+                self._quantizer.rotation.apply(queries),
+                packed.codes,
+                packed.scales,
+                arguments.levels(self._quantizer),
+                arguments.sizes(query_count, count),
+            ],
             grid=(threadgroups * threads, rows, tiles),
             threadgroup=(threads, 1, 1),
             output_shapes=[(*leading, query_count, count)],
@@ -277,6 +245,18 @@ class InnerProduct:
 def _both(sides: Sequence) -> Sequence:
     """Keys and values; one side alone, which the text of the kernels does not know, twice."""
     return sides if len(sides) == 2 else (sides[0], sides[0])
+
+
+def _constants(
+    dtypes: Sequence[mx.Dtype], quantizers: Sequence[TurboQuantizer]
+) -> dict[str, Constant]:
+    """What the text of both kernels needs to know of keys and of values."""
+    constants: dict[str, Constant] = {}
+    for name, dtype, quantizer in zip(("", "VALUE_"), _both(dtypes), _both(quantizers)):
+        order, power = quantizer.rotation.factors
+        constants |= {f"{name}T": dtype, f"{name}DIM": quantizer.dim, f"{name}ORDER": order}
+        constants |= {f"{name}POWER": power, f"{name or 'KEY_'}BITS": quantizer.bits}
+    return constants
 
 
 def _example(quantizer: TurboQuantizer, dtype: mx.Dtype) -> mx.array:

@@ -6,7 +6,7 @@ The products of ``inner_product.metal`` are :meth:`.TurboQuantizer.inner_product
 import mlx.core as mx
 
 from ..codec.quantizer import QuantizedVectors, TurboQuantizer
-from .tokens import BLOCK, CAPACITY_UNIT, PackedSide, VisibleTokens, longer, visible_columns
+from .tokens import BLOCK, PackedSide, VisibleTokens, longer, visible_columns, whole_steps
 
 
 def quantize(x: mx.array, mean: mx.array, quantizer: TurboQuantizer) -> QuantizedVectors:
@@ -20,7 +20,7 @@ def packed_side(
 ) -> PackedSide:
     """:func:`quantize` in buffers that end with a whole step of the attention kernel."""
     codes, scales = quantize(x, mean, quantizer)
-    capacity = -(-x.shape[2] // CAPACITY_UNIT) * CAPACITY_UNIT
+    capacity = whole_steps(x.shape[2])
     codes = longer(codes, capacity)
     if interleaved:
         codes = interleave(codes)
@@ -90,7 +90,8 @@ def decode_attention(
     scores = mx.concatenate([sink, packed, recent], axis=-1)
     scores = _masked(scores.reshape(batch, query_heads, rows, tokens.count), mask)
     if tokens.spans:
-        scores = _masked(scores, _visible(tokens))
+        counts = (tokens.sink_count, tokens.packed_count, tokens.recent_start, tokens.exact_count)
+        scores = _masked(scores, visible_columns(tokens.spans, *counts))
     weights = _softmax(scores, sinks).reshape(batch, heads, -1, tokens.count)
     start, stop = tokens.sink_count, tokens.sink_count + tokens.packed_count
     sink, packed, recent = mx.split(weights, [start, stop], axis=-1)
@@ -102,16 +103,6 @@ def decode_attention(
     for part, exact in zip((sink, recent), tokens.split(tokens.exact_values)):
         output = output + part @ exact.astype(mx.float32)
     return output.reshape(batch, query_heads, rows, -1).astype(queries.dtype)
-
-
-def _visible(tokens: VisibleTokens) -> mx.array:
-    return visible_columns(
-        tokens.spans,
-        tokens.sink_count,
-        tokens.packed_count,
-        tokens.recent_start,
-        tokens.exact_count,
-    )
 
 
 def _masked(scores: mx.array, mask: None | str | mx.array) -> mx.array:

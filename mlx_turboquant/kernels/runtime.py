@@ -96,11 +96,7 @@ def _checked_backend(name: str | None, origin: str) -> str:
 
 
 def checked(kernel: type[AnyKernel], *configuration: Hashable) -> AnyKernel | None:
-    """The kernel of a configuration; None where plain MLX takes its place.
-
-    There is none without a backend, and none for a configuration that does not compile or that
-    disagrees with plain MLX. The answer, and its warning, hold for the process.
-    """
+    """The kernel of a configuration; None where plain MLX takes its place."""
     target = backend()
     return None if target == "reference" else _checked(target, kernel, *configuration)
 
@@ -164,36 +160,25 @@ def build(
     So many threadgroups of 256 threads fit the registers of a CUDA multiprocessor: 1 leaves a
     thread 255 registers, 2 leave it 128, 3 leave it 80.
     """
-    return _built(backend(), name, inputs, outputs, tuple(constants.items()), cuda_blocks)
-
-
-@cache
-def _built(
-    target: str,
-    name: str,
-    inputs: tuple[str, ...],
-    outputs: tuple[str, ...],
-    constants: tuple[tuple[str, Constant], ...],
-    cuda_blocks: int,
-) -> Launch:
     # Constants are part of the text: as template arguments they would cost the host time at each
     # launch. All types are among them: MLX tells compiled kernels apart by their names alone.
-    definitions = [_definition(*pair) for pair in (("LANES", LANES), *constants)]
-    label = "_".join(_TYPES.get(value, str(value)) for _, value in constants)
+    definitions = [_definition(*pair) for pair in (("LANES", LANES), *constants.items())]
+    label = "_".join(_TYPES.get(value, str(value)) for value in constants.values())
     names = {"input_names": list(inputs), "output_names": list(outputs)}
     names |= {"name": f"turboquant_{name}_{label}"}
     file, functions = _file(f"{name}.metal"), _FUNCTIONS.get(name, f"{name}.h")
     body = file.read_text(encoding="ascii")
     # What functions are made for comes before them.
     header = "\n".join(definitions) + "\n"
-    if target == "metal" and not _metal_reads_files():
+    on_metal = backend() == "metal"
+    if on_metal and not _metal_reads_files():
         header += _joined(functions, set())
         return mx.fast.metal_kernel(**names, header=header, source=_without_comments(body))
     # MLX copies the text at each launch, a microsecond a kilobyte: the compiler gets the files'
     # names, and a comment has what MLX looks for in the text.
     used = " ".join(sorted(set(re.findall(r"\w+_shape\b|thread\w*_in_\w+|simd\w+_in_\w+", body))))
     source = f'// {used}\n#include "{file}"\n'
-    if target == "metal":
+    if on_metal:
         return mx.fast.metal_kernel(**names, header=header + _including(functions), source=source)
     macros = [each for each in definitions if each.startswith("#")]
     values = [each for each in definitions if not each.startswith("#")]

@@ -11,7 +11,7 @@ from ..codec.packing import words_per_vector
 from ..codec.quantizer import QuantizedVectors, TurboQuantizer
 from .quantize import quantize
 from .reference import interleave
-from .tokens import BLOCK, CAPACITY_UNIT, PackedSide, longer
+from .tokens import BLOCK, PackedSide, longer, whole_steps
 
 # A scale is a bfloat16.
 SCALE_NBYTES = 2
@@ -171,7 +171,7 @@ class PackedKV:
             return
         grown = max(count, capacity + max(LEAST_GROWTH, int(GROWTH * capacity)))
         grown = grown if self.limit is None else min(grown, limit)
-        self.sides = [_resized(side, _whole_steps(grown)) for side in self.sides]
+        self.sides = [_resized(side, whole_steps(grown)) for side in self.sides]
         if count - self.count <= BLOCK:
             # A decode step, whose host is ahead of it: the old and the larger buffers of all
             # layers would be there at once. A chunk of a prompt is one layer after the other.
@@ -181,15 +181,10 @@ class PackedKV:
         """Forget the oldest tokens of some sequences: all of them, or a multiple of 32."""
         moved = []
         for side in self.sides:
-            arrays = []
-            for x, count in (
-                (side.codes, _slots(side.interleaved, forgotten)),
-                (side.scales, forgotten),
-            ):
-                later, x = x[rows, :, count:], mx.array(x)
-                x[rows, :, : later.shape[2]] = later
-                arrays.append(x)
-            moved.append(side._replace(codes=arrays[0], scales=arrays[1]))
+            codes, scales = mx.array(side.codes), mx.array(side.scales)
+            for x, count in ((codes, _slots(side.interleaved, forgotten)), (scales, forgotten)):
+                x[rows, :, : x.shape[2] - count] = x[rows, :, count:]
+            moved.append(side._replace(codes=codes, scales=scales))
         self.sides = moved
         mx.eval([(side.codes, side.scales) for side in moved])  # see _reserve
 
@@ -201,7 +196,7 @@ class PackedKV:
         """Some of the sequences, in buffers of the size that these need."""
         taken = PackedKV(self.layouts, self.seed, self.limit)
         taken.counts = [self.counts[row] for row in rows]
-        capacity = _whole_steps(taken.count + 1)
+        capacity = whole_steps(taken.count + 1)
         for side in self.sides:
             codes = side.codes[rows, :, : _slots(side.interleaved, capacity)]
             arrays = {"codes": codes, "scales": side.scales[rows, :, :capacity]}
@@ -221,21 +216,15 @@ class PackedKV:
                 heads, dim = (len(part.counts), *like.mean.shape[1:2]), like.mean.shape[3]
                 empty = _empty(part.layouts[i], heads, dim, part.seed)
                 sides.append(_resized(part.sides[i] if part.sides else empty, capacity))
-            names = ("codes", "scales", "mean")
-            joined.sides.append(
-                like._replace(**{x: mx.concatenate([getattr(s, x) for s in sides]) for x in names})
-            )
+            arrays = zip(*((side.codes, side.scales, side.mean) for side in sides))
+            joined.sides.append(PackedSide(*like[:2], *map(mx.concatenate, arrays)))
         return joined
 
     def used(self) -> list[mx.array | None]:
         """Codes, scales and mean of each side without the free space behind the last token."""
         if self.count == 0:
             return [None] * 3 * len(self.layouts)
-        arrays = []
-        for side in self.sides:
-            codes = side.codes[:, :, : _slots(side.interleaved, self.count)]
-            arrays += [codes, side.scales[..., : self.count], side.mean]
-        return arrays
+        return beginning_of(self.arrays, self.count)
 
     def restore(self, count: int, shapes: list[tuple[int, int, int]], used: list[Any]) -> None:
         """Hold ``count`` tokens, whose :meth:`used` arrays these are; sides are (B, H, dim).
@@ -252,17 +241,12 @@ class PackedKV:
             if count == 0:
                 check_state(all(x is None for x in arrays), "codes of no tokens")
                 continue
-            expected = (
-                (_codes_shape(layout, tuple(heads), dim, count), mx.uint32),
-                ((*heads, count), mx.bfloat16),
-                ((*heads, 1, dim), mx.float32),
-            )
             what = f"codes, scales and means of {count} tokens are not of their shape"
-            for x, (shape, dtype) in zip(arrays, expected):
+            for x, (shape, dtype) in zip(arrays, _shapes(layout, tuple(heads), dim, count)):
                 check_state(isinstance(x, mx.array) and x.shape == shape and x.dtype == dtype, what)
             quantizer = shared_quantizer(dim, layout.bits, self.seed)
             side = PackedSide(quantizer, layout.interleaved, *arrays)
-            self.sides.append(_resized(side, _whole_steps(count)))
+            self.sides.append(_resized(side, whole_steps(count)))
 
 
 def beginning_of(used: Sequence[Any], count: int) -> list[Any]:
@@ -278,20 +262,18 @@ def beginning_of(used: Sequence[Any], count: int) -> list[Any]:
 
 def _empty(layout: Layout, heads: tuple[int, ...], dim: int, seed: int) -> PackedSide:
     """Vectors of a side of (B, H) heads that hold no token; the mean is zeros."""
-    return PackedSide(
-        shared_quantizer(dim, layout.bits, seed),
-        layout.interleaved,
-        mx.zeros(_codes_shape(layout, heads, dim, 0), mx.uint32),
-        mx.zeros((*heads, 0), mx.bfloat16),
-        mx.zeros((*heads, 1, dim)),
-    )
+    arrays = [mx.zeros(*each) for each in _shapes(layout, heads, dim, 0)]
+    return PackedSide(shared_quantizer(dim, layout.bits, seed), layout.interleaved, *arrays)
 
 
-def _codes_shape(layout: Layout, heads: tuple[int, ...], dim: int, tokens: int) -> tuple[int, ...]:
-    words = words_per_vector(dim, layout.bits)
+def _shapes(
+    layout: Layout, heads: tuple[int, ...], dim: int, tokens: int
+) -> list[tuple[tuple[int, ...], mx.Dtype]]:
+    """Shapes and dtypes of codes, scales and mean of (B, H) heads."""
+    codes = (*heads, _slots(layout.interleaved, tokens), words_per_vector(dim, layout.bits))
     if layout.interleaved:
-        return (*heads, -(-tokens // BLOCK), words, BLOCK)
-    return (*heads, tokens, words)
+        codes = (*codes, BLOCK)
+    return [(codes, mx.uint32), ((*heads, tokens), mx.bfloat16), ((*heads, 1, dim), mx.float32)]
 
 
 def _resized(side: PackedSide, capacity: int) -> PackedSide:
@@ -303,10 +285,6 @@ def _resized(side: PackedSide, capacity: int) -> PackedSide:
 def _slots(interleaved: bool, tokens: int) -> int:
     """Places along the third axis of the codes that so many tokens take."""
     return -(-tokens // BLOCK) if interleaved else tokens
-
-
-def _whole_steps(tokens: int) -> int:
-    return -(-tokens // CAPACITY_UNIT) * CAPACITY_UNIT
 
 
 def _write(side: PackedSide, packed: QuantizedVectors, start: int, rows: slice) -> None:

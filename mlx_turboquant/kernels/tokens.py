@@ -90,6 +90,11 @@ class VisibleTokens:
         return exact[:, :, : self.sink_count], exact[:, :, self.recent_start : self.exact_count]
 
 
+def whole_steps(tokens: int) -> int:
+    """The least capacity for so many packed tokens."""
+    return -(-tokens // CAPACITY_UNIT) * CAPACITY_UNIT
+
+
 def longer(x: mx.array, length: int, before: int = 0) -> mx.array:
     """x (B, H, n, ...) with zeros up to ``length`` tokens, ``before`` of them in front."""
     padding = [(0, 0)] * x.ndim

@@ -19,8 +19,9 @@ from ..files import write_json
 
 _FORMAT_VERSION = 1
 _MAX_FILE_BYTES = 1 << 20
-# The values that a number of a tuning may have.
+# The values that a number of an entry in the file may have.
 _ALLOWED = {
+    "packed_tokens": range(1 << 63),
     "rows": range(1, 17),
     "accumulators": (32, 64),
     "tokens": (1, 2),
@@ -127,6 +128,11 @@ def tuning_path() -> Path:
     return user_cache_path("mlx_turboquant") / "tunings.json"
 
 
+def as_entries(tunings: Tunings) -> list[dict[str, int]]:
+    """Tunings as files and reports have them."""
+    return [{"packed_tokens": least, **tuning._asdict()} for least, tuning in tunings]
+
+
 def save_tunings(found: dict[str, Tunings]) -> Path:
     """Add tunings, by :func:`heads_key`, to those of this machine; later kernels use them.
 
@@ -138,10 +144,7 @@ def save_tunings(found: dict[str, Tunings]) -> Path:
         "format": _FORMAT_VERSION,
         "device": device_name(),
         "kernels": kernel_version(),
-        "tunings": {
-            heads: [{"packed_tokens": least, **tuning._asdict()} for least, tuning in each]
-            for heads, each in (_load(file) | found).items()
-        },
+        "tunings": {heads: as_entries(each) for heads, each in (_load(file) | found).items()},
     }
     write_json(file, contents)
     saved_tunings.cache_clear()
@@ -190,13 +193,11 @@ def _load(file: Path) -> dict[str, Tunings]:
 def _checked(entries: list[dict[str, Any]]) -> Tunings:
     found = []
     for entry in entries:
-        least, tuning = entry["packed_tokens"], Tuning(*(entry[name] for name in Tuning._fields))
-        for name, value in tuning._asdict().items():
-            if type(value) is not int or value not in _ALLOWED[name]:
+        least, *numbers = (entry[name] for name in _ALLOWED)
+        for value, (name, allowed) in zip((least, *numbers), _ALLOWED.items()):
+            if type(value) is not int or value not in allowed:
                 raise ValueError(f"{name} is {value!r}")
-        if type(least) is not int or least < 0:
-            raise ValueError(f"packed_tokens is {least!r}")
-        found.append((least, tuning))
+        found.append((least, Tuning(*numbers)))
     if not found:
         raise ValueError("there is none for some heads")
     # The first one holds from no token on.

@@ -3,16 +3,16 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from statistics import median
 from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..codec.packing import words_per_vector
 from ..kernels.attention import Configuration, DecodeAttention
 from ..kernels.runtime import backend
-from ..kernels.storage import shared_quantizer
-from ..kernels.tokens import BLOCK, CAPACITY_UNIT, PackedSide, VisibleTokens
+from ..kernels.storage import PackedKV, layouts_of, shared_quantizer
+from ..kernels.tokens import VisibleTokens
 from ..kernels.tuning import (
     Tuning,
     Tunings,
@@ -46,23 +46,16 @@ class Measured(NamedTuple):
     is_table: bool
 
 
-class Ratio(NamedTuple):
-    """The time of our attention over so many packed tokens, to that of MLX's own with bfloat16."""
+def ratio(heads: Heads, length: int) -> float | None:
+    """The time of our attention over ``length`` packed tokens, to that of MLX's own with bfloat16.
 
-    heads: str
-    tokens: int
-    ratio: float | None
-
-
-def ratio(heads: Heads, length: int) -> Ratio:
-    """Measured with the settings in use; None where the kernel does not run."""
+    Measured with the settings in use; None where the kernel does not run.
+    """
     setup = _Setup(heads, length)
     kernel = _kernel(heads, None)
     arms = {"exact": setup.exact, "ours": kernel and setup.attention(kernel)}
     seconds = _seconds(arms, setup.queries)
-    name = heads_key(heads.dim, heads.value_dim, heads.group)
-    name += f" on {heads.key_heads} key heads"
-    return Ratio(name, length, seconds["ours"] / seconds["exact"] if kernel else None)
+    return seconds["ours"] / seconds["exact"] if kernel else None
 
 
 def tune(heads: Heads) -> Iterator[Measured]:
@@ -74,33 +67,28 @@ def tune(heads: Heads) -> Iterator[Measured]:
     Raises:
         OSError: the result cannot be kept.
     """
-    best: list[tuple[int, Tuning]] = []
-    kernels: dict[Tuning, DecodeAttention | None] = {}
+    kernel_of = cache(lambda tuning: _kernel(heads, ((0, tuning),)))
+    found: list[tuple[int, Tuning]] = []
+    before = 0
     for length in LENGTHS:
-        measured = _tune_length(heads, length, kernels)
-        best.append((length * heads.key_heads, measured.tuning))
+        measured = _tune_length(heads, length, kernel_of)
+        packed_tokens = length * heads.key_heads
+        if not found or measured.tuning != found[-1][1]:
+            # From the middle between this length and the one before.
+            found.append((math.isqrt(before * packed_tokens), measured.tuning))
+        before = packed_tokens
         yield measured
-    save_tunings({heads_key(heads.dim, heads.value_dim, heads.group): _by_length(best)})
-
-
-def _by_length(best: list[tuple[int, Tuning]]) -> Tunings:
-    """A tuning holds from the middle between its length and the one before."""
-    found = [(0, best[0][1])]
-    for (before, _), (packed_tokens, tuning) in zip(best, best[1:]):
-        if tuning != found[-1][1]:
-            found.append((math.isqrt(before * packed_tokens), tuning))
-    return tuple(found)
+    save_tunings({heads_key(heads.dim, heads.value_dim, heads.group): tuple(found)})
 
 
 def _tune_length(
-    heads: Heads, length: int, kernels: dict[Tuning, DecodeAttention | None]
+    heads: Heads, length: int, kernel_of: Callable[[Tuning], DecodeAttention | None]
 ) -> Measured:
     setup = _Setup(heads, length)
 
     def attend(tuning: Tuning) -> Attend | None:
-        if tuning not in kernels:
-            kernels[tuning] = _kernel(heads, ((0, tuning),))
-        return setup.attention(kernels[tuning]) if kernels[tuning] else None
+        kernel = kernel_of(tuning)
+        return setup.attention(kernel) if kernel else None
 
     table = tuning_for(default_tunings(backend(), heads.group), length * heads.key_heads)
     seconds = _seconds(
@@ -122,24 +110,34 @@ def _tune_length(
     fastest = min(seconds, key=seconds.get)
     if seconds[fastest] > (1 - _LEAST_GAIN) * seconds[table]:
         fastest = table
-    is_table = fastest == table
-    return Measured(length, mlx, seconds[table], seconds[fastest], fastest, is_table)
+    return Measured(length, mlx, seconds[table], seconds[fastest], fastest, fastest == table)
 
 
 class _Setup:
-    """One token's queries and random tokens, packed and dense."""
+    """One token's queries and random tokens, dense and packed."""
 
     def __init__(self, heads: Heads, length: int):
-        self._tokens = _random_tokens(heads, length)
-        shape = (1, heads.key_heads * heads.group, 1, heads.dim)
-        self.queries = mx.random.normal(shape).astype(mx.bfloat16)
+        dims = (heads.dim, heads.value_dim)
+        self.queries = _random(heads.key_heads * heads.group, 1, heads.dim)
         self._scale = heads.dim**-0.5
         # Without the exact ones: for most numbers of tokens MLX takes a slow way on CUDA.
-        self._dense = [
-            mx.random.normal((1, heads.key_heads, length, dim)).astype(mx.bfloat16)
-            for dim in (heads.dim, heads.value_dim)
-        ]
-        mx.eval(self.queries, self._dense)
+        self._dense = [_random(heads.key_heads, length, dim) for dim in dims]
+        exact = [_random(heads.key_heads, _EXACT_TOKENS, dim) for dim in dims]
+        if heads.is_latent:
+            exact[1] = exact[0]
+        packed = PackedKV(layouts_of(_BITS, None if heads.is_latent else _BITS), seed=0)
+        packed.append(self._dense[: len(packed.layouts)])
+        self._tokens = VisibleTokens(
+            keys=packed.sides[0],
+            values=packed.sides[-1],
+            packed_count=length,
+            exact_keys=exact[0],
+            exact_values=exact[1],
+            exact_count=_EXACT_TOKENS,
+            sink_count=4,
+            recent_start=4,
+        )
+        mx.eval(self.queries, self._dense, exact, packed.arrays)
 
     def exact(self, queries: mx.array) -> mx.array:
         """MLX's own attention over dense keys and values."""
@@ -201,40 +199,6 @@ def _chain(attend: Attend, queries: mx.array, count: int) -> float:
     return (time.perf_counter() - begin) / count
 
 
-def _random_tokens(heads: Heads, length: int) -> VisibleTokens:
-    """Any codes: what they are does not matter to the speed."""
-    capacity = -(-length // CAPACITY_UNIT) * CAPACITY_UNIT
-
-    def codes(*shape: int) -> mx.array:
-        return mx.random.randint(0, 1 << 31, shape, mx.uint32)
-
-    sides = []
-    for interleaved, dim in ((True, heads.dim), (False, heads.value_dim)):
-        words = words_per_vector(dim, _BITS)
-        shape = (capacity // BLOCK, words, BLOCK) if interleaved else (capacity, words)
-        sides.append(
-            PackedSide(
-                shared_quantizer(dim, _BITS, 0),
-                interleaved,
-                codes(1, heads.key_heads, *shape),
-                mx.ones((1, heads.key_heads, capacity), mx.bfloat16),
-                mx.zeros((1, heads.key_heads, 1, dim)),
-            )
-        )
-    exact = [
-        mx.random.normal((1, heads.key_heads, _EXACT_TOKENS, dim)).astype(mx.bfloat16)
-        for dim in (heads.dim, heads.value_dim)
-    ]
-    if heads.is_latent:
-        sides[1], exact[1] = sides[0], exact[0]
-    mx.eval([side[2:] for side in sides], exact)
-    return VisibleTokens(
-        keys=sides[0],
-        values=sides[1],
-        packed_count=length,
-        exact_keys=exact[0],
-        exact_values=exact[1],
-        exact_count=_EXACT_TOKENS,
-        sink_count=4,
-        recent_start=4,
-    )
+def _random(heads: int, count: int, dim: int) -> mx.array:
+    """Vectors of one sequence: bfloat16 (1, heads, count, dim)."""
+    return mx.random.normal((1, heads, count, dim)).astype(mx.bfloat16)

@@ -7,9 +7,6 @@ import mlx.core as mx
 from ..codec.codebook import check_dim
 from .common import Method
 
-BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (32, 64, 128)
-
 
 class AffineVectors(NamedTuple):
     """uint32 ``codes`` (..., words), and bfloat16 ``scales`` and ``offsets`` (..., groups)."""
@@ -36,11 +33,11 @@ class Affine(Method):
 
     def __init__(self, dim: int, bits: int, *, group_size: int = 64):
         check_dim(dim)
-        if bits not in BITS:
+        if bits not in (2, 3, 4, 5, 6, 8):
             raise ValueError(
                 f"Affine rounding to {bits} bits is not supported: use 2 to 6 or 8 bits."
             )
-        if group_size not in GROUP_SIZES or dim % group_size:
+        if group_size not in (32, 64, 128) or dim % group_size:
             raise ValueError(
                 f"Affine rounding cannot divide {dim} values into groups of {group_size}: "
                 "use groups of 32, 64 or 128 and a multiple of that."
@@ -60,7 +57,6 @@ class Affine(Method):
         return AffineVectors(codes, scales.astype(mx.bfloat16), offsets.astype(mx.bfloat16))
 
     def _values(self, packed: AffineVectors) -> mx.array:
-        # One axis more, because MLX takes no array of a single axis.
-        codes, scales, offsets = (part[None] for part in packed)
+        codes, scales, offsets = (part[None] for part in packed)  # as in _pack
         scales, offsets = scales.astype(mx.float32), offsets.astype(mx.float32)
         return mx.dequantize(codes, scales, offsets, self.group_size, self.bits)[0]

@@ -54,8 +54,3 @@ class TurboQuantProd(Method):
 
     def _values(self, packed: ProdVectors) -> mx.array:
         return self.first.dequantize(packed.first) + self.second.dequantize(packed.second)
-
-    def inner_product(self, queries: mx.array, packed: ProdVectors) -> mx.array:
-        """Products of queries (..., q, dim) with packed vectors (..., n): float32 (..., q, n)."""
-        products = self.first.inner_product(queries, packed.first)
-        return products + self.second.inner_product(queries, packed.second)

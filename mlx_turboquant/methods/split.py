@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..codec.quantizer import check_vectors
+from ..codec.constants import constant
 from .common import Method
 from .presets import turboquant_mse
 from .qjl import QJL
@@ -47,34 +47,22 @@ class ChannelSplit(Method):
         self.channels = channels
         self.outliers = outliers
         self.others = others
+        is_outlier = (channels[..., None] == mx.arange(self.dim)).any(axis=-2)
+        self._outliers_first = constant(mx.argsort(~is_outlier, axis=-1))
         nbits = sum(part.dim * part.bits_per_value for part in (outliers, others))
         self.bits_per_value = nbits / self.dim
 
     def _pack(self, x: mx.array) -> SplitVectors:
         # A value that is not finite makes both parts NaN.
         finite = mx.isfinite(x).all(axis=-1, keepdims=True)
-        outliers, others = self._split(mx.where(finite, x, mx.nan))
+        x = _take(mx.where(finite, x, mx.nan), self._outliers_first)
+        outliers, others = mx.split(x, [self.outliers.dim], axis=-1)
         return SplitVectors(self.outliers.quantize(outliers), self.others.quantize(others))
 
     def _values(self, packed: SplitVectors) -> mx.array:
         parts = [self.outliers.dequantize(packed.outliers), self.others.dequantize(packed.others)]
-        places = mx.argsort(self._order(), axis=-1)
+        places = mx.argsort(self._outliers_first, axis=-1)
         return _take(mx.concatenate(parts, axis=-1), places)
-
-    def inner_product(self, queries: mx.array, packed: SplitVectors) -> mx.array:
-        """Products of queries (..., q, dim) with packed vectors (..., n): float32 (..., q, n)."""
-        check_vectors(queries, self.dim)
-        outliers, others = self._split(queries)
-        products = self.outliers.inner_product(outliers, packed.outliers)
-        return products + self.others.inner_product(others, packed.others)
-
-    def _split(self, x: mx.array) -> list[mx.array]:
-        return mx.split(_take(x, self._order()), [self.outliers.dim], axis=-1)
-
-    def _order(self) -> mx.array:
-        """All channels, outliers first."""
-        is_outlier = (self.channels[..., None] == mx.arange(self.dim)).any(axis=-2)
-        return mx.argsort(~is_outlier, axis=-1)
 
 
 def largest_channels(x: mx.array, count: int) -> mx.array:

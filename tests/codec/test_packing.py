@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_turboquant.codec.packing import pack, planes, unpack, words_per_vector
+from mlx_turboquant.codec.packing import PLANES, pack, unpack, words_per_vector
 
 bit_widths = st.integers(1, 8)
 
@@ -24,8 +24,8 @@ def test_unpacking_returns_the_codes(bits, dim, batch):
 
 @given(bit_widths, st.integers(1, 300))
 def test_storage_is_the_bits_rounded_up_to_words_per_plane(bits, dim):
-    assert sum(planes(bits)) == bits
-    assert words_per_vector(dim, bits) == sum(-(-dim * width // 32) for width in planes(bits))
+    assert sum(PLANES[bits]) == bits
+    assert words_per_vector(dim, bits) == sum(-(-dim * width // 32) for width in PLANES[bits])
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
