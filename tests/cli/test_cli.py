@@ -379,14 +379,14 @@ def test_store_lists_checks_prunes_and_clears(tmp_path):
 def test_conversations_are_listed_kept_when_prompts_are_pruned_and_cleared(tiny_lm, tmp_path):
     store = stored(tmp_path, "import os\n" * 150)
     file = with_conversation(store, "monday", tiny_lm, "def add(a, b):\n" * 20)
-    damaged = with_conversation(store, "tuesday", tiny_lm, "x = 1")
+    damaged = with_conversation(store, "2026-01-02-120000", tiny_lm, "x = 1")
     damaged.write_bytes(damaged.read_bytes()[:100])
     unfinished = file.parent / ".monday-abc" / "monday.safetensors"
     unfinished.parent.mkdir()
     shutil.copy(file, unfinished)
     listed = run("store", "list", str(tmp_path)).stdout
     assert re.search(r"monday .* tokens .* MB .* ago  tiny: def add\(a, b\): def", listed)
-    assert re.search(r"tuesday .* cannot be read", listed)
+    assert re.search(r"2026-01-02-120000 .* cannot be read", listed)
     assert "1 prompts, 2 conversations, " in listed
     pruned = run("store", "prune", str(tmp_path), "--size", "1KB")
     assert pruned.stdout == "1 removed, 0 prompts and 2 conversations left.\n"
