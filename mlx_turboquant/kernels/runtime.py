@@ -164,7 +164,7 @@ def build(
     # launch. All types are among them: MLX tells compiled kernels apart by their names alone.
     definitions = [_definition(*pair) for pair in (("LANES", LANES), *constants.items())]
     label = "_".join(_TYPES.get(value, str(value)) for value in constants.values())
-    names = {"input_names": list(inputs), "output_names": list(outputs)}
+    names = {"input_names": inputs, "output_names": outputs}
     names |= {"name": f"turboquant_{name}_{label}"}
     file, functions = _file(f"{name}.metal"), _FUNCTIONS.get(name, f"{name}.h")
     body = file.read_text(encoding="ascii")
@@ -173,13 +173,15 @@ def build(
     on_metal = backend() == "metal"
     if on_metal and not _metal_reads_files():
         header += _joined(functions, set())
-        return mx.fast.metal_kernel(**names, header=header, source=_without_comments(body))
+        source = _without_comments(body)
+        return _built(mx.fast.metal_kernel, **names, header=header, source=source)
     # MLX copies the text at each launch, a microsecond a kilobyte: the compiler gets the files'
     # names, and a comment has what MLX looks for in the text.
     used = " ".join(sorted(set(re.findall(r"\w+_shape\b|thread\w*_in_\w+|simd\w+_in_\w+", body))))
     source = f'// {used}\n#include "{file}"\n'
     if on_metal:
-        return mx.fast.metal_kernel(**names, header=header + _including(functions), source=source)
+        header += _including(functions)
+        return _built(mx.fast.metal_kernel, **names, header=header, source=source)
     macros = [each for each in definitions if each.startswith("#")]
     values = [each for each in definitions if not each.startswith("#")]
     lines = [
@@ -189,9 +191,14 @@ def build(
         *macros,
         _including("metal_on_cuda.h"),
     ]
-    return mx.fast.cuda_kernel(
-        **names, header="\n".join(lines), source=f"TURBOQUANT_USING_DECLARATIONS\n{source}"
-    )
+    source = f"TURBOQUANT_USING_DECLARATIONS\n{source}"
+    return _built(mx.fast.cuda_kernel, **names, header="\n".join(lines), source=source)
+
+
+@cache
+def _built(make: Callable[..., Launch], **text: str | tuple[str, ...]) -> Launch:
+    """The same kernel for all configurations that have the same text."""
+    return make(**text)
 
 
 @cache

@@ -92,7 +92,7 @@ def kernels_run(monkeypatch):
 
 def forget_kernels() -> None:
     runtime.force_backend(None)
-    for remembered in (runtime._checked, runtime._machine_backend):
+    for remembered in (runtime._checked, runtime._built, runtime._machine_backend):
         remembered.cache_clear()
 
 
