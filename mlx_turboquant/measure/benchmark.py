@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .cache_specs import CHUNK, CacheSpec
+from .cache_specs import CacheSpec, Progress, ignore
 
 # Tokens that are decoded before the clock starts.
 _WARM_UP_TOKENS = 8
@@ -43,7 +43,7 @@ def measure(
     spec: CacheSpec,
     prompts: mx.array,
     new_tokens: int,
-    progress: Callable[[int], Any] = lambda tokens: None,
+    progress: Progress = ignore,
 ) -> Measurement:
     """Read ``prompts`` (B, n) in chunks as mlx-lm does and decode ``new_tokens`` greedily.
 
@@ -58,14 +58,7 @@ def measure(
     before = mx.get_active_memory()
     begin = time.perf_counter()
     cache = spec.make_cache(model)
-    length = prompts.shape[1]
-    for start in range(0, length - 1, CHUNK):
-        chunk = prompts[:, start : min(start + CHUNK, length - 1)]
-        model(chunk, cache=cache)
-        spec.after_chunk(cache)
-        mx.eval([layer.state for layer in cache])
-        mx.clear_cache()
-        progress(chunk.shape[1])
+    spec.read(model, cache, prompts[:, :-1], progress)
     prefill = time.perf_counter() - begin
     steps = _decode(model, spec, cache, prompts[:, -1:])
     next(steps)

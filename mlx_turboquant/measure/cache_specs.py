@@ -2,9 +2,11 @@
 
 import importlib
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
@@ -20,6 +22,13 @@ CHUNK = 2048
 GROUP_SIZE = 64
 
 _DEFAULTS = Settings()
+
+# Called with the number of tokens of one sequence after each step.
+Progress = Callable[[int], Any]
+
+
+def ignore(tokens: int) -> None:
+    """The progress that nobody looks at."""
 
 
 class CacheSpec(NamedTuple):
@@ -54,6 +63,18 @@ class CacheSpec(NamedTuple):
     def after_chunk(self, cache: list[Any]) -> None:
         """What mlx-lm does after every chunk of a prompt: its own cache is quantized then."""
         _mlx_lm_generate.maybe_quantize_kv_cache(cache, 0, GROUP_SIZE, self.mlx_lm_bits)
+
+    def read(
+        self, model: nn.Module, cache: list[Any], tokens: mx.array, progress: Progress = ignore
+    ) -> None:
+        """Let a cache read tokens (B, n) in chunks, as mlx-lm reads a prompt."""
+        for start in range(0, tokens.shape[1], CHUNK):
+            chunk = tokens[:, start : start + CHUNK]
+            model(chunk, cache=cache)
+            self.after_chunk(cache)
+            mx.eval([layer.state for layer in cache])
+            mx.clear_cache()
+            progress(chunk.shape[1])
 
 
 EXACT = CacheSpec("exact")

@@ -15,61 +15,45 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import ArraysCache, ChunkedKVCache, KVCache, RotatingKVCache
 
 from ..kernels.attention import MAX_DECODE_ROWS
 from ..lm.calibrate import divergence
-from ..lm.compressible import plain_caches
+from ..lm.compressible import flat_caches, plain_caches
 from ..lm.loading import reason_of
 from ..lm.report import cache_size
 from ..lm.texts import start_tokens
-from .cache_specs import CHUNK, EXACT, CacheSpec, token_size
+from .cache_specs import CHUNK, EXACT, CacheSpec, Progress, ignore, token_size
 from .needle import hide_codes
 from .scores import Generation, Needle, Scores
 
 # A reply may begin with some words before the code.
 REPLY_TOKENS = 32
-# Caches of layers that are compressed neither here nor by mlx-lm: they are the same for all.
-_STATES = (ArraysCache, ChunkedKVCache, RotatingKVCache)
-
-# Called with the number of tokens after each step.
-Progress = Callable[[int], Any]
-
-
-def _ignore(tokens: int) -> None:
-    pass
 
 
 def read_prompt(model: nn.Module, spec: CacheSpec, tokens: mx.array) -> list[Any]:
     """A cache of ``spec`` that has read the tokens (n,) as mlx-lm reads a prompt."""
-    [cache] = read_first_chunk(model, [spec], tokens)
-    read_on(model, spec, cache, tokens)
+    cache = spec.make_cache(model)
+    spec.read(model, cache, tokens[None])
     return cache
 
 
 def read_first_chunk(
-    model: nn.Module, specs: list[CacheSpec], tokens: mx.array, progress: Progress = _ignore
+    model: nn.Module, specs: list[CacheSpec], tokens: mx.array, progress: Progress = ignore
 ) -> list[list[Any]]:
     """A cache of each spec that has read the first chunk of a prompt, the tokens (n,).
 
     Nothing of a first chunk is seen quantized: the model computes the same for all, and runs once.
     """
-    caches = [spec.make_cache(model) for spec in specs]
     chunk = tokens[None, :CHUNK]
-    plain = plain_caches(model)
-    if all(type(layer) in (KVCache, *_STATES) for layer in plain):
-        together = [
-            _FirstChunk(layers) if type(own) is KVCache else own
-            for own, *layers in zip(plain, *caches)
-        ]
-        model(chunk, cache=together)
-        for cache in caches:
-            for i, own in enumerate(plain):
-                if type(own) is not KVCache:
-                    cache[i] = copy.deepcopy(own)
-    else:
-        for cache in caches:
-            model(chunk, cache=cache)
+    exact = plain_caches(model)
+    model(chunk, cache=exact)
+    caches = [spec.make_cache(model) for spec in specs]
+    for cache in caches:
+        for layer, own in zip(flat_caches(cache), flat_caches(exact)):
+            if type(layer) is type(own):
+                vars(layer).update(copy.deepcopy(vars(own)))
+            else:
+                layer.update_and_fetch(*own.keys_and_values())
     mx.eval([layer.state for cache in caches for layer in cache])
     progress(chunk.size * len(specs))
     return caches
@@ -80,35 +64,16 @@ def read_on(
     spec: CacheSpec,
     cache: list[Any],
     tokens: mx.array,
-    progress: Progress = _ignore,
+    progress: Progress = ignore,
 ) -> None:
     """Let a cache that has read the first chunk of the tokens (n,) read the others."""
     spec.after_chunk(cache)
     mx.eval([layer.state for layer in cache])
-    for start in range(CHUNK, len(tokens), CHUNK):
-        chunk = tokens[None, start : start + CHUNK]
-        model(chunk, cache=cache)
-        spec.after_chunk(cache)
-        mx.eval([layer.state for layer in cache])
-        progress(chunk.size)
-
-
-class _FirstChunk:
-    """Stands for the empty caches of one layer of several specs, and fills all of them."""
-
-    def __init__(self, caches: list[Any]):
-        self.caches = caches
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.caches[-1], name)
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        *_, fetched = [cache.update_and_fetch(keys, values) for cache in self.caches]
-        return fetched
+    spec.read(model, cache, tokens[None, CHUNK:], progress)
 
 
 def log_probabilities(
-    model: nn.Module, cache: list[Any], tokens: mx.array, progress: Progress = _ignore
+    model: nn.Module, cache: list[Any], tokens: mx.array, progress: Progress = ignore
 ) -> Iterator[mx.array]:
     """Log-probabilities (up to 8, vocabulary) after each of the tokens (n,), some at a time."""
     for start in range(0, len(tokens), MAX_DECODE_ROWS):
@@ -156,7 +121,7 @@ class Comparison:
     support is a ``failure`` in its scores.
     """
 
-    def __init__(self, model: nn.Module, specs: list[CacheSpec], progress: Progress = _ignore):
+    def __init__(self, model: nn.Module, specs: list[CacheSpec], progress: Progress = ignore):
         self.model = model
         self.progress = progress
         self.scores = [Scores(spec) for spec in (EXACT, *specs)]
