@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -191,14 +191,6 @@ class Chat:
         self.verbose = verbose
         self.generation = generation
         self.console = make_console()
-        self.commands: dict[str, Callable[[str], None]] = {
-            "/help": self._help,
-            "/reset": self._reset,
-            "/stats": self._stats,
-            "/save": self._save,
-            "/load": self._load,
-            "/sessions": self._sessions,
-        }
 
     def run(self, model_name: str) -> None:
         """Talk until Ctrl-D."""
@@ -209,7 +201,10 @@ class Chat:
             try:
                 line = corridor_input(self.console).strip()
                 if line.startswith("/"):
-                    self._command(line)
+                    try:
+                        self._command(line)
+                    except (ValueError, OSError) as error:
+                        self._note(str(error))
                 elif line:
                     self._reply(line)
             except KeyboardInterrupt:
@@ -219,14 +214,32 @@ class Chat:
 
     def _command(self, line: str) -> None:
         name, _, argument = line.partition(" ")
-        command = self.commands.get(name)
-        if command is None:
-            self._note(f"{name} is not a command: /help lists them")
-            return
-        try:
-            command(argument.strip())
-        except (ValueError, OSError) as error:
-            self._note(str(error))
+        argument = argument.strip()
+        conversation = self.conversation
+        if name in ("/save", "/load") and not argument:
+            raise ValueError(f"{name} needs a file name: {name} FILE")
+        match name:
+            case "/help":
+                self.console.print(_HELP)
+            case "/reset":
+                conversation.reset()
+                self._note("the conversation is forgotten")
+            case "/stats":
+                self._stats()
+            case "/save":
+                self._note(f"saved to {conversation.save(Path(argument).expanduser())}")
+            case "/load":
+                conversation.load(Path(argument).expanduser())
+                self._stats()
+            case "/sessions":
+                if conversation.store is None:
+                    raise ValueError(
+                        "There are no conversations without a store: use --prompt-store DIR"
+                    )
+                for entry in conversation.store.sessions():
+                    self._note(entry.name)
+            case _:
+                self._note(f"{name} is not a command: /help lists them")
 
     def _reply(self, line: str) -> None:
         response = None
@@ -246,37 +259,13 @@ class Chat:
         speed = f"{response.generation_tps:.1f} tokens/s · " if response else ""
         self._note(f"{speed}cache {cache_size(self.conversation.cache)}")
         if self.verbose:
-            self._stats("")
+            self._stats()
 
-    def _help(self, _: str) -> None:
-        self.console.print(_HELP)
-
-    def _reset(self, _: str) -> None:
-        self.conversation.reset()
-        self._note("the conversation is forgotten")
-
-    def _stats(self, _: str) -> None:
+    def _stats(self) -> None:
         report = cache_report(self.conversation.cache, self.conversation.model)
         self._note(f"{len(self.conversation.messages)} messages, cache {report.size}")
         for line in str(report).splitlines():
             self._note(line)
-
-    def _save(self, name: str) -> None:
-        if not name:
-            raise ValueError("/save needs a file name: /save FILE")
-        self._note(f"saved to {self.conversation.save(Path(name).expanduser())}")
-
-    def _load(self, name: str) -> None:
-        if not name:
-            raise ValueError("/load needs a file name: /load FILE")
-        self.conversation.load(Path(name).expanduser())
-        self._stats(name)
-
-    def _sessions(self, _: str) -> None:
-        if self.conversation.store is None:
-            raise ValueError("There are no conversations without a store: use --prompt-store DIR")
-        for entry in self.conversation.store.sessions():
-            self._note(entry.name)
 
     def _note(self, text: str) -> None:
         self.console.print(f"  {text}", style="ui.muted", markup=False)
