@@ -19,7 +19,7 @@ from rich.table import Table
 from mlx_turboquant.cli.results import print_rich
 from mlx_turboquant.lm.loading import prepare_for_device
 from mlx_turboquant.measure.cache_specs import EXACT, MLX_LM, preset, token_size
-from mlx_turboquant.measure.evaluate import greedy_tokens, read_first_chunk, read_on
+from mlx_turboquant.measure.evaluate import following_tokens, read_first_chunk, read_on
 from mlx_turboquant.measure.needle import answer, hide_codes
 
 TINY_LM = Path(__file__).parent / "tiny-lm"
@@ -62,7 +62,7 @@ def main() -> None:
     exact: list[int] = []
     for spec, cache in zip(specs, caches):
         read_on(model, spec, cache, tokens)
-        reply = list(islice(greedy_tokens(model, cache, prompt[-1]), _REPLY_TOKENS))
+        reply = list(islice(following_tokens(model, cache, prompt[-1]), _REPLY_TOKENS))
         exact = exact or reply
         found = tokenizer.decode(reply).startswith(answer(code))
         differs = (one != other for one, other in zip(reply, exact))

@@ -20,7 +20,7 @@ from mlx_turboquant.lm.calibrate import calibrate
 from mlx_turboquant.lm.compression import give_profile
 from mlx_turboquant.lm.loading import prepare_for_device
 from mlx_turboquant.measure.cache_specs import preset
-from mlx_turboquant.measure.evaluate import Comparison, greedy_tokens, passkey_prompt
+from mlx_turboquant.measure.evaluate import Comparison, following_tokens, passkey_prompt
 
 pytestmark = pytest.mark.real
 
@@ -97,7 +97,7 @@ def test_a_saved_prompt_is_continued_as_if_it_had_just_been_read(real, tmp_path)
     file = save_prompt_cache(tmp_path / "prompt", cache, real.model)
     loaded = load_prompt_cache(file, real.model)
     kept, again = (
-        list(islice(greedy_tokens(real.model, each, prompt[-1]), 40)) for each in (cache, loaded)
+        list(islice(following_tokens(real.model, each, prompt[-1]), 40)) for each in (cache, loaded)
     )
     assert again == kept
 

@@ -18,7 +18,7 @@ import mlx_lm
 from mlx_turboquant.lm import texts
 from mlx_turboquant.lm.loading import model_errors, prepare_for_device
 from mlx_turboquant.measure.cache_specs import EXACT, MLX_LM, preset
-from mlx_turboquant.measure.evaluate import greedy_tokens, read_first_chunk, read_on
+from mlx_turboquant.measure.evaluate import following_tokens, read_first_chunk, read_on
 
 QUESTION = "What is this Python module for? Answer in three sentences."
 _BUNDLED = 4  # of the bundled texts, the source of pickle
@@ -68,7 +68,7 @@ def main() -> None:
         except NotImplementedError as error:  # mlx-lm does not quantize every kind of cache
             print(f"| {spec.name} | not possible: {error} |", flush=True)
             continue
-        reply = islice(greedy_tokens(model, cache, prompt[-1]), args.tokens)
+        reply = islice(following_tokens(model, cache, prompt[-1]), args.tokens)
         reply = list(takewhile(lambda token: token not in tokenizer.eos_token_ids, reply))
         answer = tokenizer.decode(reply).strip().replace("|", "\\|").replace("\n", "<br>")
         print(f"| {spec.name} | {answer} |", flush=True)

@@ -25,7 +25,7 @@ from ..measure.cache_specs import EXACT, MLX_LM, CacheSpec, preset
 from ..measure.footprint import chunk_nbytes, footprint
 from ..measure.shapes import SHAPES, random_model
 from .loading import MODEL_HELP, ensure_profile, load_lazily
-from .options import add_comparison_options, add_count, check_least, settings_of
+from .options import add_comparison_options, add_count, add_out, check_least, settings_of
 from .results import drawing_tools, machine, write_results
 
 _CONTEXTS = tuple(1024 * thousands for thousands in (1, 4, 16, 32, 64, 128))
@@ -195,9 +195,8 @@ def add_model_options(parser: argparse.ArgumentParser, required: bool = True) ->
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlx_turboquant benchmark", description=__doc__)
-    add = parser.add_argument
     add_model_options(parser)
-    add(
+    parser.add_argument(
         "--contexts",
         type=int,
         nargs="+",
@@ -210,10 +209,5 @@ def _parser() -> argparse.ArgumentParser:
     add_count(parser, "--batch", 1, "Sequences at once")
     add_count(parser, "--new-tokens", 128, "Tokens to decode after a prompt")
     add_count(parser, "--repeats", 3, "Runs to take the median of")
-    add(
-        "--out",
-        type=Path,
-        default=Path("benchmark"),
-        help="Folder of benchmark.json and benchmark.png (default: %(default)s)",
-    )
+    add_out(parser, "benchmark", "benchmark.json and benchmark.png")
     return parser

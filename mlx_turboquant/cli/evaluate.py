@@ -15,7 +15,7 @@ from ..measure.cache_specs import MLX_LM, preset
 from ..measure.evaluate import REPLY_TOKENS, Comparison, passkey_prompt
 from ..methods import METHODS
 from .loading import MODEL_HELP, ensure_profile, load_lazily
-from .options import add_comparison_options, add_count, check_least, settings_of
+from .options import add_comparison_options, add_count, add_out, check_least, settings_of
 from .results import drawing_tools, machine, write_results
 
 
@@ -54,8 +54,8 @@ def main(arguments: list[str]) -> None:
             comparison.text(context, args.scored, args.greedy)
         for prompt in prompts:
             comparison.needle(tokenizer, *prompt)
-        for is_sampled in (False, True) if args.generate else ():
-            comparison.generation(contexts[0], args.generate, is_sampled)
+        for seed in (None, 0) if args.generate else ():
+            comparison.generation(contexts[0], args.generate, seed)
     scores = comparison.scores
     result = {
         **machine(),
@@ -104,12 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     count("--needle-depths", 5, "Places in each of them")
     count("--needle-trials", 1, "Codes hidden at each place")
     add("--chat", action="store_true", help="Ask for the code through the chat template")
-    add(
-        "--out",
-        type=Path,
-        default=Path("evaluation"),
-        help="Folder of evaluation.json, kl.png and needles.png (default: %(default)s)",
-    )
+    add_out(parser, "evaluation", "evaluation.json, kl.png and needles.png")
     return parser
 
 

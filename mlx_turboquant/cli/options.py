@@ -49,24 +49,14 @@ def settings_of(args: argparse.Namespace) -> Settings:
 def _add_cache_options(parser: argparse.ArgumentParser) -> None:
     parser.conflict_handler = "resolve"
     group = parser.add_argument_group("compressed cache")
-    group.add_argument(
-        "--kv-bits",
-        dest="bits",
-        type=float,
-        metavar="KV_BITS",
-        help=f"Mean of bits per value, 2 to 8 in quarters (default: {Settings.bits})",
-    )
+    text = f"Mean of bits per value, 2 to 8 in quarters (default: {Settings.bits})"
+    _add_setting(group, "--kv-bits", "bits", text, float)
     group.add_argument("--key-bits", type=int, help="Bits per value of all keys, 1 to 8")
     group.add_argument("--value-bits", type=int, help="Bits per value of all values, 1 to 8")
     add_allocation_options(group)
     add_exact_token_options(group)
-    group.add_argument(
-        "--max-kv-size",
-        dest="max_size",
-        type=int,
-        metavar="MAX_KV_SIZE",
-        help="Tokens that a layer holds at most, after which the oldest are forgotten",
-    )
+    text = "Tokens that a layer holds at most, after which the oldest are forgotten"
+    _add_setting(group, "--max-kv-size", "max_size", text)
     # mlx-lm reads these, and would convert the layers that are not compressed. Its server would
     # serve one request at a time.
     parser.set_defaults(kv_bits=None, max_kv_size=None)
@@ -96,20 +86,18 @@ def add_allocation_options(group: argparse._ActionsContainer) -> None:
 
 def add_exact_token_options(group: argparse._ActionsContainer) -> None:
     """Add the options of the tokens that stay exact."""
-    group.add_argument(
-        "--kv-window",
-        dest="window",
-        type=int,
-        metavar="KV_WINDOW",
-        help=f"Recent tokens that stay exact (default: {Settings.window})",
-    )
-    group.add_argument(
-        "--kv-sinks",
-        dest="sink_tokens",
-        type=int,
-        metavar="KV_SINKS",
-        help=f"First tokens that stay exact (default: {Settings.sink_tokens})",
-    )
+    text = f"Recent tokens that stay exact (default: {Settings.window})"
+    _add_setting(group, "--kv-window", "window", text)
+    text = f"First tokens that stay exact (default: {Settings.sink_tokens})"
+    _add_setting(group, "--kv-sinks", "sink_tokens", text)
+
+
+def _add_setting(
+    group: argparse._ActionsContainer, option: str, field: str, text: str, kind: type = int
+) -> None:
+    """Add an option, named as those of mlx-lm, for a field of :class:`.Settings`."""
+    metavar = option[2:].upper().replace("-", "_")
+    group.add_argument(option, dest=field, type=kind, metavar=metavar, help=text)
 
 
 def add_store_options(parser: argparse.ArgumentParser) -> argparse._ActionsContainer:
@@ -175,6 +163,12 @@ def add_comparison_options(parser: argparse.ArgumentParser, *presets: str) -> No
 def add_count(parser: argparse.ArgumentParser, option: str, default: int, text: str) -> None:
     """Add an option that is a whole number, with its default in the help."""
     parser.add_argument(option, type=int, default=default, help=f"{text} (default: {default})")
+
+
+def add_out(parser: argparse.ArgumentParser, folder: str, files: str) -> None:
+    """Add ``--out``, the folder of results, with its default and its files in the help."""
+    text = f"Folder of {files} (default: {folder})"
+    parser.add_argument("--out", type=Path, default=Path(folder), help=text)
 
 
 def check_least(args: argparse.Namespace, **least: int) -> None:

@@ -9,7 +9,6 @@ import copy
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -89,21 +88,20 @@ def token_losses(rows: mx.array, tokens: mx.array) -> list[float]:
     return (-mx.take_along_axis(rows, tokens[:, None], axis=-1)[:, 0]).tolist()
 
 
-def greedy_tokens(model: nn.Module, cache: list[Any], token: int) -> Iterator[int]:
-    """The most probable tokens after ``token``, one at a time, without end."""
-    while True:
-        token = model(mx.array([[token]]), cache=cache)[0, -1].argmax().item()
-        yield token
+def following_tokens(
+    model: nn.Module, cache: list[Any], token: int, seed: int | None = None
+) -> Iterator[int]:
+    """The tokens after ``token``, one at a time, without end: the most probable ones.
 
-
-def sampled_tokens(model: nn.Module, cache: list[Any], token: int, seed: int) -> Iterator[int]:
-    """Random tokens after ``token``, the same for logits that are the same, without end.
-
-    Each is that of the largest logit with Gumbel noise, which follows the model's distribution.
+    With a ``seed`` they are random, and the same for logits that are the same. Each is that of the
+    largest logit with Gumbel noise, which follows the model's distribution.
     """
-    for key in map(mx.random.key, itertools.count(seed * 2**20)):
+    for step in itertools.count():
         logits = model(mx.array([[token]]), cache=cache)[0, -1].astype(mx.float32)
-        token = (logits + mx.random.gumbel(logits.shape, key=key)).argmax().item()
+        if seed is not None:
+            key = mx.random.key(seed * 2**20 + step)
+            logits += mx.random.gumbel(logits.shape, key=key)
+        token = logits.argmax().item()
         yield token
 
 
@@ -138,7 +136,7 @@ class Comparison:
         def measure(scores: Scores, cache: list[Any]) -> None:
             self._score(scores, cache, mx.array(tokens[first - 1 :]), exact)
             scores.positions += range(first, first + scored)
-            following = islice(greedy_tokens(self.model, cache, tokens[-1]), greedy)
+            following = islice(following_tokens(self.model, cache, tokens[-1]), greedy)
             if scores.spec is EXACT:
                 continuation.extend(following)
             scores.departures.append(first_difference(continuation, following))
@@ -186,18 +184,21 @@ class Comparison:
             scores.agreements += agreements.tolist()
             scores.overlaps += overlaps.tolist()
 
-    def generation(self, prompt: list[int], count: int, is_sampled: bool, seed: int = 0) -> None:
-        """Let every cache write ``count`` tokens after a prompt, and score them exactly."""
-        follow = partial(sampled_tokens, seed=seed) if is_sampled else greedy_tokens
+    def generation(self, prompt: list[int], count: int, seed: int | None = None) -> None:
+        """Let every cache write ``count`` tokens after a prompt, and score them exactly.
+
+        They are chosen as by :func:`following_tokens`.
+        """
         exact: list[int] = []
 
         def measure(scores: Scores, cache: list[Any]) -> None:
-            written = list(islice(follow(self.model, cache, prompt[-1]), count))
+            following = following_tokens(self.model, cache, prompt[-1], seed)
+            written = list(islice(following, count))
             if scores.spec is EXACT:
                 exact.extend(written)
             losses = exact_losses(self.model, prompt, written)
             departure = first_difference(exact, written)
-            scores.generations.append(Generation(is_sampled, written, losses, departure))
+            scores.generations.append(Generation(seed is not None, written, losses, departure))
             self.progress(count)
 
         self._each(mx.array(prompt[:-1]), measure)
@@ -209,7 +210,7 @@ class Comparison:
         """
 
         def measure(scores: Scores, cache: list[Any]) -> bool:
-            continuation = greedy_tokens(self.model, cache, prompt[-1])
+            continuation = following_tokens(self.model, cache, prompt[-1])
             found = _first_code(tokenizer, islice(continuation, REPLY_TOKENS)) == code
             scores.needles.append(Needle(length, depth, found))
             self.progress(REPLY_TOKENS)

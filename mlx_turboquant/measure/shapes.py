@@ -1,15 +1,10 @@
 """Models of known architectures with random weights: speed and memory without a download."""
 
-import contextlib
-import io
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.utils import _get_classes, quantize_model
-
-_GROUP_SIZE = 64
-_BITS = 4
+from mlx_lm.utils import _get_classes
 
 
 def _shape(
@@ -126,7 +121,7 @@ def random_model(config: dict[str, Any]) -> nn.Module:
     Outputs keep the size of inputs, as in a trained model, and experts are chosen evenly. The
     weights are not evaluated.
     """
-    model = unloaded_model({**config, "quantization": {"group_size": _GROUP_SIZE, "bits": _BITS}})
+    model = unloaded_model({**config, "quantization": {"group_size": 64, "bits": 4}})
     for module in model.modules():
         if "scales" in module:
             _fill(module)
@@ -138,14 +133,15 @@ def random_model(config: dict[str, Any]) -> nn.Module:
 def _quantize(model: nn.Module, config: dict[str, Any]) -> None:
     quantization = config["quantization"]
     usual = getattr(model, "quant_predicate", None) or (lambda path, module: True)
+    group_size, mode = quantization["group_size"], quantization.get("mode", "affine")
 
     def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if not hasattr(module, "to_quantized") or module.weight.shape[-1] % group_size:
+            return False
         # The configuration may say something of single layers.
         return quantization[path] if path in quantization else usual(path, module)
 
-    sizes = (quantization["group_size"], quantization["bits"], quantization.get("mode", "affine"))
-    with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints the bits of a weight
-        quantize_model(model, config, *sizes, quant_predicate=predicate)
+    nn.quantize(model, group_size, quantization["bits"], mode=mode, class_predicate=predicate)
 
 
 def _fill(module: nn.Module) -> None:
