@@ -1,8 +1,9 @@
 """``mlx_turboquant cache_prompt``: mlx-lm's command, with a compressed cache."""
 
-import importlib
 from functools import partial
 from types import SimpleNamespace
+
+from mlx_lm import cache_prompt
 
 from ..lm.enable import make_prompt_cache
 from ..lm.prompt_cache import check_target, save_prompt_cache
@@ -10,12 +11,10 @@ from .loading import load_ready
 from .options import parse
 from .replaced import replaced
 
-_mlx_lm_cache_prompt = importlib.import_module("mlx_lm.cache_prompt")
-
 
 def main(arguments: list[str]) -> None:
     """Run mlx-lm's own command with its parser, loader, cache and saving wrapped."""
-    parser = _mlx_lm_cache_prompt.setup_arg_parser()
+    parser = cache_prompt.setup_arg_parser()
     parser.prog, parser.description = "mlx_turboquant cache_prompt", __doc__
     args, settings = parse(parser, arguments)
     check_target(args.prompt_cache_file)  # before the prompt is processed
@@ -29,10 +28,10 @@ def main(arguments: list[str]) -> None:
         print(f"Saved {save_prompt_cache(file, cache, *models, metadata)}")
 
     with replaced(
-        _mlx_lm_cache_prompt,
+        cache_prompt,
         setup_arg_parser=lambda: SimpleNamespace(parse_args=lambda: args),
-        load=partial(load_ready, _mlx_lm_cache_prompt.load, args, settings),
+        load=partial(load_ready, cache_prompt.load, args, settings),
         make_prompt_cache=make_cache,
         save_prompt_cache=save,
     ):
-        _mlx_lm_cache_prompt.main()
+        cache_prompt.main()

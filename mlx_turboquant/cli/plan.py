@@ -48,9 +48,10 @@ def main(arguments: list[str]) -> None:
     sequences = f", each of {args.batch} sequences" if args.batch > 1 else ""
     print(f"{'cache':15} {'bytes a token':>14} {'longest context':>16}{sequences}")
     for spec, cache in zip(specs, footprints):
-        longest = cache.longest(left / args.batch)
-        beyond = "  more than it was trained for" if trained and longest > trained else ""
-        print(f"{spec.name:15} {cache.per_token:14,.0f} {_tokens(longest):>16}{beyond}")
+        count = cache.longest(left / args.batch)
+        longest = f"{count:,}" if count < 10**7 else "any"
+        beyond = "  more than it was trained for" if trained and count > trained else ""
+        print(f"{spec.name:15} {cache.per_token:14,.0f} {longest:>16}{beyond}")
     if trained:
         print(f"The model was trained for {trained:,} tokens.")
     print(
@@ -80,10 +81,6 @@ def _available(memory: str | None) -> tuple[float, str]:
 
 def _size(nbytes: float) -> str:
     return f"{nbytes / 1e9:,.1f} GB"
-
-
-def _tokens(count: int) -> str:
-    return f"{count:,}" if count < 10**7 else "any"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,6 +1,5 @@
 """The caches that are put side by side: the exact one, mlx-lm's, ours, and simulated ones."""
 
-import importlib
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,14 +7,13 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from ..lm.compressible import flat_caches, plain_caches
 from ..lm.enable import make_prompt_cache
 from ..lm.settings import Settings
 from .simulated import method_roundings, simulated_prompt_cache
-
-_mlx_lm_generate = importlib.import_module("mlx_lm.generate")
 
 # mlx-lm reads prompts in chunks of this size, and quantizes its own cache in these groups.
 CHUNK = 2048
@@ -62,7 +60,7 @@ class CacheSpec(NamedTuple):
 
     def after_chunk(self, cache: list[Any]) -> None:
         """What mlx-lm does after every chunk of a prompt: its own cache is quantized then."""
-        _mlx_lm_generate.maybe_quantize_kv_cache(cache, 0, GROUP_SIZE, self.mlx_lm_bits)
+        maybe_quantize_kv_cache(cache, 0, GROUP_SIZE, self.mlx_lm_bits)
 
     def read(
         self, model: nn.Module, cache: list[Any], tokens: mx.array, progress: Progress = ignore
@@ -122,13 +120,13 @@ def token_size(cache: list[Any]) -> tuple[int, float]:
 
 
 def _layer_token_size(layer: Any) -> tuple[int, float]:
+    if isinstance(layer, KVCache):
+        values = sum(x.size // x.shape[2] for x in (layer.keys, layer.values))
+        return values, getattr(layer, "token_nbytes", 2 * values)
     if hasattr(layer, "token_nbytes"):
         return layer.token_values, layer.token_nbytes
     if isinstance(layer, QuantizedKVCache):
         scales = layer.keys[1], layer.values[1]
         values = layer.group_size * sum(x.size // x.shape[2] for x in scales)
         return values, values * (layer.bits + 32 / layer.group_size) / 8
-    if type(layer) is KVCache:
-        values = sum(x.size // x.shape[2] for x in (layer.keys, layer.values))
-        return values, 2 * values
     return 0, 0

@@ -14,9 +14,6 @@ from ..lm.settings import Settings
 from ..methods import Method, make_method
 from ..methods.common import map_arrays
 
-# Every method takes vectors of this many values.
-_USUAL_DIM = 128
-
 Rounding = Callable[[mx.array], mx.array]
 
 
@@ -92,11 +89,6 @@ class SimulatedCache(KVCache):
         raise AttributeError("A simulated cache cannot be batched.")
 
     @property
-    def token_values(self) -> int:
-        """Values of one token: those of keys and values of all heads and rows."""
-        return sum(x.size // x.shape[2] for x in (self.keys, self.values))
-
-    @property
     def token_nbytes(self) -> int:
         """Bytes that the methods of :class:`MethodRounding` would store for one more token."""
         pairs = zip((self.keys, self.values), self.roundings)
@@ -104,9 +96,11 @@ class SimulatedCache(KVCache):
 
 
 def method_roundings(
-    codec: str, settings: Settings, dims: tuple[int, int] = (_USUAL_DIM, _USUAL_DIM)
+    codec: str, settings: Settings, dims: tuple[int, int] = (128, 128)
 ) -> list[MethodRounding]:
     """The roundings of keys and values of these ``dims``, with the bits of ``settings``.
+
+    Every method takes vectors of 128 values.
 
     ``codec`` names a method, or one for keys and one for values, as ``qjl+affine``.
 
