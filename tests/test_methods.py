@@ -1,4 +1,4 @@
-"""Every method against the numbers of its paper and against closed forms.
+"""Every method, those of the studies too, against its paper and against closed forms.
 
 Data come from seeds other than those of rotations and projections.
 """
@@ -9,32 +9,28 @@ from math import exp, lgamma, pi, sin, sqrt
 import mlx.core as mx
 import numpy as np
 import pytest
+from channel_split import ChannelSplit, largest_channels, qjl_with_outliers, turboquant_split
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kvarn import KVarN
 from mlx.utils import tree_flatten
+from other_methods import ALL_METHODS
+from polar_quant import PolarQuant, angle_levels
 from tokens import normal, unit_vectors
 
 from mlx_turboquant.codec.codebook import distortion, lloyd_max_levels
 from mlx_turboquant.methods import (
-    METHODS,
     QJL,
     Affine,
-    ChannelSplit,
-    KVarN,
-    PolarQuant,
     TurboQuantProd,
     drive,
     drive_biased,
     eden,
     eden_biased,
-    largest_channels,
     make_method,
     norm_corrected,
-    qjl_with_outliers,
     turboquant_mse,
-    turboquant_split,
 )
-from mlx_turboquant.methods.polar import angle_levels
 
 SEED = 7
 COUNT = 20_000
@@ -66,9 +62,9 @@ mse_of_3_bits = partial(turboquant_mse, 128, 3)
 def all_methods(x: mx.array, bits: int) -> dict[str, object]:
     """The methods that have so many bits and can quantize vectors like x."""
     made = {}
-    for name in METHODS:
+    for name, make in ALL_METHODS.items():
         try:
-            made[name] = make_method(name, x, bits, SEED)
+            made[name] = make(x, bits, SEED)
         except ValueError:
             continue
     return made
@@ -408,7 +404,7 @@ def test_wrong_vectors_are_refused_by_every_method():
         (lambda: turboquant_split(mx.zeros((2, 64)), 8), "9 bits per value"),
         (lambda: ChannelSplit(mx.arange(9), QJL(8), QJL(56)), "9 outlier channels do not fit"),
         (lambda: make_method("quip", mx.zeros((2, 64)), 4), "'quip' is not known: use one of"),
-        (lambda: make_method("polar", mx.zeros((2, 64)), 3), "PolarQuant with 3 bits"),
+        (lambda: ALL_METHODS["polar"](mx.zeros((2, 64)), 3, SEED), "PolarQuant with 3 bits"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_named(make, message):

@@ -23,13 +23,13 @@ import mlx_lm
 import numpy as np
 from matplotlib.figure import Figure
 from mlx_lm.models.cache import make_prompt_cache
+from other_methods import ALL_METHODS
+from polar_quant import LEVELS, angle_levels
 
 from mlx_turboquant.codec.codebook import codebook, distortion, lloyd_max_levels
 from mlx_turboquant.codec.rotation import Rotation
 from mlx_turboquant.lm import texts
 from mlx_turboquant.lm.loading import prepare_for_device
-from mlx_turboquant.methods import METHODS, make_method
-from mlx_turboquant.methods.polar import LEVELS, angle_levels
 
 DIM = 128
 BITS = (1, 2, 3, 4, 5)
@@ -97,9 +97,9 @@ class Measured(NamedTuple):
 def measure_all(x: mx.array) -> dict[tuple[str, int], Measured]:
     """All methods that exist on unit vectors x (n, dim), by name and bits."""
     measured = {}
-    for name, bits in itertools.product(METHODS, BITS):
+    for name, bits in itertools.product(ALL_METHODS, BITS):
         try:
-            make_method(name, x[:1], bits)
+            ALL_METHODS[name](x[:1], bits, 0)
         except ValueError:
             continue  # the method does not have these bits
         measured[name, bits] = measure(name, bits, x)
@@ -114,7 +114,7 @@ def measure(name: str, bits: int, x: mx.array) -> Measured:
     sums, dim = np.zeros(3), x.shape[1]
     cuts = [i * len(x) // ROTATIONS for i in range(1, ROTATIONS)]
     for seed, part in enumerate(mx.split(x, cuts), ROTATION_SEED):
-        method = make_method(name, part, bits, seed)
+        method = ALL_METHODS[name](part, bits, seed)
         restored = method.dequantize(method.quantize(part))
         along = (restored * part).sum(axis=-1, keepdims=True)
         across = mx.square(restored - along * part).sum(axis=-1)
@@ -232,7 +232,7 @@ def inner_products(x: mx.array, bits: int, names: list[str]) -> dict[str, list[t
     bins = np.digitize(true, edges)
     curves = {}
     for name in names:
-        made = [make_method(name, vectors, bits, ROTATION_SEED + i) for i in range(8)]
+        made = [ALL_METHODS[name](vectors, bits, ROTATION_SEED + i) for i in range(8)]
         estimates = (method.inner_product(queries, method.quantize(vectors)) for method in made)
         errors = np.stack([np.array(estimate).ravel() - true for estimate in estimates])
         curves[name] = [

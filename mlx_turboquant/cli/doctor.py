@@ -182,14 +182,14 @@ def _configurations() -> Iterator[tuple[type[Kernel], tuple[Any, ...], str]]:
             yield DecodeAttention, (configuration,), f"{dim} values, K{key_bits} V{value_bits}"
     quantizers = (shared_quantizer(128, 4, 0),) * 2
     for dtype in (mx.float32, mx.bfloat16):
-        for group, rows, mask, has_sinks in (
+        for group, rows, mask, has_logits in (
             (1, 1, "none", True),
             (8, 1, "additive", False),
             (4, 4, "causal", False),
             (2, 8, "boolean", True),
         ):
             label = f"{str(dtype)[9:]}, {group} query heads, {rows} rows, mask {mask}"
-            configuration = Configuration(*quantizers, *[dtype] * 3, group, rows, mask, has_sinks)
+            configuration = Configuration(*quantizers, *[dtype] * 3, group, rows, mask, has_logits)
             yield DecodeAttention, (configuration,), label
     latents = (shared_quantizer(512, 4, 0),) * 2
     configuration = Configuration(*latents, *[mx.bfloat16] * 3, 16, 1, "additive", is_latent=True)

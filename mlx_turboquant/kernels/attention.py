@@ -55,7 +55,7 @@ def decode_attention(
     tokens: VisibleTokens,
     scale: float,
     mask: None | str | mx.array = None,
-    sinks: mx.array | None = None,
+    sink_logits: mx.array | None = None,
 ) -> mx.array:
     """Softmax attention of queries (B, query_heads, L, dim) over all tokens, some of them packed.
 
@@ -65,7 +65,7 @@ def decode_attention(
         scale: Factor of the scores.
         mask: None, "causal" (the last query sees all tokens), boolean (True: visible) or additive,
             broadcastable to (B, query_heads, L, count).
-        sinks: Logits (query_heads,) that take part in the softmax without a value.
+        sink_logits: Logits (query_heads,) that take part in the softmax without a value.
 
     Returns:
         (B, query_heads, L, value_dim) in the dtype of the queries.
@@ -74,12 +74,12 @@ def decode_attention(
         ValueError: shapes that do not fit each other, or counts beyond the buffers.
     """
     _check_shapes(queries, tokens)
-    wanted = DecodeAttention.configuration(queries, tokens, mask, sinks)
+    wanted = DecodeAttention.configuration(queries, tokens, mask, sink_logits)
     fits = runtime.supports(DecodeAttention.name, max(wanted.keys.dim, wanted.values.dim), _MAX_DIM)
     kernel = runtime.checked(DecodeAttention, wanted) if fits else None
     if kernel is None:
-        return reference.decode_attention(queries, tokens, scale, mask, sinks)
-    return kernel(queries, tokens, scale, mask, sinks)
+        return reference.decode_attention(queries, tokens, scale, mask, sink_logits)
+    return kernel(queries, tokens, scale, mask, sink_logits)
 
 
 class Configuration(NamedTuple):
@@ -96,7 +96,7 @@ class Configuration(NamedTuple):
     group: int
     rows: int
     mask_kind: str = "none"
-    has_sinks: bool = False
+    has_sink_logits: bool = False
     is_latent: bool = False
 
 
@@ -176,7 +176,7 @@ class DecodeAttention:
         coordinates = -(-wanted.values.dim // LANES)
         constants: dict[str, Constant] = {
             "T": wanted.query_dtype,
-            "SINKS": wanted.has_sinks,
+            "SINKS": wanted.has_sink_logits,
             "DIM": wanted.values.dim,
             "ORDER": order,
             "POWER": power,
@@ -184,7 +184,7 @@ class DecodeAttention:
             "BATCH": max(1, self._target.combined // max(4, coordinates)),
         }
         return runtime.build(
-            "combine", (*inputs, "sinks") if wanted.has_sinks else inputs, ("out",), constants
+            "combine", (*inputs, "sinks") if wanted.has_sink_logits else inputs, ("out",), constants
         )
 
     @staticmethod
@@ -192,7 +192,7 @@ class DecodeAttention:
         queries: mx.array,
         tokens: VisibleTokens,
         mask: None | str | mx.array,
-        sinks: mx.array | None,
+        sink_logits: mx.array | None,
     ) -> Configuration:
         """What decides which kernels such arguments need."""
         _, query_heads, rows, _ = queries.shape
@@ -207,7 +207,7 @@ class DecodeAttention:
             query_heads // tokens.exact_keys.shape[1],
             rows,
             mask or "none",
-            sinks is not None,
+            sink_logits is not None,
             tokens.is_latent,
         )
 
@@ -227,9 +227,9 @@ class DecodeAttention:
         }
         queries = reference.normal((*shape[:3], wanted.keys.dim), 5).astype(wanted.query_dtype)
         scale, mask = wanted.keys.dim**-0.5, masks[wanted.mask_kind]
-        sinks = reference.normal((query_heads,), 6) if wanted.has_sinks else None
-        expected = reference.decode_attention(queries, tokens, scale, mask, sinks)
-        outputs = (self(queries, tokens, scale, mask, sinks, each) for each in self._attend)
+        sink_logits = reference.normal((query_heads,), 6) if wanted.has_sink_logits else None
+        expected = reference.decode_attention(queries, tokens, scale, mask, sink_logits)
+        outputs = (self(queries, tokens, scale, mask, sink_logits, each) for each in self._attend)
         dtype = wanted.query_dtype
         return runtime.worst(
             [runtime.compare(output, expected, dtype, HALF_ARITHMETIC) for output in outputs]
@@ -241,7 +241,7 @@ class DecodeAttention:
         tokens: VisibleTokens,
         scale: float,
         mask: None | str | mx.array,
-        sinks: mx.array | None,
+        sink_logits: mx.array | None,
         tuning: Tuning | None = None,
     ) -> mx.array:
         """Two launches for :func:`decode_attention`, with its arguments.
@@ -293,8 +293,8 @@ class DecodeAttention:
             arguments.rotation(values.quantizer),
             arguments.sizes(packed_splits, group_rows, rows, query_heads),
         ]
-        if sinks is not None:
-            inputs.append(sinks.astype(mx.float32))
+        if sink_logits is not None:
+            inputs.append(sink_logits.astype(mx.float32))
         threads = LANES * self._combine_simds
         [output] = self._combine(
             inputs=inputs,

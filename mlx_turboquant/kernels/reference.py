@@ -61,7 +61,7 @@ def decode_attention(
     tokens: VisibleTokens,
     scale: float,
     mask: None | str | mx.array = None,
-    sinks: mx.array | None = None,
+    sink_logits: mx.array | None = None,
 ) -> mx.array:
     """:func:`.attention.decode_attention` in the rotated domain and in float32.
 
@@ -92,7 +92,7 @@ def decode_attention(
     if tokens.spans:
         counts = (tokens.sink_count, tokens.packed_count, tokens.recent_start, tokens.exact_count)
         scores = _masked(scores, visible_columns(tokens.spans, *counts))
-    weights = _softmax(scores, sinks).reshape(batch, heads, -1, tokens.count)
+    weights = _softmax(scores, sink_logits).reshape(batch, heads, -1, tokens.count)
     start, stop = tokens.sink_count, tokens.sink_count + tokens.packed_count
     sink, packed, recent = mx.split(weights, [start, stop], axis=-1)
     codes, quantizer = token_major(values, tokens.packed_count), values.quantizer
@@ -116,11 +116,11 @@ def _masked(scores: mx.array, mask: None | str | mx.array) -> mx.array:
     return scores + mask
 
 
-def _softmax(scores: mx.array, sinks: mx.array | None) -> mx.array:
-    if sinks is None:
+def _softmax(scores: mx.array, sink_logits: mx.array | None) -> mx.array:
+    if sink_logits is None:
         return mx.softmax(scores, axis=-1)
     column = mx.broadcast_to(
-        sinks.astype(scores.dtype).reshape(1, -1, 1, 1), (*scores.shape[:-1], 1)
+        sink_logits.astype(scores.dtype).reshape(1, -1, 1, 1), (*scores.shape[:-1], 1)
     )
     return mx.softmax(mx.concatenate([column, scores], axis=-1), axis=-1)[..., 1:]
 

@@ -10,32 +10,23 @@ import mlx.core as mx
 from ..codec.quantizer import TurboQuantizer
 from .affine import Affine
 from .common import Method
-from .kvarn import KVarN
-from .polar import PolarQuant
 from .presets import drive, drive_biased, eden, eden_biased, norm_corrected, turboquant_mse
 from .prod import TurboQuantProd
 from .qjl import QJL
-from .split import ChannelSplit, largest_channels, qjl_with_outliers, turboquant_split
 
 __all__ = [
     "METHODS",
     "Affine",
-    "ChannelSplit",
-    "KVarN",
     "Method",
-    "PolarQuant",
     "QJL",
     "TurboQuantProd",
     "drive",
     "drive_biased",
     "eden",
     "eden_biased",
-    "largest_channels",
     "make_method",
     "norm_corrected",
-    "qjl_with_outliers",
     "turboquant_mse",
-    "turboquant_split",
 ]
 
 
@@ -47,12 +38,6 @@ def _affine(x: mx.array, bits: int, seed: int) -> Method:
     return Affine(x.shape[-1], bits, group_size=32 if x.shape[-1] % 64 else 64)
 
 
-def _polar(x: mx.array, bits: int, seed: int) -> Method:
-    if bits != 4:
-        raise ValueError(f"PolarQuant with {bits} bits is not defined: use 4 (it takes 3.875).")
-    return PolarQuant(x.shape[-1], seed=seed)
-
-
 # By name, what makes a method for vectors like x (..., n, dim) from x, the bits and the seed.
 METHODS: dict[str, Callable[[mx.array, int, int], Method]] = {
     "affine": _affine,
@@ -60,13 +45,10 @@ METHODS: dict[str, Callable[[mx.array, int, int], Method]] = {
     "eden-biased": _by_dim(eden_biased),
     "mse": _by_dim(turboquant_mse),
     "norm": _by_dim(norm_corrected),
-    "polar": _polar,
     "prod": _by_dim(TurboQuantProd),
     "prod-orthogonal": _by_dim(TurboQuantProd, projection="orthogonal"),
     "qjl": _by_dim(QJL),
     "qjl-orthogonal": _by_dim(QJL, projection="orthogonal"),
-    "qjl-outliers": lambda x, bits, seed: qjl_with_outliers(x, bits, seed=seed),
-    "split": lambda x, bits, seed: turboquant_split(x, bits, seed=seed),
     "turboquant": _by_dim(TurboQuantizer),
 }
 

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..codec.codebook import check_bits
-from ..codec.packing import pack, unpack, words_per_vector
-from ..codec.rotation import Rotation
-from .common import Method
+from mlx_turboquant.codec.codebook import check_bits
+from mlx_turboquant.codec.packing import pack, unpack, words_per_vector
+from mlx_turboquant.codec.rotation import Rotation
+from mlx_turboquant.methods.common import Method
 
 _ROUNDS = 16
 _LEAST_DEVIATION = 1e-6

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..codec.constants import constant
-from .common import Method
-from .presets import turboquant_mse
-from .qjl import QJL
+from mlx_turboquant.codec.constants import constant
+from mlx_turboquant.methods.common import Method
+from mlx_turboquant.methods.presets import turboquant_mse
+from mlx_turboquant.methods.qjl import QJL
 
 # The paper has 32 outlier channels of 128.
 _SHARE = 4
