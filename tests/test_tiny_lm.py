@@ -21,7 +21,7 @@ def test_eight_bits_write_the_same_200_tokens(tiny_lm):
 
 
 @pytest.mark.parametrize("bits, ratio", [(4, 2.7), (3, 3.3)])
-@pytest.mark.parametrize("length", [4000, 8000])
+@pytest.mark.parametrize("length", [4000, pytest.param(8000, marks=pytest.mark.slow)])
 def test_the_code_is_found_in_a_long_text(tiny_lm, length, bits, ratio):
     model, tokenizer = tiny_lm
     text = standard_library_tokens(tokenizer, length)

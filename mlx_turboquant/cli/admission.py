@@ -16,6 +16,7 @@ from ..lm.settings import Settings
 from ..measure.cache_specs import CacheSpec
 from ..measure.footprint import Footprint, chunk_nbytes, footprint
 from .requests import BadRequest
+from .scopes import ScopedTokens
 
 
 class DoesNotFit(BadRequest):
@@ -107,7 +108,10 @@ class Admission:
 
 
 class KeptPrompts(LRUPromptCache):
-    """mlx-lm's caches of prompts in memory, which make room for what requests were let in for."""
+    """mlx-lm's caches of prompts in memory, which make room for what requests were let in for.
+
+    Requests of different scopes do not find each other's prompts.
+    """
 
     def __init__(self, admission: Admission, *limits: int):
         super().__init__(*limits)
@@ -124,9 +128,11 @@ class KeptPrompts(LRUPromptCache):
         self._empty = make_prompt_cache(model)
         self._key = key_of(model, self._empty)
 
-    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list]:
+    def fetch_nearest_cache(
+        self, model: Any, tokens: ScopedTokens
+    ) -> tuple[list[Any] | None, list]:
         """mlx-lm's, which at least leaves the last token to be read."""
-        model = (model, self._key)
+        model = (model, self._key, tokens.scope)
         cache, rest = super().fetch_nearest_cache(model, tokens)
         if not rest:
             # It would end the generation thread for want of a token to begin with.
@@ -135,10 +141,10 @@ class KeptPrompts(LRUPromptCache):
         return cache, rest
 
     def insert_cache(
-        self, model: Any, tokens: list[int], prompt_cache: list[Any], **keywords: str
+        self, model: Any, tokens: ScopedTokens, prompt_cache: list[Any], **keywords: str
     ) -> None:
-        """Keep a cache, whose request was let in with these bytes and has not ended yet."""
-        super().insert_cache((model, self._key), tokens, prompt_cache, **keywords)
+        """Keep a cache for its scope; its request was let in with these bytes, and runs still."""
+        super().insert_cache((model, self._key, tokens.scope), tokens, prompt_cache, **keywords)
         own = sum(layer.nbytes for layer in prompt_cache)
         super().trim_to(n_bytes=self._admission.left + own)
 

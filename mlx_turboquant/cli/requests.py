@@ -110,6 +110,7 @@ def _either(first: _Kind, second: _Kind) -> _Kind:
 
 _TEXT = _Kind("a string", lambda x: type(x) is str)
 _SWITCH = _Kind("true or false", lambda x: type(x) is bool)
+_ONE = _Kind("1, as there is one answer", lambda x: type(x) is int and x == 1)
 _OBJECT = _Kind("an object", lambda x: type(x) is dict)
 
 
@@ -204,7 +205,7 @@ _FIELDS = {
     "stream_options": _STREAM_OPTIONS,
     "chat_template_kwargs": _VARIABLES,
     "user": _TEXT,
-    "n": _integer(1, 128),
+    "n": _ONE,
     "metadata": _OBJECT,
     "store": _SWITCH,
 }
@@ -212,7 +213,7 @@ _FIELDS_OF = {
     "/v1/completions": {
         "prompt": _TEXT,
         **_FIELDS,
-        "best_of": _integer(1, 20),
+        "best_of": _ONE,
         "echo": _SWITCH,
         "suffix": _TEXT,
     },

@@ -28,7 +28,8 @@ from .loading import load_ready
 from .options import add_store_options, open_store, parse, parse_size
 from .replaced import replaced
 from .requests import BadRequest, answer, begin_answer, check_tokens, read_request
-from .stored_prompts import SCOPES, ScopedTokens, StoredPrompts
+from .scopes import SCOPES, ScopedTokens, scope_of
+from .stored_prompts import StoredPrompts
 
 _mlx_lm_server = importlib.import_module("mlx_lm.server")
 _WAITING_CONNECTIONS = 128
@@ -109,6 +110,8 @@ class _Run:
         limit = args.memory_limit
         self.admission = Admission(memory_nbytes() if limit is None else parse_size(limit))
         self.store = self._open_store()
+        # What is beyond the loopback may be anyone.
+        self.scope = args.prompt_store_scope or ("all" if args.host in _LOOPBACK else "key")
         for model in (args.model, args.draft_model):
             if model is not None:
                 with model_errors(model):
@@ -129,7 +132,7 @@ class _Run:
         if "return_config" not in keywords:  # the draft model
             return (model, tokenizer, *rest)
         self.vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1]  # nothing is evaluated
-        self.kept.use(model, tokenizer, Path(self.args.model or "").name)
+        self.kept.use(model, tokenizer, Path(positional[0] or "").name)
         room = self.admission.use(model, self.settings)
         if self.args.prompt_cache_bytes is None:
             # With a limit mlx-lm makes room for each request.
@@ -153,10 +156,7 @@ class _Run:
         if self.store is None:
             self.kept = KeptPrompts(self.admission, *limits)
         else:
-            # What is beyond the loopback may be anyone.
-            default = "all" if self.args.host in _LOOPBACK else "key"
-            scope = self.args.prompt_store_scope or default
-            self.kept = self.prompts = StoredPrompts(self.store, scope, self.admission, *limits)
+            self.kept = self.prompts = StoredPrompts(self.store, self.admission, *limits)
         return self.kept
 
     def complete(
@@ -168,11 +168,11 @@ class _Run:
         *others,
     ):
         """Give a request the scope of who sent it, and let mlx-lm answer it once it fits."""
-        if self.prompts is not None:
-            request.scope = self.prompts.scope_of(handler)
-            if handler.requested_draft_model not in (None, "default_model"):
-                message = "The prompt store does not keep caches of a draft_model: leave it out."
-                raise BadRequest(message, "draft_model")
+        request.scope = scope_of(handler, self.scope)
+        draft = handler.requested_draft_model
+        if self.prompts is not None and draft not in (None, "default_model"):
+            message = "The prompt store does not keep caches of a draft_model: leave it out."
+            raise BadRequest(message, "draft_model")
         request.tokenized = _tokenized(tokenize, handler, request)
         tokens = len(request.tokenized[1][0]) if request.tokenized[1] else 0
         with self.admission.admitted(tokens + handler.max_tokens):
@@ -196,11 +196,11 @@ class _Run:
                 raise BadRequest(message, "messages" if request.messages else "prompt") from error
         tokens, segments, kinds, state, vision = tokenized
         check_tokens(args, tokens, tokenizer, self.vocabulary)
+        tokens = ScopedTokens(tokens, request.scope)
+        if vision is not None:
+            vision.cache_key = ScopedTokens(vision.cache_key, request.scope)
         if self.prompts is not None:
-            tokens = ScopedTokens(tokens, request.scope)
             segments, kinds = self.prompts.in_pieces(segments, kinds)
-            if vision is not None:
-                vision.cache_key = ScopedTokens(vision.cache_key, request.scope)
         return tokens, segments, kinds, state, vision
 
     def get(self, get: Callable[..., None], handler: Any) -> None:

@@ -47,9 +47,9 @@ def _list(store: PromptStore) -> None:
 
 
 def _check(store: PromptStore) -> None:
-    count = len(store.files())
+    count = len(store.files()) + len(store.sessions())
     wrong = sum(not is_right for is_right in tqdm(store.check(), total=count, leave=False))
-    print(f"{count - wrong} of {count} prompts are as they were written.")
+    print(f"{count - wrong} of {count} prompts and conversations are as they were written.")
     sys.exit(1 if wrong else 0)
 
 

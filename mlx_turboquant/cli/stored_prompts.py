@@ -1,8 +1,6 @@
 """mlx-lm's caches of prompts in memory, with the prompt store behind them."""
 
-import hashlib
 import logging
-from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import mlx.nn as nn
@@ -13,39 +11,17 @@ from ..cache.single import TurboQuantKVCache
 from ..lm.compressible import flat_caches
 from ..lm.prompt_store import CHECKPOINT_TOKENS, SHOWN_TOKENS, PromptStore
 from .admission import Admission, KeptPrompts
-
-SCOPES = ("all", "key", "user")
+from .scopes import ScopedTokens
 
 _log = logging.getLogger("mlx_turboquant")
 
 
-class ScopedTokens(list):
-    """Tokens that belong to the request of a scope, as do parts of them and what is appended.
-
-    mlx-lm keeps a cache by tokens that it has copied from those of its request in this way, so that
-    no comparison has to tell which of several requests they come from.
-    """
-
-    def __init__(self, tokens: list[int], scope: str):
-        super().__init__(tokens)
-        self.scope = scope
-
-    def __getitem__(self, index: Any) -> Any:
-        part = super().__getitem__(index)
-        return ScopedTokens(part, self.scope) if isinstance(index, slice) else part
-
-
 class StoredPrompts(KeptPrompts):
-    """Prompts are found in memory, then on disk; all that are kept in memory go to disk as well.
+    """Prompts are found in memory, then on disk; all that are kept in memory go to disk as well."""
 
-    Requests of different scopes do not find each other's prompts: by the ``kind`` of scope, all
-    are of one, or those with the same API key, or with the same "user" field.
-    """
-
-    def __init__(self, store: PromptStore, kind: str, admission: Admission, *limits: int):
+    def __init__(self, store: PromptStore, admission: Admission, *limits: int):
         super().__init__(admission, *limits)
         self._store = store
-        self._kind = kind
 
     def use(self, model: nn.Module, tokenizer: TokenizerWrapper, name: str) -> None:
         """From now on prompts are those of this model, which people call ``name``."""
@@ -53,14 +29,6 @@ class StoredPrompts(KeptPrompts):
         # Whether its caches can be cut back to any prompt that they begin with.
         layers = flat_caches(self._empty)
         self._can_be_cut = all(isinstance(x, (KVCache, TurboQuantKVCache)) for x in layers)
-
-    def scope_of(self, request: BaseHTTPRequestHandler) -> str:
-        """A hash of what the scope of a request goes by, "" for nothing."""
-        if self._kind == "key":
-            told = request.headers.get("Authorization", "")
-        else:
-            told = request.body.get("user") or "" if self._kind == "user" else ""
-        return hashlib.sha256(str(told).encode()).hexdigest() if told else ""
 
     def in_pieces(
         self, segments: list[list[int]], kinds: list[str]
@@ -82,7 +50,7 @@ class StoredPrompts(KeptPrompts):
         self, model: Any, tokens: ScopedTokens
     ) -> tuple[list[Any] | None, list]:
         """The cache of the longest known beginning, and the tokens that are left to be read."""
-        cache, rest = super().fetch_nearest_cache((model, tokens.scope), tokens)
+        cache, rest = super().fetch_nearest_cache(model, tokens)
         in_memory, on_disk = len(tokens) - len(rest), 0
         if _are_tokens(tokens):
             try:
@@ -106,7 +74,7 @@ class StoredPrompts(KeptPrompts):
         self, model: Any, tokens: ScopedTokens, prompt_cache: list[Any], **keywords: str
     ) -> None:
         """Keep the cache of a request, or of the beginning of its prompt, for its scope alone."""
-        super().insert_cache((model, tokens.scope), tokens, prompt_cache, **keywords)
+        super().insert_cache(model, tokens, prompt_cache, **keywords)
         if _are_tokens(tokens):
             text = self._tokenizer.decode(tokens[:SHOWN_TOKENS])
             try:

@@ -56,7 +56,7 @@ def check_budget(bits: float) -> None:
     """Raise ValueError unless ``bits`` is a budget: 2 to 8 in quarters."""
     if bits not in BUDGETS:
         raise ValueError(
-            f"{bits} bits are not supported: use {BUDGETS[0]:g} to {MAX_BITS} in quarters."
+            f"{bits!r} bits are not supported: use {BUDGETS[0]:g} to {MAX_BITS} in quarters."
         )
 
 

@@ -161,8 +161,9 @@ class PromptStore:
         for file in (self.folder / _SESSIONS).glob(f"*{_SUFFIX}"):
             status, tokens, model = file.stat(), [], ""
             try:
-                chat = json.loads(read_header(file)["__metadata__"]["0.chat"])
-                tokens, model = chat["tokens"], chat["model"]
+                texts = read_header(file)["__metadata__"]
+                chat = json.loads(texts["0.chat"])
+                tokens, model = chat["tokens"], _label(chat["model"], texts)
                 text = next(x["content"] for x in chat["messages"] if x["role"] == "user")
             except (ValueError, LookupError, TypeError, StopIteration) as error:
                 text = f"cannot be read: {error}"
@@ -314,7 +315,10 @@ class PromptStore:
         return removed
 
     def check(self) -> Iterator[bool]:
-        """Read every file, and tell whether it is as it was written; if not, it is removed."""
+        """Read every file, and tell whether it is as it was written.
+
+        A prompt that is not is removed. A conversation stays, with a warning.
+        """
         for file in self.files():
             try:
                 _read_entry(file)
@@ -322,6 +326,13 @@ class PromptStore:
                 yield True
             except ValueError as error:
                 self._remove_damaged(file, error)
+                yield False
+        for entry in self.sessions():
+            try:
+                load_prompt_cache(entry.file)
+                yield True
+            except (ValueError, OSError) as error:
+                _log.warning("The conversation %s cannot be continued: %s", entry.name, error)
                 yield False
 
     def files(self) -> list[Path]:
@@ -458,9 +469,14 @@ def _read_entry(file: Path) -> Entry:
     texts = read_header(file)["__metadata__"]
     try:
         told = texts["0.key"], _tokens(texts["0.tokens"]), texts["0.can_trim"] == "1"
-        return Entry(file, *told, 0, 0.0, texts["0.name"], texts["0.text"])
+        return Entry(file, *told, 0, 0.0, _label(texts["0.name"], texts), texts["0.text"])
     except (KeyError, ValueError) as error:
         raise Damaged(file, f"{error} is not there") from error
+
+
+def _label(name: str, texts: dict[str, str]) -> str:
+    """The name of a model, with the first digits of the identity of its weights."""
+    return f"{name} ({texts['0.identity'][:6]})"
 
 
 def _tokens(text: str) -> np.ndarray:

@@ -14,6 +14,7 @@ from tokens import random_tokens
 
 from mlx_turboquant import enable
 from mlx_turboquant.cli.admission import Admission, DoesNotFit, KeptPrompts
+from mlx_turboquant.cli.scopes import ScopedTokens
 from mlx_turboquant.lm.compressible import compressible_caches
 from mlx_turboquant.lm.loading import device_nbytes
 from mlx_turboquant.lm.settings import Settings
@@ -250,7 +251,7 @@ def filled(admission: Admission, cache: list) -> KeptPrompts:
     """With as many copies of a cache as fit."""
     kept = KeptPrompts(admission, 10**6)
     for number in range(1 + admission.left // nbytes_of(cache)):
-        kept.insert_cache("model", [number] * 800, cache)
+        kept.insert_cache("model", ScopedTokens([number] * 800, ""), cache)
     return kept
 
 
@@ -266,7 +267,7 @@ def test_kept_prompts_make_room_for_requests_and_come_back_to_it(model):
         assert kept.nbytes <= admission.left < kept.nbytes + each
         # One of the two has an answer, and its cache the room that it had until now.
         for number in range(3):
-            kept.insert_cache("model", [7, number] * 400, cache)
+            kept.insert_cache("model", ScopedTokens([7, number] * 400, ""), cache)
             assert kept.nbytes <= admission.left + each
     before = len(kept)
     kept.trim_to(n_bytes=10**12)
@@ -276,8 +277,8 @@ def test_kept_prompts_make_room_for_requests_and_come_back_to_it(model):
 def test_a_kept_prompt_is_found_before_it_makes_room_for_the_request_that_goes_on_with_it(model):
     admission = admission_for(model, 1)
     kept = KeptPrompts(admission)
-    kept.insert_cache("model", [1] * 800, cache_of(model, 800))
+    kept.insert_cache("model", ScopedTokens([1] * 800, ""), cache_of(model, 800))
     with admission.admitted(TOKENS):
-        cache, rest = kept.fetch_nearest_cache("model", [*[1] * 800, 2])
+        cache, rest = kept.fetch_nearest_cache("model", ScopedTokens([*[1] * 800, 2], ""))
         kept.trim_to(n_bytes=10**12)
         assert len(kept) == 0 and rest == [2] and cache[0].offset == 800

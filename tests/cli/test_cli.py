@@ -366,12 +366,15 @@ def with_conversation(store: PromptStore, name: str, tiny_lm, text: str) -> Path
 def test_store_lists_checks_prunes_and_clears(tmp_path):
     stored(tmp_path, "import os\n" * 150, "x = 1\n" * 150)
     listed = run("store", "list", str(tmp_path)).stdout
-    assert "tiny-lm: import os" in listed and "2 prompts, 0 conversations, " in listed
-    assert "2 of 2 prompts are as they were written." in run("store", "check", str(tmp_path)).stdout
+    assert (
+        re.search(r"tiny-lm \([0-9a-f]{6}\): import os", listed)
+        and "2 prompts, 0 conversations, " in listed
+    )
+    assert "2 of 2 prompts and conversations are as" in run("store", "check", str(tmp_path)).stdout
     file = min(tmp_path.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1])
     checked = run("store", "check", str(tmp_path))
-    assert checked.returncode == 1 and "1 of 2 prompts are as they were" in checked.stdout
+    assert checked.returncode == 1 and "1 of 2 prompts and" in checked.stdout
     assert "0 removed, 1 prompts and 0 con" in run("store", "prune", str(tmp_path)).stdout
     assert "1 removed, 0 prompts and 0 con" in run("store", "clear", str(tmp_path)).stdout
 
@@ -385,9 +388,15 @@ def test_conversations_are_listed_kept_when_prompts_are_pruned_and_cleared(tiny_
     unfinished.parent.mkdir()
     shutil.copy(file, unfinished)
     listed = run("store", "list", str(tmp_path)).stdout
-    assert re.search(r"monday .* tokens .* MB .* ago  tiny: def add\(a, b\): def", listed)
+    assert re.search(
+        r"monday .* tokens .* MB .* ago  tiny \([0-9a-f]{6}\): def add\(a, b\): def", listed
+    )
     assert re.search(r"2026-01-02-120000 .* cannot be read", listed)
     assert "1 prompts, 2 conversations, " in listed
+    checked = run("store", "check", str(tmp_path))
+    assert checked.returncode == 1 and "2 of 3 prompts and conversations are" in checked.stdout
+    assert "The conversation 2026-01-02-120000 cannot be continued" in checked.stderr
+    assert damaged.exists()
     pruned = run("store", "prune", str(tmp_path), "--size", "1KB")
     assert pruned.stdout == "1 removed, 0 prompts and 2 conversations left.\n"
     cleared = run("store", "clear", str(tmp_path))

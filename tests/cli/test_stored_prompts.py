@@ -37,7 +37,8 @@ from transformers import AutoTokenizer
 
 from mlx_turboquant import enable, make_prompt_cache
 from mlx_turboquant.cli.admission import Admission, KeptPrompts
-from mlx_turboquant.cli.stored_prompts import ScopedTokens, StoredPrompts
+from mlx_turboquant.cli.scopes import ScopedTokens
+from mlx_turboquant.cli.stored_prompts import StoredPrompts
 from mlx_turboquant.lm.prompt_store import PromptStore
 from mlx_turboquant.measure.needle import random_names
 
@@ -193,18 +194,32 @@ def test_a_prompt_that_cannot_be_cut_back_is_kept_at_checkpoints(tmp_path):
         assert known == 4096
 
 
+def known_to(name: str, kind: str, port: int) -> int:
+    """The tokens of a prompt that a server knows when a key or a user sends it."""
+    api = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=name, max_retries=0)
+    user = {"user": name} if kind == "user" else {}
+    response = api.completions.create(
+        model="default_model", prompt=long_text(), max_tokens=2, temperature=0, **user
+    )
+    return response.usage.prompt_tokens_details.cached_tokens
+
+
+@pytest.mark.parametrize("options", [("--host", "0.0.0.0"), ("--prompt-store-scope", "user")])
+def test_prompts_in_memory_are_found_only_by_those_who_asked_them_without_a_store(options):
+    kind, port = "user" if "user" in options else "key", free_port()
+    with server(port, *options):
+        assert known_to("alice", kind, port) == 0
+        assert known_to("bob", kind, port) == 0
+        assert known_to("alice", kind, port) > 300
+
+
 @pytest.mark.parametrize("kind", ["key", "user"])
 def test_prompts_are_found_only_by_those_who_asked_them(tmp_path, kind):
     """In memory and on disk."""
-    prompt, port = long_text(), free_port()
+    port = free_port()
 
     def asked_by(name: str) -> int:
-        api = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=name, max_retries=0)
-        user = {"user": name} if kind == "user" else {}
-        response = api.completions.create(
-            model="default_model", prompt=prompt, max_tokens=2, temperature=0, **user
-        )
-        return response.usage.prompt_tokens_details.cached_tokens
+        return known_to(name, kind, port)
 
     options = (*STORED, str(tmp_path), "--prompt-store-scope", kind)
     with server(port, *options) as process:
@@ -269,11 +284,11 @@ def test_prompts_in_memory_are_found_only_with_the_settings_that_they_have(tiny_
     for bits, known in ((8, 0), (8, 40), (4, 0)):
         enable(model, bits, uniform=True)
         prompts.use(model, tokenizer, "tiny")
-        found = prompts.fetch_nearest_cache("path", [*tokens, 1])
+        found = prompts.fetch_nearest_cache("path", ScopedTokens([*tokens, 1], ""))
         assert 41 - len(found[1]) == known
         cache = make_prompt_cache(model, bits, uniform=True)
         model(mx.array([tokens]), cache=cache)
-        prompts.insert_cache("path", tokens, cache)
+        prompts.insert_cache("path", ScopedTokens(tokens, ""), cache)
 
 
 TOKENIZER = AutoTokenizer.from_pretrained(TINY_LM)
@@ -381,7 +396,7 @@ def test_a_prompt_with_a_picture_is_known_in_memory_alone(tmp_path, tiny_lm):
     model, tokenizer = tiny_lm
     store, cache = PromptStore(tmp_path), make_prompt_cache(enable(model, 4))
     model(random_tokens(300)[None], cache=cache)
-    prompts = StoredPrompts(store, "all", Admission(10**12))
+    prompts = StoredPrompts(store, Admission(10**12))
     prompts.use(model, tokenizer, "tiny-lm")
     tokens = ScopedTokens([7, -(10**15), *range(298)], "")
     prompts.insert_cache("model", tokens[:], cache)
@@ -488,7 +503,7 @@ def test_a_request_that_ends_after_the_store_was_closed_costs_a_warning(tiny_lm,
     model, tokenizer = tiny_lm
     enable(model, 8)
     store = PromptStore(tmp_path)
-    prompts = StoredPrompts(store, "all", Admission(10**9))
+    prompts = StoredPrompts(store, Admission(10**9))
     prompts.use(model, tokenizer, "tiny")
     tokens = ScopedTokens(tokenizer.encode("import os\n" * 100), "")
     store.close()

@@ -29,32 +29,33 @@ def mean_squared_error(quantizer: TurboQuantizer, x: mx.array) -> float:
     ],
 )
 def test_the_codec_of_the_paper_has_its_error(dim, expected):
-    x = unit_vectors(100_000, dim)
+    x = unit_vectors(25_000, dim)
     for bits, error in enumerate(expected, 1):
         quantizer = TurboQuantizer(dim, bits, scale="none", gain_search=False, seed=7)
         assert mean_squared_error(quantizer, x) == pytest.approx(error, rel=0.01)
 
 
-# The errors of a search over 61 gains, which a dozen gains come within 1 % of.
+# The errors of a search over 61 gains, which a dozen gains come within 1 % of; 25 000 vectors are
+# good to half a percent.
 @pytest.mark.parametrize(
     "dim, bits, expected",
     [(64, 3, 0.02938), (64, 4, 0.00689), (128, 3, 0.03162), (128, 4, 0.00777), (256, 4, 0.00845)],
 )
 def test_gain_search_with_least_squares_lowers_the_error(dim, bits, expected):
     quantizer = TurboQuantizer(dim, bits, scale="least_squares", seed=7)
-    error = mean_squared_error(quantizer, unit_vectors(100_000, dim))
-    assert error == pytest.approx(expected, rel=0.01)
+    error = mean_squared_error(quantizer, unit_vectors(25_000, dim))
+    assert error == pytest.approx(expected, rel=0.015)
 
 
 @pytest.mark.parametrize("dim, bits", [(64, 2), (128, 1), (128, 2), (128, 3), (128, 8), (256, 4)])
 def test_unbiased_inner_products_have_no_bias(dim, bits):
     """For queries that correlate with the vectors, so that a shrunk product would show."""
-    x = unit_vectors(100_000, dim)
-    queries = x + unit_vectors(100_000, dim, seed=99)
+    x = unit_vectors(25_000, dim)
+    queries = x + unit_vectors(25_000, dim, seed=99)
     quantizer = TurboQuantizer(dim, bits, seed=7, gain_search=bits == 3)
     estimate = (quantizer.dequantize(quantizer.quantize(x)) * queries).sum(axis=-1)
     bias = (estimate - (x * queries).sum(axis=-1)).mean().item()
-    # The products average 1; their noise of at most sqrt(.57 / 128) leaves .0002 in the mean.
+    # The products average 1; their noise of at most sqrt(.57 / 128) leaves .0004 in the mean.
     assert abs(bias) < 1e-3
 
 
