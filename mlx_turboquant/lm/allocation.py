@@ -4,8 +4,8 @@ A budget is the mean number of bits of all values that are compressed. It is spe
 each where it lowers the expected divergence of the output most for the bytes that it takes.
 
 A side of a layer is its keys or its values. What it costs at b bits is the KL divergence of the
-next-token distribution, in nats, when nothing else is quantized. :mod:`.calibrate` measures it with
-few bits. With other bits it follows the squared error D(b) of the codec, to which it is
+next-token distribution, in nats, when nothing else is quantized. :mod:`.calibrate` measures it at
+few bits. With more bits it falls with the squared error D(b) of the codec, to which it is
 proportional to second order. Divergences of several sides add up, because their errors are
 independent.
 """
@@ -20,10 +20,6 @@ from ..codec.packing import words_per_vector
 # A key of one bit is little more than signs: the divergence is several times the expected one.
 MIN_KEY_BITS, MIN_VALUE_BITS = 2, 1
 BUDGETS = tuple(quarters / 4 for quarters in range(4 * 2, 4 * MAX_BITS + 1))
-
-
-# Bits, and the divergence that was measured with them.
-Measured = tuple[int, float]
 
 
 class Vectors(NamedTuple):
@@ -64,24 +60,30 @@ def check_budget(bits: float) -> None:
         )
 
 
-def divergences_by_bits(dim: int, measured: Measured) -> tuple[float, ...]:
-    """The divergences at 0 to 8 bits of a side: they follow the error of the codec."""
-    bits, divergence = measured
-    unit = divergence / relative_error(dim, bits)
-    return (float("inf"), *(unit * relative_error(dim, b) for b in range(1, MAX_BITS + 1)))
+def divergences_by_bits(dim: int, measured: dict[int, float]) -> tuple[float, ...]:
+    """The divergences at 0 to 8 bits of a side that was ``measured`` at some bits.
+
+    At other bits they follow the error of the codec, starting from the nearest fewer bits that were
+    measured, or from the fewest.
+    """
+    divergences = [float("inf")]
+    for bits in range(1, MAX_BITS + 1):
+        base = max((b for b in measured if b <= bits), default=min(measured))
+        divergences.append(measured[base] * (relative_error(dim, bits) / relative_error(dim, base)))
+    return tuple(divergences)
 
 
 def measured_layer(
     keys: Vectors,
     values: Vectors | None,
-    key_divergence: Measured,
-    value_divergence: Measured | None,
+    key_divergences: dict[int, float],
+    value_divergences: dict[int, float] | None,
 ) -> Layer:
     """The layer with these vectors, whose divergences were measured at some bits."""
-    key_side = Side(keys, divergences_by_bits(keys.dim, key_divergence), MIN_KEY_BITS)
-    if values is None or value_divergence is None:
+    key_side = Side(keys, divergences_by_bits(keys.dim, key_divergences), MIN_KEY_BITS)
+    if values is None or value_divergences is None:
         return Layer(key_side, None)
-    divergences = divergences_by_bits(values.dim, value_divergence)
+    divergences = divergences_by_bits(values.dim, value_divergences)
     return Layer(key_side, Side(values, divergences, MIN_VALUE_BITS))
 
 

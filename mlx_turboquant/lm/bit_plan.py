@@ -51,8 +51,8 @@ class BitPlan:
             weight = _KEY_WEIGHT * sensitivity
             weight = weight if weight > _LEAST_KEY_WEIGHT else _LEAST_KEY_WEIGHT
             keys, values = place.keys, place.values
-            of_values = None if values is None else (1, relative_error(values.dim, 1))
-            of_keys = (1, weight * relative_error(keys.dim, 1))
+            of_values = None if values is None else {1: relative_error(values.dim, 1)}
+            of_keys = {1: weight * relative_error(keys.dim, 1)}
             layers.append(measured_layer(keys, values, of_keys, of_values))
         return cls(layers, None)
 

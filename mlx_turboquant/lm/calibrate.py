@@ -1,10 +1,10 @@
 """Measures what an error in the keys or values of one layer does to the output of a model.
 
-Several texts are the rows of one batch. Their first part is read exactly and once. Then their
-second part is decoded exactly, and once more for every compressed layer, with two copies of each
-row: one with the keys of this layer quantized, and one with its values quantized. The KL divergence
-of the output is the cost of that side. The layers below, whose output is the same, are not computed
-again.
+The first part of several texts is read exactly and once. Then their second part is decoded exactly,
+and once more for every compressed layer, with one side of this layer quantized at two numbers of
+bits. The KL divergence of the output is the cost of that side at these bits. All texts, each with
+its four sides and bits, are the rows of one batch, and the layers below, whose output is the same,
+are not computed again.
 """
 
 import copy
@@ -41,12 +41,13 @@ _SINKS = 4
 # errors of tokens that in a cache are still in the window would hide what the others do.
 _PREFIX_TOKENS = 512
 _EXACT_PART = 1 / 8
-# The more layers, the fewer tokens are scored: over all layers about so many.
-_SCORED_IN_ALL = 6_000
+# As many tokens are scored as all passes together may have.
+_PASSED_TOKENS = 12_000
 _LEAST_SCORED, _MOST_SCORED = 24, 128
 _LEAST_TOKENS = 64
 # Texts that are read together.
 _TEXTS = 4
+_ROWS = [(side, bits) for side, measured in MEASURED_BITS.items() for bits in measured]
 # An exponential of more would overflow; such an output is lost anyway.
 _MOST_RISE = 80.0
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| step {n_fmt} of {total_fmt}, {remaining} left"
@@ -122,16 +123,25 @@ def calibrate(
                 "give a longer text."
             )
     batches = [tokens[i : i + _TEXTS] for i in range(0, len(tokens), _TEXTS)]
-    wanted = _SCORED_IN_ALL // (len(tokens) * len(places)) // 8 * 8
+    # Half of the layers are computed in a pass on average.
+    wanted = int(_PASSED_TOKENS / (len(tokens) * len(places) * len(_ROWS) / 2)) // 8 * 8
     most = min(max(wanted, _LEAST_SCORED), _MOST_SCORED)
     counts = [min(most, *(len(part) // 2 for part in batch)) for batch in batches]
     scored = sum(len(batch) * count for batch, count in zip(batches, counts))
-    empty = Profile(fingerprint(model), tuple(texts), scored, (), ())
-    layers = [] if unfinished is None else _measured_before(unfinished, empty)
-    known = len(layers)
-    layers += [[()] * (1 if place.values is None else 2) for place in places[known:]]
-    steps = len(batches) * (1 + len(places))
-    model = _in_float32(model)
+    nothing = Profile(fingerprint(model), tuple(texts), scored, (), ())
+    begun = nothing if unfinished is None else _begun(unfinished, nothing)
+    known, steps = len(begun.keys), len(batches) * (1 + len(places))
+    sides = {
+        name: [*getattr(begun, name), *({b: () for b in bits} for _ in places[known:])]
+        for name, bits in MEASURED_BITS.items()
+    }
+
+    def measured(count: int) -> Profile:
+        """What was found out about the first layers."""
+        values = zip(places[:count], sides["values"])
+        values = tuple(None if place.values is None else side for place, side in values)
+        return nothing._replace(keys=tuple(sides["keys"][:count]), values=values)
+
     bar = tqdm(desc="Calibrating", total=steps, bar_format=_BAR, disable=progress is not True)
 
     def advance(finished: int) -> None:
@@ -139,27 +149,25 @@ def calibrate(
         if callable(progress):
             progress(finished, steps)
 
+    model, done = _in_float32(model), known
     with bar:
         try:
             for i, (batch, count) in enumerate(zip(batches, counts)):
-                rows = _Rows(model, batch, count, is_latent=places[0].values is None)
-                first = i * (1 + len(places)) + 1
+                rows, first = _Rows(model, batch, count), i * (1 + len(places)) + 1
                 advance(first + known)
-                for j, place in enumerate(places[known:], known):
-                    sides = zip(layers[j], rows.divergences(place))
-                    layers[j] = [(*before, *found) for before, found in sides]
-                    advance(first + j + 1)
+                for done, place in enumerate(places[known:], known + 1):
+                    for (name, bits), found in zip(_ROWS, rows.divergences(place)):
+                        sides[name][done - 1][bits] += tuple(found)
+                    advance(first + done)
                 mx.clear_cache()
         except BaseException:
-            measured = [layer for layer in layers if layer[0]]
-            if unfinished is not None and len(measured) > known:
-                with suppress(OSError):  # it begins anew then
-                    save_profile(_with_layers(empty, measured), unfinished)
+            if unfinished is not None and done > known + 1:
+                with suppress(OSError):  # then the next one begins anew
+                    save_profile(measured(done - 1), unfinished)
             raise
     if unfinished is not None:
-        with suppress(OSError):
-            unfinished.unlink()
-    return _with_layers(empty, layers)
+        unfinished.unlink(missing_ok=True)
+    return measured(len(places))
 
 
 def divergence(exact: mx.array, other: mx.array) -> mx.array:
@@ -167,21 +175,13 @@ def divergence(exact: mx.array, other: mx.array) -> mx.array:
     return (mx.exp(exact) * (exact - other)).sum(axis=-1)
 
 
-def _measured_before(file: Path, empty: Profile) -> list[list[tuple[float, ...]]]:
-    """The layers in the file of an interrupted calibration that is like this one."""
+def _begun(file: Path, nothing: Profile) -> Profile:
+    """What an interrupted calibration has left, if it was like this one, or ``nothing``."""
     try:
-        found = load_profile(file, [empty.fingerprint])
+        found = load_profile(file, [nothing.fingerprint])
     except (OSError, ValueError):
-        return []
-    if found._replace(keys=(), values=()) != empty:
-        return []
-    return [[x for x in sides if x is not None] for sides in zip(found.keys, found.values)]
-
-
-def _with_layers(empty: Profile, layers: list[list[tuple[float, ...]]]) -> Profile:
-    keys = tuple(keys for keys, *_ in layers)
-    values = tuple(values[0] if values else None for _, *values in layers)
-    return empty._replace(keys=keys, values=values)
+        return nothing
+    return found if found._replace(keys=(), values=()) == nothing else nothing
 
 
 def _in_float32(model: nn.Module) -> nn.Module:
@@ -195,9 +195,8 @@ def _in_float32(model: nn.Module) -> nn.Module:
 class _Rows:
     """Some texts for one model: what is the same for all layers."""
 
-    def __init__(self, model: nn.Module, texts: list[list[int]], scored: int, is_latent: bool):
+    def __init__(self, model: nn.Module, texts: list[list[int]], scored: int):
         self.model = model
-        self.sides = ("keys",) if is_latent else ("keys", "values")
         prefix = min(_PREFIX_TOKENS, min(map(len, texts)) - scored)
         tokens = mx.array([text[: prefix + scored] for text in texts])
         self.scored = tokens[:, prefix:]
@@ -206,32 +205,36 @@ class _Rows:
         mx.eval([cache.state for cache in self.caches])
         self.layers = _layers(model)
         recorders = [_StandIn(layer) for layer in self.layers]
-        self.exact = self._logits(recorders)[:, None]
+        self.exact = self._logits(recorders)
         self.probabilities = mx.softmax(self.exact, axis=-1)
         self.inputs = [each.input for each in recorders if each.input is not None]
         mx.eval(self.exact, self.probabilities, *self.inputs)
         self.can_skip = self._skipping_changes_nothing()
-        self.scored = self._for_each_side(self.scored)
-        self.inputs = [self._for_each_side(x) for x in self.inputs]
+        self.scored = _repeated(self.scored)
+        self.inputs = [_repeated(x) for x in self.inputs]
         for cache in self.caches:
-            cache.state = tree_map(self._for_each_side, cache.state)
+            cache.state = tree_map(_repeated, cache.state)
 
     def divergences(self, place: Compressible) -> list[list[float]]:
-        """KL(exact || quantized), in nats, of the sides of a layer: for each text."""
+        """KL(exact || quantized), in nats, of a layer: for each of ``_ROWS`` and each text."""
         caches = copy.deepcopy(self.caches)
         cache = place.of(caches)
-        for side in self.sides:
-            exact = getattr(cache, side)[:: len(self.sides)]
-            bits = MEASURED_BITS[side]
-            are_keys = side == "keys" and len(self.sides) == 2
-            quantized = _quantized(exact, cache.offset, bits, are_keys)
-            rows = [quantized if each == side else exact for each in self.sides]
+        is_latent = place.values is None
+        for side in ("keys",) if is_latent else ("keys", "values"):
+            exact = getattr(cache, side)[:: len(_ROWS)]
+            are_keys = side == "keys" and not is_latent
+            rows = [
+                _quantized(exact, cache.offset, bits, are_keys) if name == side else exact
+                for name, bits in _ROWS
+            ]
             setattr(cache, side, mx.stack(rows, axis=1).flatten(0, 1))
         logits = self._logits(self._skipped(place.layer if self.can_skip else 0), caches)
-        rise = mx.unflatten(logits, 0, (-1, len(self.sides))) - self.exact
+        rise = mx.unflatten(logits, 0, (-1, len(_ROWS))) - self.exact[:, None]
         rise = mx.minimum(rise, _MOST_RISE)
-        mean, change = ((self.probabilities * x).sum(axis=-1) for x in (rise, mx.expm1(rise)))
-        found = (mx.log1p(change) - mean).mean(axis=-1)
+        mean, growth = (
+            (self.probabilities[:, None] * x).sum(axis=-1) for x in (rise, mx.expm1(rise))
+        )
+        found = (mx.log1p(growth) - mean).mean(axis=-1)
         return mx.maximum(found, LEAST_DIVERGENCE).T.tolist()
 
     def _skipped(self, layer: int) -> list["_StandIn"]:
@@ -257,12 +260,13 @@ class _Rows:
             logits = self._logits(self._skipped(last))
         except Exception:  # whatever a model of its own kind raises
             return False
-        return mx.allclose(logits, self.exact[:, 0], atol=1e-3).item()
+        return mx.allclose(logits, self.exact, atol=1e-3).item()
 
-    def _for_each_side(self, x: Any) -> Any:
-        """A part of the state of a cache, or another array, with a copy of each row for a side."""
-        has_rows = isinstance(x, mx.array) and x.ndim > 1
-        return mx.repeat(x, len(self.sides), axis=0) if has_rows else x
+
+def _repeated(x: Any) -> Any:
+    """An array, or a part of the state of a cache, with every row once for each of ``_ROWS``."""
+    has_rows = isinstance(x, mx.array) and x.ndim > 1
+    return mx.repeat(x, len(_ROWS), axis=0) if has_rows else x
 
 
 def _quantized(x: mx.array, count: int, bits: int, are_keys: bool) -> mx.array:

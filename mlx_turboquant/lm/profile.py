@@ -20,25 +20,25 @@ from .allocation import Layer, measured_layer
 from .compressible import Compressible
 from .identity import adapters_of
 
-FORMAT_VERSION = "2"
+FORMAT_VERSION = "1"
 # The bits at which a side is quantized to measure what that does.
-MEASURED_BITS = {"keys": 3, "values": 2}
+MEASURED_BITS = {"keys": (2, 3), "values": (1, 2)}
 # The least that a profile holds: smaller divergences are lost in rounding.
 LEAST_DIVERGENCE = 1e-9
 _MAX_FILE_BYTES = 1 << 24
 
 _log = logging.getLogger("mlx_turboquant")
 
-# The divergences of one side of a layer in nats, one for each text.
-Divergences = tuple[float, ...]
+# The divergences of one side of a layer in nats: by bits, one for each text.
+Divergences = dict[int, tuple[float, ...]]
 
 
 class Profile(NamedTuple):
     """KL divergences of the output of a model in nats, when one side of one layer is quantized.
 
-    Keys have 3 bits then, values 2. ``keys`` and ``values`` have one entry for each compressed
-    layer, in the order of the layers. An entry of ``values`` is None where attention is latent.
-    ``tokens`` is how many tokens were scored, in all ``texts`` together.
+    ``keys`` and ``values`` have one entry for each compressed layer, in the order of the layers. An
+    entry of ``values`` is None where attention is latent. ``tokens`` is how many tokens were
+    scored, in all ``texts`` together.
     """
 
     fingerprint: str
@@ -63,11 +63,10 @@ class Profile(NamedTuple):
             )
         average = geometric_mean if geometric else fmean
 
-        def means(name: str) -> list[tuple[int, float] | None]:
-            sides = getattr(self, name)
-            return [side and (MEASURED_BITS[name], average(side)) for side in sides]
+        def means(side: Divergences | None) -> dict[int, float] | None:
+            return side and {bits: average(texts) for bits, texts in side.items()}
 
-        sides = zip(compressible, means("keys"), means("values"))
+        sides = zip(compressible, map(means, self.keys), map(means, self.values))
         return [measured_layer(place.keys, place.values, *measured) for place, *measured in sides]
 
 
@@ -180,7 +179,9 @@ def _checked(contents: dict[str, Any]) -> Profile:
     if type(tokens) is not int or tokens < 1:
         raise ValueError(f"{tokens} tokens were scored")
     sides = {
-        name: tuple(_checked_side(layer.get(name), len(texts)) for layer in contents["layers"])
+        name: tuple(
+            _checked_side(layer.get(name), name, len(texts)) for layer in contents["layers"]
+        )
         for name in MEASURED_BITS
     }
     if not sides["keys"] or None in sides["keys"]:
@@ -188,11 +189,14 @@ def _checked(contents: dict[str, Any]) -> Profile:
     return Profile(contents["fingerprint"], texts, tokens, **sides)
 
 
-def _checked_side(side: list[float] | None, texts: int) -> Divergences | None:
+def _checked_side(side: dict[str, list[float]] | None, name: str, texts: int) -> Divergences | None:
     if side is None:
         return None
-    if len(side) != texts or not all(type(x) is float for x in side):
-        raise ValueError("a side has not one divergence for each text")
-    if not all(0 < x < math.inf for x in side):
-        raise ValueError("a divergence is not a positive number")
-    return tuple(side)
+    if set(side) != set(map(str, MEASURED_BITS[name])):
+        raise ValueError(f"a side was measured at {sorted(side)} bits")
+    for numbers in side.values():
+        if len(numbers) != texts or not all(type(x) is float for x in numbers):
+            raise ValueError("a side has not one divergence for each text")
+        if not all(0 < x < math.inf for x in numbers):
+            raise ValueError("a divergence is not a positive number")
+    return {bits: tuple(side[str(bits)]) for bits in MEASURED_BITS[name]}
