@@ -7,12 +7,11 @@ from typing import Any
 
 import mlx.nn as nn
 import mlx_lm
-from tqdm import tqdm
 
-from ..lm.calibrate import calibrate
+from ..lm.calibrate import calibrated
 from ..lm.compression import compression_of, give_profile
 from ..lm.loading import model_errors, prepare_for_device, reason_of
-from ..lm.profile import Profile, fingerprints, load_profile, save_profile
+from ..lm.profile import fingerprints, load_profile
 from ..lm.settings import Settings
 
 MODEL_HELP = "Folder of a model of mlx-lm, or its name on the hub"
@@ -50,39 +49,17 @@ def ensure_profile(
     if settings.is_fixed or not args.calibrate or compression_of(model).profile is not None:
         return
     print(
-        "This model has no profile of where bits matter: it is calibrated once, which takes about "
-        "as long as reading 16 000 tokens (--no-calibrate does without).",
+        "This model is calibrated once, to find out where bits matter. Ctrl-C goes on without; "
+        "--no-calibrate never begins.",
         file=sys.stderr,
     )
     try:
-        profile = measured_profile(model, tokenizer)
-    except ValueError as error:
-        print(f"Bits are chosen without a profile: {error}", file=sys.stderr)
-        return
-    give_profile(model, profile)
-    try:
-        print(f"Its profile is kept in {save_profile(profile)}.", file=sys.stderr)
-    except OSError as error:
-        print(f"Its profile cannot be kept: {error}", file=sys.stderr)
-
-
-def measured_profile(
-    model: nn.Module, tokenizer: Any, texts: dict[str, str] | None = None
-) -> Profile:
-    """:func:`.calibrate` with a progress bar; whatever the model raises becomes a ValueError."""
-    # The delay keeps the bar away from an error before the first step, which is one line.
-    with tqdm(unit="layers", desc="Calibrating", mininterval=0, delay=1e-3) as bar:
-
-        def progress(finished: int, total: int) -> None:
-            bar.total = total
-            bar.update(finished - bar.n)
-
-        try:
-            return calibrate(model, tokenizer, texts, progress)
-        except ValueError:
-            raise
-        except Exception as error:
-            raise ValueError(
-                f"The model cannot be calibrated ({reason_of(error)}): "
-                "use --no-calibrate with the other commands."
-            ) from error
+        give_profile(model, calibrated(model, tokenizer))
+    except KeyboardInterrupt:
+        print(
+            "Calibration was stopped: bits are chosen without a profile. The next start continues "
+            "from here.",
+            file=sys.stderr,
+        )
+    except Exception as error:  # whatever a model of its own kind raises
+        print(f"Bits are chosen without a profile: {reason_of(error)}", file=sys.stderr)

@@ -11,10 +11,10 @@ from ..kernels.attention import MAX_DECODE_ROWS
 from ..kernels.runtime import backend as kernel_backend
 from ..kernels.runtime import force_backend
 from ..kernels.tokens import BLOCK
-from .calibrate import calibrate
+from .calibrate import Progress, calibrated
 from .compressible import ATTRIBUTE
 from .compression import Compression, compression_of, give_profile, known_compression
-from .profile import Profile, fingerprints, load_profile, save_profile
+from .profile import Profile, fingerprints, load_profile
 from .settings import CacheOptions, Settings
 
 ProfileOrFile = Profile | Path | str | None
@@ -62,6 +62,7 @@ def enable(
     bits: float | Settings = 4,
     *,
     tokenizer: Any = None,
+    progress: Progress | bool = True,
     profile: ProfileOrFile = None,
     backend: str | None = None,
     **options: Unpack[CacheOptions],
@@ -69,8 +70,10 @@ def enable(
     """Let every cache that mlx-lm makes for ``model`` be compressed; returns the model.
 
     Takes the arguments of :func:`make_prompt_cache` and raises its errors. With a ``tokenizer``, a
-    model without a profile is calibrated first, which takes about as long as reading a prompt of
-    16 000 tokens, and the profile is kept. Where there are kernels, the model runs over some fifty
+    model without a profile is calibrated first, unless its bits are fixed. The profile is kept; if
+    calibration is interrupted, the next one continues from there. ``progress`` is called with the
+    number of finished steps and of all steps; True shows a bar, False nothing. Where there are
+    kernels, the model runs over some fifty
     tokens, which compiles those that it needs and compares them with plain MLX; a warning names
     what is replaced.
     """
@@ -80,9 +83,8 @@ def enable(
     before = known_compression(model)
     compression = Compression(model, before, settings, _loaded(profile, model))
     if compression.profile is None and tokenizer is not None and not settings.is_fixed:
-        profile = calibrate(model, tokenizer)
-        save_profile(profile)
-        compression = Compression(model, before, settings, profile)
+        measured = calibrated(model, tokenizer, progress)
+        compression = Compression(model, before, settings, measured)
     compression.new_cache(settings)  # refuses now, not at generation
     if kernel_backend() != "reference":
         _use_kernels_once(model, compression)

@@ -105,6 +105,11 @@ def profile_path(fingerprint: str) -> Path:
     return user_cache_path("mlx_turboquant") / "profiles" / f"{fingerprint[:24]}.json"
 
 
+def unfinished_path(fingerprint: str) -> Path:
+    """Where the layers are kept that an interrupted calibration of a model has measured."""
+    return profile_path(fingerprint).with_suffix(".unfinished")
+
+
 def save_profile(profile: Profile, file: Path | None = None) -> Path:
     """Write a profile to ``file`` or to :func:`profile_path`, and return the path.
 
