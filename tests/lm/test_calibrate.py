@@ -1,14 +1,20 @@
+import copy
+
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import variant
+from mlx.utils import tree_flatten
 from tiny_families import FAMILIES, tiny_model
 from tokens import random_tokens
 
 from mlx_turboquant import make_prompt_cache
-from mlx_turboquant.lm.calibrate import _Text, calibrate, calibration_texts
+from mlx_turboquant.lm import calibrate as module
+from mlx_turboquant.lm.calibrate import _Rows, calibrate, calibrated, calibration_texts
 from mlx_turboquant.lm.compressible import compressible_caches
-from mlx_turboquant.lm.profile import fingerprint
+from mlx_turboquant.lm.loading import prepare_for_device
+from mlx_turboquant.lm.profile import fingerprint, save_profile
 from mlx_turboquant.measure.evaluate import divergence
 
 TOKENS = random_tokens(256, seed=7).tolist()
@@ -34,7 +40,9 @@ def test_the_bundled_texts_are_of_four_kinds_and_long_enough(tiny_lm):
 def test_a_divergence_is_that_of_the_output_with_one_side_of_one_layer_quantized(random_model):
     """Beside the cache itself, whose other layer has eight bits, which are not quite exact."""
     [place, _] = compressible_caches(random_model)
-    measured = _Text(random_model, TOKENS, scored=64).divergences(place)
+    other = random_tokens(300, seed=8).tolist()
+    rows = _Rows(random_model, [other, TOKENS], scored=64).divergences(place)
+    measured = [texts[1] for texts in rows]
     exact = log_probabilities(random_model(mx.array([TOKENS]))[0, 192:])
     for (key_bits, value_bits), found in zip(((2, 8), (3, 8), (8, 1), (8, 2)), measured):
         cache = make_prompt_cache(random_model, 8, window=0)
@@ -53,14 +61,14 @@ def test_layers_below_are_skipped_only_where_that_changes_nothing(family):
     places = compressible_caches(model)
     if not places:
         return
-    text = _Text(model, [4 * token % 512 for token in TOKENS], scored=24)
+    text = _Rows(model, [[4 * token % 512 for token in TOKENS]] * 2, scored=24)
     # Gemma 3n and 4 hand more from layer to layer than their first argument.
     assert text.can_skip == (family not in ("gemma3n", "gemma4"))
     skipping = [text.divergences(place) for place in places]
     text.can_skip = False
     computing = [text.divergences(place) for place in places]
     assert np.allclose(skipping, computing, rtol=1e-3, atol=1e-6)
-    assert max(map(max, computing)) > 0
+    assert np.array(computing).shape == (len(places), 4, 2) and np.max(computing) > 1e-9
 
 
 def test_calibrating_changes_nothing_of_the_model(random_model):
@@ -75,13 +83,13 @@ def test_a_profile_has_both_sides_of_all_layers_for_every_text(random_model):
     texts = {"one": "a text of the caller " * 20, "other": "another one " * 10}
     profile = calibrate(random_model, Numbers(), texts, lambda *progress: seen.append(progress))
     assert profile.fingerprint == fingerprint(random_model)
-    assert profile.texts == ("one", "other") and profile.tokens == 128 + 60
+    assert profile.texts == ("one", "other") and profile.tokens == 60 + 60
     assert len(profile.keys) == len(profile.values) == 2
     for keys, values in zip(profile.keys, profile.values):
         # More bits, less divergence, by a factor of 3 to 4 of the squared error.
         assert all(two > 2 * three > 0 for two, three in zip(keys[2], keys[3]))
         assert all(one > 2 * two > 0 for one, two in zip(values[1], values[2]))
-    assert seen == [(i, 4) for i in range(5)]
+    assert seen == [(i, 3) for i in range(1, 4)]
 
 
 def test_latent_attention_has_no_values_of_its_own():
@@ -104,3 +112,68 @@ def test_bad_input_is_refused(random_model):
         calibrate(random_model, Numbers(), {"book": "x" * 63})
     with pytest.raises(ValueError, match="No layer of this model can be compressed"):
         calibrate(tiny_model("deepseek_v32"), Numbers())
+
+
+def test_texts_are_measured_as_if_each_were_alone(random_model):
+    """Six texts are two batches; float32 sums of other orders."""
+    texts = {f"text {i}": f"the text number {i}, " * 8 for i in range(6)}
+    together = calibrate(random_model, Numbers(), texts)
+    for i, (name, text) in enumerate(texts.items()):
+        alone = calibrate(random_model, Numbers(), {name: text})
+        for one, other in zip(together.keys + together.values, alone.keys + alone.values):
+            assert all(np.isclose(one[bits][i], other[bits][0], rtol=1e-2) for bits in one)
+
+
+def interrupted_after(steps: int):
+    """A progress that is Ctrl-C at a step."""
+
+    def progress(finished: int, all: int) -> None:
+        if finished == steps:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def test_an_interrupted_calibration_continues_from_where_it_was(random_model, tmp_path):
+    file, seen = tmp_path / "unfinished", []
+    expected = calibrate(random_model, Numbers())
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(random_model, Numbers(), None, interrupted_after(3), file)
+    assert file.exists()
+
+    def count(finished: int, all: int) -> None:
+        seen.append(finished)
+
+    assert calibrate(random_model, Numbers(), None, count, file) == expected
+    assert seen == [2, 3] and not file.exists()
+    file.write_text("{}")  # damaged, or of another version
+    assert calibrate(random_model, Numbers(), None, False, file) == expected
+
+
+def test_an_interruption_before_the_second_layer_leaves_nothing(random_model, tmp_path):
+    for steps in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(random_model, Numbers(), None, interrupted_after(steps), tmp_path / "file")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_profile_that_cannot_be_kept_is_a_warning(random_model, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(module, "profile_path", lambda _: tmp_path / "file" / "profile.json")
+    monkeypatch.setattr(module, "save_profile", lambda p: save_profile(p, module.profile_path("")))
+    profile = calibrated(random_model, Numbers(), progress=False)
+    assert profile == calibrate(random_model, Numbers())
+    assert f"The profile cannot be kept in {tmp_path / 'file'}" in caplog.text
+
+
+@pytest.mark.skipif(mx.default_device() == mx.gpu, reason="A GPU multiplies any weights.")
+def test_other_weights_are_measured_in_float32_on_a_cpu_and_stay_as_they_are(random_model):
+    model = copy.deepcopy(random_model)
+    nn.quantize(model, 64, 8)
+    model.set_dtype(mx.bfloat16)
+    before = dict(tree_flatten(model.parameters()))
+    profile = calibrate(model, Numbers())
+    after = dict(tree_flatten(model.parameters()))
+    assert all(after[name] is array for name, array in before.items())
+    assert profile.fingerprint == fingerprint(model)
+    assert profile.keys == calibrate(prepare_for_device(model), Numbers()).keys
