@@ -13,10 +13,10 @@ from ..lm.allocation import allocate, chosen_sides, expected_divergence
 from ..lm.bit_plan import BitPlan
 from ..lm.calibrate import calibrate
 from ..lm.compression import give_profile
-from ..lm.loading import check_memory, prepare_for_device, reason_of
+from ..lm.loading import check_memory, prepare_for_device
 from ..lm.profile import fingerprint, save_profile, unfinished_path
 from ..lm.texts import read_texts
-from .loading import MODEL_HELP, load_lazily
+from .loading import MODEL_HELP, calibration_errors, load_lazily
 from .results import print_rich
 
 _BUDGETS = (8, 6, 5, 4, 3.5, 3, 2.5, 2)
@@ -38,18 +38,12 @@ def main(arguments: list[str]) -> None:
     mx.eval(model.parameters())
     own = fingerprint(model)
     try:
-        profile = calibrate(model, tokenizer, texts, True, unfinished_path(own))
+        with calibration_errors():
+            profile = calibrate(model, tokenizer, texts, True, unfinished_path(own))
     except KeyboardInterrupt:
         if texts is None:
             print("Calibration was stopped: the next one continues from here.", file=sys.stderr)
         raise
-    except ValueError:
-        raise
-    except Exception as error:  # whatever a model of its own kind raises
-        raise ValueError(
-            f"The model cannot be calibrated ({reason_of(error)}): "
-            "use --no-calibrate with the other commands."
-        ) from error
     print_rich(_table(give_profile(model, profile).plan()))
     print(_MEANING)
     file = save_profile(profile, args.out)

@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.nn as nn
@@ -54,12 +55,27 @@ def ensure_profile(
         file=sys.stderr,
     )
     try:
-        give_profile(model, calibrated(model, tokenizer))
+        with calibration_errors():
+            give_profile(model, calibrated(model, tokenizer))
     except KeyboardInterrupt:
         print(
             "Calibration was stopped: bits are chosen without a profile. The next start continues "
             "from here.",
             file=sys.stderr,
         )
-    except Exception as error:  # whatever a model of its own kind raises
-        print(f"Bits are chosen without a profile: {reason_of(error)}", file=sys.stderr)
+    except ValueError as error:
+        print(f"Bits are chosen without a profile: {error}", file=sys.stderr)
+
+
+@contextmanager
+def calibration_errors() -> Iterator[None]:
+    """Turn whatever a model raises while it is calibrated into a ValueError."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"The model cannot be calibrated ({reason_of(error)}): "
+            "use --no-calibrate with the other commands."
+        ) from error

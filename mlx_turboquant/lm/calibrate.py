@@ -166,7 +166,8 @@ def calibrate(
                     save_profile(measured(done - 1), unfinished)
             raise
     if unfinished is not None:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
     return measured(len(places))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pexpect
 import pytest
 from adapters import adapter_folder
+from commands import run
 from conftest import REPOSITORY
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
@@ -27,11 +28,6 @@ from mlx_turboquant.lm.settings import Settings
 
 TINY_LM = str(REPOSITORY / "examples" / "tiny-lm")
 PROMPT = ("--prompt", "def add(a, b):\n    return", "--max-tokens", "12")
-
-
-def run(*arguments: str, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "mlx_turboquant", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
 
 def generate(*arguments: str, **options) -> subprocess.CompletedProcess:
@@ -171,7 +167,6 @@ def test_a_model_is_calibrated_once_and_then_every_command_uses_its_profile(tmp_
     first = generate("--kv-bits", "3", env=env)
     assert "is calibrated once" in first.stderr and "%|" in first.stderr  # a progress bar
     (file,) = (tmp_path / "mlx_turboquant" / "profiles").iterdir()
-    assert f"kept in {file}" in first.stderr
     second = generate("--kv-bits", "3", "-v", env=env)
     assert second.returncode == 0 and "calibrated" not in second.stderr
     assert "expected divergence" in second.stdout
@@ -179,6 +174,32 @@ def test_a_model_is_calibrated_once_and_then_every_command_uses_its_profile(tmp_
     third = generate("--kv-bits", "3", "-v", "--profile", str(moved), env=env)
     assert "calibrated" not in third.stderr and "expected divergence" in third.stdout
     assert not list(file.parent.iterdir())
+
+
+def test_ctrl_c_while_a_command_calibrates_goes_on_and_the_next_start_continues(tmp_path):
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    arguments = ["-m", "mlx_turboquant", "generate", "--model", TINY_LM, *PROMPT]
+    command = pexpect.spawn(sys.executable, arguments, encoding="utf-8", timeout=60, env=env)
+    command.expect("step 3 of 5")
+    command.sendintr()
+    command.expect("Calibration was stopped: bits are chosen without a profile.")
+    command.expect(pexpect.EOF)
+    assert "Cache: " in command.before and "Traceback" not in command.before
+    assert command.wait() == 0
+    (file,) = (tmp_path / "mlx_turboquant" / "profiles").iterdir()
+    assert file.suffix == ".unfinished"
+    second = generate(env=env)
+    assert "step 3 of 5" in second.stderr and "step 1 of 5" not in second.stderr
+    (file,) = file.parent.iterdir()
+    assert file.suffix == ".json"
+
+
+def test_a_calibration_whose_profile_cannot_be_written_prints_its_table_all_the_same(tmp_path):
+    out = tmp_path / "file" / "profile.json"
+    out.parent.touch()
+    result = run("calibrate", "--model", TINY_LM, "--out", str(out))
+    assert result.returncode == 2 and str(out.parent) in result.stderr.splitlines()[-1]
+    assert "Below 0.01 nats no one will notice" in result.stdout and "528" in result.stdout
 
 
 def test_without_calibration_nothing_is_measured_or_written(tmp_path):
@@ -201,7 +222,7 @@ def test_calibrate_prints_what_to_expect_of_budgets_and_writes_the_profile(tmp_p
     assert int(budgets["4"][1]) == 528  # 1 024 values of 4 bits and 8 scales of 16
     divergences = [float(row[2]) for row in budgets.values()]
     assert divergences == sorted(divergences) and divergences[-1] > 10 * divergences[0]
-    assert f"tokens scored of some.txt. Wrote {out}" in " ".join(result.stdout.split())
+    assert f"tokens of some.txt were scored. Wrote {out}" in " ".join(result.stdout.split())
     assert json.loads(out.read_text())["texts"] == ["some.txt"]
 
 
@@ -220,7 +241,7 @@ def test_calibrate_refuses_bad_input_and_writes_nothing(tmp_path):
 
 
 def test_what_cannot_be_calibrated_or_kept_is_named_and_the_command_goes_on(
-    tiny_lm, monkeypatch, capsys, tmp_path
+    tiny_lm, monkeypatch, capsys, caplog, tmp_path
 ):
     model, tokenizer = tiny_lm
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no profile of another test
@@ -234,7 +255,7 @@ def test_what_cannot_be_calibrated_or_kept_is_named_and_the_command_goes_on(
     assert message.startswith("Bits are chosen without a profile: The model cannot be calibrated (")
     assert message.endswith("): use --no-calibrate with the other commands.")
     ensure_profile(model, tokenizer, arguments, Settings())
-    assert "Its profile cannot be kept: [Errno 20]" in capsys.readouterr().err
+    assert "The profile cannot be kept in " in caplog.text and "[Errno 20]" in caplog.text
     assert compression_of(model).expected is not None
 
 

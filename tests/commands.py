@@ -1,0 +1,51 @@
+"""Commands in processes of their own, which are forked from one that has imported the package."""
+
+import multiprocessing
+import os
+import sys
+import tempfile
+from pathlib import Path
+from subprocess import CompletedProcess
+
+from mlx_turboquant import cli
+
+# Each would spend a second or more on importing mlx-lm.
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["mlx_turboquant.cli.generate", "mlx_turboquant.cli.evaluate"])
+_SECONDS = 120
+
+
+def run(
+    *arguments: str,
+    input: str = "",
+    cwd: str | Path = ".",
+    env: dict[str, str] | None = None,
+) -> CompletedProcess:
+    """What ``mlx_turboquant`` prints and its exit status, as :func:`subprocess.run` does."""
+    with tempfile.TemporaryDirectory() as folder:
+        streams = [Path(folder) / name for name in ("stdin", "stdout", "stderr")]
+        for stream in streams:
+            stream.write_text(input if stream.name == "stdin" else "")
+        about = arguments, streams, cwd, dict(os.environ) if env is None else env
+        process = _processes.Process(target=_main, args=about)
+        process.start()
+        process.join(_SECONDS)
+        if process.exitcode is None:
+            process.kill()
+            raise TimeoutError(f"{arguments} still runs after {_SECONDS} seconds.")
+        _, output, messages = (stream.read_text() for stream in streams)
+        return CompletedProcess(arguments, process.exitcode, output, messages)
+
+
+def _main(
+    arguments: tuple[str, ...], streams: list[Path], cwd: str | Path, env: dict[str, str]
+) -> None:
+    for descriptor, (stream, mode) in enumerate(zip(streams, "rww")):
+        with stream.open(mode) as opened:
+            os.dup2(opened.fileno(), descriptor)
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv = ["mlx_turboquant", *arguments]
+    cli.main()
