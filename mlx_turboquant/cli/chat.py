@@ -127,18 +127,17 @@ class Conversation:
         try:
             self._prompt([message, {"role": "user", "content": text}])
         except Exception as error:  # whatever a template raises
-            raise ValueError(
-                f"The chat template takes no system prompt ({error}): say it in a message."
-            ) from error
+            remedy = "say it in a message."
+            raise ValueError(f"The template takes no system prompt ({error}): {remedy}") from error
         self.messages[: len(self.system_messages())] = [message]
 
     def undo(self) -> str:
         """Take back the last question, which is returned, and its answer."""
         if len(self.messages) < 2:
             raise ValueError("There is no question to take back: ask one first.")
-        question = self.messages[-2]["content"]
+        question, _ = self.messages[-2:]
         del self.messages[-2:]
-        return question
+        return question["content"]
 
     def reply(
         self, text: str, progress: Progress = lambda *_: None, **generation: Any
@@ -242,10 +241,9 @@ class Chat:
 
     def run(self, model_name: str) -> None:
         """Talk until Ctrl-D."""
-        self._note(f"model {model_name}\ncache {self.conversation.settings}")
-        if self.store is None:
-            self._note("nothing is kept: --prompt-store DIR keeps conversations")
-        self._note("/help lists the commands")
+        kept = "" if self.store else "\nnothing is kept: --prompt-store DIR keeps conversations"
+        about = f"model {model_name}\ncache {self.conversation.settings}{kept}"
+        self._note(f"{about}\n/help lists the commands")
         while True:
             try:
                 line = self.terminal.read()
@@ -268,9 +266,7 @@ class Chat:
             case "/save" | "/load" | "/delete" if not argument:
                 raise ValueError(f"{name} needs a name: /help shows which")
             case "/sessions" | "/delete" if self.store is None:
-                raise ValueError(
-                    "There are no conversations without a store: use --prompt-store DIR"
-                )
+                raise ValueError(f"{name} needs a store: start the chat with --prompt-store DIR")
             case "/help":
                 show(_HELP)
             case "/reset":

@@ -8,14 +8,13 @@ import termios
 import tty
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from platformdirs import user_cache_path
 from prompt_toolkit import PromptSession
-from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.history import FileHistory
 from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.utils import is_dumb_terminal
-
-_TAKE_PASTES, _LEAVE_PASTES = "\x1b[?2004h", "\x1b[?2004l"
 
 
 class Terminal:
@@ -28,8 +27,9 @@ class Terminal:
             keys = KeyBindings()
             # Not Ctrl-J as well: an Enter that is pressed before the prompt appears arrives as it.
             keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+            history = _History(user_cache_path("mlx_turboquant") / "chat_history")
             options = {"prompt_continuation": "  ", "enable_suspend": True}
-            self._session = PromptSession("> ", history=_history(), key_bindings=keys, **options)
+            self._session = PromptSession("> ", history=history, key_bindings=keys, **options)
             # What is typed during a reply is not shown in it, but waits for the next prompt.
             atexit.register(self._restore, termios.tcgetattr(sys.stdin))
             tty.setcbreak(sys.stdin, termios.TCSANOW)
@@ -37,12 +37,10 @@ class Terminal:
     def read(self) -> str:
         """The next message, which has several lines if it was pasted; EOFError at the end."""
         if self._is_plain:
-            line = sys.stdin.readline()
-            if not line:
-                raise EOFError
+            line = input()
         else:
             line = self._session.prompt()
-            self.write(_TAKE_PASTES, end="")
+            self.write("\x1b[?2004h", end="")  # a paste has marks also while a reply is printed
         return line.encode(errors="replace").decode().rstrip()  # bytes that are no text become "?"
 
     def write(self, text: str, end: str = "\n", is_note: bool = False) -> None:
@@ -58,7 +56,7 @@ class Terminal:
 
     def _restore(self, modes: list) -> None:
         with suppress(OSError, termios.error):  # after a hang-up
-            self.write(_LEAVE_PASTES, end="")
+            self.write("\x1b[?2004l", end="")
             termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
 
 
@@ -77,16 +75,10 @@ def signals_held(*numbers: int) -> Iterator[list[int]]:
 
 
 class _History(FileHistory):
+    """What was entered before, in a file of the user alone; without a file nothing."""
+
     def store_string(self, string: str) -> None:
-        with suppress(OSError):
+        with suppress(OSError):  # which must not hinder a chat
+            Path(self.filename).parent.mkdir(parents=True, exist_ok=True)
+            Path(self.filename).touch(mode=0o600)
             super().store_string(string)
-
-
-def _history() -> History:
-    """What was entered before, in a file of the user alone; where there can be none, nothing."""
-    try:
-        file = user_cache_path("mlx_turboquant", ensure_exists=True) / "chat_history"
-        os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
-    except OSError:
-        return InMemoryHistory()
-    return _History(file)
