@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from itertools import count
@@ -79,7 +80,7 @@ def main(arguments: list[str]) -> None:
     for number in _ENDINGS:
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
-        Chat(conversation, generation, args.verbose, args.resume).run(args.model)
+        Chat(conversation, generation, args).run()
     finally:
         if store is not None:
             with signals_held(signal.SIGINT, *_ENDINGS):  # a closing terminal hangs up twice
@@ -225,24 +226,16 @@ class Conversation:
 class Chat:
     """Reads lines, runs commands, streams replies, and keeps every turn if there is a store."""
 
-    def __init__(
-        self,
-        conversation: Conversation,
-        generation: dict[str, Any],
-        verbose: bool,
-        name: str | None,
-    ):
-        self.conversation = conversation
-        self.store = conversation.store
-        self.verbose = verbose
-        self.generation = generation
-        self.name = name or self._new_name()
+    def __init__(self, conversation: Conversation, generation: dict[str, Any], args: Namespace):
+        self.conversation, self.store = conversation, conversation.store
+        self.generation, self.args = generation, args
+        self.name = args.resume or self._new_name()
         self.terminal = Terminal()
 
-    def run(self, model_name: str) -> None:
+    def run(self) -> None:
         """Talk until Ctrl-D."""
         kept = "" if self.store else "\nnothing is kept: --prompt-store DIR keeps conversations"
-        about = f"model {model_name}\ncache {self.conversation.settings}{kept}"
+        about = f"model {self.args.model}\ncache {self.conversation.settings}{kept}"
         self._note(f"{about}\n/help lists the commands")
         while True:
             try:
@@ -281,8 +274,7 @@ class Chat:
                 self._note("the messages stay, and are read again with it")
                 self._keep()
             case "/system":
-                for message in conversation.system_messages():
-                    show(message["content"])
+                show("".join(x["content"] for x in conversation.system_messages()) or "none is set")
             case "/stats":
                 self._stats()
             case "/save":
@@ -319,12 +311,12 @@ class Chat:
                     self.terminal.write(response.text, end="")
                     if interrupts:
                         break
+            self.terminal.write("")
+            self._keep()
             interrupts.clear()
-        self.terminal.write("")
-        self._keep()
         speed = f"{response.generation_tps:.1f} tokens/s · " if response else ""
         self._note(f"{speed}cache {cache_size(self.conversation.cache)}")
-        if self.verbose:
+        if self.args.verbose:
             self._stats()
 
     def _keep(self) -> None:
