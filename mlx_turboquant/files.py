@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ def write_whole(file: Path, write: Callable[[Path], None], key: str) -> None:
         except (RuntimeError, ValueError) as error:
             raise OSError(f"{file} cannot be written whole: is there space for it?") from error
         os.replace(complete, file)
+        with suppress(OSError):  # where folders cannot be synced
+            parent = os.open(file.parent, os.O_RDONLY)
+            os.fsync(parent)  # a power cut would undo the renaming
+            os.close(parent)
 
 
 def write_json(file: Path, contents: dict[str, Any]) -> None:

@@ -103,6 +103,12 @@ def test_without_matplotlib_all_that_does_not_draw_is_imported():
     assert "mlx_turboquant.cli.doctor" in run.stdout
 
 
+def test_only_the_chat_imports_prompt_toolkit():
+    code = "import sys, mlx_turboquant.cli.server; print('prompt_toolkit' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout == "False\n", run.stderr
+
+
 @pytest.mark.parametrize("command", ["evaluate", "benchmark"])
 def test_without_matplotlib_a_command_says_what_to_install(command):
     code = (

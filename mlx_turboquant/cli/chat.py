@@ -2,10 +2,14 @@
 
 import json
 import os
+import re
 import signal
+import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import load, stream_generate
 from mlx_lm.chat import setup_arg_parser
-from mlx_lm.cli_ui import corridor_input, make_console, print_header_panel
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import make_sampler
@@ -26,15 +29,23 @@ from ..lm.report import cache_report, cache_size
 from ..lm.settings import Settings
 from .loading import load_ready
 from .options import add_store_options, open_store, parse
+from .store import age
+from .terminal import Terminal, signals_held
 
-_HELP = """  /help        this list
-  /reset       forget the conversation
-  /stats       what the cache holds
-  /save FILE   save the conversation and its cache
-  /load FILE   go on with a saved conversation
-  /sessions    the conversations of the prompt store, for --resume
-  Ctrl-C       stop the reply
-  Ctrl-D       leave"""
+_HELP = """\
+/help         this list
+/reset        begin a new conversation
+/undo         take back the last question and its answer
+/system TEXT  set the system prompt, or show it
+/stats        what the cache holds
+/save FILE    save the conversation and its cache
+/load FILE    go on with a saved conversation
+/sessions     the conversations of the prompt store, for --resume
+/delete NAME  delete one of them
+Alt-Enter     a new line, as Esc and then Enter
+Ctrl-C        stop the reply
+Ctrl-D        leave"""
+_ENDINGS = (signal.SIGHUP, signal.SIGTERM)
 
 
 def main(arguments: list[str]) -> None:
@@ -46,7 +57,6 @@ def main(arguments: list[str]) -> None:
     add_store_options(parser)
     args, settings = parse(parser, arguments, without_effect=("pipeline",))
     store = open_store(args)
-    name = args.resume or time.strftime("%Y-%m-%d-%H%M%S")
     if args.resume is not None:
         if store is None:
             raise ValueError("--resume needs the folder of conversations: add --prompt-store DIR.")
@@ -58,7 +68,7 @@ def main(arguments: list[str]) -> None:
     model_name = Path(args.model).name
     conversation = Conversation(model, tokenizer, settings, args.system_prompt, store, model_name)
     if args.resume is not None:
-        conversation.load(store.session_file(name))
+        conversation.load(store.session_file(args.resume))
     generation = {"max_tokens": args.max_tokens, "prefill_step_size": args.prefill_step_size}
     generation["sampler"] = make_sampler(
         args.temp,
@@ -67,11 +77,14 @@ def main(arguments: list[str]) -> None:
         xtc_probability=args.xtc_probability,
         xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
     )
-    with nullcontext() if store is None else closing(store):
-        Chat(conversation, generation, args.verbose).run(args.model)
-        if store is not None and conversation.tokens:
-            conversation.save(store.session_file(name))
-            print(f"To go on: mlx_turboquant chat --resume {name} with the same options")
+    for number in _ENDINGS:
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    try:
+        Chat(conversation, generation, args).run()
+    finally:
+        if store is not None:
+            with signals_held(signal.SIGINT, *_ENDINGS):  # a closing terminal hangs up twice
+                store.close()
 
 
 class Conversation:
@@ -91,21 +104,48 @@ class Conversation:
         self.store = store
         self.tokenizer = tokenizer
         self.settings = settings
-        self.system_prompt = system_prompt
+        self.messages: list[dict[str, str]] = []
         self.reset()
+        if system_prompt:
+            self.set_system_prompt(system_prompt)
 
     def reset(self) -> None:
         """Forget everything but the system prompt."""
-        system = [{"role": "system", "content": self.system_prompt}]
-        self.messages: list[dict[str, str]] = system if self.system_prompt else []
+        self.messages = self.system_messages()
         self._clear_cache()
+
+    def system_messages(self) -> list[dict[str, str]]:
+        """The system prompt, if there is one."""
+        return [message for message in self.messages[:1] if message["role"] == "system"]
+
+    def set_system_prompt(self, text: str) -> None:
+        """Replace the system prompt. What was said stays, and is read again with the new one.
+
+        Raises:
+            ValueError: the chat template has no place for it.
+        """
+        message = {"role": "system", "content": text}
+        try:
+            self._prompt([message, {"role": "user", "content": text}])
+        except Exception as error:  # whatever a template raises
+            remedy = "say it in a message."
+            raise ValueError(f"The template takes no system prompt ({error}): {remedy}") from error
+        self.messages[: len(self.system_messages())] = [message]
+
+    def undo(self) -> str:
+        """Take back the last question, which is returned, and its answer."""
+        if len(self.messages) < 2:
+            raise ValueError("There is no question to take back: ask one first.")
+        question, _ = self.messages[-2:]
+        del self.messages[-2:]
+        return question["content"]
 
     def reply(
         self, text: str, progress: Progress = lambda *_: None, **generation: Any
     ) -> Iterator[GenerationResponse]:
         """Answer ``text``. What was generated belongs to the conversation wherever this stops."""
-        self.messages.append({"role": "user", "content": text})
-        prompt = self._prompt()
+        question = {"role": "user", "content": text}
+        prompt = self._prompt([*self.messages, question])
         known, tokens = self._reuse_cache(prompt), list(prompt)
         place = self.store, self.model, self.tokenizer, tokens, self.cache, known, self.model_name
         with reading(*place, progress) as (self.cache, known, progress):
@@ -118,7 +158,7 @@ class Conversation:
             finally:
                 ends = self.tokenizer.eos_token_ids
                 answer = self._text([x for x in tokens[len(prompt) :] if x not in ends])
-                self.messages.append({"role": "assistant", "content": answer})
+                self.messages += [question, {"role": "assistant", "content": answer}]
                 self.tokens = tokens[: seen_tokens(self.cache)]
 
     def save(self, file: Path) -> Path:
@@ -142,17 +182,17 @@ class Conversation:
         self.cache = make_prompt_cache(self.model, self.settings)
         self.tokens: list[int] = []
 
-    def _prompt(self) -> list[int]:
-        """The tokens of the whole conversation; plain lines for a model without a template.
+    def _prompt(self, messages: list[dict[str, str]]) -> list[int]:
+        """The tokens of a whole conversation; plain lines for a model without a template.
 
         Those that the model has seen are the first, unless the template has rewritten their text.
         """
         is_plain = not self.tokenizer.has_chat_template
         if is_plain:
-            text = "".join(f"{message['content']}\n" for message in self.messages)
+            text = "".join(f"{message['content']}\n" for message in messages)
         else:
             text = self.tokenizer.apply_chat_template(
-                self.messages, tokenize=False, add_generation_prompt=True
+                messages, tokenize=False, add_generation_prompt=True
             )
         seen = self._text(self.tokens)
         if self.tokens and text.startswith(seen):
@@ -184,102 +224,116 @@ class Conversation:
 
 
 class Chat:
-    """The terminal side: reads lines, runs commands, streams replies."""
+    """Reads lines, runs commands, streams replies, and keeps every turn if there is a store."""
 
-    def __init__(self, conversation: Conversation, generation: dict[str, Any], verbose: bool):
-        self.conversation = conversation
-        self.verbose = verbose
-        self.generation = generation
-        self.console = make_console()
+    def __init__(self, conversation: Conversation, generation: dict[str, Any], args: Namespace):
+        self.conversation, self.store = conversation, conversation.store
+        self.generation, self.args = generation, args
+        self.name = args.resume or self._new_name()
+        self.terminal = Terminal()
 
-    def run(self, model_name: str) -> None:
+    def run(self) -> None:
         """Talk until Ctrl-D."""
-        lines = [("model", model_name), ("cache", str(self.conversation.settings))]
-        print_header_panel(self.console, "mlx_turboquant chat", lines)
-        self._note("/help lists the commands")
+        kept = "" if self.store else "\nnothing is kept: --prompt-store DIR keeps conversations"
+        about = f"model {self.args.model}\ncache {self.conversation.settings}{kept}"
+        self._note(f"{about}\n/help lists the commands")
         while True:
             try:
-                line = corridor_input(self.console).strip()
-                if line.startswith("/"):
-                    try:
-                        self._command(line)
-                    except (ValueError, OSError) as error:
-                        self._note(str(error))
+                line = self.terminal.read()
+                if re.match(r"/\w+(\s|$)", line):  # but no path, and no comment of a program
+                    self._command(*line.split(maxsplit=1))
                 elif line:
                     self._reply(line)
+            except (ValueError, OSError) as error:
+                self._note(str(error))
             except KeyboardInterrupt:
                 self._note("Ctrl-D leaves")
             except EOFError:
-                return
+                break
+        if self.store is not None and self.conversation.tokens:
+            self._note(f"To go on: mlx_turboquant chat --resume {self.name} with the same options")
 
-    def _command(self, line: str) -> None:
-        name, _, argument = line.partition(" ")
-        argument = argument.strip()
-        conversation = self.conversation
-        if name in ("/save", "/load") and not argument:
-            raise ValueError(f"{name} needs a file name: {name} FILE")
+    def _command(self, name: str, argument: str = "") -> None:
+        conversation, show = self.conversation, self.terminal.write
         match name:
+            case "/save" | "/load" | "/delete" if not argument:
+                raise ValueError(f"{name} needs a name: /help shows which")
+            case "/sessions" | "/delete" if self.store is None:
+                raise ValueError(f"{name} needs a store: start the chat with --prompt-store DIR")
             case "/help":
-                self.console.print(_HELP)
+                show(_HELP)
             case "/reset":
                 conversation.reset()
-                self._note("the conversation is forgotten")
+                self.name = self._new_name()
+                self._note("a new conversation begins")
+            case "/undo":
+                self._note(f"taken back: {conversation.undo()[:60]}")
+                self._keep()
+            case "/system" if argument:
+                conversation.set_system_prompt(argument)
+                self._note("the messages stay, and are read again with it")
+                self._keep()
+            case "/system":
+                show("".join(x["content"] for x in conversation.system_messages()) or "none is set")
             case "/stats":
                 self._stats()
             case "/save":
                 self._note(f"saved to {conversation.save(Path(argument).expanduser())}")
             case "/load":
                 conversation.load(Path(argument).expanduser())
+                self.name = self._new_name()
+                self._keep()
                 self._stats()
             case "/sessions":
-                if conversation.store is None:
-                    raise ValueError(
-                        "There are no conversations without a store: use --prompt-store DIR"
-                    )
-                for entry in conversation.store.sessions():
-                    self._note(entry.name)
+                for entry in self.store.sessions():
+                    begins, tokens = " ".join(entry.beginning.split())[:60], len(entry.tokens)
+                    show(f"{entry.name}  {age(entry.used)}, {tokens:,} tokens: {begins}")
+            case "/delete":
+                if argument == self.name:
+                    raise ValueError(f"{argument} is this conversation: leave it with /reset first")
+                named(self.store.sessions(), argument).file.unlink()
+                self._note(f"{argument} is deleted")
             case _:
-                self._note(f"{name} is not a command: /help lists them")
+                raise ValueError(f"{name} is not a command: /help lists them")
 
     def _reply(self, line: str) -> None:
         response = None
-        with _interrupt_flag() as interrupted:
+        # An exception in the middle of a step would leave some layers of the cache a token ahead.
+        with signals_held(signal.SIGINT) as interrupts:
 
             def stop_between_chunks(*progress: int) -> None:
-                if interrupted:
+                if interrupts:
                     raise KeyboardInterrupt
 
             reply = self.conversation.reply(line, stop_between_chunks, **self.generation)
             with suppress(KeyboardInterrupt), closing(reply):
                 for response in reply:
-                    print(response.text, end="", flush=True)
-                    if interrupted:
+                    self.terminal.write(response.text, end="")
+                    if interrupts:
                         break
-        print()
+            self.terminal.write("")
+            self._keep()
+            interrupts.clear()
         speed = f"{response.generation_tps:.1f} tokens/s · " if response else ""
         self._note(f"{speed}cache {cache_size(self.conversation.cache)}")
-        if self.verbose:
+        if self.args.verbose:
             self._stats()
+
+    def _keep(self) -> None:
+        """Write the conversation as it is now to the store; signals wait until that is done."""
+        if self.store is not None and self.conversation.tokens:
+            with signals_held(signal.SIGINT, *_ENDINGS), self.store.writing():
+                self.conversation.save(self.store.session_file(self.name))
+
+    def _new_name(self) -> str:
+        """The time, or the first second after it that no conversation of the store has."""
+        times = (time.strftime("%Y-%m-%d-%H%M%S", time.localtime(x)) for x in count(time.time()))
+        return next(x for x in times if not self.store or not self.store.session_file(x).exists())
 
     def _stats(self) -> None:
         report = cache_report(self.conversation.cache, self.conversation.model)
-        self._note(f"{len(self.conversation.messages)} messages, cache {report.size}")
-        for line in str(report).splitlines():
-            self._note(line)
+        messages = len(self.conversation.messages)
+        self.terminal.write(f"{messages} messages, cache {report.size}\n{report}")
 
     def _note(self, text: str) -> None:
-        self.console.print(f"  {text}", style="ui.muted", markup=False)
-
-
-@contextmanager
-def _interrupt_flag() -> Iterator[list[int]]:
-    """A list that is not empty after Ctrl-C.
-
-    An exception in the middle of a step would leave some layers of the cache a token ahead.
-    """
-    pressed: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, previous)
+        self.terminal.write(text, is_note=True)

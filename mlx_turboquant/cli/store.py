@@ -10,7 +10,7 @@ from tqdm import tqdm
 from ..lm.prompt_store import PromptStore, clear, named, version_of
 from .options import parse_size
 
-_UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (0, "s"))
+_UNITS = ((86400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
 
 
 def main(arguments: list[str]) -> None:
@@ -39,9 +39,8 @@ def _list(store: PromptStore) -> None:
     prompts, conversations = store.entries(), store.sessions()
     for entry in prompts + conversations:
         tokens, megabytes = len(entry.tokens), entry.nbytes / 1e6
-        age, begins = _age(time.time() - entry.used), " ".join(entry.beginning.split())
-        print(f"{entry.name:17} {tokens:9,} tokens {megabytes:9,.1f} MB {age:>6} ago", end="  ")
-        print(f"{entry.model}: {begins[:60]}")
+        print(f"{entry.name:17} {tokens:9,} tokens {megabytes:9,.1f} MB", end=" ")
+        print(f"{age(entry.used):>14}  {entry.model}: {' '.join(entry.beginning.split())[:60]}")
     megabytes = sum(entry.nbytes for entry in prompts + conversations) / 1e6
     print(f"{len(prompts)} prompts, {len(conversations)} conversations, {megabytes:,.1f} MB")
 
@@ -53,9 +52,12 @@ def _check(store: PromptStore) -> None:
     sys.exit(1 if wrong else 0)
 
 
-def _age(seconds: float) -> str:
-    length, unit = next(each for each in _UNITS if seconds >= each[0] or each[0] == 0)
-    return f"{max(0, seconds) // max(length, 1):.0f} {unit}"
+def age(moment: float) -> str:
+    """How long ago a moment was, as "2 hours ago"."""
+    seconds = max(0, time.time() - moment)
+    length, unit = next(each for each in _UNITS if seconds >= each[0] or each[0] == 1)
+    number = int(seconds // length)
+    return f"{number} {unit}{'' if number == 1 else 's'} ago"
 
 
 def _parser() -> argparse.ArgumentParser:

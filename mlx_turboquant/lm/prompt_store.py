@@ -164,8 +164,8 @@ class PromptStore:
                 texts = read_header(file)["__metadata__"]
                 chat = json.loads(texts["0.chat"])
                 tokens, model = chat["tokens"], _label(chat["model"], texts)
-                text = next(x["content"] for x in chat["messages"] if x["role"] == "user")
-            except (ValueError, LookupError, TypeError, StopIteration) as error:
+                text = next((x["content"] for x in chat["messages"] if x["role"] == "user"), "")
+            except (ValueError, LookupError, TypeError) as error:
                 text = f"cannot be read: {error}"
             about = status.st_size, status.st_mtime, model, text
             found.append(Entry(file, "", np.asarray(tokens, np.uint32), False, *about))
@@ -176,6 +176,10 @@ class PromptStore:
         folder = self.folder / _SESSIONS
         folder.mkdir(mode=0o700, exist_ok=True)
         return folder / f"{name}{_SUFFIX}"
+
+    def writing(self) -> contextlib.AbstractContextManager[None]:
+        """While files are written, in any process, none of them is removed as half made."""
+        return _locked(self.folder, fcntl.LOCK_SH)
 
     def find(
         self, model: nn.Module, tokens: list[int], like: list[Any], least: int = 0, scope: str = ""
@@ -288,7 +292,7 @@ class PromptStore:
         if any(_covers(entry, pending) for entry in entries):
             return
         file = self.folder / f"{uuid.uuid4().hex}{_SUFFIX}"
-        with _locked(self.folder, fcntl.LOCK_SH):
+        with self.writing():
             write_prompt_cache(file, pending.cache, pending.metadata)
             file.chmod(0o600)
             self._counts["written"] += 1
@@ -302,8 +306,7 @@ class PromptStore:
     def prune(self, size: int) -> int:
         """Remove the least recently used entries beyond ``size`` bytes; returns how many."""
         with _locked(self.folder):
-            for unfinished in self.folder.glob(f".{_DIGITS}-*"):  # of a process that was killed
-                shutil.rmtree(unfinished, ignore_errors=True)
+            _remove_unfinished(self.folder)
             entries = self.entries()
             total, removed = sum(entry.nbytes for entry in entries), 0
             while total > size:
@@ -402,12 +405,17 @@ def clear(folder: Path) -> int:
         files += filter(_is_conversation, sessions.glob(f"*{_SUFFIX}"))
         for path in (*files, folder / _ABOUT):
             path.unlink(missing_ok=True)
-        for path in (*folder.glob(f".{_DIGITS}-*"), *sessions.glob(".*-*/")):  # unfinished ones
-            shutil.rmtree(path, ignore_errors=True)
+        _remove_unfinished(folder)
         with contextlib.suppress(OSError):  # where there is something else
             sessions.rmdir()
         write_json(folder / _ABOUT, _OWN)
     return len(files)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what processes that were killed have left half made."""
+    for path in (*folder.glob(f".{_DIGITS}-*"), *folder.glob(f"{_SESSIONS}/.*-*/")):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_conversation(file: Path) -> bool:

@@ -140,6 +140,40 @@ def test_reset_forgets_all_but_the_system_prompt(tiny_lm):
     assert cache_size(conversation.cache).tokens == 0
 
 
+def test_a_question_that_is_taken_back_is_cut_from_the_cache(tiny_lm, conversation):
+    answer(conversation, "import os\n" * 100)
+    once, first = list(conversation.messages), len(conversation.tokens)
+    answer(conversation, "x = 1\n" * 50)
+    assert conversation.undo() == "x = 1\n" * 50 and conversation.messages == once
+    text, processed = answer(conversation, "import sys")
+    assert processed < 20 and len(conversation.tokens) < first + 50
+    again = Conversation(*tiny_lm, Settings(8))
+    again.messages = once
+    assert cache_size(conversation.cache).tokens == len(conversation.tokens)
+    assert text == answer(again, "import sys")[0]
+
+
+def test_another_system_prompt_leaves_what_was_said(tiny_lm):
+    conversation = Conversation(*tiny_lm, Settings(), system_prompt="Be brief.")
+    answer(conversation, "import os")
+    said_before = conversation.messages[1:]
+    conversation.set_system_prompt("Write a lot.")
+    assert conversation.messages == [{"role": "system", "content": "Write a lot."}, *said_before]
+    assert len(said_before) == 2
+    _, processed = answer(conversation, "import sys")
+    assert processed == len(conversation.tokens) - 8
+
+
+def test_a_template_without_a_system_prompt_refuses_one_and_nothing_changes(tiny_lm):
+    model, tokenizer = tiny_lm
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + PLAIN
+    conversation = Conversation(model, with_template(tokenizer, refusing), Settings())
+    answer(conversation, "import os")
+    with pytest.raises(ValueError, match="takes no system prompt .*: say it in a message"):
+        conversation.set_system_prompt("Be brief.")
+    assert [message["role"] for message in conversation.messages] == ["user", "assistant"]
+
+
 def test_a_loaded_conversation_goes_on_as_the_saved_one(conversation, tiny_lm, tmp_path):
     answer(conversation, "import os\n" * 100)
     file = conversation.save(tmp_path / "talk")

@@ -3,10 +3,13 @@
 import json
 import os
 import re
+import shlex
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -25,6 +28,7 @@ from mlx_turboquant.lm import profile
 from mlx_turboquant.lm.compression import compression_of
 from mlx_turboquant.lm.prompt_store import PromptStore
 from mlx_turboquant.lm.settings import Settings
+from mlx_turboquant.stored_arrays import read_header
 
 TINY_LM = str(REPOSITORY / "examples" / "tiny-lm")
 PROMPT = ("--prompt", "def add(a, b):\n    return", "--max-tokens", "12")
@@ -259,37 +263,233 @@ def test_what_cannot_be_calibrated_or_kept_is_named_and_the_command_goes_on(
     assert compression_of(model).expected is not None
 
 
-def test_a_chat_streams_stops_saves_and_leaves(tmp_path):
-    arguments = ["-m", "mlx_turboquant", "chat", "--model", TINY_LM, "--max-tokens", "3000"]
-    chat = pexpect.spawn(sys.executable, arguments, encoding="utf-8", timeout=60)
+PROMPT_SIGN = ">\x08"  # as prompt_toolkit draws the empty prompt
+CHAT = ["-m", "mlx_turboquant", "chat", "--model", TINY_LM, "--no-calibrate"]
 
-    def say(line: str, expected: str) -> None:
-        chat.expect("›")
-        chat.sendline(line)
-        chat.expect(expected)
 
-    chat.expect("4 bits per value")
-    say("/help", "Ctrl-D +leave")
-    say("def add(a, b):", r"b\):")
-    chat.expect("[a-z]{3}")  # the reply has begun
-    chat.sendintr()
-    chat.expect(r"tokens/s · cache [\d,]+ tokens")
-    say("/stats", "2 messages.*TurboQuantKVCache")
-    say(f"/save {tmp_path}/talk", "saved to")
-    say("/reset", "forgotten")
-    say("/stats", "0 messages, cache 0 tokens")
-    say(f"/load {tmp_path}/talk", "2 messages")
-    say(f"/load {tmp_path}/nothing", "does not exist")
-    say("/nonsense", "/nonsense is not a command")
-    chat.expect("›")
-    chat.sendintr()
-    chat.expect("Ctrl-D leaves")
-    chat.expect("›")
+def chat_in_terminal(*options: str, **environment: str) -> pexpect.spawn:
+    """A chat in a terminal of 40 columns, which is at its prompt."""
+    env = {**os.environ, "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1", **environment}
+    spawn = {"encoding": "utf-8", "timeout": 60, "dimensions": (24, 40), "env": env}
+    chat = pexpect.spawn(sys.executable, [*CHAT, *options], **spawn)
+    chat.expect(PROMPT_SIGN)
+    return chat
+
+
+def say(chat: pexpect.spawn, keys: str, expected: str) -> None:
+    """Press keys and Enter; what is expected appears, and then the prompt."""
+    chat.send(f"{keys}\r")
+    chat.expect(expected)
+    chat.expect(PROMPT_SIGN)
+
+
+def ask(chat: pexpect.spawn, question: str) -> None:
+    """Press keys and Enter, and wait for the first letters of the reply."""
+    chat.send(f"{question}\r")
+    chat.expect(r"\x1b\[\?2004h[^\x1b]*[a-z]{2}")
+
+
+def leave(chat: pexpect.spawn) -> str:
+    """Press Ctrl-D; returns what is printed then."""
     chat.sendeof()
     chat.expect(pexpect.EOF)
     chat.close()
     assert chat.exitstatus == 0
+    return chat.before
+
+
+def pasted(lines: list[str]) -> str:
+    return "\x1b[200~" + "\r".join(lines) + "\x1b[201~"
+
+
+def kept_messages(folder: Path) -> list[str]:
+    """What the only conversation of a store says; nothing else is in its folder."""
+    (file,) = (folder / "sessions").iterdir()
+    messages = json.loads(read_header(file)["__metadata__"]["0.chat"])["messages"]
+    return [message["content"] for message in messages]
+
+
+def piped_chat(text: str, *options: str) -> subprocess.CompletedProcess:
+    return run("chat", "--model", TINY_LM, "--no-calibrate", "-m", "8", *options, input=text)
+
+
+def test_a_chat_streams_stops_saves_and_leaves(tmp_path):
+    chat = chat_in_terminal("--max-tokens", "3000")
+    assert "4 bits per value" in chat.before and "nothing is kept" in chat.before
+    say(chat, "/help", "Alt-Enter +a new line")
+    ask(chat, "def add(a, b):")
+    chat.sendintr()
+    chat.expect(r"tokens/s · cache [\d,]+ tokens")
+    chat.expect(PROMPT_SIGN)
+    say(chat, "/stats", "2 messages.*TurboQuantKVCache")
+    say(chat, f"/save {tmp_path}/talk", "saved to")
+    say(chat, "/reset", "a new conversation begins")
+    say(chat, "/stats", "0 messages, cache 0 tokens")
+    say(chat, f"/load {tmp_path}/talk", "2 messages")
+    say(chat, f"/load {tmp_path}/nothing", "does not exist")
+    say(chat, "/nonsense", "/nonsense is not a command")
+    chat.send("not sent")
+    chat.sendintr()
+    chat.expect("Ctrl-D leaves")
+    chat.expect(PROMPT_SIGN)
+    say(chat, "/stats", "2 messages")
+    leave(chat)
     assert (tmp_path / "talk.safetensors").is_file()
+
+
+def test_pasted_lines_are_one_message_and_a_key_begins_a_new_line(tmp_path):
+    lines = [f"x{i} = {i}" for i in range(12)]
+    chat = chat_in_terminal("--prompt-store", str(tmp_path), "--max-tokens", "60")
+    say(chat, pasted(lines), "tokens/s")
+    ask(chat, "one\x1b\rtwo")
+    chat.send(pasted(["a = 1", "b = 2"]) + "\r")  # while the reply is printed
+    chat.expect("tokens/s")
+    chat.expect("b = 2")
+    chat.expect("tokens/s")
+    chat.expect(PROMPT_SIGN)
+    say(chat, "/usr/bin/env is no command", "tokens/s")
+    leave(chat)
+    said = ["\n".join(lines), "one\ntwo", "a = 1\nb = 2", "/usr/bin/env is no command"]
+    assert kept_messages(tmp_path)[::2] == said
+
+
+def test_what_was_entered_is_there_at_the_next_start(tmp_path):
+    options, folder = ("--max-tokens", "4"), {"XDG_CACHE_HOME": str(tmp_path)}
+    chat = chat_in_terminal(*options, **folder)
+    say(chat, "one\x1b\rtwo", "tokens/s")
+    leave(chat)
+    file = tmp_path / "mlx_turboquant" / "chat_history"
+    assert file.stat().st_mode & 0o777 == 0o600
+    chat = chat_in_terminal(*options, **folder)
+    chat.send("\x1b[A")  # the key with the arrow up
+    chat.expect("one")
+    chat.expect("two")
+    chat.sendintr()
+    chat.expect(PROMPT_SIGN)
+    leave(chat)
+
+
+def test_a_history_that_cannot_be_written_does_not_hinder_a_chat(tmp_path):
+    (tmp_path / "file").touch()
+    chat = chat_in_terminal("--max-tokens", "4", XDG_CACHE_HOME=str(tmp_path / "file"))
+    say(chat, "import os", "tokens/s")
+    assert "Error" not in leave(chat)
+
+
+def test_a_chat_that_is_killed_in_a_reply_goes_on_with_the_turn_before(tmp_path):
+    store = ("--prompt-store", str(tmp_path), "--max-tokens", "3000")
+    chat = chat_in_terminal(*store)
+    ask(chat, "import os")
+    chat.sendintr()
+    chat.expect("tokens/s")
+    chat.expect(PROMPT_SIGN)
+    ask(chat, "def add(a, b):")
+    chat.kill(signal.SIGKILL)
+    chat.expect(pexpect.EOF)
+    question, answer = kept_messages(tmp_path)
+    assert question == "import os" and answer
+    (file,) = (tmp_path / "sessions").iterdir()
+    chat = chat_in_terminal(*store, "--resume", file.stem)
+    say(chat, "/stats", "2 messages")
+    assert f"--resume {file.stem}" in leave(chat).replace("\r\n", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+@pytest.mark.parametrize("in_a_reply", [False, True])
+def test_a_chat_that_is_ended_keeps_the_last_turn_and_says_nothing(tmp_path, number, in_a_reply):
+    chat = chat_in_terminal("--prompt-store", str(tmp_path), "--max-tokens", "300")
+    say(chat, "import os", "tokens/s")
+    if in_a_reply:
+        ask(chat, "def add(a, b):")
+    chat.kill(number)
+    chat.kill(number)  # as a terminal that is closed and its shell
+    chat.expect(pexpect.EOF)
+    chat.close()
+    assert chat.exitstatus == 128 + number
+    assert "Traceback" not in chat.before and "Error" not in chat.before
+    assert len(kept_messages(tmp_path)) == 2
+    assert not list(tmp_path.glob(".*-*"))  # no half of a prompt
+
+
+def test_a_terminal_that_is_closed_ends_a_chat_without_a_traceback(tmp_path):
+    errors = tmp_path / "errors"
+    script = f"{shlex.join([sys.executable, *CHAT])} --prompt-store {tmp_path / 'store'} -m 3000"
+    env = {**os.environ, "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}
+    command = ["-c", f"exec {script} 2> {errors}"]
+    chat = pexpect.spawn("sh", command, env=env, encoding="utf-8", timeout=60)
+    chat.expect(PROMPT_SIGN)
+    ask(chat, "import os")
+    chat.close()
+    assert not chat.isalive()
+    assert "Traceback" not in errors.read_text()
+
+
+def test_no_color_means_none():
+    colour = re.compile(r"\x1b\[(?:[\d;]*;)?(?:[34]8;|3[0-7]|9[0-7])")
+
+    def output(**environment: str) -> str:
+        chat = chat_in_terminal("--max-tokens", "4", **environment)
+        text = chat.before
+        chat.send("import os\r")
+        chat.expect("tokens/s")
+        text += chat.before
+        chat.expect(PROMPT_SIGN)
+        return text + leave(chat)
+
+    assert colour.search(output()) and not colour.search(output(NO_COLOR="1"))
+
+
+def test_piped_lines_are_messages_and_the_output_is_plain(tmp_path):
+    store = ("--prompt-store", str(tmp_path))
+    result = piped_chat("import os\n\nx = 1\n", *store)
+    assert result.returncode == 0
+    first, one, second, two = kept_messages(tmp_path)
+    assert (first, second) == ("import os", "x = 1")
+    assert result.stdout == f"{one}\n{two}\n" and "tokens/s" in result.stderr
+    assert "\x1b" not in result.stdout + result.stderr and "\r" not in result.stdout
+
+
+def test_a_closed_output_ends_a_chat_quietly():
+    command = [sys.executable, *CHAT, "-m", "3000"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as chat:
+        chat.stdin.write("import os\n")
+        chat.stdin.flush()
+        chat.stdout.read(1)
+        chat.stdout.close()
+        assert chat.wait(60) == 1
+        assert "Broken" not in (errors := chat.stderr.read()) and "Traceback" not in errors
+
+
+def test_a_question_is_taken_back_and_the_system_prompt_replaced(tmp_path):
+    lines = ["import os", "x = 1", "/undo", "/system Be brief.", "/system", "/undo", "/undo"]
+    result = piped_chat("\n".join(lines), "--prompt-store", str(tmp_path))
+    assert "Be brief." in result.stdout
+    assert "taken back: x = 1\n" in result.stderr and "taken back: import os\n" in result.stderr
+    assert "There is no question to take back: ask one first." in result.stderr
+    assert kept_messages(tmp_path) == ["Be brief."]
+
+
+def test_conversations_are_listed_with_age_and_size_and_deleted_by_name(tiny_lm, tmp_path):
+    file = with_conversation(PromptStore(tmp_path), "monday", tiny_lm, "def add(a, b):")
+    os.utime(file, (time.time() - 7300,) * 2)
+    lines = "import os\n/sessions\n/delete tuesday\n/delete\n/delete monday\n/sessions\n"
+    result = piped_chat(lines, "--prompt-store", str(tmp_path))
+    listed = [line for line in result.stdout.splitlines() if " tokens: " in line]
+    assert re.fullmatch(r"monday  2 hours ago, \d+ tokens: def add\(a, b\):", listed[1])
+    assert len(listed) == 3 and all("import os" in line for line in (listed[0], listed[2]))
+    assert "There is no 'tuesday' in this prompt store: use one of" in result.stderr
+    assert "/delete needs a name" in result.stderr and "monday is deleted" in result.stderr
+    name = listed[0].split()[0]
+    result = piped_chat(f"/delete {name}\n", "--prompt-store", str(tmp_path), "--resume", name)
+    assert f"{name} is this conversation: leave it with /reset first" in result.stderr
+    assert kept_messages(tmp_path)
+    assert "/delete needs a store: start the chat with" in piped_chat(f"/delete {name}").stderr
+
+
+def test_a_new_conversation_leaves_the_one_before_in_the_store(tmp_path):
+    piped_chat("import os\n/reset\nx = 1\n", "--prompt-store", str(tmp_path))
+    assert {entry.beginning for entry in PromptStore(tmp_path).sessions()} == {"import os", "x = 1"}
 
 
 def test_a_prompt_that_was_generated_from_is_read_once(tmp_path):
@@ -329,30 +529,11 @@ def test_a_prompt_file_of_the_base_is_refused_with_an_adapter(tiny_lm, tmp_path)
 
 
 def test_a_chat_goes_on_where_it_was_left(tmp_path):
-    def chat(*options: str) -> pexpect.spawn:
-        arguments = ["-m", "mlx_turboquant", "chat", "--model", TINY_LM, "--max-tokens", "20"]
-        arguments += ["--prompt-store", str(tmp_path), *options]
-        return pexpect.spawn(sys.executable, arguments, encoding="utf-8", timeout=60)
-
-    first = chat()
-    first.expect("›")
-    first.sendline("def add(a, b):")
-    first.expect("tokens/s")
-    first.expect("›")
-    first.sendeof()
-    first.expect(r"--resume ([\d-]+) ")
-    name = first.match[1]
-    first.expect(pexpect.EOF)
-    second = chat("--resume", name)
-    second.expect("›")
-    second.sendline("/stats")
-    second.expect("2 messages")
-    second.expect("›")
-    second.sendline("/sessions")
-    second.expect(name)
-    second.expect("›")
-    second.sendeof()
-    second.expect(pexpect.EOF)
+    store = ("--prompt-store", str(tmp_path))
+    first = piped_chat("def add(a, b):\n", *store)
+    name = re.search(r"--resume ([\d-]+) ", first.stderr)[1]
+    second = piped_chat("/stats\n/sessions\n", *store, "--resume", name)
+    assert "2 messages" in second.stdout and name in second.stdout
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,84 @@
+"""The terminal of a chat: what is typed or piped to it, what it prints, and its signals."""
+
+import atexit
+import os
+import signal
+import sys
+import termios
+import tty
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from platformdirs import user_cache_path
+from prompt_toolkit import PromptSession
+from prompt_toolkit.history import FileHistory
+from prompt_toolkit.key_binding import KeyBindings
+from prompt_toolkit.utils import is_dumb_terminal
+
+
+class Terminal:
+    """Reads messages and prints; plain lines without a prompt where input or output is piped."""
+
+    def __init__(self):
+        self._is_plain = is_dumb_terminal() or not (sys.stdin.isatty() and sys.stdout.isatty())
+        sys.stdin.reconfigure(errors="surrogateescape")
+        if not self._is_plain:
+            keys = KeyBindings()
+            # Not Ctrl-J as well: an Enter that is pressed before the prompt appears arrives as it.
+            keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+            history = _History(user_cache_path("mlx_turboquant") / "chat_history")
+            options = {"prompt_continuation": "  ", "enable_suspend": True}
+            self._session = PromptSession("> ", history=history, key_bindings=keys, **options)
+            # What is typed during a reply is not shown in it, but waits for the next prompt.
+            atexit.register(self._restore, termios.tcgetattr(sys.stdin))
+            tty.setcbreak(sys.stdin, termios.TCSANOW)
+
+    def read(self) -> str:
+        """The next message, which has several lines if it was pasted; EOFError at the end."""
+        if self._is_plain:
+            line = input()
+        else:
+            line = self._session.prompt()
+            self.write("\x1b[?2004h", end="")  # a paste has marks also while a reply is printed
+        return line.encode(errors="replace").decode().rstrip()  # bytes that are no text become "?"
+
+    def write(self, text: str, end: str = "\n", is_note: bool = False) -> None:
+        """Print an answer, or a note: in grey, and to stderr if answers may be piped."""
+        if is_note and not self._is_plain and not os.environ.get("NO_COLOR"):
+            text = f"\x1b[90m{text}\x1b[0m"
+        file = sys.stderr if is_note and self._is_plain else sys.stdout
+        try:
+            print(text, end=end, file=file, flush=True)
+        except BrokenPipeError:  # nobody reads on: nor what is flushed at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+            sys.exit(1)
+
+    def _restore(self, modes: list) -> None:
+        with suppress(OSError, termios.error):  # after a hang-up
+            self.write("\x1b[?2004l", end="")
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
+
+
+@contextmanager
+def signals_held(*numbers: int) -> Iterator[list[int]]:
+    """Signals wait for the end of the block, but for those that are removed from the list."""
+    came: list[int] = []
+    before = {x: signal.signal(x, lambda number, frame: came.append(number)) for x in numbers}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
+
+
+class _History(FileHistory):
+    """What was entered before, in a file of the user alone; without a file nothing."""
+
+    def store_string(self, string: str) -> None:
+        with suppress(OSError):  # which must not hinder a chat
+            Path(self.filename).parent.mkdir(parents=True, exist_ok=True)
+            Path(self.filename).touch(mode=0o600)
+            super().store_string(string)
