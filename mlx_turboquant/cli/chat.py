@@ -9,6 +9,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from ..lm.prompt_store import Progress, PromptStore, named, reading, seen_tokens
 from ..lm.report import cache_report, cache_size
 from ..lm.settings import Settings
 from .loading import load_ready
-from .options import add_store_options, open_store, parse
+from .options import add_store_options, given_settings, open_store, parse
 from .store import age
 from .terminal import Terminal, signals_held
 
@@ -61,6 +62,11 @@ def main(arguments: list[str]) -> None:
         if store is None:
             raise ValueError("--resume needs the folder of conversations: add --prompt-store DIR.")
         named(store.sessions(), args.resume)
+        if given_settings(args):
+            raise ValueError(
+                f"The conversation {args.resume} has settings of its own: "
+                "leave out the options of the compressed cache."
+            )
     mx.random.seed(args.seed)
     trust = {"trust_remote_code": args.trust_remote_code}
     options = {"adapter_path": args.adapter_path, "tokenizer_config": trust, **trust}
@@ -164,10 +170,11 @@ class Conversation:
     def save(self, file: Path) -> Path:
         """Write the cache and the conversation to one file; see ``save_prompt_cache``."""
         saved = {"messages": self.messages, "tokens": self.tokens, "model": self.model_name}
+        saved["settings"] = asdict(self.settings)
         return save_prompt_cache(file, self.cache, self.model, {"chat": json.dumps(saved)})
 
     def load(self, file: Path) -> None:
-        """Go on with a saved conversation. Nothing changes if the file cannot be used.
+        """Go on with a saved conversation and its settings. A file that is refused changes nothing.
 
         Raises:
             ValueError: a file without a conversation, or as in ``load_prompt_cache``.
@@ -176,6 +183,7 @@ class Conversation:
         if "chat" not in metadata:
             raise ValueError(f"{file} holds no conversation: use a file that /save has written.")
         saved = json.loads(metadata["chat"])
+        self.settings = Settings(**saved.get("settings", {}))
         self.cache, self.messages, self.tokens = cache, saved["messages"], saved["tokens"]
 
     def _clear_cache(self) -> None:
@@ -251,7 +259,7 @@ class Chat:
             except EOFError:
                 break
         if self.store is not None and self.conversation.tokens:
-            self._note(f"To go on: mlx_turboquant chat --resume {self.name} with the same options")
+            self._note(f"To go on: mlx_turboquant chat --resume {self.name}, same model and store")
 
     def _command(self, name: str, argument: str = "") -> None:
         conversation, show = self.conversation, self.terminal.write

@@ -183,6 +183,16 @@ def test_a_loaded_conversation_goes_on_as_the_saved_one(conversation, tiny_lm, t
     assert answer(other, "import sys") == answer(conversation, "import sys")
 
 
+def test_a_loaded_conversation_brings_its_settings(conversation, tiny_lm, tmp_path):
+    answer(conversation, "import os")
+    file = conversation.save(tmp_path / "chat")
+    other = Conversation(*tiny_lm, Settings(2, window=32))
+    other.load(file)
+    assert other.settings == Settings(8)
+    other.reset()
+    assert other.cache[0].key_bits == 8
+
+
 def test_a_file_without_a_conversation_changes_nothing(conversation, tmp_path):
     answer(conversation, "import os")
     file = save_prompt_cache(tmp_path / "cache", conversation.cache, conversation.model)
@@ -210,7 +220,7 @@ def test_what_is_kept_of_a_chat_names_its_model_and_is_not_of_other_settings(tin
     answer(Conversation(*tiny_lm, Settings(8), store=store, model_name="tiny"), long)
     store.close()
     (entry,) = store.entries()
-    assert entry.model == "tiny" and entry.beginning.startswith("import os")
+    assert entry.model.startswith("tiny (") and entry.beginning.startswith("import os")
     store = PromptStore(tmp_path, delay=0)
     _, all_of_it = answer(Conversation(*tiny_lm, Settings(2), store=store), long)
     assert all_of_it > 400

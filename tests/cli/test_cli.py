@@ -531,9 +531,11 @@ def test_a_prompt_file_of_the_base_is_refused_with_an_adapter(tiny_lm, tmp_path)
 def test_a_chat_goes_on_where_it_was_left(tmp_path):
     store = ("--prompt-store", str(tmp_path))
     first = piped_chat("def add(a, b):\n", *store)
-    name = re.search(r"--resume ([\d-]+) ", first.stderr)[1]
+    name = re.search(r"--resume ([\d-]+),", first.stderr)[1]
     second = piped_chat("/stats\n/sessions\n", *store, "--resume", name)
     assert "2 messages" in second.stdout and name in second.stdout
+    refused = run("chat", "--model", TINY_LM, *store, "--resume", name, "--kv-bits", "2")
+    assert_refused(refused, f"The conversation {name} has settings of its own: leave out")
 
 
 @pytest.mark.parametrize(
