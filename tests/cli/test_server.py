@@ -106,7 +106,10 @@ def test_a_server_that_was_killed_while_it_answered_starts_again_on_its_port():
     "options, message",
     [
         (["--kv-bits", "9"], "9.0 bits are not supported"),
-        (["--model", "no/such/folder"], "'no/such/folder' cannot be loaded"),
+        (
+            ["--model", "no/such/folder"],
+            "no/such/folder is not a folder, and not a name on the hub: give",
+        ),
         (["--kv-window", "-3"], "A window of -3 is not possible"),
         (["--memory-limit", "1MB"], "use a larger --memory-limit"),
         (["--memory-limit", "20 bananas"], "is not a size"),
