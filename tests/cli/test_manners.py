@@ -14,7 +14,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from test_cli import TINY_LM, assert_refused, generate, run
 
 from mlx_turboquant import __version__
-from mlx_turboquant.cli import COMMANDS
+from mlx_turboquant.cli import COMMANDS, doctor
 from mlx_turboquant.cli.options import parse_size
 from mlx_turboquant.lm.loading import model_errors
 
@@ -228,3 +228,20 @@ def test_doctor_says_what_it_does_and_ends_with_whether_all_is_well():
     assert first.startswith("This compares all kernels on this machine with plain MLX, which take")
     assert last == "All is well: without a GPU, plain MLX replaces the kernels."
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize("wrong, verdict", [(0, "All is well"), (1, "Not all is well")])
+def test_doctor_ends_with_whether_all_is_well_on_a_gpu(monkeypatch, capsys, wrong, verdict):
+    verdicts = iter(["WRONG"] * wrong + ["ok"] * 300)
+    monkeypatch.setattr(doctor, "backend", lambda: "metal")
+    monkeypatch.setattr(
+        doctor, "_check", lambda *_: doctor.Checked("k", "c", 0.0, 1.0, 0.1, next(verdicts))
+    )
+    monkeypatch.setattr(doctor, "_print_settings", lambda: None)
+    with pytest.raises(SystemExit) as leaving:
+        doctor.main([])
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first.endswith("with plain MLX, which takes minutes, most of them to compile.")
+    count = len(list(doctor._configurations()))
+    assert last == f"{verdict}: {count - wrong} of {count} configurations are right."
+    assert leaving.value.code == wrong
