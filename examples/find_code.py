@@ -7,6 +7,7 @@ The text is the source of a module of Python's standard library, with four lines
 """
 
 import argparse
+import re
 import sys
 from itertools import islice
 from pathlib import Path
@@ -23,8 +24,8 @@ from mlx_turboquant.measure.evaluate import following_tokens, read_first_chunk, 
 from mlx_turboquant.measure.needle import answer, hide_codes
 
 TINY_LM = Path(__file__).parent / "tiny-lm"
-# How far the caches go on after the question, and how much of that is printed.
-_REPLY_TOKENS, _SHOWN_TOKENS = 96, 24
+# How far the caches go on after the question.
+_REPLY_TOKENS = 96
 
 
 def standard_library_tokens(tokenizer, count: int) -> list[int]:
@@ -56,7 +57,7 @@ def main() -> None:
     print(f"The last line: {tokenizer.decode(prompt).splitlines()[-1]}", flush=True)
 
     tokens = mx.array(prompt[:-1])
-    headers = ("cache", "bytes a token", "code", "as the exact cache", "the words there")
+    headers = ("cache", "bytes a token", "its answer", "is it right?", "as the exact cache")
     table = Table(*headers, box=SIMPLE)
     caches = read_first_chunk(model, specs, tokens)
     exact: list[int] = []
@@ -64,18 +65,19 @@ def main() -> None:
         read_on(model, spec, cache, tokens)
         reply = list(islice(following_tokens(model, cache, prompt[-1]), _REPLY_TOKENS))
         exact = exact or reply
-        found = tokenizer.decode(reply).startswith(answer(code))
+        text = tokenizer.decode(reply)
+        found = text.startswith(answer(code))
         differs = (one != other for one, other in zip(reply, exact))
         same = next((i for i, is_other in enumerate(differs) if is_other), len(reply))
-        shown = tokenizer.decode(reply[-_SHOWN_TOKENS:]).strip()
+        said = re.search(r"\d+", text.split("\n")[0])
         table.add_row(
             spec.name,
             f"{token_size(cache)[1]:,.0f}",
-            "found" if found else "lost",
+            said[0] if said else "no code",
+            "yes" if found else "no",
             f"for {same} tokens",
-            shown,
         )
-    print_rich(table)
+    print_rich(table, 100)
     print(f"The hidden code was {code}.")
     sys.exit(0 if found else 1)
 

@@ -3,8 +3,8 @@
 import json
 import os
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +41,38 @@ def write_whole(file: Path, write: Callable[[Path], None], key: str) -> None:
             os.close(parent)
 
 
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Say of an OSError which ``place`` was to be written, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # it was said by a block within this one
+            raise
+        raise OSError(
+            f"{place} cannot be written ({error.strerror}): use a place with space and permission."
+        ) from error
+
+
+def make_folder(folder: Path) -> Path:
+    """Make a folder where there is none; OSError if it cannot be made or written to."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    return folder
+
+
 def write_json(file: Path, contents: dict[str, Any]) -> None:
     """Write ``file`` so that it is complete or not there; its folder is made where there is none.
 
     Raises:
         OSError: the file cannot be written.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}-") as folder:
+    make_folder(file.parent)
+    with (
+        writing(file),
+        tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}-") as folder,
+    ):
         complete = Path(folder) / file.name
         complete.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
         os.replace(complete, file)

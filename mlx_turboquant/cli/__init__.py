@@ -1,7 +1,12 @@
 """The command line: ``mlx_turboquant COMMAND``."""
 
+import difflib
 import importlib
+import os
+import signal
 import sys
+
+from .. import __version__
 
 COMMANDS = {
     "generate": "complete a prompt, as mlx_lm.generate does",
@@ -24,18 +29,32 @@ _USAGE = "usage: mlx_turboquant COMMAND [options]\n\ncommands:\n" + "".join(
 def main() -> None:
     """Run the command that ``sys.argv`` names; a wrong input is one sentence and exit status 2."""
     command, *arguments = sys.argv[1:] or ["--help"]
-    if command in ("-h", "--help"):
-        print(_USAGE + "\nmlx_turboquant COMMAND --help lists the options of a command.")
-        return
-    if command not in COMMANDS:
-        sys.exit(_failure(f"{command!r} is not a command: use one of {', '.join(COMMANDS)}."))
-    module = importlib.import_module(f".{command}", __name__)
     try:
-        module.main(arguments)
+        try:
+            _run(command, arguments)
+        finally:
+            print(end="", flush=True)  # when Python ends, an error would be a traceback
+    except BrokenPipeError:
+        # Who read the output has gone, as head does. What is left of it goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except (ValueError, OSError) as error:
         sys.exit(_failure(f"{command}: {error}"))
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(128 + signal.SIGINT)
+
+
+def _run(command: str, arguments: list[str]) -> None:
+    if command in ("-h", "--help"):
+        print(_USAGE + "\nmlx_turboquant COMMAND --help lists the options of a command.")
+    elif command == "--version":
+        print(f"mlx_turboquant {__version__}")
+    elif command in COMMANDS:
+        importlib.import_module(f".{command}", __name__).main(arguments)
+    else:
+        similar = difflib.get_close_matches(command, COMMANDS, 1)
+        advice = f"did you mean {similar[0]}?" if similar else f"use one of {', '.join(COMMANDS)}."
+        sys.exit(_failure(f"{command!r} is not a command: {advice}"))
 
 
 def _failure(message: str) -> int:

@@ -30,7 +30,7 @@ class Admission:
     """
 
     def __init__(self, limit: int):
-        self._limit = limit
+        self.limit = limit
         self._room = 0
         self._footprint: Footprint | None = None
         self._changed = threading.Condition()
@@ -56,12 +56,12 @@ class Admission:
             ValueError: there is no room for a prompt.
         """
         needed = device_nbytes(model) + chunk_nbytes(model)
-        if needed >= self._limit:
+        if needed >= self.limit:
             raise ValueError(
                 f"The model needs {needed / 1e9:,.2f} GB and the limit is "
-                f"{self._limit / 1e9:,.2f} GB: use a larger --memory-limit or a smaller model."
+                f"{self.limit / 1e9:,.2f} GB: use a larger --memory-limit or a smaller model."
             )
-        return self._limit - needed
+        return self.limit - needed
 
     def use(self, model: nn.Module, settings: Settings) -> int:
         """Count for this model from now on; returns its :meth:`room`."""

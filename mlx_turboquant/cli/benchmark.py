@@ -1,4 +1,4 @@
-"""``mlx_turboquant benchmark``: speed and memory of a model with different caches."""
+"""This command measures the speed and memory of a model with different caches."""
 
 import argparse
 import json
@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from tqdm import tqdm
 
+from ..files import make_folder
 from ..lm import texts
 from ..lm.compressible import text_arguments
 from ..lm.compression import treat_layers_alike
@@ -42,7 +43,7 @@ def main(arguments: list[str]) -> None:
     specs = [EXACT, *MLX_LM, *(preset(name, settings) for name in args.kv_bits)]
     with drawing_tools("benchmark"):
         from . import benchmark_pictures
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     model, tokenizer, tokens = _model_and_tokens(args)
     check_memory(model)
     prepare_for_device(model)
@@ -188,8 +189,8 @@ def add_model_options(parser: argparse.ArgumentParser, required: bool = True) ->
     group.add_argument(
         "--shape",
         metavar="NAME",
-        help="Random weights of 4 bits in place of a model, in the shape of a config.json or of "
-        + ", ".join(SHAPES),
+        help="Random weights of 4 bits in place of a model. The shape is that of a config.json, or "
+        "one of " + ", ".join(SHAPES),
     )
 
 

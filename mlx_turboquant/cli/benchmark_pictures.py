@@ -38,6 +38,7 @@ def _row(run: dict[str, Any], exact: dict[str, Any] | None, batch: int) -> dict[
     def megabytes(name: str) -> str:
         return with_ratio(f"{run[name] / 1e6:,.0f}", name)
 
+    still_exact = f"{run['cache_nbytes'] / 1e6:,.0f} (still exact)"
     prefill, decode = (_per_second(run, name, batch) for name in ("prefill", "decode"))
     return {
         "context": f"{run['context']:,}",
@@ -45,7 +46,7 @@ def _row(run: dict[str, Any], exact: dict[str, Any] | None, batch: int) -> dict[
         "prefill tok/s": with_ratio(f"{prefill:,.0f}", "prefill", faster=True),
         "first token s": f"{run['first_token']:.2f}",
         "decode tok/s": with_ratio(f"{decode:,.1f}", "decode", faster=True),
-        "cache MB": megabytes("cache_nbytes"),
+        "cache MB": still_exact if run["unpacked"] else megabytes("cache_nbytes"),
         "peak MB, prefill": megabytes("prefill_peak"),
         "peak MB, decode": megabytes("decode_peak"),
         "graph ms": with_ratio(f"{run['graph'] * 1e3:.2f}", "graph"),

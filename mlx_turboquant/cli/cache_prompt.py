@@ -1,4 +1,4 @@
-"""``mlx_turboquant cache_prompt``: mlx-lm's command, with a compressed cache."""
+"""This command reads a prompt and saves its compressed cache, as mlx_lm.cache_prompt does."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ from mlx_lm import cache_prompt
 from ..lm.enable import make_prompt_cache
 from ..lm.prompt_cache import check_target, save_prompt_cache
 from .loading import load_ready
-from .options import parse
+from .options import given_prompt, parse
 from .replaced import replaced
 
 
@@ -18,6 +18,7 @@ def main(arguments: list[str]) -> None:
     parser.prog, parser.description = "mlx_turboquant cache_prompt", __doc__
     args, settings = parse(parser, arguments)
     check_target(args.prompt_cache_file)  # before the prompt is processed
+    prompt = given_prompt(args.prompt)
     models = []
 
     def make_cache(model, max_kv_size):
@@ -29,6 +30,7 @@ def main(arguments: list[str]) -> None:
 
     with replaced(
         cache_prompt,
+        sys=SimpleNamespace(stdin=prompt),
         setup_arg_parser=lambda: SimpleNamespace(parse_args=lambda: args),
         load=partial(load_ready, cache_prompt.load, args, settings),
         make_prompt_cache=make_cache,

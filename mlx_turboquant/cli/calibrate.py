@@ -1,4 +1,4 @@
-"""``mlx_turboquant calibrate``: measures where in a model bits matter."""
+"""This command measures where in a model bits matter."""
 
 import argparse
 import sys
@@ -8,6 +8,7 @@ import mlx.core as mx
 from rich.box import SIMPLE
 from rich.table import Table
 
+from ..files import make_folder
 from ..kernels.storage import layouts_of
 from ..lm.allocation import allocate, chosen_sides, expected_divergence
 from ..lm.bit_plan import BitPlan
@@ -32,6 +33,8 @@ def main(arguments: list[str]) -> None:
     texts = None
     if args.text:
         texts = dict(zip((path.name for path in args.text), read_texts(args.text)))
+    if args.out is not None:
+        make_folder(args.out.parent)
     model, tokenizer = load_lazily(args.model)
     check_memory(model)
     prepare_for_device(model)

@@ -1,4 +1,4 @@
-"""``mlx_turboquant doctor``: every kernel on this machine, compared with plain MLX."""
+"""This command compares every kernel on this machine with plain MLX."""
 
 import argparse
 import datetime
@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx_lm import __version__ as mlx_lm_version
-from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 from .. import __version__
-from ..files import write_json
+from ..files import make_folder, write_json
 from ..kernels.attention import MAX_DECODE_ROWS, Configuration, DecodeAttention
 from ..kernels.quantize import Dequantize, InnerProduct, Quantize
 from ..kernels.runtime import Kernel, backend
@@ -31,6 +30,7 @@ from ..kernels.tuning import (
 )
 from ..lm.heads import Heads
 from ..measure.tune import LENGTHS, ratio
+from .results import print_rich
 from .tune import described
 
 _DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
@@ -58,21 +58,27 @@ class Checked(NamedTuple):
 def main(arguments: list[str]) -> None:
     """Run the checks and print a table; exit status 1 if a kernel failed."""
     args = _parser().parse_args(arguments)
+    if args.report is not None:
+        make_folder(args.report.parent)
+    configurations = [] if backend() == "reference" else list(_configurations())
+    duration = "minutes, most of them to compile" if configurations else "a second"
+    print(f"This compares all kernels on this machine with plain MLX, which takes {duration}.")
     print(f"mlx_turboquant {__version__}, mlx {mx.__version__}, mlx-lm {mlx_lm_version}")
     print(f"Device: {device_name()}. Kernels run on: {backend()}.")
-    results: list[Checked] = []
-    if backend() == "reference":
-        print(
-            "Without a GPU, plain MLX operations take the place of the kernels: nothing to check."
-        )
-    else:
+    results = [
+        _check(*each) for each in tqdm(configurations, leave=False, disable=not configurations)
+    ]
+    if configurations:
         _print_settings()
-        results = [_check(*each) for each in tqdm(list(_configurations()), leave=False)]
         _print_results(results)
     if args.report is not None:
         write_json(args.report, _report(results))
         print(f"The report is in {args.report}: it says nothing about you, read it and attach it.")
-    sys.exit(1 if any(each.verdict != "ok" for each in results) else 0)
+    right = sum(each.verdict == "ok" for each in results)
+    verdict = "All is well" if right == len(results) else "Not all is well"
+    what = f"{right} of {len(results)} configurations are right"
+    print(f"{verdict}: {what if results else 'without a GPU, plain MLX replaces the kernels'}.")
+    sys.exit(1 if right < len(results) else 0)
 
 
 def _check(kernel: type[Kernel], configuration: tuple[Any, ...], label: str) -> Checked:
@@ -102,9 +108,7 @@ def _print_results(results: list[Checked]) -> None:
         errors = ("" if x is None else f"{x:.1e}" for x in (each.error, each.allowed))
         row = (each.kernel, each.configuration, *errors, f"{each.seconds:.2f}", each.verdict)
         table.add_row(*row)
-    Console().print(table)
-    right = sum(each.verdict == "ok" for each in results)
-    print(f"{right} of {len(results)} configurations are right.")
+    print_rich(table)
 
 
 def _report(results: list[Checked]) -> dict[str, Any]:

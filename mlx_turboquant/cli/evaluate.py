@@ -1,4 +1,4 @@
-"""``mlx_turboquant evaluate``: what a compressed cache does to the output of a model."""
+"""This command measures what a compressed cache does to the output of a model."""
 
 import argparse
 import itertools
@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 from tqdm import tqdm
 
+from ..files import make_folder
 from ..lm import texts
 from ..lm.compressible import check_compressible, compressible_caches
 from ..lm.loading import check_memory, prepare_for_device
@@ -37,7 +38,7 @@ def main(arguments: list[str]) -> None:
     # The exact log-probabilities, those of another cache, and what is computed of both.
     check_memory(model, 12 * args.scored * tokenizer.vocab_size)
     check_compressible(model, compressible_caches(model))  # before weights are read
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     prepare_for_device(model)
     mx.eval(model.parameters())
     if any(spec.needs_profile for spec in specs):

@@ -1,4 +1,4 @@
-"""``mlx_turboquant generate``: mlx-lm's command, with a compressed cache."""
+"""This command completes a prompt as mlx_lm.generate does, with a compressed cache."""
 
 import importlib
 from argparse import Namespace
@@ -13,7 +13,7 @@ from ..lm.prompt_store import PromptStore, reading
 from ..lm.report import cache_report
 from ..lm.settings import Settings
 from .loading import load_ready
-from .options import add_store_options, given_settings, open_store, parse
+from .options import add_store_options, given_prompt, given_settings, open_store, parse
 from .replaced import replaced
 
 # The package mlx_lm hides the module behind the function of the same name.
@@ -30,6 +30,7 @@ def main(arguments: list[str]) -> None:
     args, settings = parse(parser, arguments)
     if args.draft_model is not None and settings.max_size is not None:
         raise ValueError("--draft-model cannot be used with --max-kv-size: leave one of them out.")
+    prompt = given_prompt(args.prompt)
     store = open_store(args)
     if args.prompt_cache_file is not None:
         if given_settings(args):
@@ -41,6 +42,7 @@ def main(arguments: list[str]) -> None:
     run = _Run(args, settings, store)
     with replaced(
         _mlx_lm_generate,
+        sys=SimpleNamespace(stdin=prompt),
         setup_arg_parser=lambda: SimpleNamespace(parse_args=lambda: args),
         load=run.load,
         load_prompt_cache=run.load_prompt_cache,

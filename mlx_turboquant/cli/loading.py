@@ -15,7 +15,7 @@ from ..lm.loading import model_errors, prepare_for_device, reason_of
 from ..lm.profile import fingerprints, load_profile
 from ..lm.settings import Settings
 
-MODEL_HELP = "Folder of a model of mlx-lm, or its name on the hub"
+MODEL_HELP = "Folder of a model of mlx-lm, or its name on the Hugging Face hub"
 
 
 def load_lazily(name: str) -> tuple[nn.Module, Any]:

@@ -1,6 +1,7 @@
 """The command-line options of the compressed cache, shared by all commands."""
 
 import argparse
+import io
 import re
 import sys
 from pathlib import Path
@@ -24,11 +25,19 @@ def parse(
     Says on stderr which of the options ``without_effect`` were given.
 
     Raises:
-        ValueError: a setting that is not possible.
+        ValueError: a setting or an adapter path that is not possible.
     """
     _add_cache_options(parser)
+    for each, text in [(parser, "description"), *((x, "help") for x in parser._actions)]:
+        setattr(each, text, (getattr(each, text) or "").replace("`", ""))  # some are of mlx-lm
     args = parser.parse_args(arguments)
     settings = settings_of(args)
+    adapter = args.adapter_path
+    if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"The adapter path {adapter} has no adapter_config.json: give the folder of an adapter "
+            "that mlx-lm trained."
+        )
     for name in without_effect:
         if getattr(args, name) != parser.get_default(name):
             print(f"{_option(name)} has no effect on the compressed cache.", file=sys.stderr)
@@ -43,6 +52,9 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def settings_of(args: argparse.Namespace) -> Settings:
     """The settings of the command line; raises ValueError if they are not possible."""
+    profile = getattr(args, "profile", None)
+    if profile is not None and not profile.is_file():
+        raise ValueError(f"The profile {profile} does not exist: give a file that calibrate wrote.")
     return Settings(**given_settings(args))
 
 
@@ -74,7 +86,7 @@ def add_allocation_options(group: argparse._ActionsContainer) -> None:
         "--profile",
         type=Path,
         metavar="FILE",
-        help="What `mlx_turboquant calibrate` wrote (default: that in the user's cache folder)",
+        help="Profile that calibrate wrote (default: that in the user's cache folder)",
     )
     group.add_argument(
         "--no-calibrate",
@@ -112,8 +124,8 @@ def add_store_options(parser: argparse.ArgumentParser) -> argparse._ActionsConta
         "--prompt-store-size",
         metavar="SIZE",
         default="20GB",
-        help="Bytes that it may have, as 20GB; least recently used prompts go first "
-        "(default: %(default)s)",
+        help="Space that it may take on the disk, like 20GB, or 20; least recently used prompts go "
+        "first (default: %(default)s)",
     )
     return group
 
@@ -131,15 +143,24 @@ def open_store(args: argparse.Namespace) -> PromptStore | None:
 
 
 def parse_size(text: str) -> int:
-    """The bytes of a size like "16GB", "24GiB" or "512MB".
+    """The bytes of a size like "16GB", "24GiB" or "512MB"; "16", below 1,024, are GB as well.
 
     Raises:
-        ValueError: a text of another form.
+        ValueError: a text of another form, or nothing.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?|)B?\s*", text.upper())
-    if match is None or float(match[1]) == 0:
-        raise ValueError(f"{text!r} is not a size of memory: use one as 16GB or 24GiB.")
-    return int(float(match[1]) * _UNITS[match[2]])
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?|)(B?)\s*", text.upper())
+    size = 0 if match is None else float(match[1]) * _UNITS[match[2]]
+    if size < 1:
+        raise ValueError(f"{text!r} is not a size of memory: use one like 16GB, 24GiB or 16.")
+    return int(size * 10**9 if size < 1024 and not match[2] + match[3] else size)
+
+
+def given_prompt(prompt: str) -> io.StringIO:
+    """The prompt, "-" for standard input, as mlx-lm is to read it; ValueError if it is empty."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text:
+        raise ValueError("The prompt is empty: give a text as --prompt, or - and standard input.")
+    return io.StringIO(text)
 
 
 def add_presets_option(parser: argparse.ArgumentParser, *presets: str) -> None:
@@ -149,7 +170,7 @@ def add_presets_option(parser: argparse.ArgumentParser, *presets: str) -> None:
         nargs="+",
         default=presets,
         metavar="BITS",
-        help=f"Bits of our caches, as 4, 3.5 or K5V3 (default: {' '.join(presets)})",
+        help=f"Bits of our caches, like 4, 3.5 or K5V3 (default: {' '.join(presets)})",
     )
 
 

@@ -22,6 +22,8 @@ def print_table(result: dict[str, Any]) -> None:
         "probable token. overlap: 1 - total variation. departs: first greedy token that is not "
         "that of the exact cache.",
     )
+    if exact := [codec["codec"] for codec in codecs if codec["unpacked"]]:
+        print(f"Still exact, as so short texts are not packed: {', '.join(exact)}.")
     for codec in failed:
         print(f"{codec['codec']} is not possible: {codec['failure']}")
     for i, exact in enumerate(codecs[0].get("generations", [])):

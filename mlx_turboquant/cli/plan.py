@@ -1,4 +1,4 @@
-"""``mlx_turboquant plan``: what context fits into memory, before anything is downloaded."""
+"""This command says what context fits into memory, before anything is downloaded."""
 
 import argparse
 from typing import Any
@@ -34,7 +34,8 @@ def main(arguments: list[str]) -> None:
     available, explanation = _available(args.memory)
     model, config = model_without_weights(args)
     treat_layers_alike(model)
-    footprints = [footprint(model, spec) for spec in specs]
+    four = preset("4", settings)
+    footprints = {spec: footprint(model, spec) for spec in (*specs, four)}
     # A Mac keeps the weights as they are; this machine may be a CPU.
     weights = weight_nbytes(model) if args.memory else device_nbytes(model)
     left = available - weights - args.batch * chunk_nbytes(model)
@@ -44,20 +45,32 @@ def main(arguments: list[str]) -> None:
             f"The weights of {_size(weights)} do not fit into {_size(available)} with room for a "
             "prompt: use a smaller model or one with fewer bits."
         )
-    trained = config.get("max_position_embeddings")
+    trained = (config.get("text_config") or config).get("max_position_embeddings")
+    counts = {spec: each.longest(left / args.batch) for spec, each in footprints.items()}
     sequences = f", each of {args.batch} sequences" if args.batch > 1 else ""
     print(f"{'cache':15} {'bytes a token':>14} {'longest context':>16}{sequences}")
-    for spec, cache in zip(specs, footprints):
-        count = cache.longest(left / args.batch)
-        longest = f"{count:,}" if count < 10**7 else "any"
-        beyond = "  more than it was trained for" if trained and count > trained else ""
-        print(f"{spec.name:15} {cache.per_token:14,.0f} {longest:>16}{beyond}")
-    if trained:
-        print(f"The model was trained for {trained:,} tokens.")
+    for spec in specs:
+        longest = f"{counts[spec]:,}" if counts[spec] < 10**7 else "any"
+        beyond = "  more than it was trained for" if trained and counts[spec] > trained else ""
+        print(f"{spec.name:15} {footprints[spec].per_token:14,.0f} {longest:>16}{beyond}")
     print(
         "Counted: weights, the cache with its free space, one layer of dense tokens, and the "
         "activations of a chunk of 2,048."
     )
+    if footprints[MLX_LM[0]].workspace_per_token > footprints[EXACT].workspace_per_token:
+        print(
+            "mlx-lm's quantized caches fit fewer tokens than their bytes suggest: their attention "
+            "has all scores of a chunk in memory."
+        )
+    enough = [spec for spec in specs if spec not in MLX_LM and trained and counts[spec] >= trained]
+    best = max(enough, key=lambda spec: footprints[spec].per_token, default=four)
+    name = "the exact cache" if best is EXACT else best.name
+    goal = f"the {trained or 0:,} tokens that the model was trained for"
+    if enough:
+        print(f"Use {name}, the most bits with which a prompt may have {goal}.")
+    else:
+        part = f"{counts[four]:,} " + (f"of {goal}" if trained else "tokens")
+        print(f"Use {name}, with which a prompt may have {part}.")
 
 
 def model_without_weights(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
@@ -89,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--memory",
         metavar="SIZE",
-        help="Memory of a Mac, as 16GB, in place of what this machine lets MLX use",
+        help="Memory of a Mac, like 16GB, or 16, in place of what this machine lets MLX use",
     )
     add_presets_option(parser, "8", "6", "5", "4.5", "4", "3.5", "3", "2.5", "2")
     add_count(parser, "--batch", 1, "Sequences at once")

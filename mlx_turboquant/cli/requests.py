@@ -4,8 +4,11 @@ import json
 import logging
 import re
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -45,17 +48,42 @@ class BadRequest(ValueError):
 
 
 def answer(handler: BaseHTTPRequestHandler, reply: Callable[..., None]) -> None:
-    """Let ``reply`` answer a request, and tell the client what it raises."""
+    """Let ``reply`` answer a request, tell the client what it raises, and log one line of it."""
+    begin, level, problem = time.perf_counter(), logging.INFO, ""
     try:
         reply(handler)
     except BadRequest as error:
+        level, problem = logging.WARNING, f": {error}"
         error.send(handler)
     except ConnectionError as error:
-        _log.info("A client has gone before the end of its answer: %s", error)
+        problem = f": the client has gone ({reason_of(error)})"
     except Exception as error:
-        _log.exception("A request has failed")
+        level, problem = logging.ERROR, f": {place_of(error)}"
         message = f"The request has failed ({reason_of(error)}): the server's log says where."
         BadRequest(message, status=500).send(handler)
+    finally:
+        path = handler.path.encode("unicode_escape").decode()  # it may be anything
+        about = f"{handler.command} {path} {getattr(handler, 'status', '-')}{_tokens_of(handler)}"
+        _log.log(level, "%s, %.2f s%s", about, time.perf_counter() - begin, problem)
+
+
+def place_of(error: BaseException) -> str:
+    """What an error says, and where in which file it was raised."""
+    _log.debug("A traceback:", exc_info=error)
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{reason_of(error)}, in {Path(last.filename).name}, line {last.lineno}"
+
+
+def _tokens_of(handler: BaseHTTPRequestHandler) -> str:
+    """The tokens of a request that the model has answered, for the log."""
+    completion = getattr(handler, "completion", None)
+    if getattr(completion, "context", None) is None:
+        return ""
+    prompt, cached = completion.context.prompt, max(completion.context.prompt_cache_count, 0)
+    from_disk = f" ({prompt.on_disk:,} from disk)" if getattr(prompt, "on_disk", 0) else ""
+    return (
+        f", {len(prompt):,} prompt tokens, {cached:,} cached{from_disk}, {completion.count:,} new"
+    )
 
 
 def begin_answer(

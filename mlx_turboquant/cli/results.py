@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
+from ..files import writing
 
 
 @contextmanager
@@ -57,9 +58,17 @@ def print_rows(rows: list[dict[str, str]], width: int = 120, **options: Any) -> 
     print_rich(table, width)
 
 
+class _Console(Console):
+    """One that leaves it to the command line to end when nobody reads the output."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # the error that rich has caught
+
+
 def print_rich(table: Table, width: int = 120) -> None:
     """Print a table, in lines of ``width`` where that is a file or a pipe."""
-    console = Console()
+    # Without colors rich would still write in italics and bold.
+    console = _Console(color_system=None if os.environ.get("NO_COLOR") else "auto")
     if not console.is_terminal:
         console.width = width
     console.print(table)
@@ -69,7 +78,7 @@ def write_results(
     folder: Path, name: str, result: dict[str, Any], draw: Callable[[dict[str, Any], Path], None]
 ) -> None:
     """Write NAME.json and the pictures of ``draw(result, folder)`` whole, and say so."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-") as temporary:
+    with writing(folder), tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-") as temporary:
         (Path(temporary) / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         draw(result, Path(temporary))
         written = sorted(Path(temporary).iterdir())

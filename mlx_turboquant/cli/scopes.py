@@ -26,6 +26,7 @@ class ScopedTokens(list):
     def __init__(self, tokens: list[int], scope: str):
         super().__init__(tokens)
         self.scope = scope
+        self.on_disk = 0
 
     def __getitem__(self, index: Any) -> Any:
         part = super().__getitem__(index)

@@ -1,4 +1,4 @@
-"""``mlx_turboquant server``: mlx-lm's OpenAI-compatible server, with compressed caches."""
+"""This command is mlx-lm's OpenAI-compatible server, with compressed caches."""
 
 import argparse
 import importlib
@@ -8,7 +8,10 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -20,14 +23,14 @@ from huggingface_hub import CacheNotFound, scan_cache_dir
 from mlx_lm.utils import _download, load, load_config, sharded_load
 
 from ..lm.enable import enable
-from ..lm.loading import memory_nbytes, model_errors, reason_of
+from ..lm.loading import device_nbytes, memory_nbytes, model_errors, reason_of
 from ..lm.prompt_store import PromptStore
 from ..measure.shapes import unloaded_model
 from .admission import Admission, KeptPrompts
 from .loading import load_ready
 from .options import add_store_options, open_store, parse, parse_size
 from .replaced import replaced
-from .requests import BadRequest, answer, begin_answer, check_tokens, read_request
+from .requests import BadRequest, answer, begin_answer, check_tokens, place_of, read_request
 from .scopes import SCOPES, ScopedTokens, scope_of
 from .stored_prompts import StoredPrompts
 
@@ -47,11 +50,20 @@ def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     run = _Run(arguments)
     handler, generator = _mlx_lm_server.APIHandler, _mlx_lm_server.ResponseGenerator
+    provider = _mlx_lm_server.ModelProvider
     get, post, complete = handler.do_GET, handler.do_POST, handler.handle_completion
     begin, tokenize = handler._set_completion_headers, generator._tokenize
+    options, generate = handler.do_OPTIONS, generator.generate
+    serve, load_default = ThreadingHTTPServer.serve_forever, provider.load_default
     with (
-        # Python's five would turn away clients that connect at once.
-        replaced(ThreadingHTTPServer, request_queue_size=_WAITING_CONNECTIONS),
+        replaced(
+            ThreadingHTTPServer,
+            # Python's five would turn away clients that connect at once.
+            request_queue_size=_WAITING_CONNECTIONS,
+            serve_forever=lambda server: (run.listening.set(), serve(server)),
+            handle_error=lambda *_: _log.warning("No request: %s", place_of(sys.exception())),
+        ),
+        replaced(provider, load_default=lambda provider: run.load_default(load_default, provider)),
         replaced(
             _mlx_lm_server,
             argparse=SimpleNamespace(ArgumentParser=run.parser),
@@ -62,6 +74,9 @@ def main(arguments: list[str]) -> None:
         ),
         replaced(
             handler,
+            log_request=lambda handler, status, *_: setattr(handler, "status", int(status)),
+            log_error=lambda handler, text, *values: _log.warning("No request: " + text, *values),
+            do_OPTIONS=lambda handler: answer(handler, options),
             do_GET=lambda handler: answer(handler, partial(run.get, get)),
             do_POST=lambda handler: answer(handler, partial(_post, post)),
             handle_completion=lambda *arguments: run.complete(complete, tokenize, *arguments),
@@ -69,6 +84,7 @@ def main(arguments: list[str]) -> None:
         ),
         replaced(
             generator,
+            generate=lambda *arguments, **keywords: _counted(generate, *arguments, **keywords),
             _tokenize=lambda *arguments: run.tokenize(tokenize, *arguments),
             _run_generate=lambda generator: run.generate(generator),
         ),
@@ -84,6 +100,7 @@ class _Run:
         self.arguments = arguments
         self.store: PromptStore | None = None
         self.prompts: StoredPrompts | None = None
+        self.listening = threading.Event()
 
     def parser(self, **_) -> SimpleNamespace:
         """What mlx-lm adds its options to, and then calls without arguments."""
@@ -91,14 +108,14 @@ class _Run:
         parser.add_argument(
             "--memory-limit",
             metavar="SIZE",
-            help="Bytes that the model, its caches and what computes them may have, as 16GB; "
-            "requests that do not fit wait (default: what this machine lets MLX use)",
+            help="Memory that the model and its caches may have, like 16GB, or 16. Requests that "
+            "do not fit wait (default: what this machine lets MLX use)",
         )
         add_store_options(parser).add_argument(
             "--prompt-store-scope",
             choices=SCOPES,
-            help="Who finds whose prompts: everyone (all), or those with the same API key (key) or "
-            '"user" field (user); default: all on the loopback, otherwise key',
+            help='Requests that share prompts: all, those with one API key, or with one "user" '
+            "field (default: all on the loopback, otherwise key)",
         )
         return SimpleNamespace(
             add_argument=parser.add_argument, parse_args=lambda: self._parse(parser)
@@ -107,6 +124,12 @@ class _Run:
     def _parse(self, parser: argparse.ArgumentParser) -> argparse.Namespace:
         args, self.settings = parse(parser, self.arguments)
         self.args = args
+        level = getattr(logging, args.log_level)
+        # What mlx-lm and other libraries say of every request is for those who debug.
+        others = level if level == logging.DEBUG else max(level, logging.WARNING)
+        logging.basicConfig(level=others, format="%(asctime)s %(levelname)s %(message)s")
+        _log.setLevel(level)
+        warnings.filterwarnings("ignore", "mlx_lm.server is not recommended")
         limit = args.memory_limit
         self.admission = Admission(memory_nbytes() if limit is None else parse_size(limit))
         self.store = self._open_store()
@@ -122,6 +145,20 @@ class _Run:
             # Before mlx-lm starts the thread that would outlive its failure.
             socket.create_server((args.host, args.port)).close()
         return args
+
+    def load_default(self, load_default: Callable[..., None], provider: Any) -> None:
+        """Load the model of the options, if any, and say that requests will be answered."""
+        load_default(provider)
+        if mx.distributed.init().rank() > 0:
+            return
+        self.listening.wait()
+        model, weights = "the model of the first request", ""
+        if provider.model is not None:
+            model = Path(self.args.model).name
+            weights = f", of which weights take {device_nbytes(provider.model) / 1e9:,.2f} GB"
+        memory = f"{self.admission.limit / 1e9:,.2f} GB of memory{weights}"
+        address = f"http://{self.args.host}:{self.args.port}"
+        _log.info("Ready at %s: %s, %s, %s", address, model, self.settings, memory)
 
     def load(self, load: Callable[..., tuple], *positional, **keywords) -> tuple:
         """A model with compression switched on, also one that a request names."""
@@ -174,6 +211,7 @@ class _Run:
             message = "The prompt store does not keep caches of a draft_model: leave it out."
             raise BadRequest(message, "draft_model")
         request.tokenized = _tokenized(tokenize, handler, request)
+        request.context, request.count, handler.completion = None, 0, request
         tokens = len(request.tokenized[1][0]) if request.tokenized[1] else 0
         with self.admission.admitted(tokens + handler.max_tokens):
             complete(handler, request, *others)
@@ -217,9 +255,7 @@ class _Run:
         try:
             generator._generate()
         except BaseException as error:
-            _log.critical(
-                "The server ends, as it cannot generate any more: %s", error, exc_info=True
-            )
+            _log.critical("The server ends, as it cannot generate any more: %s", place_of(error))
             self.end(1)
 
     def end(self, status: int) -> NoReturn:
@@ -229,6 +265,18 @@ class _Run:
         logging.shutdown()
         # Threads of MLX for the streams of a thread that has ended would abort a usual end.
         os._exit(status)
+
+
+def _counted(generate: Callable[..., tuple], generator: Any, request: Any, *others, **keywords):
+    """What mlx-lm answers a request, of which the log will say how many tokens it has."""
+    request.context, replies = generate(generator, request, *others, **keywords)
+
+    def each() -> Iterator[Any]:
+        for reply in replies:
+            request.count += 1
+            yield reply
+
+    return request.context, each()
 
 
 def _post(post: Callable[..., None], handler: Any) -> None:

@@ -1,4 +1,4 @@
-"""``mlx_turboquant store``: a folder of prompts and conversations."""
+"""This command shows and clears up a folder of prompts and conversations."""
 
 import argparse
 import sys
@@ -62,8 +62,11 @@ def age(moment: float) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlx_turboquant store", description=__doc__)
-    parser.add_argument("action", choices=("list", "check", "prune", "remove", "clear"))
-    parser.add_argument("folder", metavar="DIR")
-    parser.add_argument("name", metavar="NAME", nargs="?", help="What remove takes away")
-    parser.add_argument("--size", default="20GB", help="Bytes that prune leaves (default: 20GB)")
+    actions = ("list", "check", "prune", "remove", "clear")
+    parser.add_argument("action", choices=actions, help="What to do with the folder")
+    parser.add_argument("folder", metavar="DIR", help="Folder that --prompt-store made")
+    text = "Prompt or conversation that remove takes away, as list names it"
+    parser.add_argument("name", metavar="NAME", nargs="?", help=text)
+    text = "Space on the disk that prune leaves, like 20GB, or 20 (default: 20GB)"
+    parser.add_argument("--size", default="20GB", help=text)
     return parser

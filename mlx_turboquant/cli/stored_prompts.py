@@ -51,23 +51,16 @@ class StoredPrompts(KeptPrompts):
     ) -> tuple[list[Any] | None, list]:
         """The cache of the longest known beginning, and the tokens that are left to be read."""
         cache, rest = super().fetch_nearest_cache(model, tokens)
-        in_memory, on_disk = len(tokens) - len(rest), 0
         if _are_tokens(tokens):
             try:
-                found = self._store.find(self._model, tokens, self._empty, in_memory, tokens.scope)
+                known = len(tokens) - len(rest)
+                found = self._store.find(self._model, tokens, self._empty, known, tokens.scope)
             except OSError as error:
                 _log.warning("The prompt store cannot be read: %s", error)
                 found = None
             if found is not None:
-                cache, on_disk = found
-                in_memory, rest = 0, tokens[on_disk:]
-        _log.info(
-            "Prompt of %d tokens: %d from memory, %d from disk, %d to read",
-            len(tokens),
-            in_memory,
-            on_disk,
-            len(rest),
-        )
+                cache, tokens.on_disk = found
+                rest = tokens[tokens.on_disk :]
         return cache, rest
 
     def insert_cache(

@@ -1,8 +1,7 @@
-"""``mlx_turboquant tune``: find the fastest division of the attention kernel's work on this GPU."""
+"""This command finds the fastest division of the attention kernel's work on this GPU."""
 
 import argparse
 
-from rich.console import Console
 from rich.table import Table
 
 from ..kernels.runtime import backend
@@ -11,6 +10,7 @@ from ..lm.heads import Heads, attention_heads
 from ..measure.tune import tune
 from .benchmark import add_model_options
 from .plan import model_without_weights
+from .results import print_rich
 
 
 def main(arguments: list[str]) -> None:
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> None:
             ratios = (f"{x / measured.exact:.2f}x" for x in (measured.table, measured.best))
             setting = "that of the table" if measured.is_table else described(measured.tuning)
             table.add_row(_label(heads), f"{measured.tokens:,}", *ratios, setting)
-    Console().print(table)
+    print_rich(table)
     print(f"The best settings are kept in {tuning_path()} and used from now on.")
 
 

@@ -6,11 +6,12 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
+from huggingface_hub import errors as hub
 from mlx.utils import tree_flatten
 from mlx_lm.utils import dequantize_model
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """The first line of what an error says, or its kind if it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
@@ -21,9 +22,14 @@ def model_errors(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
+        problem = f"cannot be loaded ({reason_of(error)})"
+        if isinstance(error, hub.LocalEntryNotFoundError):
+            problem = "is not a folder, and the Hugging Face hub could not be reached"
+        elif type(error) in (hub.HFValidationError, hub.RepositoryNotFoundError):
+            problem = "is not a folder, and not a name on the hub"
         raise ValueError(
-            f"Model {name!r} cannot be loaded ({reason_of(error)}): "
-            "give the folder of a model of mlx-lm, or its name on the Hugging Face hub."
+            f"{name} {problem}: give the folder of a model of mlx-lm, or its name on the Hugging "
+            "Face hub."
         ) from error
 
 

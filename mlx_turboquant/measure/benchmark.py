@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..lm.report import cache_size
 from .cache_specs import CacheSpec, Progress, ignore
 
 # Tokens that are decoded before the clock starts.
@@ -24,7 +25,8 @@ class Measurement(NamedTuple):
     the beginning until the first new token is known. ``decode`` is the time of one step of all
     sequences, and ``graph`` the part of it in which Python builds the step's graph (a median).
     Active memory is what is held between the steps, peak memory the most within them, both less
-    what was held before: weights are not in them. ``cache_nbytes`` is after the last token.
+    what was held before: weights are not in them. ``cache_nbytes`` is after the last token, as is
+    ``unpacked``, that of :class:`.report.CacheSize`.
     """
 
     prefill: float
@@ -36,6 +38,7 @@ class Measurement(NamedTuple):
     prefill_peak: int
     decode_active: int
     decode_peak: int
+    unpacked: int = 0
 
 
 def measure(
@@ -83,6 +86,7 @@ def measure(
         prefill_peak=prefill_peak,
         decode_active=mx.get_active_memory() - before,
         decode_peak=mx.get_peak_memory() - before,
+        unpacked=cache_size(cache).unpacked,
     )
 
 

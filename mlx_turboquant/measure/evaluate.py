@@ -145,6 +145,7 @@ class Comparison:
             scores.bits = 8 * scores.token_nbytes / max(values, 1)
             if scores.spec.settings is not None:
                 size = cache_size(cache)
+                scores.unpacked = size.unpacked
                 scores.bits_in_all = 16 * size.nbytes / size.fp16_nbytes
 
         self._each(mx.array(tokens)[: first - 1], measure)

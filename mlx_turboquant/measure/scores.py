@@ -45,7 +45,8 @@ class Scores:
 
     ``bits`` are those of one more value with its share of a scale, ``token_nbytes`` the bytes of
     one more token; ``bits_in_all`` what a value of this text took, exact tokens and free space
-    included (0 for the caches of mlx-lm, 16 for a simulated one, which is dense).
+    included (0 for the caches of mlx-lm, 16 for a simulated one, which is dense); ``unpacked`` is
+    that of :class:`.report.CacheSize`.
     ``positions`` are those of the scored tokens in their text; ``departures`` has for every text
     the first of ``greedy`` tokens that is not that of the exact cache, or None. ``overlaps`` are 1
     less the total variation between the distributions, which is the share of tokens drafted by
@@ -56,6 +57,7 @@ class Scores:
     bits: float = 0.0
     token_nbytes: float = 0.0
     bits_in_all: float = 0.0
+    unpacked: int = 0
     positions: list[int] = field(default_factory=list)
     divergences: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -73,6 +75,7 @@ class Scores:
             "bits_per_value": self.bits,
             "token_nbytes": self.token_nbytes,
             "bits_in_all": self.bits_in_all,
+            "unpacked": self.unpacked,
             "departures": self.departures,
             "failure": self.failure,
         }

@@ -1,6 +1,7 @@
 """The server as its users see it: a process of its own, and the openai client."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -106,7 +107,10 @@ def test_a_server_that_was_killed_while_it_answered_starts_again_on_its_port():
     "options, message",
     [
         (["--kv-bits", "9"], "9.0 bits are not supported"),
-        (["--model", "no/such/folder"], "'no/such/folder' cannot be loaded"),
+        (
+            ["--model", "no/such/folder"],
+            "no/such/folder is not a folder, and not a name on the hub: give",
+        ),
         (["--kv-window", "-3"], "A window of -3 is not possible"),
         (["--memory-limit", "1MB"], "use a larger --memory-limit"),
         (["--memory-limit", "20 bananas"], "is not a size"),
@@ -117,6 +121,37 @@ def test_bad_input_is_one_sentence_and_status_2(options, message):
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2
     assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_server_logs_that_it_is_ready_and_one_line_a_request():
+    port = free_port()
+    with server(port, "--uniform", "--memory-limit", "4") as process:
+        api = client(port)
+        prompt, words = "def add(a, b):\n    return", {"model": "default_model", "max_tokens": 5}
+        api.completions.create(prompt=prompt, **words)
+        for _ in api.completions.create(prompt=prompt, stream=True, **words):
+            pass
+        with pytest.raises(openai.BadRequestError):
+            api.completions.create(prompt=prompt, model="default_model", max_tokens=-1)
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(b"BREW /\x1b[31m HTTP/1.1\r\n\r\n")
+            assert b"501" in b"".join(iter(lambda: connection.recv(1000), b""))
+        process.terminate()
+        process.wait(60)
+        lines = messages_of(process).splitlines()
+    seen = [re.sub(r"^[\d-]+ [\d:,]+ ", "", line) for line in lines]
+    seen = [line for line in seen if "/health" not in line and "Kernels run on" not in line]
+    ready = rf"INFO Ready at http://127.0.0.1:{port}: tiny-lm, K5V3, 4.00 GB of memory, of which "
+    post = r"POST /v1/completions"
+    expected = [
+        ready + r"weights take 0.0\d GB",
+        rf"INFO {post} 200, (\d+) prompt tokens, 0 cached, 5 new, \d+\.\d\d s",
+        rf"INFO {post} 200, (\d+) prompt tokens, [1-9]\d* cached, 5 new, \d+\.\d\d s",
+        rf"WARNING {post} 400, \d+\.\d\d s: max_tokens is -1: use an integer from 1 .*",
+        r"WARNING No request: code 501, message Unsupported method \('BREW'\)",
+    ]
+    assert len(seen) == len(expected), seen
+    assert all(re.fullmatch(*pair) for pair in zip(expected, seen)), seen
 
 
 def test_a_port_that_is_taken_is_refused():

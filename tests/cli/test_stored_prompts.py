@@ -83,7 +83,7 @@ def test_a_prompt_is_known_after_a_restart(tmp_path):
         second, known = asked(port, prompt)
         assert second == first
         # All but the last one.
-        assert f"Prompt of {known + 1} tokens: 0 from memory, {known} from disk, 1 to read" in (
+        assert f"{known + 1:,} prompt tokens, {known:,} cached ({known:,} from disk), " in (
             messages_of(process)
         )
         third, _ = asked(port, prompt + " and so on")
