@@ -10,8 +10,9 @@ import sys
 
 import pexpect
 import pytest
+from commands import run
 from huggingface_hub.errors import RepositoryNotFoundError
-from test_cli import TINY_LM, assert_refused, generate, run
+from test_cli import TINY_LM, assert_refused, generate
 
 from mlx_turboquant import __version__
 from mlx_turboquant.cli import COMMANDS, doctor
@@ -192,6 +193,13 @@ def no_space() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 
 
+def restricted(restrict, *arguments: str, **options) -> subprocess.CompletedProcess:
+    """A command in a process that has called ``restrict`` first."""
+    command = [sys.executable, "-m", "mlx_turboquant", *arguments]
+    options |= {"capture_output": True, "text": True, "preexec_fn": restrict}
+    return subprocess.run(command, **options)
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -204,7 +212,7 @@ def no_space() -> None:
 )
 def test_a_folder_that_cannot_be_written_to_is_refused_before_work_is_done(tmp_path, command):
     tmp_path.chmod(0o500)
-    result = run(*command, str(tmp_path / "new"), preexec_fn=not_above_permissions)
+    result = restricted(not_above_permissions, *command, str(tmp_path / "new"))
     tmp_path.chmod(0o700)
     assert_refused(result, "cannot be written (Permission denied): use a place with space")
     assert str(tmp_path) in result.stderr and not list(tmp_path.iterdir())
@@ -216,7 +224,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_work_is_done(tmp_p
 def test_a_full_disk_is_one_sentence_and_leaves_no_half_made_file(tmp_path, command):
     environment = {**os.environ, "MLX_TURBOQUANT_BACKEND": "reference"}
     place = tmp_path / "report.json" if command[0] == "doctor" else tmp_path
-    result = run(*command, str(place), preexec_fn=no_space, env=environment)
+    result = restricted(no_space, *command, str(place), env=environment)
     assert_refused(result, f"{tmp_path}")
     assert "cannot be written (File too large): use a place with space" in result.stderr
     assert not list(tmp_path.iterdir())

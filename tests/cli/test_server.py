@@ -60,7 +60,7 @@ def test_64_clients_may_connect_at_once(running):
             waiting.enter_context(socket.create_connection((host, port), timeout=0.5))
 
 
-@pytest.mark.parametrize("requests", [32, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("requests", [64, pytest.param(200, marks=pytest.mark.slow)])
 def test_requests_of_16_clients_get_the_answers_of_one_at_a_time(running, requests):
     prompts, answers = prompts_with_codes(requests)
     alone = {prompt: complete(running.api, prompt) for prompt in sorted(set(prompts))}
