@@ -115,7 +115,7 @@ def test_layers_that_are_treated_alike_are_not_computed(random_model):
     "settings, message",
     [
         ({"bits": 3.1}, "3.1 bits are not supported: use 2 to 8 in quarters"),
-        ({"bits": "four"}, "four bits are not supported"),
+        ({"bits": "four"}, "'four' bits are not supported"),
         ({"value_bits": 9}, "9 bits per value are not supported"),
         ({"window": -1}, "A window of -1 is not possible"),
     ],
