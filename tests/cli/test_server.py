@@ -175,3 +175,12 @@ def test_limited_caches_are_served_in_batches():
             answers = list(pool.map(lambda prompt: complete(api, prompt, 24), short + long))
         assert all(answers)
         assert answers[:6] == [complete(api, prompt, 24) for prompt in short]
+
+
+def test_a_known_prompt_is_answered_as_before_with_a_draft_model():
+    """mlx-lm's own server forgets a token of the model's cache with each such request."""
+    port, prompt = free_port(), "import os\nimport " * 40
+    with server(port, "--draft-model", TINY_LM, "--kv-bits", "8", "--no-calibrate") as process:
+        answers = [complete(client(port), prompt, 6) for _ in range(5)]
+        assert len(set(answers)) == 1
+        assert messages_of(process).count(" 160 cached") == 4
