@@ -60,6 +60,15 @@ def messages_of(process: subprocess.Popen) -> str:
     return process.stderr.read()
 
 
+def wait_for_message(process: subprocess.Popen, text: str, count: int = 1) -> None:
+    """Wait until a server has logged a text so often, which it does after it has answered."""
+    for _ in range(100):
+        if messages_of(process).count(text) >= count:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"{text!r} is not {count} times in: {messages_of(process)}")
+
+
 def wait_for(port: int, process: subprocess.Popen) -> None:
     for _ in range(10 * START_SECONDS):
         try:

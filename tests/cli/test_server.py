@@ -22,6 +22,7 @@ from servers import (
     prompts_with_codes,
     resident_bytes,
     server,
+    wait_for_message,
 )
 
 
@@ -183,4 +184,4 @@ def test_a_known_prompt_is_answered_as_before_with_a_draft_model():
     with server(port, "--draft-model", TINY_LM, "--kv-bits", "8", "--no-calibrate") as process:
         answers = [complete(client(port), prompt, 6) for _ in range(5)]
         assert len(set(answers)) == 1
-        assert messages_of(process).count(" 160 cached") == 4
+        wait_for_message(process, " 160 cached", 4)

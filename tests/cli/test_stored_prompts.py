@@ -31,6 +31,7 @@ from servers import (
     prompts_with_codes,
     resident_bytes,
     server,
+    wait_for_message,
 )
 from tokens import random_tokens
 from transformers import AutoTokenizer
@@ -83,9 +84,8 @@ def test_a_prompt_is_known_after_a_restart(tmp_path):
         second, known = asked(port, prompt)
         assert second == first
         # All but the last one.
-        assert f"{known + 1:,} prompt tokens, {known:,} cached ({known:,} from disk), " in (
-            messages_of(process)
-        )
+        line = f"{known + 1:,} prompt tokens, {known:,} cached ({known:,} from disk), "
+        wait_for_message(process, line)
         third, _ = asked(port, prompt + " and so on")
         assert statistics(port)["found_tokens"] >= known and statistics(port)["entries"] == 1
     with server(port, *STORED[:-1]):
