@@ -67,9 +67,14 @@ def _table(plan: BitPlan) -> Table:
             f"{budget:g}",
             f"{nbytes:,}",
             f"{expected_divergence(plan.expected, bits):.2g} nats",
-            f"keys {min(keys)} to {max(keys)}, values {min(values)} to {max(values)}",
+            f"keys {_span(keys)}, values {_span(values)}",
         )
     return table
+
+
+def _span(bits: tuple[int, ...]) -> str:
+    least, most = min(bits), max(bits)
+    return f"{least}" if least == most else f"{least} to {most}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -50,8 +50,8 @@ def ensure_profile(
     if settings.is_fixed or not args.calibrate or compression_of(model).profile is not None:
         return
     print(
-        "This model is calibrated once, to find out where bits matter. Ctrl-C goes on without; "
-        "--no-calibrate never begins.",
+        "This model is calibrated once, to find out where bits matter. Ctrl-C continues without "
+        "it, --no-calibrate skips it.",
         file=sys.stderr,
     )
     try:
