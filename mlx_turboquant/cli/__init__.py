@@ -29,6 +29,9 @@ _USAGE = "usage: mlx_turboquant COMMAND [options]\n\ncommands:\n" + "".join(
 def main() -> None:
     """Run the command that ``sys.argv`` names; a wrong input is one sentence and exit status 2."""
     command, *arguments = sys.argv[1:] or ["--help"]
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # it is closed, and a file would take its number
+            setattr(sys, name, open(os.devnull, mode))
     try:
         try:
             _run(command, arguments)

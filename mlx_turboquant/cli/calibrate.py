@@ -32,8 +32,10 @@ def main(arguments: list[str]) -> None:
     args = _parser().parse_args(arguments)
     texts = None
     if args.text:
-        texts = dict(zip((path.name for path in args.text), read_texts(args.text)))
+        texts = dict(zip(map(str, args.text), read_texts(args.text)))
     if args.out is not None:
+        if args.out.is_dir():
+            raise ValueError(f"{args.out} is a folder: give the name of a file for the profile.")
         make_folder(args.out.parent)
     model, tokenizer = load_lazily(args.model)
     check_memory(model)
@@ -47,9 +49,11 @@ def main(arguments: list[str]) -> None:
         if texts is None:
             print("Calibration was stopped: the next one continues from here.", file=sys.stderr)
         raise
-    print_rich(_table(give_profile(model, profile).plan()))
-    print(_MEANING)
-    file = save_profile(profile, args.out)
+    try:
+        file = save_profile(profile, args.out)
+    finally:  # a full disk loses no result
+        print_rich(_table(give_profile(model, profile).plan()))
+        print(_MEANING)
     print(f"{profile.tokens:,} tokens of {', '.join(profile.texts)} were scored. Wrote {file}")
 
 

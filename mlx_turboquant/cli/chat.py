@@ -6,11 +6,11 @@ import re
 import signal
 import sys
 import time
+import uuid
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import asdict
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,8 @@ def main(arguments: list[str]) -> None:
                 f"The conversation {args.resume} has settings of its own: "
                 "leave out the options of the compressed cache."
             )
+        if args.system_prompt:
+            raise ValueError("--system-prompt is not for --resume: use /system in the chat.")
     mx.random.seed(args.seed)
     trust = {"trust_remote_code": args.trust_remote_code}
     options = {"adapter_path": args.adapter_path, "tokenizer_config": trust, **trust}
@@ -180,11 +182,14 @@ class Conversation:
             ValueError: a file without a conversation, or as in ``load_prompt_cache``.
         """
         cache, metadata = load_prompt_cache(file, self.model, return_metadata=True)
-        if "chat" not in metadata:
-            raise ValueError(f"{file} holds no conversation: use a file that /save has written.")
-        saved = json.loads(metadata["chat"])
-        self.settings = Settings(**saved.get("settings", {}))
-        self.cache, self.messages, self.tokens = cache, saved["messages"], saved["tokens"]
+        try:
+            saved = json.loads(metadata["chat"])
+            settings = Settings(**saved["settings"])
+            messages, tokens = saved["messages"], saved["tokens"]
+        except (ValueError, LookupError, TypeError) as error:
+            remedy = "use a file that /save has written."
+            raise ValueError(f"{file} holds no conversation: {remedy}") from error
+        self.settings, self.cache, self.messages, self.tokens = settings, cache, messages, tokens
 
     def _clear_cache(self) -> None:
         self.cache = make_prompt_cache(self.model, self.settings)
@@ -258,7 +263,7 @@ class Chat:
                 self._note("Ctrl-D leaves")
             except EOFError:
                 break
-        if self.store is not None and self.conversation.tokens:
+        if self.store is not None and self.store.session_file(self.name).exists():
             self._note(f"To go on: mlx_turboquant chat --resume {self.name}, same model and store")
 
     def _command(self, name: str, argument: str = "") -> None:
@@ -299,7 +304,7 @@ class Chat:
             case "/delete":
                 if argument == self.name:
                     raise ValueError(f"{argument} is this conversation: leave it with /reset first")
-                named(self.store.sessions(), argument).file.unlink()
+                self.store.delete(named(self.store.sessions(), argument))
                 self._note(f"{argument} is deleted")
             case _:
                 raise ValueError(f"{name} is not a command: /help lists them")
@@ -307,21 +312,23 @@ class Chat:
     def _reply(self, line: str) -> None:
         response = None
         # An exception in the middle of a step would leave some layers of the cache a token ahead.
-        with signals_held(signal.SIGINT) as interrupts:
+        with signals_held(signal.SIGINT, *_ENDINGS) as interrupts:
 
             def stop_between_chunks(*progress: int) -> None:
                 if interrupts:
                     raise KeyboardInterrupt
 
             reply = self.conversation.reply(line, stop_between_chunks, **self.generation)
-            with suppress(KeyboardInterrupt), closing(reply):
-                for response in reply:
-                    self.terminal.write(response.text, end="")
-                    if interrupts:
-                        break
-            self.terminal.write("")
-            self._keep()
-            interrupts.clear()
+            try:
+                with suppress(KeyboardInterrupt), closing(reply):
+                    for response in reply:
+                        self.terminal.write(response.text, end="")
+                        if interrupts:
+                            break
+                self.terminal.write("")
+            finally:
+                self._keep()
+            interrupts[:] = [number for number in interrupts if number != signal.SIGINT]
         speed = f"{response.generation_tps:.1f} tokens/s · " if response else ""
         self._note(f"{speed}cache {cache_size(self.conversation.cache)}")
         if self.args.verbose:
@@ -331,12 +338,11 @@ class Chat:
         """Write the conversation as it is now to the store; signals wait until that is done."""
         if self.store is not None and self.conversation.tokens:
             with signals_held(signal.SIGINT, *_ENDINGS), self.store.writing():
-                self.conversation.save(self.store.session_file(self.name))
+                self.conversation.save(self.store.session_file(self.name)).chmod(0o600)
 
     def _new_name(self) -> str:
-        """The time, or the first second after it that no conversation of the store has."""
-        times = (time.strftime("%Y-%m-%d-%H%M%S", time.localtime(x)) for x in count(time.time()))
-        return next(x for x in times if not self.store or not self.store.session_file(x).exists())
+        """The time, and some digits, as two chats may begin at once."""
+        return f"{time.strftime('%Y-%m-%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
 
     def _stats(self) -> None:
         report = cache_report(self.conversation.cache, self.conversation.model)

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -49,9 +50,12 @@ def ensure_profile(
         return
     if settings.is_fixed or not args.calibrate or compression_of(model).profile is not None:
         return
+    # A server loads its models in a thread, which Ctrl-C does not reach.
+    is_main = threading.current_thread() is threading.main_thread()
+    remedy = "Ctrl-C continues without it, " if is_main else ""
     print(
-        "This model is calibrated once, to find out where bits matter. Ctrl-C continues without "
-        "it, --no-calibrate skips it.",
+        "This model is calibrated once, to find out where bits matter. "
+        f"{remedy}--no-calibrate skips it.",
         file=sys.stderr,
     )
     try:

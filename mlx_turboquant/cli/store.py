@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> None:
     if args.action == "check":
         return _check(store)
     if args.action == "remove":
-        named([*store.sessions(), *store.entries()], args.name).file.unlink()
+        store.delete(named([*store.sessions(), *store.entries()], args.name))
     elif args.action == "prune":
         removed = store.prune(parse_size(args.size))
     left = f"{len(store.entries())} prompts and {len(store.sessions())} conversations"

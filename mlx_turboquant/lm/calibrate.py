@@ -97,8 +97,8 @@ def calibrate(
         tokenizer: Its tokenizer.
         texts: Texts of 64 tokens or more.
         progress: Called with the number of finished steps and of all steps; True shows a bar.
-        unfinished: Where the layers that were measured are kept if the calibration on the bundled
-            texts is interrupted, and where it continues from.
+        unfinished: Where the layers are kept that were measured on the bundled texts, and where an
+            interrupted calibration continues from.
 
     Raises:
         ValueError: a model that is spread over several machines or has no layer that could be
@@ -149,25 +149,19 @@ def calibrate(
         if callable(progress):
             progress(finished, steps)
 
-    model, done = _in_float32(model), known
+    model = _in_float32(model)
     with bar:
-        try:
-            for i, (batch, count) in enumerate(zip(batches, counts)):
-                rows, first = _Rows(model, batch, count), i * (1 + len(places)) + 1
-                advance(first + known)
-                for done, place in enumerate(places[known:], known + 1):
-                    for (name, bits), found in zip(_ROWS, rows.divergences(place)):
-                        sides[name][done - 1][bits] += tuple(found)
-                    advance(first + done)
-                mx.clear_cache()
-        except BaseException:
-            if unfinished is not None and done > known + 1:
-                with suppress(OSError):  # then the next one begins anew
-                    save_profile(measured(done - 1), unfinished)
-            raise
-    if unfinished is not None:
-        with suppress(OSError):
-            unfinished.unlink()
+        for i, (batch, count) in enumerate(zip(batches, counts)):
+            rows, first = _Rows(model, batch, count), i * (1 + len(places)) + 1
+            advance(first + known)
+            for done, place in enumerate(places[known:], known + 1):
+                for (name, bits), found in zip(_ROWS, rows.divergences(place)):
+                    sides[name][done - 1][bits] += tuple(found)
+                if unfinished is not None:
+                    with suppress(OSError):  # then the next one begins anew
+                        save_profile(measured(done), unfinished)
+                advance(first + done)
+            mx.clear_cache()
     return measured(len(places))
 
 
@@ -230,12 +224,12 @@ class _Rows:
             ]
             setattr(cache, side, mx.stack(rows, axis=1).flatten(0, 1))
         logits = self._logits(self._skipped(place.layer if self.can_skip else 0), caches)
+        probabilities = self.probabilities[:, None]
         rise = mx.unflatten(logits, 0, (-1, len(_ROWS))) - self.exact[:, None]
-        rise = mx.minimum(rise, _MOST_RISE)
-        mean, growth = (
-            (self.probabilities[:, None] * x).sum(axis=-1) for x in (rise, mx.expm1(rise))
-        )
-        found = (mx.log1p(growth) - mean).mean(axis=-1)
+        # What all logits have in common changes nothing. Without it the growth is never negative.
+        rise = rise - (probabilities * rise).sum(axis=-1, keepdims=True)
+        growth = (probabilities * mx.expm1(mx.minimum(rise, _MOST_RISE))).sum(axis=-1)
+        found = mx.log1p(mx.maximum(growth, 0)).mean(axis=-1)
         return mx.maximum(found, LEAST_DIVERGENCE).T.tolist()
 
     def _skipped(self, layer: int) -> list["_StandIn"]:

@@ -113,6 +113,8 @@ def unfinished_path(fingerprint: str) -> Path:
 def save_profile(profile: Profile, file: Path | None = None) -> Path:
     """Write a profile to ``file`` or to :func:`profile_path`, and return the path.
 
+    What an interrupted calibration has left is removed.
+
     Raises:
         OSError: the file cannot be written.
     """
@@ -123,6 +125,8 @@ def save_profile(profile: Profile, file: Path | None = None) -> Path:
         for keys, values in zip(contents.pop("keys"), contents.pop("values"))
     ]
     write_json(file, contents)
+    if file != unfinished_path(profile.fingerprint):
+        unfinished_path(profile.fingerprint).unlink(missing_ok=True)
     return file
 
 

@@ -319,6 +319,14 @@ class PromptStore:
         self._counts["removed"] += removed
         return removed
 
+    def delete(self, entry: Entry) -> None:
+        """Remove a prompt, or a conversation and the prompts that it has begun with."""
+        entry.file.unlink()
+        if entry.file.parent.name == _SESSIONS:
+            for other in self.entries():
+                if _common(other.tokens, entry.tokens) == len(other.tokens):
+                    other.file.unlink(missing_ok=True)
+
     def check(self) -> Iterator[bool]:
         """Read every file, and tell whether it is as it was written.
 
@@ -425,7 +433,7 @@ def _is_conversation(file: Path) -> bool:
     try:
         return "0.chat" in read_header(file)["__metadata__"]
     except (ValueError, OSError, LookupError):
-        return re.fullmatch(r"\d{4}-\d\d-\d\d-\d{6}", file.stem) is not None
+        return re.fullmatch(r"\d{4}-\d\d-\d\d-\d{6}(-[0-9a-f]{4})?", file.stem) is not None
 
 
 def key_of(model: nn.Module, cache: list[Any], scope: str = "") -> str:

@@ -1,4 +1,5 @@
 import copy
+import json
 
 import mlx.core as mx
 import pytest
@@ -6,7 +7,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_turboquant import cache_size, save_prompt_cache
 from mlx_turboquant.cli.chat import Conversation
-from mlx_turboquant.lm.prompt_store import PromptStore
+from mlx_turboquant.lm.prompt_store import PromptStore, named
 from mlx_turboquant.lm.settings import Settings
 
 
@@ -224,3 +225,28 @@ def test_what_is_kept_of_a_chat_names_its_model_and_is_not_of_other_settings(tin
     store = PromptStore(tmp_path, delay=0)
     _, all_of_it = answer(Conversation(*tiny_lm, Settings(2), store=store), long)
     assert all_of_it > 400
+
+
+def test_a_conversation_that_is_deleted_leaves_no_prompt_of_it(tiny_lm, tmp_path):
+    store = PromptStore(tmp_path, delay=0)
+    for name, text in (("monday", "import os\n" * 200), ("tuesday", "x = 1\n" * 200)):
+        conversation = Conversation(*tiny_lm, Settings(8), store=store, model_name="tiny")
+        answer(conversation, text)
+        conversation.save(store.session_file(name))
+    store.close()
+    assert len(store.entries()) == 2
+    store.delete(named(store.sessions(), "monday"))
+    assert [entry.name for entry in store.sessions()] == ["tuesday"]
+    (entry,) = store.entries()
+    assert entry.beginning.startswith("x = 1")
+
+
+@pytest.mark.parametrize("settings", [{"bits": 2}, {"bits": 1.7}, {"speed": 1}, [1]])
+def test_a_conversation_that_cannot_be_read_changes_nothing(conversation, tmp_path, settings):
+    answer(conversation, "import os")
+    before = conversation.settings, conversation.tokens, list(conversation.messages)
+    chat = {"chat": json.dumps({"settings": settings, "messages": []})}
+    file = save_prompt_cache(tmp_path / "chat", conversation.cache, conversation.model, chat)
+    with pytest.raises(ValueError, match="holds no conversation: use a file that /save"):
+        conversation.load(file)
+    assert (conversation.settings, conversation.tokens, conversation.messages) == before

@@ -230,6 +230,21 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_half_made_file(tmp_path, comm
     assert not list(tmp_path.iterdir())
 
 
+def test_a_calibration_whose_profile_cannot_be_written_prints_its_table_all_the_same(tmp_path):
+    out = tmp_path / "profile.json"
+    result = restricted(no_space, "calibrate", "--model", TINY_LM, "--out", str(out))
+    assert result.returncode == 2 and str(out) in result.stderr.splitlines()[-1]
+    assert "Below 0.01 nats no one will notice" in result.stdout and "528" in result.stdout
+    assert not list(tmp_path.iterdir())
+    assert_refused(run("calibrate", "--model", TINY_LM, "--out", str(tmp_path)), "is a folder")
+
+
+def test_closed_streams_are_no_files():
+    command = f"{sys.executable} -m mlx_turboquant plan --shape llama-3.1-8b --memory 64 <&- >&-"
+    result = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr == ""
+
+
 def test_doctor_says_what_it_does_and_ends_with_whether_all_is_well():
     result = run("doctor", env={**os.environ, "MLX_TURBOQUANT_BACKEND": "reference"})
     first, *_, last = result.stdout.splitlines()
