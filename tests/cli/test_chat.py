@@ -232,7 +232,8 @@ def test_a_conversation_that_is_deleted_leaves_no_prompt_of_it(tiny_lm, tmp_path
     for name, text in (("monday", "import os\n" * 200), ("tuesday", "x = 1\n" * 200)):
         conversation = Conversation(*tiny_lm, Settings(8), store=store, model_name="tiny")
         answer(conversation, text)
-        conversation.save(store.session_file(name))
+        with store.writing():
+            conversation.save(store.session_file(name))
     store.close()
     assert len(store.entries()) == 2
     store.delete(named(store.sessions(), "monday"))
