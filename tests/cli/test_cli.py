@@ -407,6 +407,31 @@ def test_a_chat_that_is_ended_keeps_the_last_turn_and_says_nothing(tmp_path, num
     assert not list(tmp_path.glob(".*-*"))  # no half of a prompt
 
 
+@pytest.mark.parametrize("method", ["Conversation.save", "PromptStore.close"])
+def test_a_hang_up_waits_for_a_file_that_is_being_written(tmp_path, method):
+    code = (
+        "import os, sys, time, mlx_turboquant.cli.chat as chat\n"
+        f"original = chat.{method}\n"
+        "def slow(*arguments):\n"
+        "    os.write(2, b'writing\\n'), time.sleep(1)\n"
+        "    return original(*arguments)\n"
+        f"chat.{method} = slow\n"
+        "chat.main(sys.argv[1:])"
+    )
+    options = [*CHAT[3:], "--max-tokens", "200", "--prompt-store", str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, *options], text=True, **pipes) as chat:
+        chat.stdin.write("import os\n" + "x = 1 " * 100 + "\n")
+        chat.stdin.close()
+        while "writing" not in chat.stderr.readline():
+            pass
+        chat.send_signal(signal.SIGHUP)
+        assert chat.wait(60) == 128 + signal.SIGHUP
+        assert "Traceback" not in chat.stderr.read()
+    assert len(kept_messages(tmp_path)) == (2 if method == "Conversation.save" else 4)
+    assert method == "Conversation.save" or len(PromptStore(tmp_path).entries()) == 1
+
+
 def test_a_terminal_that_is_closed_ends_a_chat_without_a_traceback(tmp_path):
     errors = tmp_path / "errors"
     script = f"{shlex.join([sys.executable, *CHAT])} --prompt-store {tmp_path / 'store'} -m 3000"
