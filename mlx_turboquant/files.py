@@ -42,7 +42,7 @@ def write_whole(file: Path, write: Callable[[Path], None], key: str) -> None:
 
 
 @contextmanager
-def writing(place: Path) -> Iterator[None]:
+def write_errors(place: Path) -> Iterator[None]:
     """Say of an OSError which ``place`` was to be written, and what to do."""
     try:
         yield
@@ -54,12 +54,11 @@ def writing(place: Path) -> Iterator[None]:
         ) from error
 
 
-def make_folder(folder: Path) -> Path:
+def make_folder(folder: Path) -> None:
     """Make a folder where there is none; OSError if it cannot be made or written to."""
-    with writing(folder):
+    with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    return folder
 
 
 def write_json(file: Path, contents: dict[str, Any]) -> None:
@@ -70,7 +69,7 @@ def write_json(file: Path, contents: dict[str, Any]) -> None:
     """
     make_folder(file.parent)
     with (
-        writing(file),
+        write_errors(file),
         tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}-") as folder,
     ):
         complete = Path(folder) / file.name

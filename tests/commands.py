@@ -1,5 +1,6 @@
 """Commands in processes of their own, which are forked from one that has imported the package."""
 
+import ctypes
 import multiprocessing
 import os
 import sys
@@ -49,3 +50,9 @@ def _main(
     os.environ.update(env)
     sys.argv = ["mlx_turboquant", *arguments]
     cli.main()
+
+
+def not_above_permissions() -> None:
+    """Take from root what lets it write to all folders (CAP_DAC_OVERRIDE, Linux)."""
+    if os.geteuid() == 0:
+        ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)

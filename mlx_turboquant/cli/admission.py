@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, make_prompt_cache
+from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..lm.compressible import flat_caches
+from ..lm.compressible import cut_back, flat_caches
 from ..lm.loading import device_nbytes
 from ..lm.prompt_store import key_of
 from ..lm.settings import Settings
@@ -148,11 +148,8 @@ class KeptPrompts(LRUPromptCache):
         # In mlx-lm the cache of a draft model may lag behind that of its model.
         offsets = {layer.offset for layer in flat_caches(prompt_cache) if hasattr(layer, "offset")}
         count = min([len(tokens), *offsets])
-        if offsets - {count}:
-            if not can_trim_prompt_cache(prompt_cache):
-                return
-            for layer in flat_caches(prompt_cache):
-                layer.trim(layer.offset - count)
+        if offsets - {count} and not cut_back(prompt_cache, count):
+            return
         tokens = tokens[:count]
         super().insert_cache((model, self._key, tokens.scope), tokens, prompt_cache, **keywords)
         own = sum(layer.nbytes for layer in prompt_cache)

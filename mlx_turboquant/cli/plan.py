@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
     model, config = model_without_weights(args)
     treat_layers_alike(model)
     four = preset("4", settings)
-    footprints = {spec: footprint(model, spec) for spec in (*specs, four)}
+    footprints = {spec: footprint(model, spec) for spec in {*specs, four}}
     # A Mac keeps the weights as they are; this machine may be a CPU.
     weights = weight_nbytes(model) if args.memory else device_nbytes(model)
     left = available - weights - args.batch * chunk_nbytes(model)

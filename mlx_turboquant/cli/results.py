@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
-from ..files import writing
+from ..files import write_errors
 
 
 @contextmanager
@@ -78,7 +78,10 @@ def write_results(
     folder: Path, name: str, result: dict[str, Any], draw: Callable[[dict[str, Any], Path], None]
 ) -> None:
     """Write NAME.json and the pictures of ``draw(result, folder)`` whole, and say so."""
-    with writing(folder), tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-") as temporary:
+    with (
+        write_errors(folder),
+        tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-") as temporary,
+    ):
         (Path(temporary) / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         draw(result, Path(temporary))
         written = sorted(Path(temporary).iterdir())

@@ -165,11 +165,6 @@ def calibrate(
     return measured(len(places))
 
 
-def divergence(exact: mx.array, other: mx.array) -> mx.array:
-    """KL(exact || other) in nats of log-probabilities (..., vocabulary): float32 (...)."""
-    return (mx.exp(exact) * (exact - other)).sum(axis=-1)
-
-
 def _begun(file: Path, nothing: Profile) -> Profile:
     """What an interrupted calibration has left, if it was like this one, or ``nothing``."""
     try:

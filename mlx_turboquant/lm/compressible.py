@@ -106,6 +106,15 @@ def flat_caches(cache: list[Any]) -> list[Any]:
     return [part for layer in cache for part in getattr(layer, "caches", (layer,))]
 
 
+def cut_back(cache: list[Any], tokens: int) -> bool:
+    """Cut every layer back to its first ``tokens``; whether that was possible."""
+    if not mlx_lm_cache.can_trim_prompt_cache(cache):
+        return False
+    for layer in flat_caches(cache):
+        layer.trim(max(layer.offset - tokens, 0))
+    return True
+
+
 def text_arguments(model: nn.Module) -> Any:
     """The configuration that has the sizes: the model's, or that of the text model it wraps.
 

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean, geometric_mean
 from typing import Any, NamedTuple
@@ -126,7 +127,8 @@ def save_profile(profile: Profile, file: Path | None = None) -> Path:
     ]
     write_json(file, contents)
     if file != unfinished_path(profile.fingerprint):
-        unfinished_path(profile.fingerprint).unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished_path(profile.fingerprint).unlink()
     return file
 
 

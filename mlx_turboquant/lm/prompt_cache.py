@@ -15,7 +15,6 @@ from mlx_lm.models.cache import (
     ChunkedKVCache,
     KVCache,
     RotatingKVCache,
-    can_trim_prompt_cache,
 )
 
 from .. import files
@@ -24,7 +23,7 @@ from ..cache.single import TurboQuantKVCache
 from ..codec.quantizer import CODEC_VERSION
 from ..kernels.storage import check_state, check_vectors
 from ..stored_arrays import Damaged, StoredArray, StoredFile, room_for_checksums
-from .compressible import flat_caches, plain_caches
+from .compressible import cut_back, flat_caches, plain_caches
 from .compression import compression_of
 from .identity import CHANGED, KnownWeights, description
 
@@ -138,8 +137,9 @@ def load_prompt_cache(
         raise Damaged(file, str(error)) from error
     if seeds != saved.get("seed"):
         raise Damaged(file, f"its caches have the seeds {seeds!r}, not {saved.get('seed')!r}")
-    if tokens is not None:
-        _trim(file, cache, tokens)
+    # Where that was not done before it was loaded.
+    if tokens is not None and not cut_back(cache, tokens):
+        raise ValueError(f"{file} cannot be cut back to {tokens} tokens: load all of it.")
     if model is not None:
         _check_model(file, cache, seeds, model)
         compression_of(model).connect(cache)
@@ -201,14 +201,6 @@ def _beginning(kind: str, state: Any, tokens: int) -> Any:
     if issubclass(_CLASSES[kind], TurboQuantKVCache):
         return _CLASSES[kind].beginning(state, tokens)
     return state
-
-
-def _trim(file: Path, cache: list[Any], tokens: int) -> None:
-    """Cut a cache back to its first tokens, where that was not done before it was loaded."""
-    if not can_trim_prompt_cache(cache):
-        raise ValueError(f"{file} cannot be cut back to {tokens} tokens: load all of it.")
-    for layer in flat_caches(cache):
-        layer.trim(max(layer.offset - tokens, 0))
 
 
 def _check_names(file: Path, stored: StoredFile) -> None:

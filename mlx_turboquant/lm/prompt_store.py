@@ -28,7 +28,7 @@ import numpy as np
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
 from ..cache.single import TurboQuantKVCache
-from ..files import write_json, writing
+from ..files import write_errors, write_json
 from ..stored_arrays import Damaged, read_header
 from .compressible import flat_caches
 from .identity import description
@@ -109,7 +109,7 @@ class PromptStore:
         self.folder = folder = Path(folder).expanduser()
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is not a folder: give the folder of a prompt store.")
-        with writing(folder):
+        with write_errors(folder):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         version = version_of(folder)
         if version not in (None, FORMAT_VERSION):
@@ -119,7 +119,7 @@ class PromptStore:
             )
         if version is None:
             write_json(folder / _ABOUT, _OWN)
-        with writing(folder):
+        with write_errors(folder):
             (folder / _LOCK).open("a").close()
         self.size = size
         self._delay = delay

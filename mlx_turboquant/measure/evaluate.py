@@ -16,7 +16,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..kernels.attention import MAX_DECODE_ROWS
-from ..lm.calibrate import divergence
 from ..lm.compressible import flat_caches, plain_caches
 from ..lm.loading import reason_of
 from ..lm.report import cache_size
@@ -81,6 +80,11 @@ def log_probabilities(
         mx.eval(rows)
         progress(step.size)
         yield rows
+
+
+def divergence(exact: mx.array, other: mx.array) -> mx.array:
+    """KL(exact || other) in nats of log-probabilities (..., vocabulary): float32 (...)."""
+    return (mx.exp(exact) * (exact - other)).sum(axis=-1)
 
 
 def token_losses(rows: mx.array, tokens: mx.array) -> list[float]:

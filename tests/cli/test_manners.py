@@ -1,6 +1,5 @@
 """What the commands say of themselves, of wrong input, and when they are stopped."""
 
-import ctypes
 import os
 import re
 import resource
@@ -10,7 +9,7 @@ import sys
 
 import pexpect
 import pytest
-from commands import run
+from commands import not_above_permissions, run
 from huggingface_hub.errors import RepositoryNotFoundError
 from test_cli import TINY_LM, assert_refused, generate
 
@@ -181,12 +180,6 @@ def test_no_color_leaves_no_escape_sequences_in_a_terminal(tmp_path):
         terminal.close()
         assert terminal.exitstatus == 0
     assert b"\x1b[" in outputs[0] and b"\x1b" not in outputs[1]
-
-
-def not_above_permissions() -> None:
-    """Take from root what lets it write to all folders (CAP_DAC_OVERRIDE, Linux)."""
-    if os.geteuid() == 0:
-        ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)
 
 
 def no_space() -> None:

@@ -1,6 +1,5 @@
 """A server with a prompt store, as its users see it, and all that can go wrong."""
 
-import ctypes
 import json
 import os
 import random
@@ -20,6 +19,7 @@ import mlx.core as mx
 import openai
 import pytest
 from adapters import adapter_folder
+from commands import not_above_permissions
 from damage import claiming_terabytes, emptied, truncated, with_flipped_bits
 from hypothesis import example, given, strategies
 from servers import (
@@ -421,12 +421,6 @@ def test_a_disk_without_space_costs_a_warning_and_no_answer(tmp_path):
         assert asked(port, prompt) == (first, 0)
         stop(process)
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
-
-
-def not_above_permissions() -> None:
-    """Take from root what lets it write to all folders (CAP_DAC_OVERRIDE, Linux)."""
-    if os.geteuid() == 0:
-        ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)
 
 
 @pytest.mark.parametrize("is_there", [True, False])
