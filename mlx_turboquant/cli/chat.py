@@ -31,7 +31,7 @@ from ..lm.settings import Settings
 from .loading import load_ready
 from .options import add_store_options, given_settings, open_store, parse
 from .store import age
-from .terminal import Terminal, signals_held
+from .terminal import ENDINGS, Terminal, signals_held
 
 _HELP = """\
 /help         this list
@@ -46,7 +46,6 @@ _HELP = """\
 Alt-Enter     a new line, as Esc and then Enter
 Ctrl-C        stop the reply
 Ctrl-D        leave"""
-_ENDINGS = (signal.SIGHUP, signal.SIGTERM)
 
 
 def main(arguments: list[str]) -> None:
@@ -85,14 +84,21 @@ def main(arguments: list[str]) -> None:
         xtc_probability=args.xtc_probability,
         xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
     )
-    for number in _ENDINGS:
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    for number in ENDINGS:
+        signal.signal(number, _leave)
     try:
         Chat(conversation, generation, args).run()
     finally:
         if store is not None:
-            with signals_held(signal.SIGINT, *_ENDINGS):  # a closing terminal hangs up twice
+            with signals_held(signal.SIGINT, *ENDINGS):  # a closing terminal hangs up twice
                 store.close()
+
+
+def _leave(number: int, frame: object) -> None:
+    """End the chat; a second signal, as a closing terminal and its shell send, changes nothing."""
+    for ending in ENDINGS:
+        signal.signal(ending, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 class Conversation:
@@ -312,7 +318,7 @@ class Chat:
     def _reply(self, line: str) -> None:
         response = None
         # An exception in the middle of a step would leave some layers of the cache a token ahead.
-        with signals_held(signal.SIGINT, *_ENDINGS) as interrupts:
+        with signals_held(signal.SIGINT, *ENDINGS) as interrupts:
 
             def stop_between_chunks(*progress: int) -> None:
                 if interrupts:
@@ -337,7 +343,7 @@ class Chat:
     def _keep(self) -> None:
         """Write the conversation as it is now to the store; signals wait until that is done."""
         if self.store is not None and self.conversation.tokens:
-            with signals_held(signal.SIGINT, *_ENDINGS), self.store.writing():
+            with signals_held(signal.SIGINT, *ENDINGS), self.store.writing():
                 self.conversation.save(self.store.session_file(self.name)).chmod(0o600)
 
     def _new_name(self) -> str:

@@ -6,7 +6,7 @@ import signal
 import sys
 import termios
 import tty
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.history import FileHistory
 from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.utils import is_dumb_terminal
+
+ENDINGS = (signal.SIGHUP, signal.SIGTERM)
 
 
 class Terminal:
@@ -39,7 +41,8 @@ class Terminal:
         if self._is_plain:
             line = input()
         else:
-            line = self._session.prompt()
+            with signals_held(*ENDINGS, then=self._end_prompt) as came:
+                line = self._session.prompt(pre_run=lambda: came and self._end_prompt())
             self.write("\x1b[?2004h", end="")  # a paste has marks also while a reply is printed
         return line.encode(errors="replace").decode().rstrip()  # bytes that are no text become "?"
 
@@ -54,6 +57,14 @@ class Terminal:
             os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
             sys.exit(1)
 
+    def _end_prompt(self) -> None:
+        """End a running prompt through its event loop, where SystemExit would be a traceback."""
+        answer = self._session.app.future
+        if answer is not None:
+            answer.get_loop().call_soon_threadsafe(
+                lambda: answer.done() or answer.set_exception(EOFError())
+            )
+
     def _restore(self, modes: list) -> None:
         with suppress(OSError, termios.error):  # after a hang-up
             self.write("\x1b[?2004l", end="")
@@ -61,10 +72,18 @@ class Terminal:
 
 
 @contextmanager
-def signals_held(*numbers: int) -> Iterator[list[int]]:
-    """Signals wait for the end of the block, but for those that are removed from the list."""
+def signals_held(*numbers: int, then: Callable[[], None] = lambda: None) -> Iterator[list[int]]:
+    """Signals wait for the end of the block, but for those that are removed from the list.
+
+    ``then`` is called when one comes.
+    """
     came: list[int] = []
-    before = {x: signal.signal(x, lambda number, frame: came.append(number)) for x in numbers}
+
+    def hold(number: int, frame: object) -> None:
+        came.append(number)
+        then()
+
+    before = {number: signal.signal(number, hold) for number in numbers}
     try:
         yield came
     finally:
