@@ -553,7 +553,7 @@ def test_a_chat_goes_on_where_it_was_left(tmp_path):
     store = ("--prompt-store", str(tmp_path))
     first = piped_chat("def add(a, b):\n", *store)
     name = re.search(r"--resume ([\da-f-]+),", first.stderr)[1]
-    second = piped_chat("/stats\n/sessions\n", *store, "--resume", name)
+    second = piped_chat("/stats\n/sessions\n", *store, "--resume", name, "--kv-bits", "4")
     assert "2 messages" in second.stdout and name in second.stdout
     refused = run("chat", "--model", TINY_LM, *store, "--resume", name, "--kv-bits", "2")
     assert_refused(refused, f"The conversation {name} has settings of its own: leave out")
