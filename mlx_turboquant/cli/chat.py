@@ -271,6 +271,8 @@ class Chat:
                     self._command(*line.split(maxsplit=1))
                 elif line:
                     self._reply(line)
+            except BrokenPipeError:  # nobody reads on
+                raise
             except (ValueError, OSError) as error:
                 self._note(str(error))
             except KeyboardInterrupt:

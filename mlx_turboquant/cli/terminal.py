@@ -51,11 +51,7 @@ class Terminal:
         if is_note and not self._is_plain and not os.environ.get("NO_COLOR"):
             text = f"\x1b[90m{text}\x1b[0m"
         file = sys.stderr if is_note and self._is_plain else sys.stdout
-        try:
-            print(text, end=end, file=file, flush=True)
-        except BrokenPipeError:  # nobody reads on: nor what is flushed at the end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
-            sys.exit(1)
+        print(text, end=end, file=file, flush=True)
 
     def _end_prompt(self) -> None:
         """End a running prompt through its event loop, where SystemExit would be a traceback."""

@@ -238,6 +238,18 @@ def test_closed_streams_are_no_files():
     assert result.returncode == 0 and result.stderr == ""
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a device that is full")
+def test_a_full_disk_behind_the_output_is_one_sentence():
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "mlx_turboquant", *PLAN, "16"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+        )
+    assert result.returncode == 2
+    assert result.stderr == b"mlx_turboquant plan: [Errno 28] No space left on device\n"
+
+
 def test_doctor_says_what_it_does_and_ends_with_whether_all_is_well():
     result = run("doctor", env={**os.environ, "MLX_TURBOQUANT_BACKEND": "reference"})
     first, *_, last = result.stdout.splitlines()
