@@ -92,7 +92,7 @@ def speed_while_writing(model, tokens: list[int], folder: str) -> None:
 
 
 def session(tokens: list[int]) -> list[list[int]]:
-    """Prompts of an agent: some extend the last one, some branch off an earlier one, some repeat."""
+    """Prompts of an agent: some extend the last one, some branch off an earlier one or repeat."""
     rng = random.Random(0)
     system, rest = tokens[:SYSTEM], iter(tokens[SYSTEM:])
     prompts = [system]
