@@ -1,4 +1,4 @@
-"""Prompts of different length in one compressed batch: ``python examples/batch.py``."""
+"""Answer prompts of different length in a compressed batch: ``python examples/batch.py``."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from mlx_turboquant import cache_size, enable
 from mlx_turboquant.lm.loading import prepare_for_device
 
 model, tokenizer = mlx_lm.load(str(Path(__file__).parent / "tiny-lm"))
-prepare_for_device(model)  # float32 on a CPU, which multiplies nothing else fast
+prepare_for_device(model)  # float32 on a CPU, which multiplies other types slowly
 enable(model, bits=4)
 lines = "import os\n\n\ndef size(path):\n    return os.path.getsize(path)\n\n\n"
 prompts = [tokenizer.encode(count * lines + "def ") for count in (8, 10, 12)]

@@ -1,4 +1,4 @@
-"""Every cache that mlx-lm makes for a model is compressed: ``python examples/enable.py``."""
+"""Compress every cache that mlx-lm makes for a model: ``python examples/enable.py``."""
 
 from pathlib import Path
 
@@ -9,8 +9,8 @@ from mlx_turboquant import cache_report, enable
 from mlx_turboquant.lm.loading import prepare_for_device
 
 model, tokenizer = mlx_lm.load(str(Path(__file__).parent / "tiny-lm"))
-prepare_for_device(model)  # float32 on a CPU, which multiplies nothing else fast
-# With tokenizer=tokenizer a model without a profile is calibrated first, which is worth its time.
+prepare_for_device(model)  # float32 on a CPU, which multiplies other types slowly
+# With tokenizer=tokenizer a model without a profile is calibrated first, which is worth it.
 enable(model, bits=4)
 cache = make_prompt_cache(model)
 prompt = "import os\n\n\ndef size(path):\n    return os.path.getsize(path)\n\n\n" * 12

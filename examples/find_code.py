@@ -1,4 +1,4 @@
-"""A trained model looks for a code hidden in a long text, with three caches side by side.
+"""Let a trained model look for a code hidden in a long text, with three caches side by side.
 
     python examples/find_code.py --bits 4 --tokens 4000
 
@@ -24,7 +24,7 @@ from mlx_turboquant.measure.evaluate import following_tokens, read_first_chunk, 
 from mlx_turboquant.measure.needle import answer, hide_codes
 
 TINY_LM = Path(__file__).parent / "tiny-lm"
-# How far the caches go on after the question.
+# Tokens that every cache generates after the question.
 _REPLY_TOKENS = 96
 
 

@@ -1,10 +1,10 @@
-"""A model folder for mlx-lm from a GGUF file: weights, configuration and tokenizer.
+"""Make a model folder for mlx-lm from a GGUF file: weights, configuration and tokenizer.
 
     pip install ".[real]"
     python examples/gguf_model.py MODEL.gguf FOLDER
 
-Takes models of the architectures llama, qwen2 and gemma3. The weights are what the quantized file
-says, in float16.
+It takes models of the architectures llama, qwen2 and gemma3. Quantized weights are restored and
+stored in float16.
 """
 
 import argparse
@@ -51,7 +51,7 @@ _GEMMA_LAYER = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 
-# How Qwen2 cuts a text into words before it looks for tokens in them.
+# Qwen2 splits a text into these words before it looks for tokens in them.
 _QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -61,10 +61,10 @@ _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 
 
 class GGUFModel:
-    """The contents of a GGUF file, as mlx-lm needs them.
+    """The contents of a GGUF file, in the form that mlx-lm needs.
 
     Raises:
-        ValueError: a file that is not whole, or a model that this module cannot convert.
+        ValueError: an incomplete file, or a model that this module cannot convert.
     """
 
     def __init__(self, file: Path):
@@ -87,7 +87,7 @@ class GGUFModel:
             )
 
     def weights(self) -> Iterator[tuple[str, mx.array]]:
-        """The names of mlx-lm and the weights in float16, one at a time."""
+        """Yield the weights in float16 under the names of mlx-lm, one at a time."""
         for tensor in self._reader.tensors:
             name = self._weight_name(tensor.name)
             try:
@@ -101,7 +101,7 @@ class GGUFModel:
 
     @property
     def tensor_count(self) -> int:
-        """How many weights there are."""
+        """The number of weights."""
         return len(self._reader.tensors)
 
     def config(self) -> dict[str, Any]:
@@ -160,7 +160,7 @@ class GGUFModel:
         return tokenizer
 
     def tokenizer_config(self) -> dict[str, Any]:
-        """The contents of tokenizer_config.json, the chat template among them if there is one."""
+        """The contents of tokenizer_config.json, with the chat template if there is one."""
         tokens = self._tokens
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -189,13 +189,13 @@ class GGUFModel:
 
     def _as_in_mlx_lm(self, name: str, x: np.ndarray) -> np.ndarray:
         if self.architecture == "llama" and ("q_proj" in name or "k_proj" in name):
-            # llama.cpp has the two halves of a rotary pair side by side, mlx-lm half a head apart.
+            # A rotary pair is side by side in llama.cpp and half a head apart in mlx-lm.
             side = "head_count" if "q_proj" in name else "head_count_kv"
             heads = self._field(f"attention.{side}")
             pairs = x.reshape(heads, -1, 2, *x.shape[1:])
             return pairs.swapaxes(1, 2).reshape(x.shape)
         if self.architecture == "gemma3" and name.endswith("norm.weight"):
-            return x - 1  # mlx-lm adds it, llama.cpp has added it already
+            return x - 1  # mlx-lm adds 1 itself, and llama.cpp has already added it
         return x
 
     def _byte_level_tokenizer(self) -> Tokenizer:
@@ -220,7 +220,7 @@ class GGUFModel:
         return tokenizer
 
     def _sentencepiece_tokenizer(self) -> Tokenizer:
-        """SentencePiece merges the pair with the best score; here every pair gets its rank."""
+        """A BPE tokenizer whose merges are ranked by SentencePiece's scores."""
         if self._get("tokenizer.ggml.add_space_prefix", True):
             raise ValueError(
                 f"{self.file} has a tokenizer that puts a space in front of a text: "
@@ -263,11 +263,11 @@ class GGUFModel:
 
 
 def write_model(file: Path, folder: Path, progress: Callable[[], Any] = lambda: None) -> None:
-    """Make the folder of a GGUF file: whole, or not at all. ``progress`` is called per weight.
+    """Convert a GGUF file into a complete folder, or none. ``progress`` is called per weight.
 
     Raises:
-        ValueError: a file that cannot be converted, or a folder that is there already.
-        OSError: the folder cannot be written, for want of space for instance.
+        ValueError: a file that cannot be converted, or a folder that already exists.
+        OSError: the folder cannot be written, for example because the disk is full.
     """
     if folder.exists():
         raise ValueError(f"{folder} exists: use the name of a new folder.")
@@ -291,7 +291,7 @@ def write_model(file: Path, folder: Path, progress: Callable[[], Any] = lambda: 
             for name, text in texts.items():
                 (unfinished / name).write_text(text, encoding="utf-8")
             mx.save_safetensors(str(weights_file), weights, metadata={"format": "mlx"})
-            read_header(weights_file)  # MLX does not notice that a file is cut off
+            read_header(weights_file)  # MLX does not notice a truncated file
         except (OSError, RuntimeError, ValueError) as error:
             raise OSError(f"{folder} cannot be written whole: is there space for it?") from error
         unfinished.rename(folder)

@@ -1,4 +1,4 @@
-"""The nearest of a thousand vectors, in four bits a value: ``python examples/nearest.py``."""
+"""Search a thousand vectors in four bits per value: ``python examples/nearest.py``."""
 
 import numpy as np
 

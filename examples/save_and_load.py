@@ -1,4 +1,4 @@
-"""A prompt is read once and kept in a file: ``python examples/save_and_load.py``."""
+"""Read a prompt once and keep its cache in a file: ``python examples/save_and_load.py``."""
 
 import tempfile
 from pathlib import Path
@@ -9,7 +9,7 @@ from mlx_turboquant import cache_size, load_prompt_cache, make_prompt_cache, sav
 from mlx_turboquant.lm.loading import prepare_for_device
 
 model, tokenizer = mlx_lm.load(str(Path(__file__).parent / "tiny-lm"))
-prepare_for_device(model)  # float32 on a CPU, which multiplies nothing else fast
+prepare_for_device(model)  # float32 on a CPU, which multiplies other types slowly
 prompt = "import os\n\n\ndef size(path):\n    return os.path.getsize(path)\n\n\n" * 12
 cache = make_prompt_cache(model, bits=4)
 mlx_lm.generate(model, tokenizer, prompt, max_tokens=1, prompt_cache=cache)

@@ -1,10 +1,10 @@
-"""The answer of a model about a long text with the exact cache, mlx-lm's 4 bits and ours.
+"""Print a model's answers about a long text with the exact cache, mlx-lm's 4 bits and ours.
 
     python examples/studies/answers.py --model MODEL --kv-bits 4 3 2
 
-The text is the beginning of a file (by default of a module of Python) and the question is about it,
-so that every word of the answer is read from the quantized cache. A model without a chat template
-goes on with the text. Prints a table in Markdown; answers are greedy.
+The text is the beginning of a file, by default of a module of Python. The question is about it, so
+that every word of the answer is read from the quantized cache. A model without a chat template
+continues the text. Prints a table in Markdown; answers are greedy.
 """
 
 import argparse
@@ -21,14 +21,14 @@ from mlx_turboquant.measure.cache_specs import EXACT, MLX_LM, preset
 from mlx_turboquant.measure.evaluate import following_tokens, read_first_chunk, read_on
 
 QUESTION = "What is this Python module for? Answer in three sentences."
-_BUNDLED = 4  # of the bundled texts, the source of pickle
+_BUNDLED = 4  # the bundled text with the source of pickle
 
 
 def long_prompt(tokenizer, text: str, length: int, question: str, name: str) -> list[int]:
-    """``length`` tokens of a text, and a question about it where the model can be asked.
+    """``length`` tokens of a text, and a question about it if there is a chat template.
 
     Raises:
-        ValueError: the text, which the message calls ``name``, is shorter.
+        ValueError: the text is shorter; the message calls it ``name``.
     """
     [context] = texts.contexts(tokenizer, [text], length, 1, name)
     if not tokenizer.has_chat_template:

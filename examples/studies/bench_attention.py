@@ -1,11 +1,11 @@
-"""Time of one layer's decode attention: MLX's own caches and ours, in one run.
+"""Time the decode attention of one layer with MLX's caches and ours, in one run.
 
     python examples/studies/bench_attention.py --tokens 4096 32768 131072
     python examples/studies/bench_attention.py --groups 1 4 8 --head-dims 64 128 256 --batches 1 8
 
-The arms alternate. A measurement is a chain of independent calls in one evaluation, which hides the
-gaps between launches; where a call is shorter than the time that MLX takes to launch it, the chain
-shows that time. For the kernels alone, run one call of each arm under a profiler:
+The caches alternate. A measurement is a chain of independent calls in one evaluation, which hides
+the gaps between launches. If MLX takes longer to launch a call than the call itself, the chain
+shows the launch time. To time the kernels alone, run one call of each cache under a profiler:
 
     ncu -k regex:"turboquant|sdpa" --metrics gpu__time_duration.sum \
         python examples/studies/bench_attention.py --once
@@ -58,12 +58,12 @@ def dense_arm(keys: mx.array, values: mx.array, scale: float) -> Arm:
 
 
 def affine_arm(keys: mx.array, values: mx.array, scale: float, bits: int) -> Arm:
-    """mlx-lm's own quantized cache, groups of 64."""
+    """mlx-lm's own quantized cache with groups of 64."""
     packed = [mx.quantize(x, group_size=64, bits=bits) for x in (keys, values)]
     mx.eval(packed)
 
     def attend(queries):
-        # It scales the queries in place.
+        # A copy, because the queries are scaled in place.
         return quantized_scaled_dot_product_attention(
             queries * 1, *packed, scale=scale, mask=None, group_size=64, bits=bits
         )
@@ -72,7 +72,7 @@ def affine_arm(keys: mx.array, values: mx.array, scale: float, bits: int) -> Arm
 
 
 def compressed_arm(keys, values, scale, key_bits, value_bits) -> Arm:
-    """Four sinks and 128 recent tokens exact, the rest packed."""
+    """A cache with 4 sinks and 128 recent tokens exact, and the rest packed."""
     packed = PackedKV(layouts_of(key_bits, value_bits), seed=0)
     last = keys.shape[2] - 128
     for start in range(4, last, CHUNK):
@@ -111,7 +111,7 @@ def random_queries(shape: Shape, calls: int) -> list[mx.array]:
 
 
 def seconds_per_call(function: Callable[[mx.array], mx.array], inputs: list[mx.array]) -> float:
-    """Of the evaluation alone: the graph is built before."""
+    """The time of the evaluation alone: the graph is built before."""
     outputs = [function(x) for x in inputs]
     begin = time.perf_counter()
     mx.eval(outputs)
@@ -119,14 +119,14 @@ def seconds_per_call(function: Callable[[mx.array], mx.array], inputs: list[mx.a
 
 
 def bandwidth() -> float:
-    """Bytes per second of a copy of half a gigabyte, read and written."""
+    """Bytes per second, read and written, of a copy of half a gigabyte."""
     data = mx.ones((1 << 28,), mx.bfloat16)
     mx.eval(data)
     return 2 * data.nbytes / min(seconds_per_call(mx.abs, [data] * 4) for _ in range(5))
 
 
 def runs(name: str, arm: Arm, queries: mx.array) -> bool:
-    """Compiles an arm; MLX has no quantized product for some shapes."""
+    """Compile an arm, and return False where MLX has no quantized product for the shape."""
     try:
         mx.eval(arm.attend(queries))
     except RuntimeError as error:
@@ -136,7 +136,7 @@ def runs(name: str, arm: Arm, queries: mx.array) -> bool:
 
 
 def measure(shape: Shape, calls: int, repeats: int) -> Iterator[tuple[str, float, int]]:
-    """Name, median seconds per call, and bytes of the cache, of every arm."""
+    """Yield name, median seconds per call and bytes of the cache of every arm."""
     queries = random_queries(shape, calls)
     arms = {name: arm for name, arm in arms_of(shape).items() if runs(name, arm, queries[0])}
     times: dict[str, list[float]] = {name: [] for name in arms}
@@ -148,13 +148,13 @@ def measure(shape: Shape, calls: int, repeats: int) -> Iterator[tuple[str, float
 
 
 def plot(results: list[tuple[Shape, dict[str, float]]], file: Path) -> None:
-    """Time relative to bfloat16 against tokens, a panel for every other setting."""
+    """Plot time relative to bfloat16 against tokens, with a panel for every other setting."""
     import matplotlib.pyplot as plt
 
     panels: dict[Shape, list[tuple[Shape, dict[str, float]]]] = {}
     for shape, medians in results:
         panels.setdefault(shape._replace(tokens=0), []).append((shape, medians))
-    # The same colour in every panel, though MLX cannot run every arm in all of them.
+    # Colours are the same in every panel, though MLX cannot run every arm in each.
     colours = {name: f"C{index}" for index, name in enumerate(arm_names())}
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)

@@ -1,12 +1,12 @@
-"""Models that break careless quantizers of the KV cache, made of a trained one.
+"""Turn a trained model into models that break careless quantizers of the KV cache.
 
     python examples/studies/broken_models.py --model examples/tiny-lm
 
 prints the KL divergence of each at a mean of 4 bits: of the plain codec, with the mean of keys
-removed, and with allocated bits, without a profile and by one that is measured on other texts.
+removed, and with allocated bits, without a profile and with one that is measured on other texts.
 
-Each function changes a ``llama`` of mlx-lm in place, or returns a new model. What the first three
-do to keys, the queries undo, so that the model with an exact cache is what it was.
+Each function changes a ``llama`` of mlx-lm in place, or returns a new model. The first three leave
+attention with an exact cache as it was, or nearly: queries undo scales, softmax ignores offsets.
 """
 
 import argparse
@@ -28,10 +28,10 @@ from mlx_turboquant.measure.evaluate import Comparison
 
 
 def add_key_offsets(model: nn.Module, size: float) -> nn.Module:
-    """Constants of +-``size`` in the eight key dimensions of a head that RoPE turns most slowly.
+    """Add +-``size`` to the eight key dimensions of a head that RoPE turns most slowly.
 
-    This is what the key biases of Qwen2.5 do. A constant in all keys of a head leaves softmax
-    attention nearly as it is.
+    The key biases of Qwen2.5 do this. A constant in all keys of a head leaves softmax attention
+    nearly unchanged.
     """
     for index, attention in enumerate(_attentions(model)):
         heads, dim = attention.n_kv_heads, model.args.head_dim
@@ -45,7 +45,7 @@ def add_key_offsets(model: nn.Module, size: float) -> nn.Module:
 def scale_key_channels(model: nn.Module, factors: mx.array) -> nn.Module:
     """Multiply the channels of all keys by ``factors`` (head_dim / 2), one for each rotary pair.
 
-    Queries are divided by the same.
+    Queries are divided by them.
     """
     factors = mx.concatenate([factors, factors])
     for attention in _attentions(model):
@@ -55,7 +55,7 @@ def scale_key_channels(model: nn.Module, factors: mx.array) -> nn.Module:
 
 
 def add_outlier_channels(model: nn.Module, variance: float = 30, pairs: int = 2) -> nn.Module:
-    """``variance`` times the variance in a few key channels: ``pairs`` rotary pairs of a head."""
+    """Multiply the variance of the key channels of ``pairs`` rotary pairs of a head."""
     places = mx.arange(model.args.head_dim // 2)
     first = model.args.head_dim // 8
     outlier = (places >= first) & (places < first + pairs)
@@ -65,8 +65,8 @@ def add_outlier_channels(model: nn.Module, variance: float = 30, pairs: int = 2)
 def with_head_dim(model: nn.Module, head_dim: int) -> nn.Module:
     """The model with heads of half or twice the dimension.
 
-    Twice is the same function: rotary pair i becomes pair 2 i, which turns as fast, and in the
-    others keys are random where queries are zero. Half keeps every second pair, and is worse.
+    With twice the dimension it computes the same: rotary pair i becomes pair 2 i, which turns as
+    fast. In the other pairs keys are random and queries zero. Half keeps every second pair.
     """
     old = model.args.head_dim
     places = mx.arange(old // 2)
@@ -104,8 +104,8 @@ def with_head_dim(model: nn.Module, head_dim: int) -> nn.Module:
 def with_query_and_key_norms(model: nn.Module, spread: float) -> nn.Module:
     """A ``qwen3`` with the weights of a ``llama``: queries and keys are normalized, then scaled.
 
-    The gains of keys are log-normal over the rotary pairs with standard deviation ``spread``, and
-    those of queries their inverse. The norms make it another function than the ``llama``.
+    The gains of keys are log-normal over the rotary pairs with standard deviation ``spread``; those
+    of queries are their inverse. The norms change the function of the ``llama``.
     """
     arguments = {**vars(model.args), "model_type": "qwen3", "rope_scaling": None}
     names = qwen3.ModelArgs.__dataclass_fields__
@@ -131,7 +131,7 @@ def _scale_rows(linear: nn.Linear, factors: mx.array) -> None:
 
 
 def variants(head_dim: int) -> dict[str, Callable[[nn.Module], nn.Module]]:
-    """What is done to a model whose heads have this dimension."""
+    """The changes to a model with this head dimension, by name."""
     return {
         "unmodified": lambda model: model,
         **{
@@ -175,7 +175,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for name, change in variants(model.args.head_dim).items():
         changed = change(load()[0])
-        # The first is our codec without the removal of means.
+        # The first preset is our codec without removing means.
         specs = [preset(name) for name in ("turboquant:4", "K4V4", "4")]
         exact, *others = compare(changed, specs, contexts, args.scored)
         give_profile(changed, calibrate(changed, tokenizer))
@@ -187,7 +187,7 @@ def main() -> None:
 def compare(
     model: nn.Module, specs: list[CacheSpec], contexts: list[list[int]], scored: int
 ) -> list[dict]:
-    """The summaries of the exact cache and of all others."""
+    """The summaries of the exact cache and of all others, in this order."""
     comparison = Comparison(model, specs)
     for context in contexts:
         comparison.text(context, scored)

@@ -1,4 +1,4 @@
-"""Outlier channels and the other channels, each quantized by a method of its own."""
+"""Quantize outlier channels and the other channels with different methods."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,27 +11,27 @@ from mlx_turboquant.methods.common import Method
 from mlx_turboquant.methods.presets import turboquant_mse
 from mlx_turboquant.methods.qjl import QJL
 
-# The paper has 32 outlier channels of 128.
+# The paper splits off 32 of 128 channels.
 _SHARE = 4
 _QJL_OUTLIERS = 8
 
 
 class SplitVectors(NamedTuple):
-    """What the method of the outlier channels stores, and what the method of the others does."""
+    """The packed outlier channels and the packed others, each of its own method."""
 
     outliers: Any
     others: Any
 
 
 class ChannelSplit(Method):
-    """Quantizes some channels with one method and the others with another one.
+    """Quantizes outlier channels with one method and the others with another one.
 
     Args:
         channels: The outlier channels, int32 (..., count) in ascending order, broadcast to the
-            leading axes of the vectors. They are known before, like a seed, and not stored with
-            the vectors.
-        outliers: A method for vectors of ``count`` values.
-        others: A method for the values of the other channels.
+            leading axes of the vectors. Like a seed, they are known beforehand and not stored
+            with the vectors.
+        outliers: The method for vectors of ``count`` values.
+        others: The method for the values of the other channels.
 
     Raises:
         ValueError: the method of the outliers takes another number of channels.
@@ -53,7 +53,7 @@ class ChannelSplit(Method):
         self.bits_per_value = nbits / self.dim
 
     def _pack(self, x: mx.array) -> SplitVectors:
-        # A value that is not finite makes both parts NaN.
+        # A value that is not finite turns both parts into NaN.
         finite = mx.isfinite(x).all(axis=-1, keepdims=True)
         x = _take(mx.where(finite, x, mx.nan), self._outliers_first)
         outliers, others = mx.split(x, [self.outliers.dim], axis=-1)
@@ -70,7 +70,7 @@ def largest_channels(x: mx.array, count: int) -> mx.array:
 
     Returns int32 (..., 1, count) in ascending order.
     """
-    # Values that are not finite say nothing: their vectors become NaN in all channels anyway.
+    # Ignore non-finite values: their vectors become NaN in all channels anyway.
     finite = mx.where(mx.isfinite(x), x, 0).astype(mx.float32)
     norms = mx.linalg.norm(finite, axis=-2, keepdims=True)
     return mx.sort(mx.argpartition(-norms, count - 1, axis=-1)[..., :count], axis=-1)
@@ -79,10 +79,10 @@ def largest_channels(x: mx.array, count: int) -> mx.array:
 def turboquant_split(x: mx.array, bits: int, *, seed: int = 0) -> ChannelSplit:
     """The paper's split for vectors like x (..., n, dim) (arXiv 2504.19874, section 4.3).
 
-    The quarter of the channels with the largest norm has ``bits`` + 1 bits, the others ``bits``, in
-    two instances of TurboQuant_mse. For 128 dimensions the paper calls this 2.5 bits at ``bits`` 2,
-    "(32 * 3 + 96 * 2) / 128 = 2.5". That quotient is 2.25; with a norm of 16 bits for either
-    instance the sum is 2.5 (and 3.5 at ``bits`` 3), with the float32 of ``quantize`` it is 2.75.
+    TurboQuant_mse is used twice: the quarter of the channels with the largest norm has ``bits`` + 1
+    bits, the others ``bits``. For 128 dimensions the paper calls this 2.5 bits at ``bits`` 2,
+    "(32 * 3 + 96 * 2) / 128 = 2.5". That quotient is 2.25. With two norms of 16 bits the sum is 2.5
+    (3.5 at ``bits`` 3), and with the float32 norms of ``quantize`` it is 2.75.
 
     Raises:
         ValueError: fewer than 32 values, or bits that are not supported.
@@ -97,10 +97,9 @@ def qjl_with_outliers(
 ) -> ChannelSplit:
     """QJL with more projections for the 8 channels of x (..., n, dim) with the largest norm.
 
-    Keys of deep layers have some channels ten times as large as the others, whose error all
-    projections would have in common (arXiv 2406.03482, section 4.1). ``outlier_bits`` is the number
-    of projections for each of their values: by default four times ``bits``, 8 at most. The paper
-    leaves the number open.
+    Some channels of keys of deep layers are ten times as large as the others. All projections would
+    share their error (arXiv 2406.03482, section 4.1). ``outlier_bits`` is the number of projections
+    for each of their values: by default four times ``bits``, 8 at most. The paper leaves it open.
 
     Raises:
         ValueError: fewer than 16 values, or bits that are not supported.
@@ -114,7 +113,7 @@ def qjl_with_outliers(
 def _split_largest(
     x: mx.array, count: int, outliers: Callable[[int], Method], others: Callable[[int], Method]
 ) -> ChannelSplit:
-    """A split of the ``count`` largest channels of x, from what makes a method for a dimension."""
+    """Split off the ``count`` largest channels of x, with methods made for each dimension."""
     dim = x.shape[-1]
     if not 8 <= count <= dim - 8:
         raise ValueError(

@@ -1,10 +1,10 @@
-"""Our codec beside others, and with a mean for every tile of keys, at the same bits in all of them.
+"""Compare our codec with others, and with a mean for every tile of keys, at the same bits.
 
     python examples/studies/compare_codecs.py --model examples/tiny-lm --kv-bits K4V4 K3V3
 
 All are simulated alike: 4 sinks and a window of 128 stay exact, and blocks of 128 tokens leave it.
-``--kv-bits`` with one number allocates bits to the layers by the profile of the model, if it has
-one. Prints the mean KL divergence to the exact cache at decode.
+With one number ``--kv-bits`` allocates bits to the layers, by the profile of the model if it has
+one. Prints the mean KL divergence from the exact cache at decode.
 """
 
 import argparse
@@ -33,9 +33,9 @@ WINDOW, SINKS, BLOCK = 128, 4, 128
 
 
 class Arm(NamedTuple):
-    """A codec: a rounding of keys and one of values, for so many bits and values of a vector.
+    """A codec: a rounding of keys and one of values, made from bits and dimension.
 
-    ``extra`` are the bits that it stores besides, for each value of vectors of a dimension.
+    ``extra`` are the bits per value that it stores besides the codes, for a dimension.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Arm(NamedTuple):
 
 
 def turboquant(bits: int, dim: int, are_keys: bool) -> Rounding:
-    """Our codec, with the mean that the first block had."""
+    """Our codec, with the mean of the first block."""
     codec = MethodRounding("turboquant", bits, dim)
     means: list[mx.array] = []
 
@@ -58,7 +58,7 @@ def turboquant(bits: int, dim: int, are_keys: bool) -> Rounding:
 
 
 def turboquant_with_tile_means(bits: int, dim: int, tile: int, mean_bits: int) -> Rounding:
-    """Our codec with a mean for every ``tile`` tokens, itself in ``mean_bits`` with one scale."""
+    """Our codec with a mean for every ``tile`` tokens, in ``mean_bits`` with one scale each."""
     codec = MethodRounding("turboquant", bits, dim)
     most = 2 ** (mean_bits - 1) - 1
 
@@ -74,7 +74,7 @@ def turboquant_with_tile_means(bits: int, dim: int, tile: int, mean_bits: int) -
 
 
 def kvarn(bits: int, dim: int, by_channel: bool) -> Rounding:
-    """KVarN; ``by_channel`` for keys."""
+    """KVarN: ``by_channel`` for keys, by token for values."""
     method = KVarN(dim, bits, by_channel=by_channel)
     return lambda x: method.dequantize(method.quantize(x), x.dtype)
 
@@ -112,14 +112,14 @@ ARMS = (
 
 
 class Candidate(NamedTuple):
-    """An arm with the bits of keys and values of every compressed layer."""
+    """A codec with the bits of keys and values of every compressed layer."""
 
     arm: Arm
     name: str
     bits: list[tuple[int, int]]
 
     def filled_cache(self, model: nn.Module, read: list[Any]) -> list[Any]:
-        """A prompt cache with the tokens of the exact one ``read``."""
+        """A simulated copy of the exact prompt cache ``read``."""
         caches = copy.deepcopy(read)
         for place, bits in zip(compression_of(model).compressible, self.bits):
             key_rounding = self.arm.keys(bits[0], place.keys.dim)
@@ -130,7 +130,7 @@ class Candidate(NamedTuple):
         return caches
 
     def bits_per_value(self, model: nn.Module) -> float:
-        """All that is stored for a value of a token, on average."""
+        """The mean number of bits stored per value, with scales and means."""
         layers = compression_of(model).compressible
         dims = [side.dim for layer in layers for side in (layer.keys, layer.values)]
         bits = [b for pair in self.bits for b in pair]
@@ -138,7 +138,7 @@ class Candidate(NamedTuple):
 
 
 def candidates(model: nn.Module, names: list[str]) -> list[Candidate]:
-    """All arms, with bits as ``evaluate`` names them."""
+    """All codecs at each of the settings, named as in ``evaluate``."""
     chosen = {name: compression_of(model).bits(preset(name).settings) for name in names}
     return [Candidate(arm, name, bits) for name, bits in chosen.items() for arm in ARMS]
 
@@ -146,7 +146,7 @@ def candidates(model: nn.Module, names: list[str]) -> list[Candidate]:
 def measure(
     model: nn.Module, contexts: list[list[int]], scored: int, candidates: list[Candidate]
 ) -> list[float]:
-    """The mean divergence over all texts of each candidate."""
+    """The mean divergence of each candidate over all texts, in nats."""
     total = np.zeros(len(candidates))
     bar = tqdm(total=len(contexts) * len(candidates), unit="texts")
     for context in map(mx.array, contexts):

@@ -1,9 +1,9 @@
-"""The first picture of the README and the tables of docs/quality.md, from files of `evaluate`.
+"""Draw the first picture of the README and print the tables of docs/quality.md.
 
     python examples/studies/draw_quality.py docs/quality/*.json --out docs
 
-Each file is an evaluation.json under the name of its model. Prints a table in Markdown for each of
-them and writes a picture of all of them side by side, for light and for dark pages.
+Each file is an evaluation.json of ``evaluate`` under the name of its model. Each gets a table in
+Markdown. The picture shows all models side by side, once for light and once for dark pages.
 """
 
 import argparse
@@ -15,12 +15,12 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Prefixes of the names that `evaluate` gives to caches; "" is ours.
+# Prefixes of the names that `evaluate` gives to caches; "" is mlx_turboquant.
 _METHODS = {"mlx-lm ": "mlx-lm", "mse ": "TurboQuant_mse (paper)", "": "mlx_turboquant"}
 
 
 class Theme(NamedTuple):
-    """Colours of a page: its background, its text, and one for each of ``_METHODS``."""
+    """Colours of a page: background, text, and one for each of ``_METHODS``."""
 
     background: str
     text: str
@@ -34,13 +34,13 @@ _THEMES = {
 
 
 def method_of(codec: dict[str, Any]) -> tuple[str, str]:
-    """The name of the method of a cache, and its bits."""
+    """The method of a cache and its bits, as strings."""
     prefix = next(prefix for prefix in _METHODS if codec["codec"].startswith(prefix))
     return _METHODS[prefix], codec["codec"].removeprefix(prefix).removesuffix(" bits")
 
 
 def table(name: str, result: dict[str, Any]) -> str:
-    """The caches of one model in Markdown."""
+    """A Markdown table of the caches of one model."""
     exact, *others = result["codecs"]
     heads = [
         name,
@@ -71,7 +71,7 @@ def table(name: str, result: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, dict[str, Any]], theme: Theme) -> Figure:
-    """Divergence against bytes a token, a panel for each model."""
+    """Plot divergence against bytes per token, with a panel for each model."""
     figure = Figure(figsize=(6 * len(results), 5.6), layout="constrained")
     figure.set_facecolor(theme.background)
     axes = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]

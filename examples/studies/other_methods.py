@@ -1,8 +1,8 @@
-"""Methods that are only compared: PolarQuant, and outlier channels that are quantized apart.
+"""Run commands with methods that are only compared: PolarQuant and splits of outlier channels.
 
     python examples/studies/other_methods.py evaluate --model MODEL --kv-bits polar:4 split:2
 
-runs ``mlx_turboquant`` with their names beside those of ``mlx_turboquant.methods``.
+runs ``mlx_turboquant`` with these names in addition to those of ``mlx_turboquant.methods``.
 """
 
 import mlx.core as mx
@@ -19,7 +19,7 @@ def _polar(x: mx.array, bits: int, seed: int) -> PolarQuant:
     return PolarQuant(x.shape[-1], seed=seed)
 
 
-# As in METHODS: by name, what makes a method for vectors like x (..., n, dim).
+# As in METHODS: functions by name that make a method for vectors like x (..., n, dim).
 ALL_METHODS = {
     **METHODS,
     "polar": _polar,

@@ -1,4 +1,4 @@
-"""PolarQuant: four levels of angles, and a radius for every sixteen coordinates."""
+"""PolarQuant: four levels of angles, and one radius for every sixteen coordinates."""
 
 from functools import cache
 from math import pi
@@ -18,7 +18,7 @@ BLOCK = 16
 LEVELS = 4
 _FIRST_BITS, _BITS = 4, 2
 _STEP = 2 * pi / 2**_FIRST_BITS
-# Two-bit angles of a block: 4 of the second level, 2 of the third and 1 of the fourth.
+# Two-bit angles per block: 4 of the second level, 2 of the third and 1 of the fourth.
 _ANGLES = BLOCK // 2 - 1
 _TOLERANCE = 1e-13
 
@@ -26,8 +26,8 @@ _TOLERANCE = 1e-13
 class PolarVectors(NamedTuple):
     """Packed blocks of 16 coordinates.
 
-    ``first`` are uint32 (..., blocks): the 8 angles of the first level, 4 bits each. ``others`` are
-    uint8 (...): the 7 angles of the other levels of all blocks, four in a byte. ``radii`` are
+    ``first`` is uint32 (..., blocks): the 8 angles of the first level, 4 bits each. ``others`` is
+    uint8 (..., bytes): the 7 angles of the other levels of all blocks, four in a byte. ``radii`` is
     bfloat16 (..., blocks).
     """
 
@@ -37,20 +37,20 @@ class PolarVectors(NamedTuple):
 
 
 class PolarQuant(Method):
-    """Angles of the recursive polar transform of a rotated vector (arXiv 2502.02617).
+    """Quantizes the recursive polar transform of a rotated vector (arXiv 2502.02617).
 
-    Neighbouring coordinates become a radius and an angle, neighbouring radii again, four times. The
-    angles are independent of each other and of the radius: uniform in the first level, with a
-    density proportional to sin^(2^(l-1) - 1)(2 psi) in [0, pi / 2] in level l >= 2 (Lemma 2). They
-    are rounded to 16 levels in the first and to 4 in the others, with the least squared error. A
-    block takes 8 * 4 + 7 * 2 bits and 16 for its radius: 3.875 bits per value.
+    Pairs of neighbouring coordinates become a radius and an angle, then pairs of radii, four times.
+    The angles are independent of each other and of the radius. They are uniform in the first level,
+    and have a density proportional to sin^(2^(l-1) - 1)(2 psi) in [0, pi / 2] in level l >= 2
+    (Lemma 2). The first level is rounded to 16 angles, the others to 4, with the least squared
+    error. A block takes 8 * 4 + 7 * 2 bits and 16 for its radius: 3.875 bits per value.
 
-    With k_l the mean cosine of the error of an angle of level l, inner products shrink by the
-    factor k_1 k_2 k_3 k_4, and the relative squared error is twice what that misses to 1.
+    Let k_l be the mean cosine of the error of an angle of level l. Inner products shrink by the
+    factor k_1 k_2 k_3 k_4, and the relative squared error is 2 - 2 k_1 k_2 k_3 k_4.
 
     Args:
         dim: Values per vector, a multiple of 16 from 16 to 8 192.
-        seed: Of the rotation.
+        seed: The seed of the rotation.
 
     Raises:
         ValueError: another dimension.
@@ -95,7 +95,7 @@ class PolarQuant(Method):
 
 
 def angle_levels(level: int) -> np.ndarray:
-    """The angles of a level from 2 on after rounding, in radians (Lloyd-Max): float64 (4,)."""
+    """The four rounded angles (Lloyd-Max) of a level from 2 on, in radians: float64 (4,)."""
     angles = np.linspace(0, pi / 2, 2 ** (_BITS + 1) + 1)[1::2]
     nodes, weights = np.polynomial.legendre.leggauss(32)
     while True:
@@ -122,14 +122,14 @@ def _angles(codes: mx.array, level: int) -> mx.array:
 
 @cache
 def _codebook(level: int) -> tuple[mx.array, mx.array]:
-    """Angles and the thresholds between them."""
+    """The angles of a level, and the thresholds between them."""
     angles = angle_levels(level)
     thresholds = (angles[1:] + angles[:-1]) / 2
     return constant(angles.astype(np.float32)), constant(thresholds.astype(np.float32))
 
 
 def _pack_bytes(codes: mx.array) -> mx.array:
-    """Two-bit codes (..., n), four in a byte: uint8 (...). Words would leave half of one unused."""
+    """Pack two-bit codes (..., n) to uint8, four in a byte. Words of 32 bits would waste space."""
     count = codes.shape[-1]
     padding = [(0, 0)] * (codes.ndim - 1) + [(0, -count % 4)]
     fields = mx.unflatten(mx.pad(codes.astype(mx.uint8), padding), -1, (-1, 4))

@@ -1,10 +1,10 @@
-"""What a prompt store saves and costs: time to the first token, bytes, tokens of a session, speed.
+"""Measure a prompt store: time to first token, bytes, tokens of a session, decode rate.
 
     python examples/studies/prompt_store.py --model MODEL --tokens 8000
     python examples/studies/prompt_store.py --shape llama-3.1-8b --tokens 30000
 
-A shape has random weights and reads random tokens. A restart is a new store on the same folder and
-an empty memory.
+A shape has random weights and reads random tokens. A restart is simulated by a new store on the
+same folder and an empty memory.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from mlx_turboquant.lm.report import cache_report
 from mlx_turboquant.measure.shapes import SHAPES, random_model
 
 CHUNK = 2048
-# Tokens of the instructions and tools that all prompts begin with, and of one turn.
+# Tokens of the instructions and tools that begin all prompts, and of one turn.
 SYSTEM, TURN = 4000, (40, 160)
 TURNS, RESTART_EVERY = 40, 5
 
@@ -40,8 +40,8 @@ def read(model, cache, tokens: list[int]) -> int:
 
 
 def first_token(model, tokens: list[int], folder: str) -> None:
-    """Of a long prompt, and of a shorter one that departs from it after a quarter."""
-    read(model, make_prompt_cache(model), tokens[:CHUNK])  # which compiles
+    """Time the first token of a long prompt, and of one that departs from it after a quarter."""
+    read(model, make_prompt_cache(model), tokens[:CHUNK])  # compiles the kernels
     begin = time.perf_counter()
     cache = make_prompt_cache(model)
     expected = read(model, cache, tokens)
@@ -63,7 +63,7 @@ def first_token(model, tokens: list[int], folder: str) -> None:
 
 
 def speed_while_writing(model, tokens: list[int], folder: str) -> None:
-    """Of a sequence that goes on while the cache of a long prompt is written."""
+    """Time the decode of one sequence while the cache of a long prompt is written."""
     long, other = make_prompt_cache(model), make_prompt_cache(model)
     read(model, long, tokens)
     read(model, other, tokens[:CHUNK])
@@ -92,7 +92,7 @@ def speed_while_writing(model, tokens: list[int], folder: str) -> None:
 
 
 def session(tokens: list[int]) -> list[list[int]]:
-    """Prompts of an agent: they grow by answers and results, branch off earlier ones and repeat."""
+    """Prompts of an agent: some extend the last one, some branch off an earlier one or repeat."""
     rng = random.Random(0)
     system, rest = tokens[:SYSTEM], iter(tokens[SYSTEM:])
     prompts = [system]
@@ -105,7 +105,7 @@ def session(tokens: list[int]) -> list[list[int]]:
 
 
 def tokens_read(model, prompts: list[list[int]], folder: str | None) -> int:
-    """In all turns together, with mlx-lm's memory, and with a store if there is a folder."""
+    """Count the tokens prefilled in all turns, with a store if there is a folder."""
     total = 0
     for turn, prompt in enumerate(tqdm(prompts, leave=False)):
         if turn % RESTART_EVERY == 0:

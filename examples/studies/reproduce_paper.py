@@ -1,13 +1,13 @@
-"""The tables and figures of the TurboQuant paper (arXiv 2504.19874), for it and its relatives.
+"""Reproduce tables and figures of the TurboQuant paper (arXiv 2504.19874), and of its relatives.
 
     pip install ".[embeddings,evaluate]"
     python examples/studies/reproduce_paper.py --out docs
 
-Random vectors on the sphere in 128 dimensions come first: every number stands beside its reference
-and the deviation from it. References are exact where there is a closed form, and else from 100 000
-vectors in float64, independent of this package, good to about half a percent. Then sentence
-embeddings of 384 dimensions (--sentences 0 leaves them out). Writes three pictures, one of them of
-keys of the bundled model.
+Random vectors on the sphere in 128 dimensions come first, each number beside its reference and the
+deviation from it. References are exact where there is a closed form. The others come from 100,000
+vectors in float64, computed without this package and good to about half a percent. Sentence
+embeddings of 384 dimensions follow (--sentences 0 leaves them out). Writes three pictures, one of
+them of keys of the bundled model.
 """
 
 import argparse
@@ -33,11 +33,11 @@ from mlx_turboquant.lm.loading import prepare_for_device
 
 DIM = 128
 BITS = (1, 2, 3, 4, 5)
-# Data come from another seed than rotations, or they would not be independent of each other.
+# Data and rotations have different seeds, which keeps them independent of each other.
 DATA_SEED, ROTATION_SEED = 1234, 7
 ROTATIONS = 10
 QUERIES = 500
-# What the paper prints for 1 to 4 bits: squared error (Theorem 1), and variance times dim (2).
+# The paper's numbers for 1 to 4 bits: squared error (Theorem 1), variance times dim (2).
 PAPER_ERRORS = (0.36, 0.117, 0.03, 0.009)
 PAPER_VARIANCES = (1.57, 0.56, 0.18, 0.047)
 
@@ -49,7 +49,7 @@ ERRORS = {
     "eden": (0.567286, 0.130646, 0.0347408, 0.00924994, 0.00241277),
     "prod": (None, 0.565284, 0.181806, 0.053267, 0.0146001),
     "prod-orthogonal": (None, 0.204504, 0.0657984, 0.0192678, 0.0052838),
-    # Gain search over 13 gains with least squares, .11431 and so on, at the unbiased scale.
+    # The least-squares errors of a search over 13 gains, converted to the unbiased scale.
     "turboquant": (None, *(x / (1 - x) for x in (0.11431, 0.03167, 0.00782)), None),
     "qjl": tuple((pi / 2 - 1 / DIM) / bits for bits in BITS),
     "qjl-orthogonal": (0.56689, None, None, None, None),
@@ -79,10 +79,10 @@ STYLES = {
 
 
 class Measured(NamedTuple):
-    """A method on some vectors, all relative to their squared length.
+    """The errors of a method on some vectors, relative to their squared length.
 
-    ``bits`` is its setting, ``stored`` what a value takes with everything counted, ``error`` the
-    squared error, ``bias`` that of the product with the vector itself, ``variance`` that of the
+    ``bits`` is the setting and ``stored`` the bits per value with everything counted. ``error`` is
+    the squared error. ``bias`` belongs to the product with the vector itself, ``variance`` to the
     product with an orthogonal vector, times the dimension.
     """
 
@@ -95,7 +95,7 @@ class Measured(NamedTuple):
 
 
 def measure_all(x: mx.array) -> dict[tuple[str, int], Measured]:
-    """All methods that exist on unit vectors x (n, dim), by name and bits."""
+    """Measure all methods on unit vectors x (n, dim): results by name and bits."""
     measured = {}
     for name, bits in itertools.product(ALL_METHODS, BITS):
         try:
@@ -107,9 +107,9 @@ def measure_all(x: mx.array) -> dict[tuple[str, int], Measured]:
 
 
 def measure(name: str, bits: int, x: mx.array) -> Measured:
-    """The errors on unit vectors x (n, dim), with another rotation for every tenth of them.
+    """Measure a method on unit vectors x (n, dim), with another rotation for every tenth of them.
 
-    The variance is the mean over all orthogonal directions, which needs no drawing of them.
+    The variance is the exact mean over all orthogonal directions; none are sampled.
     """
     sums, dim = np.zeros(3), x.shape[1]
     cuts = [i * len(x) // ROTATIONS for i in range(1, ROTATIONS)]
@@ -137,7 +137,7 @@ def print_table(title: str, header: str, rows: list[list[str]]) -> None:
 
 
 def compared(value: float, reference: float | None) -> list[str]:
-    """A number, its reference and the deviation from it, as cells."""
+    """Table cells for a number, its reference and the deviation from it."""
     if reference is None:
         return [f"{value:.5f}", "", ""]
     return [f"{value:.5f}", f"{reference:.5f}", f"{value / reference - 1:+.2%}"]
@@ -160,7 +160,7 @@ def print_theorem_1(results: dict[tuple[str, int], Measured]) -> None:
 def print_theorem_2(results: dict[tuple[str, int], Measured]) -> None:
     rows = []
     for bits, paper in zip(BITS, (*PAPER_VARIANCES, None)):
-        name = "prod" if bits > 1 else "qjl"  # without a first stage nothing else is left
+        name = "prod" if bits > 1 else "qjl"  # one bit leaves nothing for a first stage
         bounds = (f"{x * 4**-bits:.5f}" for x in (sqrt(3) * pi**2, 1))
         cells = compared(results[name, bits].variance, VARIANCES[name][bits - 1])
         eden = compared(results["eden", bits].variance, VARIANCES["eden"][bits - 1])
@@ -177,7 +177,7 @@ def print_theorem_2(results: dict[tuple[str, int], Measured]) -> None:
 def polar_error() -> float:
     """The relative squared error of PolarQuant in closed form, without rounding of radii.
 
-    Twice what the product of the mean cosines of the errors of all levels misses to 1.
+    It is 2 - 2 c, with c the product over all levels of the mean cosine of the error.
     """
     angles = np.linspace(0, pi / 2, 200_001)
     cosines = [16 / pi * np.sin(pi / 16)]
@@ -224,7 +224,7 @@ def print_embeddings(
 def inner_products(x: mx.array, bits: int, names: list[str]) -> dict[str, list[tuple]]:
     """Errors of the products of the first vectors with all others, in bins of the true product.
 
-    Each bin is its middle, and the mean and standard deviation of the errors, over 8 rotations.
+    A bin has its middle, and the mean and standard deviation of the errors over 8 rotations.
     """
     queries, vectors = x[:QUERIES], x[QUERIES:]
     true = np.array(queries @ vectors.T).ravel()
@@ -257,7 +257,7 @@ def print_inner_products(curves: dict[str, list[tuple]], bits: int) -> None:
 
 
 def keys_of_tiny_lm() -> mx.array:
-    """Keys of a layer of the bundled model that reads a text, as unit vectors (n, 128)."""
+    """Keys of a layer of the bundled model while it reads a text: unit vectors (n, 128)."""
     model, tokenizer = mlx_lm.load(str(Path(__file__).parents[1] / "tiny-lm"))
     prepare_for_device(model)
     text = texts.encode(tokenizer, texts.bundled_texts()[:1])[0][:2048]
@@ -268,9 +268,9 @@ def keys_of_tiny_lm() -> mx.array:
 
 
 def rotations(x: mx.array) -> dict[str, tuple[mx.array, float]]:
-    """What a codec may round in place of unit vectors x (n, dim): unit vectors, and their energy.
+    """Unit vectors that a codec can round in place of x (n, dim), and their energy.
 
-    Without the mean there is less to round, and so less of an error.
+    Removing the mean leaves less energy, and so a smaller error.
     """
     rotation = Rotation(x.shape[1], seed=ROTATION_SEED)
     rest = x - x.mean(axis=0)
@@ -302,9 +302,9 @@ def print_rotations(x: mx.array) -> None:
 
 
 def draw_rotation(x: mx.array) -> Figure:
-    """Coordinates of unit vectors x (n, dim) before and after the rotation.
+    """Draw histograms of the coordinates of unit vectors x (n, dim) before and after the rotation.
 
-    All together, and those with the largest, the median and the smallest root mean square alone.
+    They show all coordinates, and those with the largest, median and smallest root mean square.
     """
     dim = x.shape[1]
     figure = Figure(figsize=(11, 3.6), layout="constrained")
@@ -330,7 +330,7 @@ def draw_rotation(x: mx.array) -> Figure:
 
 
 def draw_distortion(panels: dict[str, dict[tuple[str, int], Measured]]) -> Figure:
-    """Squared error over stored bits, a panel for each kind of vectors."""
+    """Plot squared error against stored bits, with a panel for each kind of vectors."""
     figure = Figure(figsize=(5.2 * len(panels), 4.6), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, results) in zip(axes, panels.items()):
@@ -350,7 +350,7 @@ def draw_distortion(panels: dict[str, dict[tuple[str, int], Measured]]) -> Figur
 def draw_inner_products(
     results: dict[tuple[str, int], Measured], curves: dict[str, list[tuple]], bits: int
 ) -> Figure:
-    """Variance over bits; bias and spread over the true product, where there are sentences."""
+    """Plot variance against bits and, with sentences, bias and spread against the true product."""
     figure = Figure(figsize=(9.6 if curves else 5.2, 4.2), layout="constrained")
     axes = figure.subplots(1, 2 if curves else 1, squeeze=False)[0]
     b = np.linspace(1, 5.5, 50)
@@ -398,7 +398,7 @@ def main() -> None:
     print_all(results)
     panels, curves, bits = {f"sphere, {DIM} dimensions": results}, {}, 2
     if args.sentences:
-        # Their mean is not zero; nothing is done about it, because the methods do nothing either.
+        # Their mean is not zero. It stays, because the methods do not remove it either.
         vectors = mx.array(sentences)
         on_sentences = measure_all(vectors)
         panels[f"sentence embeddings, {embeddings.DIM} dimensions"] = on_sentences

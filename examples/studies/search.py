@@ -1,12 +1,12 @@
-"""VectorIndex beside faiss's product and scalar quantizers at the same bytes, and exact search.
+"""Compare VectorIndex with faiss's quantizers at about the same bytes, and with exact search.
 
     pip install ".[embeddings,search]"
     python examples/studies/search.py --png search.png
 
-Indexes embeddings of the sentences that Python says of itself, and clustered vectors of 200, 1 536
-and 3 072 dimensions. Prints, for each, how often the nearest vector is among the first k, how many
-of the ten nearest are among the first ten, and how long building and searching take. Most of the
-time goes into training faiss's product quantizers.
+The vectors are embeddings of sentences of Python's documentation, and clustered vectors of 200,
+1,536 and 3,072 dimensions. For each index the tables show how often the nearest vector is among the
+first k, the share of the ten nearest among the first ten, and the time to build and search. Most of
+the time goes into training faiss's product quantizers.
 """
 
 import argparse
@@ -22,12 +22,12 @@ import numpy as np
 from mlx_turboquant import VectorIndex
 
 KS = (1, 2, 4, 8, 16, 32, 64)
-# (queries, k) to the positions of the nearest vectors (q, k).
+# Maps (queries, k) to the positions of the nearest vectors (q, k).
 Search = Callable[[np.ndarray, int], np.ndarray]
 
 
 class Arm(NamedTuple):
-    """An index: ``build`` makes a search from vectors; ``bytes`` a vector are without its id."""
+    """An index: ``build`` makes a search from vectors; ``bytes`` per vector exclude its id."""
 
     name: str
     bits: int
@@ -36,7 +36,7 @@ class Arm(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What was measured of an arm; ``recalls`` are of the nearest in the first k of ``KS``."""
+    """The results of an index; ``recalls`` has the share of queries for each k of ``KS``."""
 
     arm: Arm
     recalls: list[float]
@@ -52,7 +52,7 @@ def turboquant(dim: int, bits: int, reranked: bool) -> Arm:
         originals = vectors.__getitem__ if reranked else None
         return lambda queries, k: np.array(index.search(queries, k, originals=originals).ids)
 
-    # An id takes 8 more; the other indexes have positions in the place of ids.
+    # Without the 8 bytes of an id: the other indexes use positions.
     size = round(VectorIndex(dim, bits).bits_per_value * dim / 8) - 8
     return Arm("VectorIndex" + ", re-ranked" * reranked, bits, size, build)
 
@@ -78,7 +78,7 @@ def exact(vectors: np.ndarray) -> Search:
 
 
 def arms(dim: int, bits: int) -> list[Arm]:
-    """Ours, and those of faiss that have as many bytes a vector or nearly so."""
+    """VectorIndex, and faiss's indexes with about as many bytes per vector."""
     faiss = import_faiss()
     product = faiss.METRIC_INNER_PRODUCT
     # Product quantization: 256 centroids for every 8 / bits values.
@@ -107,7 +107,7 @@ def import_faiss():
 def clustered(count: int, dim: int, seed: int = 1) -> np.ndarray:
     """Unit vectors around a hundred centres, with variances that fall as 1 / i: (count, dim).
 
-    The axes are those of a random rotation, so that no coordinate is special.
+    The axes are rotated at random, so that no coordinate is special.
     """
     rng = np.random.default_rng(seed)
     spread = np.arange(1, dim + 1, dtype=np.float32) ** -0.5
@@ -118,7 +118,7 @@ def clustered(count: int, dim: int, seed: int = 1) -> np.ndarray:
 
 
 def measure(vectors: np.ndarray, queries: np.ndarray, bits: list[int]) -> list[Result]:
-    """All arms on the same vectors."""
+    """Measure all indexes on the same vectors."""
     nearest = exact(vectors)(queries, max(KS))
     candidates = [Arm("exact", 32, 4 * vectors.shape[1], exact)]
     candidates += [arm for b in bits for arm in arms(vectors.shape[1], b)]
@@ -157,7 +157,7 @@ def print_table(title: str, queries: int, results: list[Result]) -> None:
 
 
 def save_picture(file: Path, data: dict[str, list[Result]]) -> None:
-    """Recall of the nearest vector against k, a panel for each set of vectors."""
+    """Plot the recall of the nearest vector against k, with a panel for each set of vectors."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(data), 4), layout="constrained")

@@ -1,12 +1,11 @@
-"""Trains examples/tiny-lm: a small Llama that writes Python and finds hidden codes in 8192 tokens.
+"""Train examples/tiny-lm: a small Llama that writes Python and finds codes in 8192 tokens.
 
     python examples/studies/train_tiny_lm.py --out my-tiny-lm
 
-The text is Python source code, by default this interpreter's standard library. Part of the
-sequences hide passkeys (see mlx_turboquant/measure/needle.py) and end with questions about them,
-first in short contexts, where looking up is quickly learned, then in longer ones. The model is
-quantized to 8 bits, saved in mlx-lm's format, loaded again and evaluated. An H200 takes eight
-minutes. To try every part on a CPU:
+The text is Python source code, by default this interpreter's standard library. Some sequences hide
+passkeys (see mlx_turboquant/measure/needle.py) and end with questions about them. Short contexts,
+in which the lookup is learned quickly, come first. The model is quantized to 8 bits, saved in
+mlx-lm's format, loaded again and evaluated. An H200 takes eight minutes. To try all on a CPU:
 ``--steps 6 --scale 0.02 --passkey-prompts 1 --held-out-tokens 8192``.
 """
 
@@ -42,17 +41,17 @@ CONFIG = dict(
     bos_token_id=0, eos_token_id=0, torch_dtype="bfloat16",
 )  # fmt: skip
 END = "<|endoftext|>"
-# (context, rows in a batch, share of all steps, share of the rows that hide passkeys)
+# (context, rows per batch, share of all steps, share of rows that hide passkeys)
 STAGES = [(512, 64, 0.06, 0.6), (2048, 32, 0.74, 0.2), (8192, 8, 0.20, 0.5)]
 PEAK_LEARNING_RATE = 2e-3
-# The text is read many times over: strong weight decay and dropout keep it from being memorized.
+# Strong weight decay and dropout prevent memorization: the text is read many times.
 WEIGHT_DECAY = 1.0
 DROPOUT = 0.15
 ANSWER_WEIGHT = 4.0
 
 
 class DropoutBlock(llama.TransformerBlock):
-    """mlx-lm's block with dropout on what it adds; the names of the parameters stay the same."""
+    """mlx-lm's block with dropout on both residual branches; parameters keep their names."""
 
     def __init__(self, arguments):
         super().__init__(arguments)
@@ -74,12 +73,12 @@ def make_model():
 def read_texts(folders):
     """Two lists of source texts: about 19 of 20 file names for training, the others held out.
 
-    The name decides, so that two versions of one module never fall on different sides.
+    The file name decides, so that two versions of a module are on the same side.
     """
     sides, seen = ([], []), set()
     for folder in map(Path, folders):
         for path in sorted(folder.rglob("*.py")):
-            # The encodings are tables of numbers, and installed packages have other licences.
+            # Encodings are tables of numbers, and installed packages have other licences.
             if {"site-packages", "dist-packages", "encodings"} & set(path.parts):
                 continue
             data = path.read_bytes()
@@ -115,7 +114,7 @@ def train_tokenizer(texts):
 
 
 def tokenize(tokenizer, texts):
-    """All texts, in a shuffled order, as one array of tokens with END after each."""
+    """All texts in random order as one array of tokens, with END after each."""
     texts = random.Random(0).sample(texts, len(texts))
     encoded = [e.ids + [0] for e in tokenizer.encode_batch(texts)]
     return np.concatenate([np.array(ids, dtype=np.uint16) for ids in encoded])
@@ -136,7 +135,7 @@ def prepare(folder, texts):
 
 
 class WordEncoder:
-    """The tokenizer with a memory for words and digits, for the many short lines of passkeys."""
+    """A tokenizer that caches words and digits, for the many short lines of passkeys."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.words = tokenizer, {}
@@ -157,7 +156,7 @@ class WordEncoder:
 def passkey_row(encoder, text, context, rng):
     """Tokens and weights, ``context + 1`` each: text with hidden codes, then all the questions."""
     count = rng.randint(1, min(8, context // 96))
-    # Every other row has names that share words: both words of a name must be looked up.
+    # In every other row names share words, so both words of a name must be looked up.
     names = needle.random_names(count, rng, words=rng.choice((3, 64)))
     codes = [needle.random_code(rng) for _ in names]
     lines = [needle.code_line(*pair) for pair in zip(names, codes, strict=True)]
@@ -185,7 +184,7 @@ def make_batch(encoder, stream, stage, scale, seed, step):
             try:
                 row = passkey_row(encoder, text, context, rng)
             except ValueError:
-                pass  # a text of very long lines has no room for codes: it stays as it is
+                pass  # a text of very long lines has no room for codes and stays unchanged
         batch.append(row)
     tokens, weights = zip(*batch, strict=True)
     return np.array(tokens, dtype=np.int32), np.array(weights, dtype=np.float32)
@@ -204,14 +203,14 @@ def token_losses(model, tokens):
 
 
 def held_out_loss(model, tokens, context):
-    """Mean loss over tokens cut into windows of ``context`` tokens, each read from its start."""
+    """The mean loss of tokens in windows of ``context`` tokens, each read from its start."""
     windows = len(tokens) // context
     rows = mx.array(tokens[: windows * context].reshape(windows, context).astype(np.int32))
     return sum(token_losses(model, row[None]).mean().item() for row in rows) / windows
 
 
 def save_checkpoint(folder, step, parameters, optimizer):
-    """Everything that ``--resume`` needs beside the tokens."""
+    """Save everything that ``--resume`` needs besides the tokens."""
     state = {f"parameters.{k}": v for k, v in tree_flatten(parameters)}
     state |= {f"optimizer.{k}": v for k, v in tree_flatten(optimizer.state)}
     state["step"] = mx.array(step)
@@ -220,7 +219,7 @@ def save_checkpoint(folder, step, parameters, optimizer):
 
 
 def train(model, encoder, training, held_out, arguments):
-    """Float32 parameters with bfloat16 arithmetic, AdamW: warm-up, flat, then linear to zero."""
+    """Train float32 parameters in bfloat16: AdamW with warm-up, flat, then linear to zero."""
     steps, stages, work = arguments.steps, stage_of_step(arguments.steps), arguments.work
     warm, fall = max(1, steps // 50), max(1, steps * 6 // 10)
     schedule = optim.join_schedules(
@@ -294,7 +293,7 @@ def train(model, encoder, training, held_out, arguments):
 
 
 def write_model(model, work, folder):
-    """The model in 8 bits in mlx-lm's format; the folder is complete from the moment it exists."""
+    """Save the model in 8 bits in mlx-lm's format; the folder appears only when complete."""
     new = folder.with_name(folder.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -328,9 +327,9 @@ def continue_greedily(model, prompt, count):
 
 
 def evaluate(folder, held_out, seeds, prompts, limit):
-    """Prints the saved model's held-out loss and passkey accuracy per context length."""
+    """Print the saved model's held-out loss and passkey accuracy per context length."""
     model, tokenizer = load(str(folder))
-    # The same weights without their packing: float32 is the fastest form on a CPU.
+    # Float32 is the fastest dtype on a CPU.
     model = dequantize_model(model)
     model.set_dtype(mx.float32)
     for context in (2048, 4096, 8192):
