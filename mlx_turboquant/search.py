@@ -136,8 +136,8 @@ class VectorIndex:
             candidates: How many of the best estimates are re-ranked, ``k`` or more (default: 4 k).
 
         Raises:
-            ValueError: an empty index, another k, too few candidates, queries that :meth:`add`
-                would not take as vectors, or originals that are not (m, dim).
+            ValueError: an empty index, ``k`` out of range, fewer candidates than ``k``, queries
+                that :meth:`add` would not take, or originals that are not (m, dim).
         """
         queries = mx.array(queries)
         check_vectors(queries, self.quantizer.dim)

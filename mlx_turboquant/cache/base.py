@@ -17,7 +17,7 @@ from .fetched import Fetched, Link, Step, fetch
 class CompressedCache:
     """The tokens of one layer, each either exact or packed.
 
-    ``_exact`` are keys and values (B, H, capacity, dim), or latent vectors, in the model's dtype
+    ``_exact`` holds keys and values (B, H, capacity, dim), or latent vectors, in the model's dtype
     with free space behind them. It is empty before the first tokens. Attention never changes the
     arrays that it is given.
 
@@ -57,7 +57,7 @@ class CompressedCache:
     def keys_and_values(self) -> Fetched:
         """The result of the last :meth:`update_and_fetch`, for layers without keys of their own.
 
-        After the last of these layers has read it, the tokens are returned as they are packed.
+        After the last of these layers has read it, the tokens after packing are returned instead.
         """
         fetched = self._fetched or fetch(self._tokens(), 0, self.link)
         self.reads += 1

@@ -31,7 +31,7 @@ _ROOM = 64
 class CausalMask(mx.array):
     """A boolean mask that is equivalent to causal attention over the tokens of each sequence.
 
-    Decode attention needs no such array, because its tokens name the columns of each sequence.
+    Decode attention does not read it, because its tokens tell which columns each sequence has.
     """
 
 
@@ -110,7 +110,7 @@ class BatchTurboQuantKVCache(CompressedCache):
             self._step = None
 
     def finalize(self) -> None:
-        """End the prefill of padded prompts, of whose padding nothing is held."""
+        """End the prefill of padded prompts; none of the padding is held."""
         self._expected = None
 
     def _take_expected(self, count: int) -> list[int]:
@@ -141,7 +141,7 @@ class BatchTurboQuantKVCache(CompressedCache):
         self._recent = [recent + count for recent in self._recent]
 
     def _steps_alike(self) -> int:
-        """Steps of one token until one packs a block or finds the exact buffers full.
+        """Number of one-token steps before one packs a block or finds the exact buffers full.
 
         There are none during the prefill of padded prompts, in which each step counts padding.
         """

@@ -1,4 +1,4 @@
-"""Which tokens are packed: sinks and a window stay exact, tokens between them are packed in blocks.
+"""Which tokens are packed: whole blocks between the exact sinks and a window of exact tokens.
 
     sinks | packed tokens | up to 31 more, then the window
 
@@ -34,12 +34,12 @@ class CacheSettings(NamedTuple):
         return self.sink_tokens + self.window + BLOCK + MAX_DECODE_ROWS
 
     def leaving(self, packed: int, exact: int) -> int:
-        """How many of ``exact`` tokens to pack, so that whole blocks have left the window."""
+        """How many of ``exact`` tokens to pack: those that fill whole blocks before the window."""
         outside = exact - self.sink_tokens - self.window
         return max(0, (packed + outside) // BLOCK * BLOCK - packed)
 
     def until_block(self, packed: int, exact: int) -> int:
-        """How many new tokens there are until the next block leaves the window, 1 or more."""
+        """How many more tokens it takes until the next block leaves the window, 1 or more."""
         outside = exact - self.sink_tokens - self.window
         return (packed // BLOCK + 1) * BLOCK - (packed + outside)
 

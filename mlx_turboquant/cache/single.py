@@ -7,7 +7,7 @@ The cache owns two stores, and every token it holds is in one of them:
 
 After each call
 
- 1. ``offset`` tokens have been appended; the oldest ``forgotten`` after the sinks are gone;
+ 1. ``offset`` tokens have been appended; the oldest after the sinks, ``forgotten`` ones, are gone;
  2. if any token is packed, all sinks are exact, and packed tokens are older than recent ones;
  3. besides the sinks, at most the window and 31 more tokens are exact.
 
@@ -128,7 +128,7 @@ class TurboQuantKVCache(CompressedCache):
         self.offset += new[0].shape[2]
 
     def _steps_alike(self) -> int:
-        """Steps of one token until one packs a block or finds the exact buffers full."""
+        """Number of one-token steps before one packs a block or finds the exact buffers full."""
         held = self.exact_tokens
         until_block = self.settings.until_block(self._packed.count, held)
         return min(until_block - 1, self._exact[0].shape[2] - held)

@@ -109,7 +109,7 @@ def lloyd_max_levels(dim: int, bits: int) -> np.ndarray:
 
 
 def distortion(dim: int, levels: np.ndarray) -> float:
-    """Mean squared error of a unit vector whose coordinates become the nearest of ``levels``.
+    """Mean squared error of a unit vector with coordinates rounded to the nearest of ``levels``.
 
     ``levels`` are symmetric about zero, ascending, float64 (2**bits,).
     """

@@ -131,9 +131,9 @@ def unlink(model: nn.Module, link: Link) -> None:
 def _raises_without_arrays(model: nn.Module, places: list[Compressible], link: Link) -> bool:
     """Whether code other than hooked attention uses the keys and values of one new token.
 
-    The model is called lazily: first with a block to pack, then with one token, whose keys and
-    values raise an error if they are used as arrays. The steps of the block also count how often
-    other layers read each cache.
+    The model is called lazily and computes nothing: first with a block to pack, then with one
+    token, whose keys and values raise an error if they are used as arrays. The steps of the block
+    also count how often other layers read each cache.
     """
     settings = Settings(window=0, sink_tokens=0)
     cache = compressed_caches(model, places, [(4, 4)] * len(places), settings)

@@ -3,8 +3,9 @@
 A key or value depends on all weights below it, so every bit counts: a fine-tune, another
 quantization or an adapter makes another model. Words of 32 bits are multiplied by random odd
 numbers of 64 bits and summed modulo 2^64, at the memory bandwidth of a GPU. The identity is the
-SHA-256 of the sums. A change of one word always changes its sum. Arrays that differ in any other
-way have the same sum with a probability of about 2^-32 (multilinear hashing, arXiv 1202.4961).
+SHA-256 of the sums, with names, shapes, dtypes and configuration. A change of one word always
+changes its sum. Arrays that differ in any other way have the same sum with a probability of about
+2^-32 (multilinear hashing, arXiv 1202.4961).
 """
 
 import hashlib

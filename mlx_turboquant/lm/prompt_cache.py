@@ -121,7 +121,7 @@ def load_prompt_cache(
             f"{file} is not a prompt cache of mlx_turboquant: use a file that it has saved."
         )
     versions = {"format": FORMAT_VERSION, "codec": CODEC_VERSION}
-    files.check_versions(file, saved, versions, "process the prompt again")
+    files.check_versions(file, saved, versions, "prefill the prompt again")
     if model is not None:
         check_identity(file, saved, model)
     _check_names(file, stored)
@@ -210,7 +210,7 @@ def _check_names(file: Path, stored: StoredFile) -> None:
         raise Damaged(file, f"{sorted(unknown)[0]!r} is not a kind of cache")
     layers = {name.split(".")[0] for name in stored.arrays}
     if len(layers) != sum(key.startswith("1.") for key in stored.metadata):
-        raise Damaged(file, f"the number of classes is not that of layers, {len(layers)}")
+        raise Damaged(file, f"{len(layers)} layers do not match the number of classes")
     _check_lists(file, stored.metadata)
     _check_lists(file, stored.arrays)
 

@@ -62,7 +62,7 @@ class Entry(NamedTuple):
     """One file: the cache of the first ``tokens`` of a prompt, for one model and settings.
 
     ``key`` identifies model, settings and scope. An entry that ``can_trim`` also serves prompts
-    that share only its beginning. ``used`` is the time of the last write or use in seconds, or 0.
+    that share only its beginning. ``used`` is the last write or use in seconds, 0 if unknown.
     """
 
     file: Path
@@ -376,12 +376,12 @@ def reading(
     name: str = "",
     progress: Progress = lambda *_: None,
 ) -> Iterator[tuple[list[Any], int, Progress]]:
-    """Prefill ``tokens``, of which ``known`` are in a cache, with the help of a store.
+    """Look up ``tokens`` in a store before their prefill, and keep their cache afterwards.
 
-    Yields the cache to use, the number of tokens in it, and a ``prompt_progress_callback`` for
-    mlx-lm. This calls ``progress``, then keeps a cache that cannot be cut back every 4,096 tokens.
-    At the end the cache is kept; generated tokens may have been added to ``tokens``. Without a
-    store, the arguments are yielded unchanged.
+    Yields the cache to use, the number of tokens in it (``known`` at least), and a callback for the
+    ``prompt_progress_callback`` of mlx-lm. It calls ``progress``, then keeps a cache that cannot be
+    cut back every 4,096 tokens. Generated tokens may have been added to ``tokens`` at the end.
+    Without a store, the arguments are yielded unchanged.
     """
     if store is None:
         yield cache, known, progress

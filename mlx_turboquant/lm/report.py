@@ -23,7 +23,7 @@ _log = logging.getLogger("mlx_turboquant")
 
 
 class CacheSize(NamedTuple):
-    """Tokens and bytes of a prompt cache, and the bytes of its tokens in 16 bits.
+    """Tokens and bytes of a prompt cache, and ``fp16_nbytes``, those of its tokens in 16 bits.
 
     ``unpacked`` is how many tokens stay exact before the first are packed, or 0 if some are packed.
     """
