@@ -1,4 +1,4 @@
-"""``python -m mlx_turboquant``."""
+"""The command line, as ``python -m mlx_turboquant``."""
 
 from .cli import main
 

@@ -1,4 +1,4 @@
-"""Files that are written whole: JSON, and arrays in the safetensors format."""
+"""Atomic writes of JSON and safetensors files, with checks of targets and versions."""
 
 import json
 import os
@@ -12,19 +12,19 @@ from .stored_arrays import read_header, seal
 
 
 def safetensors_path(file: str | Path) -> Path:
-    """The path with the ending ".safetensors", which mlx expects."""
+    """The path with the suffix ".safetensors", which mlx expects."""
     file = Path(file)
     return file if file.suffix == ".safetensors" else file.with_name(file.name + ".safetensors")
 
 
 def write_whole(file: Path, write: Callable[[Path], None], key: str) -> None:
-    """Write ``file`` so that it is complete or not there: to a temporary name, then renamed.
+    """Write ``file`` atomically: under a temporary name, which is then renamed.
 
-    ``write`` makes a safetensors file with room for checksums under ``key`` of its metadata, which
-    is filled then.
+    ``write`` makes a safetensors file with a placeholder for checksums under ``key`` of its
+    metadata. The checksums are filled in afterwards.
 
     Raises:
-        OSError: the file cannot be written whole, for want of space for instance.
+        OSError: the file cannot be written completely, for example because the disk is full.
     """
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}-") as folder:
         complete = Path(folder) / file.name
@@ -35,19 +35,19 @@ def write_whole(file: Path, write: Callable[[Path], None], key: str) -> None:
         except (RuntimeError, ValueError) as error:
             raise OSError(f"{file} cannot be written whole: is there space for it?") from error
         os.replace(complete, file)
-        with suppress(OSError):  # where folders cannot be synced
+        with suppress(OSError):  # some file systems cannot sync folders
             parent = os.open(file.parent, os.O_RDONLY)
-            os.fsync(parent)  # a power cut would undo the renaming
+            os.fsync(parent)  # otherwise a power cut could undo the rename
             os.close(parent)
 
 
 @contextmanager
 def write_errors(place: Path) -> Iterator[None]:
-    """Say of an OSError which ``place`` was to be written, and what to do."""
+    """Add ``place`` and a remedy to an OSError that occurs while ``place`` is written."""
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # it was said by a block within this one
+        if error.errno is None:  # an inner block has already added them
             raise
         raise OSError(
             f"{place} cannot be written ({error.strerror}): use a place with space and permission."
@@ -55,14 +55,14 @@ def write_errors(place: Path) -> Iterator[None]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder where there is none; OSError if it cannot be made or written to."""
+    """Create a folder unless it exists; OSError if it cannot be created or written to."""
     with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
 
 
 def write_json(file: Path, contents: dict[str, Any]) -> None:
-    """Write ``file`` so that it is complete or not there; its folder is made where there is none.
+    """Write ``file`` atomically, and create its folder if needed.
 
     Raises:
         OSError: the file cannot be written.
@@ -78,10 +78,10 @@ def write_json(file: Path, contents: dict[str, Any]) -> None:
 
 
 def check_target(file: str | Path, key: str, what: str) -> Path:
-    """The path that a file is saved at; ValueError if it cannot be saved there.
+    """The path to save a file at; ValueError if it cannot be saved there.
 
-    A file that is there already must have ``key`` in its metadata, which says that this package
-    wrote it; ``what`` is what the message calls such a file.
+    An existing file must have ``key`` in its metadata, which shows that this package wrote it.
+    The error message calls such a file a ``what``.
     """
     file = safetensors_path(file)
     if not file.parent.is_dir():
@@ -94,7 +94,7 @@ def check_target(file: str | Path, key: str, what: str) -> Path:
 def check_versions(
     file: Path, saved: dict[str, str], versions: dict[str, str], remedy: str
 ) -> None:
-    """Raise ValueError unless the metadata of a file name the ``versions`` of this package."""
+    """Raise ValueError unless the ``saved`` metadata of a file have these ``versions``."""
     for name, version in versions.items():
         if saved.get(name) != version:
             raise ValueError(

@@ -16,7 +16,7 @@ from .kernels.quantize import inner_product
 from .stored_arrays import Damaged, StoredFile, room_for_checksums
 
 METRICS = ("cosine", "dot", "l2")
-# Changes whenever an index is written in another way.
+# Changes whenever the file format of an index changes.
 FORMAT_VERSION = "2"
 
 _KIND = "vector_index"
@@ -24,40 +24,40 @@ _VERSIONS = {_KIND: FORMAT_VERSION, "codec": CODEC_VERSION}
 _CHECKSUMS_KEY = "checksums"
 # The products and squares of two lengths up to this one are finite in float32.
 _LONGEST = 1e18
-# The square of this length is not yet rounded to zero, so that the vector has a direction.
+# The square of this length is not rounded to zero, so the vector has a direction.
 _SHORTEST = 1e-18
 _QUERY_TILE = 256
-# The default number of candidates of re-ranking for each result.
+# Candidates for re-ranking per result, by default.
 _CANDIDATES = 4
 
 
 class SearchResult(NamedTuple):
-    """The nearest vectors of each query, the best first: int64 ids and float32 scores (..., k)."""
+    """The nearest vectors of each query, best first: int64 ids and float32 scores (..., k)."""
 
     ids: mx.array
     scores: mx.array
 
 
 class VectorIndex:
-    """Vectors of ``dim`` values at ``bits`` bits each, searched by inner products with the codes.
+    """An index of vectors at ``bits`` bits per value, searched by inner products with the codes.
 
-    TurboQuant (arXiv 2504.19874, section 4.4) needs no training: vectors can be added at any time,
-    and it makes no difference in which portions. Products of queries with the packed vectors are
+    TurboQuant (arXiv 2504.19874, section 4.4) needs no training: vectors can be added at any time
+    and in any portions, with the same result. Inner products of queries and packed vectors are
     unbiased over the rotation (:class:`.TurboQuantizer`, scale "unbiased").
 
-    The index holds the codes, a float32 scale and an int64 id of each vector, for "l2" also its
-    squared length in float32, and free space where it has grown. ``bits_per_value`` counts all of
-    that, without free space. A search unpacks tiles of a bounded size, or none with a kernel.
+    The index holds codes, a float32 scale and an int64 id of each vector, and for "l2" its squared
+    length in float32. It has free space after it has grown. ``bits_per_value`` counts everything
+    but the free space. A search unpacks tiles of a bounded size; a kernel unpacks none.
 
     Args:
-        dim: Values per vector, 8 to 8 192.
+        dim: Values per vector, 8 to 8,192.
         bits: Bits per value, 1 to 8.
-        metric: What nearest means: "cosine", the largest cosine; "dot", the largest inner product;
-            "l2", the smallest distance.
-        seed: Of the rotation, see :class:`.TurboQuantizer`.
+        metric: How the nearest vectors are chosen: "cosine" (largest cosine), "dot" (largest inner
+            product) or "l2" (smallest distance).
+        seed: Seed of the rotation, see :class:`.TurboQuantizer`.
 
     Raises:
-        ValueError: an argument that is not one of these.
+        ValueError: an argument outside these ranges.
     """
 
     def __init__(self, dim: int, bits: int, metric: str = "cosine", *, seed: int = 0):
@@ -81,19 +81,19 @@ class VectorIndex:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is held, free space included."""
+        """Bytes of all buffers, free space included."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
     def add(self, vectors: Any) -> mx.array:
         """Pack vectors (n, dim), an array of numpy or mlx, and return their ids, int64 (n,).
 
-        Ids count up from 0, are never given again and stay valid when others are removed. Vectors
-        are float16, bfloat16 or float32, and float64 of numpy is rounded. They are read in tiles,
-        so that they may be an array that is mapped from a file.
+        Ids count up from 0, are never reused, and stay valid when other vectors are removed.
+        Vectors are float16, bfloat16 or float32; float64 of numpy is rounded. They are read in
+        tiles, so the array may be memory-mapped.
 
         Raises:
             ValueError: another shape or dtype, a value that is not finite, a length above 1e18,
-                or a length below 1e-18 where the metric is "cosine". Nothing is added then.
+                or for "cosine" a length below 1e-18. Nothing is added then.
         """
         if not hasattr(vectors, "shape"):
             vectors = mx.array(vectors)
@@ -122,22 +122,22 @@ class VectorIndex:
         originals: Callable[[np.ndarray], Any] | None = None,
         candidates: int | None = None,
     ) -> SearchResult:
-        """The ``k`` nearest vectors of each of the queries (..., dim), the best first.
+        """The ``k`` nearest vectors of each of the queries (..., dim), best first.
 
-        Scores are estimates of the cosine, the inner product or the squared distance. Which of
-        equal scores comes first is not defined.
+        Scores estimate the cosine, the inner product or the squared distance. The order of equal
+        scores is undefined.
 
         Args:
             queries: An array of numpy or mlx, of the dtypes that :meth:`add` takes.
-            k: Results for each query, from 1 to the number of vectors.
-            originals: Re-ranks exactly: a function from ids, int64 (m,), to the vectors (m, dim)
-                that were added with these ids, as ``lambda ids: array[ids]`` is for an array that
-                holds them in order. The index does not hold them. It is called once for each query.
-            candidates: How many of the best estimates are re-ranked (default: 4 k).
+            k: Results per query, from 1 to the number of vectors.
+            originals: A function for exact re-ranking, called once per query. It maps ids,
+                int64 (m,), to the original vectors (m, dim), which the index does not hold:
+                ``lambda ids: array[ids]`` for an array of all added vectors in order.
+            candidates: How many of the best estimates are re-ranked, ``k`` or more (default: 4 k).
 
         Raises:
-            ValueError: an empty index, another k, queries that :meth:`add` would not take as
-                vectors, or originals that are not (m, dim).
+            ValueError: an empty index, ``k`` out of range, fewer candidates than ``k``, queries
+                that :meth:`add` would not take, or originals that are not (m, dim).
         """
         queries = mx.array(queries)
         check_vectors(queries, self.quantizer.dim)
@@ -171,10 +171,10 @@ class VectorIndex:
         return SearchResult(ids.reshape(shape), scores.reshape(shape))
 
     def remove(self, ids: int | Sequence[int] | np.ndarray | mx.array) -> None:
-        """Forget the vectors with these ids, one or an array of integers; all others stay.
+        """Remove the vectors with these ids, an integer or an array of integers.
 
-        What is left is copied once, packed, and free space is given back. Many vectors are best
-        removed at once.
+        Each call copies the remaining packed vectors once and releases the free space. Remove many
+        vectors in one call.
 
         Raises:
             ValueError: an id that is not in the index. Nothing is removed then.
@@ -199,12 +199,12 @@ class VectorIndex:
     def save(self, file: str | Path) -> Path:
         """Save the index, packed as it is, for :meth:`load`.
 
-        The file is complete or not there: it is written to a temporary name and renamed. Returns
-        its path, which ends in ".safetensors".
+        The file is written atomically, under a temporary name that is then renamed. Returns its
+        path, which ends in ".safetensors".
 
         Raises:
-            ValueError: the folder does not exist, or the file does and is no index of ours.
-            OSError: the file cannot be written whole, for want of space for instance.
+            ValueError: the folder does not exist, or the file exists and is not an index.
+            OSError: the file cannot be written completely, for example because the disk is full.
         """
         file = files.check_target(file, _KIND, "vector index")
         metadata = {name: str(getattr(self.quantizer, name)) for name in ("dim", "bits", "seed")}
@@ -219,10 +219,11 @@ class VectorIndex:
 
     @classmethod
     def load(cls, file: str | Path) -> "VectorIndex":
-        """The index that :meth:`save` saved.
+        """Load an index that :meth:`save` saved.
 
         Raises:
-            ValueError: not an index of this package, damaged, or of another version.
+            ValueError: a file that is not an index, is damaged, or has another version.
+            OSError: the file cannot be read.
         """
         file = files.safetensors_path(file)
         stored = StoredFile(file, _CHECKSUMS_KEY)
@@ -243,12 +244,12 @@ class VectorIndex:
 
     @property
     def _tile(self) -> int:
-        """Vectors at a time: as many as fit in the cache of a CPU, or as keep a GPU busy."""
+        """Vectors per tile: few enough for the cache of a CPU, or enough to keep a GPU busy."""
         gpu = mx.default_device().type == mx.DeviceType.gpu
         return min(1 << 16, (1 << 24 if gpu else 1 << 18) // self.quantizer.dim)
 
     def _columns(self, count: int) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
-        """What is stored for ``count`` vectors: the shape and the dtype of each array."""
+        """The shape and the dtype of each array that stores ``count`` vectors."""
         words = words_per_vector(self.quantizer.dim, self.quantizer.bits)
         columns = {"codes": ((count, words), mx.uint32), "scales": ((count,), mx.float32)}
         if self.metric == "l2":
@@ -259,7 +260,7 @@ class VectorIndex:
         return self._buffers[name][: self._count]
 
     def _pack(self, x: mx.array, first: int) -> dict[str, mx.array]:
-        """The columns of a tile of vectors without ids; ``first`` is its first row, for errors."""
+        """Pack a tile of vectors into columns without ids; errors count rows from ``first``."""
         lengths = self._lengths(x, "Vector", first)
         tile = self.quantizer.quantize(x)._asdict()
         if self.metric == "cosine":
@@ -270,11 +271,11 @@ class VectorIndex:
         return tile
 
     def _lengths(self, x: mx.array, what: str, first: int) -> mx.array:
-        """|x| of x (n, dim); ValueError where x or a length is not allowed."""
+        """|x| of x (n, dim); ValueError if x or a length is not allowed."""
         check_vectors(x, self.quantizer.dim)
         lengths = mx.linalg.norm(x.astype(mx.float32), axis=-1)
         least = _SHORTEST if self.metric == "cosine" else 0
-        # An infinity or NaN among the values is none of these lengths.
+        # Infinite and NaN lengths fail one of these comparisons.
         wrong = ~((lengths >= least) & (lengths <= _LONGEST))
         if wrong.any():
             index = mx.argmax(wrong).item()
@@ -285,7 +286,7 @@ class VectorIndex:
         return lengths
 
     def _reserve(self, count: int) -> None:
-        """Make room for ``count`` vectors; buffers grow by a half or more at a time."""
+        """Make room for ``count`` vectors; buffers grow by at least a half."""
         capacity = self._buffers["scales"].size
         if count > capacity:
             free = max(count, capacity + capacity // 2) - self._count
@@ -297,7 +298,7 @@ class VectorIndex:
             self._buffers = grown
 
     def _nearest(self, queries: mx.array, k: int) -> tuple[mx.array, mx.array]:
-        """Closeness, float32, and ids (q, k) of the k vectors nearest to queries (q, dim)."""
+        """Float32 closeness and ids, both (q, k), of the k vectors nearest to queries (q, dim)."""
         nearest = mx.zeros((len(queries), 0)), mx.zeros((len(queries), 0), mx.uint32)
         for start in range(0, self._count, self._tile):
             closeness = self._closeness(queries, start, min(start + self._tile, self._count))
@@ -323,7 +324,7 @@ class VectorIndex:
         return 2 * products - self._buffers["squared_lengths"][start:stop] - squared
 
     def _exact_closeness(self, queries: mx.array, ids: mx.array, originals) -> mx.array:
-        """:meth:`_closeness` of queries (q, dim) to the originals of their ids (q, m)."""
+        """Exact closeness (q, m) of queries (q, dim) to the originals of their ids (q, m)."""
         rows = []
         for query, row in zip(queries, np.array(ids)):
             x = mx.array(originals(row)).astype(mx.float32)
@@ -340,11 +341,11 @@ class VectorIndex:
         return mx.stack(rows)
 
     def _restore(self, arrays: dict[str, mx.array], next_id: int) -> None:
-        """Hold the arrays of a file; ValueError if an index cannot have such arrays."""
+        """Take over the arrays of a file; ValueError if no index can have such arrays."""
         mx.eval(arrays)
         count = arrays["scales"].size
         if {name: (x.shape, x.dtype) for name, x in arrays.items()} != self._columns(count):
-            raise ValueError(f"arrays of {count} vectors are not of their shape")
+            raise ValueError(f"arrays of {count} vectors have a wrong shape or dtype")
         ids = np.array(arrays["ids"])
         if (np.diff(ids, prepend=-1) <= 0).any() or (ids >= next_id).any():
             raise ValueError("ids do not ascend")
@@ -356,7 +357,7 @@ class VectorIndex:
 
 @cache
 def _quantizer(dim: int, bits: int, seed: int) -> TurboQuantizer:
-    # A gain search changes no recall at the dimensions of embeddings and takes ten times as long.
+    # A gain search takes ten times as long and does not change recall at embedding dimensions.
     return TurboQuantizer(dim, bits, seed=seed, gain_search=False)
 
 

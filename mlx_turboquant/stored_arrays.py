@@ -1,7 +1,7 @@
 """Arrays in safetensors files, which are checked while they are read.
 
-The metadata of a file hold a CRC-32 in hexadecimal for its header, then one for each piece of
-``PIECE_BYTES`` of what follows, so that a part of an array can be read, and checked, alone.
+The metadata of a file hold CRC-32 checksums in hexadecimal: first that of the header, then one for
+each piece of ``PIECE_BYTES`` after it. Part of an array can thus be read and checked alone.
 """
 
 import json
@@ -20,24 +20,24 @@ import mlx.core as mx
 import numpy as np
 
 PIECE_BYTES = 1 << 18
-# What one of a few threads reads at once: more of them wait for each other.
+# Bytes that a thread reads at once, and the number of threads; more threads wait for each other.
 _BLOCK_BYTES, _THREADS = 1 << 24, 8
-# Of one call of the system.
+# Buffers of one system call.
 _MOST_BUFFERS = 1000
-# The dtypes of safetensors that MLX reads, bfloat16 as what NumPy has of its size.
+# The safetensors dtypes that MLX reads. NumPy has no bfloat16, so uint16 takes its place.
 _DTYPES = {"BOOL": mx.bool_, "U8": mx.uint8, "I8": mx.int8, "U16": mx.uint16, "I16": mx.int16} | {
     "U32": mx.uint32, "I32": mx.int32, "U64": mx.uint64, "I64": mx.int64, "BF16": mx.uint16
 } | {"F16": mx.float16, "F32": mx.float32, "F64": mx.float64, "C64": mx.complex64}  # fmt: skip
-# A header has about a hundred bytes for each array; parsing takes many times its size in memory.
+# A header has about 100 bytes per array; parsing it takes many times its size in memory.
 _MAX_HEADER_BYTES = 1 << 24
 _CHECKSUM_DIGITS = 8
 
 
 @dataclass(frozen=True)
 class StoredArray:
-    """An array of a file, or the beginning of one along its third axis.
+    """An array in a file, or its beginning along the third axis.
 
-    Its bytes are ``rows`` runs, ``stride`` bytes from each other; the first begins ``start`` bytes
+    Its bytes are ``rows`` runs that start ``stride`` bytes apart. The first starts ``start`` bytes
     after the header.
     """
 
@@ -48,7 +48,7 @@ class StoredArray:
     stride: int = 0
 
     def __getitem__(self, index: tuple[slice, slice, slice]) -> "StoredArray":
-        """What ``array[:, :, :count]`` has."""
+        """The beginning ``array[:, :, :count]``."""
         batch, heads, length, *rest = self.shape
         count = len(range(length)[index[2]])
         stride = self.stride or prod((length, *rest)) * _DTYPES[self.dtype].size
@@ -57,10 +57,10 @@ class StoredArray:
 
 
 class StoredFile:
-    """The ``metadata`` and the ``arrays`` by name of a safetensors file; nothing else is read yet.
+    """A safetensors file of which only the header is read: ``metadata``, and ``arrays`` by name.
 
-    The header is checked to describe all bytes of the file. ``key`` is the name of the checksums in
-    the metadata.
+    The header must describe all bytes of the file. ``key`` is the name of the checksums in the
+    metadata.
 
     Raises:
         ValueError: the file does not exist, is not a safetensors file or is not complete.
@@ -78,20 +78,20 @@ class StoredFile:
         self._data_bytes = max((array["data_offsets"][1] for array in header.values()), default=0)
 
     def load(self, arrays: Sequence[StoredArray]) -> list[mx.array]:
-        """The contents of some of the arrays, or of the beginnings that they are.
+        """Read some of the arrays, or beginnings of arrays.
 
         Raises:
-            ValueError: a part of the file that is read is not as it was written.
-            OSError: it cannot be read.
+            ValueError: the header or a piece does not match its checksum.
+            OSError: the file cannot be read.
         """
         place = _checksums_place(self._raw, self._key)
-        # The header has zeros in place of its own checksum.
+        # The checksum of the header was taken with zeros in its own place.
         zeros = b"0" * _CHECKSUM_DIGITS
         header = self._raw[:place] + zeros + self._raw[place + _CHECKSUM_DIGITS :]
         self._check(0, zlib.crc32(header))
         loaded = [mx.zeros(array.shape, _DTYPES[array.dtype]) for array in arrays]
         mx.eval(loaded)
-        # NumPy lets us write to the memory of evaluated arrays.
+        # NumPy can write to the memory of evaluated arrays.
         contents = [np.asarray(x).reshape(-1).view(np.uint8) for x in loaded]
         blocks = defaultdict(list)
         for start, part in _parts(arrays, contents):
@@ -102,7 +102,7 @@ class StoredFile:
         return [x.view(dtype) for x, dtype in zip(loaded, dtypes)]
 
     def _read_block(self, descriptor: int, parts: list[tuple[int, np.ndarray]]) -> None:
-        """Read parts of a file, each to where it belongs, with the pieces that they lie in."""
+        """Read parts of the file into their arrays, together with the pieces around them."""
         buffers: list[np.ndarray] = []
         position = 0
         for start, part in sorted(parts, key=lambda part: part[0]):
@@ -119,7 +119,7 @@ class StoredFile:
             self._read_pieces(descriptor, buffers, position)
 
     def _read_pieces(self, descriptor: int, buffers: list[np.ndarray], stop: int) -> None:
-        """Fill buffers with whole pieces, but for what lies behind ``stop`` in the last one."""
+        """Fill the buffers, which end at ``stop``, and check all pieces that they touch."""
         begin = stop - sum(map(len, buffers))
         rest = min(_up(stop) * PIECE_BYTES, self._data_bytes) - stop
         buffers = [*buffers, np.empty(rest, np.uint8)]
@@ -138,19 +138,19 @@ class StoredFile:
             self._check(number, crc)
 
     def _check(self, number: int, crc: int) -> None:
-        """Raise ValueError unless this is the checksum of the header, 0, or of a piece, from 1."""
+        """Raise ValueError unless ``crc`` is that of the header (number 0) or a piece (from 1)."""
         place = _CHECKSUM_DIGITS * number
         if f"{crc:08x}" != self._checksums[place : place + _CHECKSUM_DIGITS]:
-            raise Damaged(self._file, "its checksum is another one")
+            raise Damaged(self._file, "its checksum does not match")
 
 
 def room_for_checksums(nbytes: int) -> str:
-    """What stands for the checksums of a file with at most ``nbytes`` until :func:`seal`."""
+    """A placeholder for the checksums of a file of at most ``nbytes``, for :func:`seal`."""
     return "0" * _CHECKSUM_DIGITS * (1 + _up(nbytes))
 
 
 def seal(file: Path, key: str) -> None:
-    """Write the checksums of a file into the room for them under ``key`` of its metadata."""
+    """Replace the placeholder under ``key`` of a file's metadata by the checksums."""
     with file.open("r+b") as content:
         header = bytearray(_header_bytes(content))
         block = memoryview(bytearray(_BLOCK_BYTES))
@@ -168,9 +168,9 @@ def seal(file: Path, key: str) -> None:
 
 
 def read_header(file: Path) -> dict[str, Any]:
-    """The header of a safetensors file, which is checked to describe all bytes of the file.
+    """The header of a safetensors file, which must describe all bytes of the file.
 
-    It has the dtype, shape and offsets of each array by its name, and strings in "__metadata__".
+    It maps array names to dtype, shape and offsets, and "__metadata__" to a dictionary of strings.
 
     Raises:
         ValueError: the file does not exist, is not a safetensors file or is not complete.
@@ -179,7 +179,7 @@ def read_header(file: Path) -> dict[str, Any]:
 
 
 class Damaged(ValueError):
-    """A file is not as it was saved, for some reason."""
+    """A file differs from what was saved, for the given reason."""
 
     def __init__(self, file: Path, reason: str):
         reason = " ".join(reason.split()).rstrip(".")
@@ -187,7 +187,7 @@ class Damaged(ValueError):
 
 
 def _read_header(file: Path) -> tuple[bytes, dict[str, Any]]:
-    """All bytes before the arrays, and what they say."""
+    """All bytes before the arrays, and the header that they encode."""
     if not file.is_file():
         raise ValueError(f"{file} does not exist: use a file that was saved.")
     size = file.stat().st_size
@@ -209,14 +209,14 @@ def _read_header(file: Path) -> tuple[bytes, dict[str, Any]]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of a JSON text, unless a reader could choose between two values of a key."""
+    """A JSON object as a dictionary; ValueError for a repeated key, whose value is ambiguous."""
     if len(dict(pairs)) < len(pairs):
         raise ValueError("A key occurs twice.")
     return dict(pairs)
 
 
 def _check_header(header: dict[str, Any], data_bytes: int) -> None:
-    """Every array has the bytes of its shape, and together they are all bytes after the header."""
+    """Check that each array has the bytes of its shape and that all together fill the file."""
     if not all(isinstance(text, str) for text in header["__metadata__"].values()):
         raise ValueError("Metadata are strings.")
     arrays = [value for name, value in header.items() if name != "__metadata__"]
@@ -236,7 +236,7 @@ def _check_header(header: dict[str, Any], data_bytes: int) -> None:
 def _parts(
     arrays: Sequence[StoredArray], contents: Sequence[np.ndarray]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Where each run of bytes begins, and where it belongs; none lies in two blocks."""
+    """The start and the destination of each run of bytes, split where a block ends."""
     for array, content in zip(arrays, contents):
         for row, part in enumerate(np.split(content, array.rows)):
             start = array.start + row * array.stride
@@ -261,6 +261,6 @@ def _checksum(content: Any) -> str:
 
 
 def _checksums_place(header: bytes, key: str) -> int:
-    # Quotes inside a text are escaped, so that this is found in no other place.
+    # Quotes inside a string are escaped, so this occurs in no other place.
     name = f'"{key}":"'.encode()
     return header.find(name) + len(name)

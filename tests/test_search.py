@@ -343,11 +343,11 @@ def test_any_changed_bit_is_found(saved):
 @pytest.mark.parametrize(
     "change, reason",
     [
-        ({"dim": "64"}, "not of their shape"),
-        ({"bits": "5"}, "not of their shape"),
+        ({"dim": "64"}, "a wrong shape or dtype"),
+        ({"bits": "5"}, "a wrong shape or dtype"),
         ({"bits": "9"}, "9 bits"),
         ({"dim": "no"}, "invalid literal"),
-        ({"metric": "cosine"}, "not of their shape"),
+        ({"metric": "cosine"}, "a wrong shape or dtype"),
         ({"metric": "hamming"}, "hamming"),
         ({"next_id": "19"}, "ids do not ascend"),
         ({"seed": None}, "seed"),

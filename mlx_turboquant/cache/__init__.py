@@ -1,1 +1,1 @@
-"""The compressed caches of an attention layer: of one sequence, of several, of latent vectors."""
+"""Compressed caches of an attention layer: for one sequence, for a batch, for latent vectors."""

@@ -1,4 +1,4 @@
-"""What the caches of one sequence and of several have in common: the way of a new key."""
+"""The base class of the caches for one sequence and for a batch: it stores and fetches tokens."""
 
 from functools import lru_cache
 from operator import attrgetter
@@ -15,15 +15,15 @@ from .fetched import Fetched, Link, Step, fetch
 
 
 class CompressedCache:
-    """The tokens of one layer: some exact, the others packed; each is in one of the two stores.
+    """The tokens of one layer, each either exact or packed.
 
-    ``_exact`` are keys and values (B, H, capacity, dim) in the model's dtype, or latent vectors,
-    with free space behind them; there are none before the first tokens. Attention reads the arrays
-    that it is given, and changes none.
+    ``_exact`` holds keys and values (B, H, capacity, dim), or latent vectors, in the model's dtype
+    with free space behind them. It is empty before the first tokens. Attention never changes the
+    arrays that it is given.
 
-    How tokens lie in the exact buffers is up to a subclass: ``_hold`` makes room for new ones and
-    lets ``_write`` put them there, ``_tokens`` is what attention sees, ``_pack`` moves whole blocks
-    to the packed store, and ``_steps_alike`` tells for how long neither has anything to do.
+    Subclasses lay out the exact buffers. ``_hold`` makes room for new tokens and calls ``_write``;
+    ``_tokens`` returns what attention sees; ``_pack`` moves whole blocks to the packed store.
+    ``_steps_alike`` counts the steps until one needs more room or packs a block.
     """
 
     key_bits = property(attrgetter("settings.key_bits"), doc="Bits per value of packed keys.")
@@ -39,7 +39,7 @@ class CompressedCache:
         self._packed = packed
         self._exact: list[mx.array] = []
         self._step: Step | None = None
-        # How often a call of the model asks for what it has fetched again, and has done so.
+        # How often other layers read what a call has fetched: in each call, and so far in this one.
         self.shared_reads = 0
         self.reads = 0
         self._fetched: Fetched | None = None
@@ -47,7 +47,7 @@ class CompressedCache:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Fetched:
         """Append keys (B, H, n, dim) and values (B, H, n, value_dim) and return all tokens.
 
-        The new tokens and all that were exact before the call are seen exactly by its queries.
+        The queries of this call see its new tokens, and all that were exact before it, exactly.
         """
         fetched = self._append([keys, values])
         self.reads = 0
@@ -55,9 +55,9 @@ class CompressedCache:
         return fetched
 
     def keys_and_values(self) -> Fetched:
-        """What the last :meth:`update_and_fetch` returned, for layers without keys of their own.
+        """The result of the last :meth:`update_and_fetch`, for layers without keys of their own.
 
-        It is held until the last of them has asked, and then it is what is seen after packing.
+        After the last of these layers has read it, the tokens after packing are returned instead.
         """
         fetched = self._fetched or fetch(self._tokens(), 0, self.link)
         self.reads += 1
@@ -66,7 +66,7 @@ class CompressedCache:
         return fetched
 
     def _append(self, new: list[mx.array]) -> Fetched:
-        """Hold keys and values (B, H, n, dim), fetch all, then pack what has left the window."""
+        """Append keys and values (B, H, n, dim), fetch all, then pack what has left the window."""
         count = new[0].shape[2]
         if count == 1 and self._step and self._step.left and self.link.reads_tokens:
             self._write(new)
@@ -82,12 +82,12 @@ class CompressedCache:
         if self._pack(count):
             self._step = None
         if is_chunk:
-            # Left to the end of the chunk, all layers would grow their packed buffers at once.
+            # Otherwise all layers would grow their packed buffers at once, at the end of the chunk.
             mx.async_eval(self._exact, self._packed.arrays)
         return fetched
 
     def _seen(self, count: int, sinks: int, recent_start: int, *spans: Span) -> VisibleTokens:
-        """The packed tokens between the first and the later ones of ``count`` exact ones."""
+        """All tokens as attention reads them: ``count`` is where the exact ones end."""
         sides = self._packed.sides
         return VisibleTokens(
             keys=sides[0] if sides else None,
@@ -103,7 +103,7 @@ class CompressedCache:
 
     @property
     def keys(self) -> mx.array | None:
-        """The exact keys, to which runs over several machines tie what they wait for."""
+        """The exact keys, to which mlx-lm adds a dependency in runs over several machines."""
         return self._exact[0] if self._exact else None
 
     @keys.setter
@@ -113,24 +113,24 @@ class CompressedCache:
 
     @property
     def side_values(self) -> list[int]:
-        """Values of one token of each side, of all heads and sequences; none before the first."""
+        """Values per token of each side, in all heads and sequences; empty before the first."""
         return [x.size // x.shape[2] for x in self._exact]
 
     def empty(self) -> bool:
-        """Whether no token was ever stored."""
+        """Whether no token has ever been stored."""
         return not self._exact
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything that is held, free space in the buffers included."""
+        """Bytes of all buffers, free space included."""
         return sum(x.nbytes for x in self._exact) + self._packed.nbytes
 
 
 def write_tokens(buffer: mx.array, x: mx.array, start: int) -> None:
     """Write tokens x (B, H, n, dim) to a buffer (B, H, capacity, dim) from ``start`` on.
 
-    On a GPU the step before may still be running. It reads the buffer, and MLX would copy that
-    before it wrote the slice: choosing between old and new is one launch for both.
+    On a GPU the previous step may still read the buffer, and MLX would copy it before writing the
+    slice. A choice between old and new values copies and writes in one dispatch.
     """
     count = x.shape[2]
     if backend() == "reference" or count > 1:
@@ -141,5 +141,5 @@ def write_tokens(buffer: mx.array, x: mx.array, start: int) -> None:
 
 @lru_cache(maxsize=64)
 def _column(token: int, capacity: int) -> mx.array:
-    """Where a token lies in a buffer, for all layers of a step: boolean (capacity, 1)."""
+    """A mask of one token in a buffer, for all layers of a step: boolean (capacity, 1)."""
     return constant(mx.arange(capacity)[:, None] == token)

@@ -1,4 +1,4 @@
-"""The compressed KV cache of one attention layer for sequences of different length.
+"""The compressed KV cache of one attention layer for sequences of different lengths.
 
 The cache owns two stores, as the cache of one sequence does:
 
@@ -6,8 +6,8 @@ The cache owns two stores, as the cache of one sequence does:
     _exact   (B, H, capacity, dim): the sinks come first, and the recent tokens of all sequences end
              at the same place, ``_end``, so that a step writes one column
 
-The sinks of a sequence are among its recent tokens until its first block is packed. What lies
-between belongs to no token.
+The sinks of a sequence are among its recent tokens until its first block is packed. Places between
+sinks and recent tokens hold no token.
 """
 
 from functools import lru_cache
@@ -24,23 +24,23 @@ from .base import CompressedCache, write_tokens
 from .blocks import CacheSettings
 from .fetched import Link
 
-# Room for this many new tokens in the exact buffers, which are copied when it is used up.
+# Free space in the exact buffers, in tokens; they are copied when it is used up.
 _ROOM = 64
 
 
 class CausalMask(mx.array):
-    """A boolean mask that says no more than that a query does not see later tokens.
+    """A boolean mask that is equivalent to causal attention over the tokens of each sequence.
 
-    Which tokens a sequence has, the compressed tokens know themselves.
+    Decode attention does not read it, because its tokens tell which columns each sequence has.
     """
 
 
 class BatchTurboQuantKVCache(CompressedCache):
-    """Sequences of :class:`.TurboQuantKVCache` that grow, join and leave.
+    """A batch of :class:`.TurboQuantKVCache` sequences that grow, join and leave.
 
-    Implements the interface of mlx-lm's ``BatchKVCache``. Prompts of different length are padded
-    on the right, which :meth:`prepare` announces. ``single_class`` is the class of the caches that
-    the sequences come from and become when they leave.
+    Implements the interface of mlx-lm's ``BatchKVCache``. Prompts of different lengths are padded
+    on the right, as :meth:`prepare` announces. Sequences come from caches of ``single_class``, and
+    become such caches when they leave.
     """
 
     def __init__(self, single_class: type, settings: CacheSettings, packed: PackedKV, link: Link):
@@ -51,11 +51,11 @@ class BatchTurboQuantKVCache(CompressedCache):
         self._end = self.sink_tokens
         self._sinks = [0] * rows
         self._recent = [0] * rows
-        # How many tokens of each sequence are still to come while a padded prompt is read.
+        # Tokens of each sequence that are still to come during the prefill of padded prompts.
         self._expected: list[int] | None = None
 
     def hold_one(self, exact: list[mx.array], forgotten: int) -> None:
-        """Begin with the exact tokens (1, H, n, dim) of one sequence, sinks before the others."""
+        """Begin with the exact tokens (1, H, n, dim) of one sequence, sinks first."""
         self.forgotten = [forgotten]
         if exact:
             held = exact[0].shape[2]
@@ -66,7 +66,7 @@ class BatchTurboQuantKVCache(CompressedCache):
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each sequence that are held."""
+        """Number of tokens held of each sequence."""
         parts = zip(self._sinks, self._packed.counts, self._recent)
         return [sum(part) for part in parts]
 
@@ -76,17 +76,17 @@ class BatchTurboQuantKVCache(CompressedCache):
 
     @property
     def offset(self) -> mx.array:
-        """Tokens of each sequence that have come, int32 (B,): the position of its next one."""
+        """Tokens appended to each sequence, int32 (B,): the position of its next token."""
         return _as_array(*self._offsets)
 
     @property
     def packed_tokens(self) -> int:
-        """Tokens of all sequences that are quantized."""
+        """Number of packed tokens in all sequences."""
         return sum(self._packed.counts)
 
     @property
     def exact_tokens(self) -> int:
-        """Tokens of all sequences that are held in the model's dtype."""
+        """Number of tokens in all sequences that are held in the model's dtype."""
         return sum(self._sinks) + sum(self._recent)
 
     def prepare(
@@ -96,7 +96,7 @@ class BatchTurboQuantKVCache(CompressedCache):
         lengths: list[int] | None = None,
         right_padding: list[int] | None = None,
     ) -> None:
-        """Expect a prompt of ``lengths[b]`` tokens of sequence b, then padding.
+        """Expect a prompt of ``lengths[b]`` tokens for sequence b, then padding.
 
         Raises:
             ValueError: padding on the left.
@@ -110,11 +110,11 @@ class BatchTurboQuantKVCache(CompressedCache):
             self._step = None
 
     def finalize(self) -> None:
-        """The padded prompt has been read; nothing was kept of the padding."""
+        """End the prefill of padded prompts; none of the padding is held."""
         self._expected = None
 
     def _take_expected(self, count: int) -> list[int]:
-        """How many of ``count`` new tokens are no padding, for each sequence."""
+        """How many of ``count`` new tokens of each sequence are not padding."""
         if self._expected is None:
             return [count] * len(self._recent)
         added = [min(count, expected) for expected in self._expected]
@@ -122,7 +122,7 @@ class BatchTurboQuantKVCache(CompressedCache):
         return added
 
     def _hold(self, new: list[mx.array], is_chunk: bool) -> None:
-        """Write tokens behind the exact ones, in place where there is room."""
+        """Append tokens to the exact buffers, in place if there is room."""
         count = new[0].shape[2]
         if not self._exact:
             self._exact = [longer(x[:, :, :0], self.sink_tokens) for x in new]
@@ -141,9 +141,9 @@ class BatchTurboQuantKVCache(CompressedCache):
         self._recent = [recent + count for recent in self._recent]
 
     def _steps_alike(self) -> int:
-        """Steps of one token before one that packs a block or finds the exact buffers full.
+        """Number of one-token steps before one packs a block or finds the exact buffers full.
 
-        There are none while a padded prompt is read, whose steps count what is no padding.
+        There are none during the prefill of padded prompts, in which each step counts padding.
         """
         if self._expected is not None:
             return 0
@@ -160,16 +160,16 @@ class BatchTurboQuantKVCache(CompressedCache):
         return self._seen(self._end, max(self._sinks), recent_start, *spans)
 
     def _spans(self, end: int, recent: list[int]) -> tuple[Span, ...]:
-        """One for each sequence, or none where they are all the same."""
+        """The span of each sequence, or none if all are the same."""
         parts = zip(self._packed.counts, self._sinks, recent)
         spans = tuple(Span(packed, sinks, end - count) for packed, sinks, count in parts)
         return spans if len(set(spans)) > 1 else ()
 
     def _pack(self, count: int) -> bool:
-        """Quantize the blocks that have left the windows; returns whether what is held changed.
+        """Quantize the blocks that have left the windows; return whether what is held changed.
 
-        Of ``count`` new tokens some may be padding: that was among the columns of this call and is
-        not among what is held. Neighbours in the same state are packed together.
+        Some of ``count`` new tokens may be padding: it has columns in this call but is not held.
+        Neighbouring sequences in the same state are packed together.
         """
         padding = [count - real for real in self._take_expected(count)]
         self._recent = [recent - more for recent, more in zip(self._recent, padding)]
@@ -198,7 +198,7 @@ class BatchTurboQuantKVCache(CompressedCache):
         return has_packed or any(padding)
 
     def _keep(self, exact: list[mx.array], ends: list[int]) -> None:
-        """Hold sinks and recent tokens, which end at ``ends`` (one for each or for all), anew."""
+        """Copy sinks and recent tokens to new buffers; ``ends`` is one end, or one per row."""
         most = max(self._recent)
         self._end = self.sink_tokens + most
         kept = ([x[:, :, : self.sink_tokens], _last(x, ends, most)] for x in exact)
@@ -207,7 +207,7 @@ class BatchTurboQuantKVCache(CompressedCache):
     def make_mask(
         self, n: int, return_array: bool = False, window_size: int | None = None
     ) -> None | str | mx.array:
-        """The mask for n new tokens: boolean (B, 1, n, columns) unless all lengths are the same."""
+        """The mask for n new tokens: boolean (B, 1, n, columns) if lengths differ."""
         end, recent = self._end + n, [count + n for count in self._recent]
         spans = self._spans(end, recent)
         if not spans and window_size is None and (n == 1 or not return_array):
@@ -221,7 +221,7 @@ class BatchTurboQuantKVCache(CompressedCache):
         return CausalMask(mask) if window_size is None else mask & (distance < window_size)
 
     def _columns(self, n: int) -> mx.array:
-        """The position of each column after n new ones: int32 (B, columns), any where is none."""
+        """The position of each column after n new tokens: int32 (B, columns), any if empty."""
         offsets, sinks, forgotten = (
             mx.array(x)[:, None] for x in (self._offsets, self._sinks, self.forgotten)
         )
@@ -247,18 +247,18 @@ class BatchTurboQuantKVCache(CompressedCache):
         """Add the sequences of another batch.
 
         Raises:
-            ValueError: a batch with different settings, or of a model with other weights.
+            ValueError: a batch with different settings or weights.
         """
         weights, others = self.link.weights, other.link.weights
         if None not in (weights, others) and weights is not others:
             if weights.identity() != others.identity():
                 raise ValueError(
-                    "Caches that were read with different weights cannot be batched: use one model."
+                    "Caches made with different weights cannot be batched: use one model."
                 )
         if other.settings != self.settings:
             raise ValueError(
-                f"Caches with different settings cannot be batched: {other.settings} beside "
-                f"{self.settings}: use the same."
+                f"Caches with different settings cannot be batched ({other.settings} and "
+                f"{self.settings}): use the same settings."
             )
         self._step = None
         end = max(self._end, other._end)
@@ -285,7 +285,7 @@ class BatchTurboQuantKVCache(CompressedCache):
         return self._single_class.of_row(self, row)
 
     def exact_row(self, row: int) -> list[mx.array]:
-        """The exact keys and values (1, H, n, dim) of one sequence, sinks before the others."""
+        """The exact keys and values (1, H, n, dim) of one sequence, sinks first."""
         sinks, recent, rows = self._sinks[row], self._recent[row], slice(row, row + 1)
         return [
             mx.concatenate([x[rows, :, :sinks], _last(x[rows], [self._end], recent)], axis=2)
@@ -297,7 +297,7 @@ class BatchTurboQuantKVCache(CompressedCache):
         return self._packed.take([row])
 
     def trim(self, n: int) -> int:
-        """Forget the last n tokens of each sequence (at most all). Returns how many."""
+        """Forget the last n tokens of each sequence (at most all), and return how many."""
         self._step = None
         n = min(n, max(self.lengths)) if self.is_trimmable() else 0
         recent = [min(n, count) for count in self._recent]
@@ -310,16 +310,16 @@ class BatchTurboQuantKVCache(CompressedCache):
         return n
 
     def is_trimmable(self) -> bool:
-        """Whether any number of tokens can be taken back: until the oldest were forgotten."""
+        """Whether any number of tokens can be trimmed: false once the oldest were forgotten."""
         return not any(self.forgotten)
 
     def size(self) -> int:
-        """Tokens of the longest sequence."""
+        """Number of tokens of the longest sequence."""
         return max(self.lengths)
 
     @property
     def fp16_nbytes(self) -> int:
-        """Bytes that a dense 16-bit cache, as long as the longest sequence, takes."""
+        """Bytes of a dense 16-bit cache in which every sequence is as long as the longest."""
         return sum(2 * x.size // x.shape[2] * self.size() for x in self._exact)
 
     @property
@@ -336,12 +336,12 @@ class BatchTurboQuantKVCache(CompressedCache):
 
 @lru_cache(maxsize=64)
 def _as_array(*numbers: int) -> mx.array:
-    """One array for all layers of a step."""
+    """The numbers as one array for all layers of a step."""
     return constant(list(numbers))
 
 
 def _last(x: mx.array, ends: list[int], count: int) -> mx.array:
-    """The last ``count`` tokens of x (B, H, n, dim) before ``ends``, one for all rows or each."""
+    """The last ``count`` tokens of x (B, H, n, dim) before ``ends``: one end, or one per row."""
     if len(set(ends)) == 1:
         return x[:, :, ends[0] - count : ends[0]]
     index = mx.array(ends)[:, None] + mx.arange(-count, 0)

@@ -1,9 +1,9 @@
-"""When what is packed: sinks and a window stay exact, what has left the window is packed in blocks.
+"""Which tokens are packed: whole blocks between the exact sinks and a window of exact tokens.
 
     sinks | packed tokens | up to 31 more, then the window
 
-Only whole blocks of packed tokens leave, so that a token is packed once and a kernel reads whole
-blocks. What a call's queries see is decided before the call packs.
+Only whole blocks are packed, so that each token is packed once and a kernel reads whole blocks. A
+call fetches the tokens for its queries before it packs.
 """
 
 from typing import NamedTuple
@@ -14,12 +14,12 @@ from ..kernels.tokens import BLOCK, CAPACITY_UNIT
 
 DEFAULT_WINDOW = 128
 DEFAULT_SINK_TOKENS = 4
-# An array has no more places than this along an axis.
+# The largest size of an axis of an array.
 LARGEST = 2**31 - 1
 
 
 class CacheSettings(NamedTuple):
-    """How a cache compresses; :class:`.TurboQuantKVCache` says what is possible."""
+    """How a cache compresses; :class:`.TurboQuantKVCache` documents the allowed values."""
 
     key_bits: int
     value_bits: int
@@ -30,16 +30,16 @@ class CacheSettings(NamedTuple):
 
     @property
     def most_exact(self) -> int:
-        """The most exact tokens after a step of decoding."""
+        """The most exact tokens after a decode step."""
         return self.sink_tokens + self.window + BLOCK + MAX_DECODE_ROWS
 
     def leaving(self, packed: int, exact: int) -> int:
-        """How many of ``exact`` tokens have left the window, in whole blocks of packed tokens."""
+        """How many of ``exact`` tokens to pack: those that fill whole blocks before the window."""
         outside = exact - self.sink_tokens - self.window
         return max(0, (packed + outside) // BLOCK * BLOCK - packed)
 
     def until_block(self, packed: int, exact: int) -> int:
-        """How many more exact tokens it takes until the next block leaves the window, 1 or more."""
+        """How many more tokens it takes until the next block leaves the window, 1 or more."""
         outside = exact - self.sink_tokens - self.window
         return (packed // BLOCK + 1) * BLOCK - (packed + outside)
 
@@ -47,7 +47,7 @@ class CacheSettings(NamedTuple):
         """The most packed tokens of a cache of ``max_size`` tokens, or None without a limit.
 
         Raises:
-            ValueError: a setting that is not possible, or too small a limit.
+            ValueError: a setting out of range, or a ``max_size`` that is too small.
         """
         check_bits(self.key_bits)
         check_bits(self.value_bits)

@@ -1,4 +1,4 @@
-"""The compressed cache of absorbed latent attention (MLA): one vector a token is key and value."""
+"""Compressed caches of absorbed latent attention (MLA): one vector per token is key and value."""
 
 from typing import Any
 
@@ -17,9 +17,9 @@ Latents = KVArray | KVHandle
 
 
 class BatchTurboQuantLatentCache(BatchTurboQuantKVCache):
-    """What :class:`TurboQuantLatentCache` holds, for a batch of sequences.
+    """A :class:`TurboQuantLatentCache` for a batch of sequences.
 
-    The rotary parts of sequence b begin at the start of row b of their buffer.
+    Row b of the rotary buffer begins with the rotary parts of sequence b.
     """
 
     rotary: mx.array | None = None
@@ -41,7 +41,7 @@ class BatchTurboQuantLatentCache(BatchTurboQuantKVCache):
             self.rotary = self.rotary[rows, :, : max(self.lengths)]
 
     def extend(self, other: "BatchTurboQuantLatentCache") -> None:
-        """Add the sequences of another batch with the same settings."""
+        """Add the sequences of another batch that has the same settings."""
         parts = [(self.rotary, len(self.lengths)), (other.rotary, len(other.lengths))]
         super().extend(other)
         like = next((x for x, _ in parts if x is not None), None)
@@ -55,12 +55,12 @@ class BatchTurboQuantLatentCache(BatchTurboQuantKVCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything that is held, free space in the buffers included."""
+        """Bytes of all buffers, free space included."""
         return super().nbytes + (0 if self.rotary is None else self.rotary.nbytes)
 
     @property
     def fp16_nbytes(self) -> int:
-        """Bytes that a dense 16-bit cache, as long as the longest sequence, takes."""
+        """Bytes of a dense 16-bit cache in which every sequence is as long as the longest."""
         if self.rotary is None:
             return 0
         rotary_values = self.rotary.size // self.rotary.shape[2]
@@ -73,11 +73,11 @@ class BatchTurboQuantLatentCache(BatchTurboQuantKVCache):
 
 
 class TurboQuantLatentCache(TurboQuantKVCache):
-    """Latent vectors in ``key_bits`` bits per value, their rotary parts in the model's dtype.
+    """A cache of latent vectors at ``key_bits`` bits per value, with exact rotary parts.
 
-    A latent vector (512 values in DeepSeek's models) is stored once and read as key and as value;
-    the rotary part of the key (64 values) stays exact. Takes the arguments of
-    :class:`.TurboQuantKVCache`; ``value_bits`` is without effect.
+    A latent vector (512 values in DeepSeek's models) is stored once and read as key and as value.
+    The rotary part of the key (64 values) stays in the model's dtype. Takes the arguments of
+    :class:`.TurboQuantKVCache`; ``value_bits`` has no effect.
 
     Raises:
         ValueError: an argument out of range, or a ``max_size``.
@@ -120,12 +120,12 @@ class TurboQuantLatentCache(TurboQuantKVCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything that is held, free space in the buffers included."""
+        """Bytes of all buffers, free space included."""
         return super().nbytes + (0 if self._rotary is None else self._rotary.nbytes)
 
     @property
     def token_values(self) -> int:
-        """Values of one token: of the latent vector and of the rotary part."""
+        """Values per token: of the latent vector and of the rotary part."""
         return super().token_values + self._rotary_values
 
     @property
@@ -154,14 +154,14 @@ class TurboQuantLatentCache(TurboQuantKVCache):
 
     @classmethod
     def beginning(cls, state: tuple[Any, ...], tokens: int) -> tuple[Any, ...]:
-        """The ``state`` of a cache after it was trimmed to its first ``tokens``, at least one."""
+        """The ``state`` that a cache has after trimming it to its first ``tokens``, at least 1."""
         *state, rotary = state
         rotary = None if rotary is None else rotary[:, :, :tokens]
         return (*super().beginning(state, tokens), rotary)
 
 
 def _with_room(buffer: mx.array | None, like: mx.array, count: int) -> mx.array:
-    """The buffer, or a larger one that has room for ``count`` tokens."""
+    """The buffer, or a larger one, with room for ``count`` tokens."""
     if buffer is None:
         buffer = like[:, :, :0]
     return buffer if count <= buffer.shape[2] else longer(buffer, -(-count // _STEP) * _STEP)

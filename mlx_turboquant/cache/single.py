@@ -7,12 +7,12 @@ The cache owns two stores, and every token it holds is in one of them:
 
 After each call
 
- 1. ``offset`` tokens have come, the oldest ``forgotten`` of them after the sinks are gone;
- 2. if any token is packed, all sinks are there; what is packed is older than what is recent;
- 3. what is not yet packed is the window and fewer than 32 more tokens.
+ 1. ``offset`` tokens have been appended; the oldest after the sinks, ``forgotten`` ones, are gone;
+ 2. if any token is packed, all sinks are exact, and packed tokens are older than recent ones;
+ 3. besides the sinks, at most the window and 31 more tokens are exact.
 
-It holds all tokens exactly until the first block has left the window; from then on blocks are
-packed as they leave. Attention reads the arrays that it is given and changes none.
+All tokens are exact until the first block leaves the window; each block is packed when it leaves.
+Attention never changes the arrays that it is given.
 """
 
 import math
@@ -32,19 +32,19 @@ _STEP = 64
 
 
 class TurboQuantKVCache(CompressedCache):
-    """Keys and values in ``key_bits`` and ``value_bits`` bits per value.
+    """A cache of keys at ``key_bits`` and values at ``value_bits`` bits per value.
 
-    The first ``sink_tokens`` and the last ``window`` tokens stay in the model's dtype (up to 31
-    more, because tokens are quantized in blocks of 32). Implements the cache interface of mlx-lm.
+    The first ``sink_tokens`` and the last ``window`` tokens stay in the model's dtype, with up to
+    31 more, because tokens are quantized in blocks of 32. Implements mlx-lm's cache interface.
 
     Args:
         key_bits: Bits per value of the keys, 1 to 8.
         value_bits: Bits per value of the values, 1 to 8.
         window: Recent tokens that stay exact, 0 or more.
         sink_tokens: First tokens that stay exact, 0 or more.
-        max_size: Tokens to hold at most: then the oldest blocks after the sinks are forgotten. None
-            keeps all.
-        seed: Of the random rotation.
+        max_size: The most tokens to hold; beyond it, the oldest blocks after the sinks are
+            forgotten. None keeps all.
+        seed: Seed of the random rotation.
 
     Raises:
         ValueError: an argument outside these ranges.
@@ -86,7 +86,7 @@ class TurboQuantKVCache(CompressedCache):
         """The sequences of ``caches``, one each, as a batch.
 
         Raises:
-            ValueError: caches with different settings.
+            ValueError: caches with different settings or weights.
         """
         batch, *others = (cache._as_batch() for cache in caches)
         for other in others:
@@ -102,16 +102,16 @@ class TurboQuantKVCache(CompressedCache):
 
     @property
     def packed_tokens(self) -> int:
-        """Tokens that are quantized."""
+        """Number of packed tokens."""
         return self._packed.count
 
     @property
     def exact_tokens(self) -> int:
-        """Tokens that are held in the model's dtype: sinks and recent ones."""
+        """Number of tokens that are held in the model's dtype: sinks and recent ones."""
         return self.offset - self.forgotten - self._packed.count
 
     def _hold(self, new: list[mx.array], is_chunk: bool) -> None:
-        """Write tokens behind the exact ones, in place where there is room."""
+        """Append tokens to the exact buffers, in place if there is room."""
         held = self.exact_tokens
         needed = held + new[0].shape[2]
         if not self._exact:
@@ -128,13 +128,13 @@ class TurboQuantKVCache(CompressedCache):
         self.offset += new[0].shape[2]
 
     def _steps_alike(self) -> int:
-        """Steps of one token before one that packs a block or finds the exact buffers full."""
+        """Number of one-token steps before one packs a block or finds the exact buffers full."""
         held = self.exact_tokens
         until_block = self.settings.until_block(self._packed.count, held)
         return min(until_block - 1, self._exact[0].shape[2] - held)
 
     def _pack(self, count: int) -> bool:
-        """Quantize the blocks that have left the window; returns whether there were any."""
+        """Quantize the blocks that have left the window; return whether there were any."""
         held = self.exact_tokens
         leaving = self.settings.leaving(self._packed.count, held)
         if not leaving:
@@ -156,7 +156,7 @@ class TurboQuantKVCache(CompressedCache):
         return [x[:, :, : self.exact_tokens] for x in self._exact]
 
     def trim(self, n: int) -> int:
-        """Forget the last n tokens (at most all); packed tokens stay packed. Returns how many."""
+        """Forget the last n tokens (at most all), and return how many; packed ones stay packed."""
         self._step = None
         n = min(n, self.offset) if self.is_trimmable() else 0
         recent = max(self.exact_tokens - self.sink_tokens, 0)
@@ -165,21 +165,21 @@ class TurboQuantKVCache(CompressedCache):
         return n
 
     def is_trimmable(self) -> bool:
-        """Whether any number of tokens can be taken back: until the oldest were forgotten."""
+        """Whether any number of tokens can be trimmed: false once the oldest were forgotten."""
         return self.forgotten == 0
 
     def size(self) -> int:
-        """Tokens in the cache."""
+        """Number of tokens in the cache."""
         return self.offset - self.forgotten
 
     @property
     def fp16_nbytes(self) -> int:
-        """Bytes that the same tokens take in a dense 16-bit cache."""
+        """Bytes of the same tokens in a dense 16-bit cache."""
         return 2 * self.token_values * self.size()
 
     @property
     def token_values(self) -> int:
-        """Values of one token: of keys and values of all heads and rows."""
+        """Values per token: those of keys and values in all heads and rows."""
         return sum(self.side_values)
 
     @property
@@ -190,7 +190,7 @@ class TurboQuantKVCache(CompressedCache):
 
     @property
     def exact_nbytes(self) -> int:
-        """Bytes that the exact tokens of a long text take."""
+        """Bytes of the exact tokens of a long sequence."""
         return self.settings.most_exact * sum(x.nbytes // x.shape[2] for x in self._exact)
 
     def make_mask(
@@ -208,7 +208,7 @@ class TurboQuantKVCache(CompressedCache):
 
     @property
     def state(self) -> tuple[Any, ...]:
-        """All settings, counts and arrays, without free space; what ``from_state`` takes."""
+        """All settings, counts and arrays, without free space, as ``from_state`` takes them."""
         return (
             *self.settings,
             self.shared_reads,
@@ -226,7 +226,7 @@ class TurboQuantKVCache(CompressedCache):
         settings, counts, arrays = CacheSettings(*state[:6]), state[6:10], state[10:]
         *numbers, max_size, seed = settings
         numbers = (*numbers, *counts, 0 if max_size is None else max_size)
-        check_state(all(map(_is_count, numbers)), "a number is none of tokens or bits")
+        check_state(all(map(_is_count, numbers)), "a number of tokens or bits is invalid")
         check_state(type(seed) is int and seed >= 0, f"a seed of {seed}")
         self.__init__(**settings._asdict())
         self.shared_reads, self.offset, self.forgotten, packed = counts
@@ -243,15 +243,15 @@ class TurboQuantKVCache(CompressedCache):
 
     @classmethod
     def beginning(cls, state: tuple[Any, ...], tokens: int) -> tuple[Any, ...]:
-        """The ``state`` of a cache after it was trimmed to its first ``tokens``, at least one.
+        """The ``state`` that a cache has after trimming it to its first ``tokens``, at least 1.
 
-        Arrays need only be sliced, so that they may be those of a file. A cache that cannot be
-        trimmed, or has no more tokens, is left as it is.
+        Arrays are only sliced, so they may be :class:`.StoredArray` objects. The state of a cache
+        that cannot be trimmed, or has no more tokens, is returned unchanged.
         """
         settings, (reads, offset, forgotten, packed) = CacheSettings(*state[:6]), state[6:10]
         if forgotten or tokens >= offset:
             return tuple(state)
-        # What is packed stays packed, so that the sinks are exact and recent tokens may be none.
+        # Packed tokens stay packed: the sinks are exact, and there may be no recent tokens.
         packed = min(packed, max(tokens - settings.sink_tokens, 0))
         arrays, sides = state[10:], 1 if cls._is_latent else 2
         exact = [x[:, :, : tokens - packed] for x in arrays[:sides]]
@@ -260,7 +260,7 @@ class TurboQuantKVCache(CompressedCache):
 
     @classmethod
     def from_state(cls, state: tuple[Any, ...]) -> "TurboQuantKVCache":
-        """A cache with the ``state`` of another one.
+        """Create a cache with the ``state`` of another one.
 
         Raises:
             ValueError: a state that no cache can have.

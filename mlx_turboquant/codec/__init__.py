@@ -1,1 +1,1 @@
-"""Vectors to words and back: no model and no kernel."""
+"""The codec, which packs vectors into words and restores them without a model or kernel."""

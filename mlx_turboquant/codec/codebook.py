@@ -1,11 +1,11 @@
 """Scalar codebooks for the coordinates of a randomly rotated vector.
 
-A rotated unit vector is uniform on the sphere in ``dim`` dimensions, so each coordinate, times
-sqrt(dim), has the density (TurboQuant, arXiv 2504.19874, Lemma 1)
+A randomly rotated unit vector is uniform on the sphere in ``dim`` dimensions. Each coordinate
+times sqrt(dim) has the density (TurboQuant, arXiv 2504.19874, Lemma 1)
 
     f(u) = C * (1 - u^2 / dim)^((dim - 3) / 2),    |u| <= sqrt(dim),
 
-which tends to the standard normal. Levels here are in these units of one standard deviation.
+which tends to the standard normal. Levels have the same unit as u, one standard deviation.
 """
 
 from functools import cache
@@ -42,7 +42,7 @@ def check_dim(dim: int) -> None:
 
 
 def check_bits(bits: int) -> None:
-    """Raise ValueError unless ``bits`` is a whole number of bits per value that has a codebook."""
+    """Raise ValueError unless there are codebooks of ``bits`` bits per value."""
     if bits not in range(MIN_BITS, MAX_BITS + 1):
         raise ValueError(
             f"{bits} bits per value are not supported: "
@@ -52,11 +52,11 @@ def check_bits(bits: int) -> None:
 
 @cache
 def codebook(dim: int, bits: int) -> Codebook:
-    """The codebook that the codec uses.
+    """The codebook of the codec for one dimension and number of bits.
 
-    Up to 4 bits the levels are the polynomial of :func:`level_polynomial`, which a kernel evaluates
-    without a table (its mean squared error is within 0.2 % of the optimum). With more bits they
-    are :func:`lloyd_max_levels`.
+    Up to 4 bits the levels follow :func:`level_polynomial`, which a kernel evaluates without a
+    table. Its mean squared error is within 0.2 % of the optimum. With more bits they are
+    :func:`lloyd_max_levels`.
 
     Raises:
         ValueError: a dimension or a number of bits that is not supported.
@@ -74,10 +74,10 @@ def codebook(dim: int, bits: int) -> Codebook:
 def lloyd_max_levels(dim: int, bits: int) -> np.ndarray:
     """Levels of least mean squared error (arXiv 2504.19874, Eq. 4): float64 (2**bits,).
 
-    They are found by Newton's method for the positive levels. Every level c_i is the mean of its
-    cell: c_i - moment_i / mass_i = 0. Thresholds are midpoints of neighbouring levels, which makes
-    the Jacobian tridiagonal. The start is the high-rate solution (levels at quantiles of f^(1/3),
-    Panter and Dite); a step is shortened where it would take more than half of the distance between
+    Newton's method finds the positive levels. Every level c_i is the mean of its cell:
+    c_i - moment_i / mass_i = 0. Thresholds are midpoints of neighbouring levels, which makes the
+    Jacobian tridiagonal. The start is the high-rate solution (levels at quantiles of f^(1/3),
+    Panter and Dite). A step is shortened if it would close more than half of the distance between
     two levels.
 
     Raises:
@@ -109,7 +109,7 @@ def lloyd_max_levels(dim: int, bits: int) -> np.ndarray:
 
 
 def distortion(dim: int, levels: np.ndarray) -> float:
-    """Mean squared error of a unit vector whose coordinates go to the nearest of ``levels``.
+    """Mean squared error of a unit vector with coordinates rounded to the nearest of ``levels``.
 
     ``levels`` are symmetric about zero, ascending, float64 (2**bits,).
     """
@@ -128,16 +128,16 @@ def relative_error(dim: int, bits: int) -> float:
 def level_polynomial(dim: int, bits: int) -> tuple[float, float, float]:
     """Coefficients (a, b, c) of the levels as an odd polynomial of an odd integer.
 
-    The level of code i is x * (a + b * x^2 + c * x^4) with x = 2 * i + 1 - 2**bits. The fit has the
-    least mean squared error of its form: thresholds and coefficients are refined in turn until
-    both stand still. For 1 and 2 bits it is the exact Lloyd-Max quantizer.
+    The level of code i is x * (a + b * x^2 + c * x^4) with x = 2 * i + 1 - 2**bits. The fit
+    minimizes the mean squared error: thresholds and coefficients are refined in turn until both
+    converge. For 1 and 2 bits it is the exact Lloyd-Max quantizer.
 
     Raises:
         ValueError: a dimension that is not supported, or more than 4 bits.
     """
     if bits not in range(MIN_BITS, POLYNOMIAL_BITS + 1):
         raise ValueError(
-            f"There is no level polynomial for {bits} bits: it exists for 1 to {POLYNOMIAL_BITS}."
+            f"There is no level polynomial for {bits} bits: use 1 to {POLYNOMIAL_BITS} bits."
         )
     x = np.arange(1.0, 2**bits, 2)
     powers = x[:, None] ** np.array([1, 3, 5][: min(len(x), 3)])
@@ -172,7 +172,7 @@ def _cell_moments(dim: int, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     centre, half = (angles[1:] + angles[:-1]) / 2, (angles[1:] - angles[:-1]) / 2
     nodes = centre[:, None] + half[:, None] * _NODES
     mass = half * (np.cos(nodes) ** (dim - 2) @ _WEIGHTS) * np.sqrt(dim) * _constant(dim)
-    # The moment is a difference of neighbouring tails: expm1 keeps the digits that it would lose.
+    # The moment is a difference of neighbouring tails: expm1 avoids cancellation.
     log_tail = (dim - 1) / 2 * np.log1p(-(np.sin(angles) ** 2))
     moment = _constant(dim) * dim / (dim - 1) * np.exp(log_tail[:-1])
     return mass, moment * -np.expm1(np.diff(log_tail))

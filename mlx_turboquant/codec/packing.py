@@ -3,8 +3,8 @@
 A code of b bits is cut into planes of 4, 2 and 1 bits, high bits first (3 = 2 + 1, 5 = 4 + 1,
 6 = 4 + 2, 7 = 4 + 2 + 1, 8 = 4 + 4), so that no field straddles a word. A plane of p bits stores
 32 / p consecutive coordinates in a word: coordinate 2j at bit j * p and coordinate 2j + 1 at bit
-16 + j * p, so that ``(word >> j * p) & mask`` extracts two neighbours at once. Planes follow each
-other; the last word of a plane is filled up with zeros.
+16 + j * p, so that ``(word >> j * p) & mask`` extracts two neighbours at once. Planes are stored
+one after the other; the last word of each is padded with zeros.
 """
 
 from functools import cache
@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from .constants import constant
 
-# Widths in bits of the planes of a code, by its bits.
+# Widths of the planes in bits, by the number of bits of a code.
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (4, 4)}
 
 
@@ -38,7 +38,7 @@ def pack(codes: mx.array, bits: int) -> mx.array:
 
 
 def unpack(words: mx.array, bits: int, dim: int) -> mx.array:
-    """The codes of words, uint32 (..., words_per_vector): uint32 (..., dim)."""
+    """Unpack words, uint32 (..., words_per_vector), into codes: uint32 (..., dim)."""
     codes, start = None, 0
     for width in PLANES[bits]:
         stop = start + _words(dim, width)
@@ -50,7 +50,7 @@ def unpack(words: mx.array, bits: int, dim: int) -> mx.array:
 
 
 def byte_order(dim: int) -> list[int]:
-    """The coordinates of a vector of 4-bit codes in the order in which its bytes hold them.
+    """The coordinates of a vector of 4-bit codes in the order of its packed bytes.
 
     ``dim`` is a multiple of 8. A byte holds two codes, the lower four bits first.
     """

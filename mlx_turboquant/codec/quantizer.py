@@ -1,4 +1,4 @@
-"""TurboQuantizer: vectors to a few bits per value and back, without training or calibration."""
+"""The TurboQuant quantizer: a few bits per value, without training or calibration."""
 
 from typing import NamedTuple
 
@@ -10,21 +10,21 @@ from .constants import constant
 from .packing import byte_order, pack, unpack, words_per_vector
 from .rotation import Rotation
 
-# Changes whenever the same codes would mean something else.
+# Changes whenever the meaning of stored codes changes.
 CODEC_VERSION = "1"
 SCALES = ("unbiased", "least_squares", "norm", "none")
-# Covers the 5th to the 95th percentile of the best gain of 2 to 4 bits and 64 to 256 dimensions.
+# The 5th to the 95th percentile of the best gain at 2 to 4 bits and 64 to 256 dimensions.
 _GAINS = tuple(round(0.75 + 0.05 * i, 2) for i in range(12))
-# The largest bfloat16, so that scales can be stored in it.
+# The largest bfloat16, because caches store scales in this dtype.
 LARGEST_SCALE = 3.3895e38
 _FLOAT_DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 
 
 class QuantizedVectors(NamedTuple):
-    """Packed vectors: nothing else is stored for them.
+    """Packed vectors: all that is stored of them.
 
-    ``codes`` are uint32 (..., words_per_vector), laid out as :mod:`.packing` says; ``scales`` are
-    float32 (...), the factor from levels to the values of the rotated vector.
+    ``codes`` are uint32 (..., words_per_vector) in the layout of :mod:`.packing`. ``scales`` are
+    float32 (...): a level times the scale is a value of the rotated vector.
     """
 
     codes: mx.array
@@ -39,27 +39,27 @@ class QuantizedVectors(NamedTuple):
 class TurboQuantizer:
     """Quantizes vectors of ``dim`` values to ``bits`` bits per value plus one scale per vector.
 
-    A vector x is rotated, y = R x * sqrt(dim) / |x|, and each coordinate of gain * y goes to the
-    nearest level, q (TurboQuant, arXiv 2504.19874, Algorithm 1). Reconstruction is s * R^T q.
+    A vector x is rotated: y = R x * sqrt(dim) / |x|. Each coordinate of gain * y is rounded to the
+    nearest level, q (TurboQuant, arXiv 2504.19874, Algorithm 1). The reconstruction is s * R^T q.
 
     Args:
-        dim: Values per vector, 8 to 8 192.
+        dim: Values per vector, 8 to 8,192.
         bits: Bits per value, 1 to 8.
         rotation: "hadamard" or "haar", see :class:`.rotation.Rotation`.
-        seed: Of the rotation. Data made from the same seed would not be independent of it.
-        scale: How s follows from x and q (DRIVE, arXiv 2105.08339; EDEN, arXiv 2108.08842):
+        seed: Seed of the rotation. Vectors made from the same seed would not be independent of it.
+        scale: How s is computed from x and q (DRIVE, arXiv 2105.08339; EDEN, arXiv 2108.08842):
             "unbiased", |x|^2 / <Rx, q>, makes inner products unbiased over the rotation;
             "least_squares", <Rx, q> / |q|^2, has the least mean squared error;
             "norm", |x| / |q|, keeps the length;
             "none", |x| / sqrt(dim) / gain, is the paper's TurboQuant_mse.
         gain_search: Try a dozen gains per vector and keep the one with the largest cosine between
-            y and q; without it the gain is 1. Costs time in ``quantize`` only.
+            y and q. Without it, or at 1 bit, the gain is 1. Costs time in ``quantize`` only.
 
-    ``bits_per_value`` are the bits that a value takes: its code, filled up to whole words, and its
-    share of the float32 scale. A cache keeps scales in bfloat16, which is 16 / dim bits less.
+    ``bits_per_value`` counts the codes, padded to whole words, and the float32 scale. A cache
+    stores scales in bfloat16, which takes 16 / dim bits less.
 
     Raises:
-        ValueError: an argument that is not one of these.
+        ValueError: an argument outside these ranges.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class TurboQuantizer:
         self.rotation = Rotation(dim, rotation, seed)
         self.levels = constant(levels.astype(np.float32))
         self.thresholds = constant(thresholds.astype(np.float32))
-        # With 4 bits a byte holds two codes, whose levels are found in one look-up.
+        # At 4 bits a byte holds two codes; one look-up finds both levels.
         self._byte_levels: mx.array | None = None
         if bits == 4 and dim % 8 == 0:
             levels = self._levels_of(mx.arange(256)[:, None] >> mx.array([0, 4]) & 15)
@@ -92,20 +92,20 @@ class TurboQuantizer:
             self._order = constant(byte_order(dim))
 
     def __deepcopy__(self, memo: dict) -> "TurboQuantizer":
-        return self  # it never changes, and what was found out about it is kept by its identity
+        return self  # it is immutable, and results are cached by its identity
 
     def quantize(self, x: mx.array) -> QuantizedVectors:
         """Pack vectors (..., dim) of float16, bfloat16 or float32.
 
-        A vector of zeros gets scale 0. One with an infinity or NaN gets scale NaN, so that it
-        comes back as NaN in every value. No finite vector overflows the scale.
+        A vector of zeros gets scale 0. One with an infinity or NaN gets scale NaN, so that all its
+        values are restored as NaN. No finite vector overflows the scale.
 
         Raises:
             ValueError: another shape or dtype.
         """
         check_vectors(x, self.dim)
         x = x.astype(mx.float32)
-        # Scaled to a largest value of 1, so that no square overflows or vanishes.
+        # Scaled to a largest value of 1, so that no sum of squares overflows or vanishes.
         largest = mx.abs(x).max(axis=-1, keepdims=True)
         rotated = self.rotation.apply(x / mx.where(largest == 0, 1, largest))
         rms = mx.linalg.norm(rotated, axis=-1, keepdims=True) / self.dim**0.5
@@ -118,17 +118,17 @@ class TurboQuantizer:
         """The reconstructed vectors (..., dim) in ``dtype``.
 
         Raises:
-            ValueError: codes of another shape than those of ``quantize``.
+            ValueError: codes of a shape that ``quantize`` does not return.
         """
-        # Scaled last: the sums of the rotation would overflow before the values do.
+        # Scaled last, because the sums of the rotation would overflow before the values do.
         values = self.rotation.invert(self.rotated_levels(packed)) * packed.scales[..., None]
         return values.astype(dtype)
 
     def inner_product(self, queries: mx.array, packed: QuantizedVectors) -> mx.array:
-        """Products of queries (..., q, dim) with packed vectors (..., n): float32 (..., q, n).
+        """Inner products of queries (..., q, dim) and packed vectors (..., n): float32 (..., q, n).
 
-        Queries are float16, bfloat16 or float32. The rotation is applied to them instead of being
-        undone on every packed vector.
+        Queries are float16, bfloat16 or float32. They are rotated, so that the packed vectors need
+        not be rotated back.
 
         Raises:
             ValueError: queries of another shape or dtype, or codes of another shape.
@@ -177,10 +177,10 @@ class TurboQuantizer:
         return evaluate_polynomial(level_polynomial(self.dim, self.bits), x)
 
     def _codes_of(self, y: mx.array) -> mx.array:
-        """The codes of y (..., dim), the number of thresholds below a value: uint8 or uint32."""
+        """The codes of y (..., dim), the number of thresholds below each value: uint8 or uint32."""
         if self.bits > POLYNOMIAL_BITS:
             return mx.searchsorted(self.thresholds, y)
-        # A search for each value takes 6 to 16 times as long as comparing all values, on a CPU.
+        # On a CPU, a search per value takes 6 to 16 times as long as these comparisons.
         codes = mx.zeros(y.shape, mx.uint8)
         for threshold in self.thresholds:
             codes = codes + (y > threshold)
@@ -192,7 +192,7 @@ class TurboQuantizer:
         if len(self.gains) > 1:
             cosines = []
             for each in self.gains:
-                # One after the other; side by side they take four times the memory and the time.
+                # One after the other: all at once take four times the memory and the time.
                 y = mx.depends([y], cosines[-1:])[0]
                 levels = self._levels_of(self._codes_of(each * y))
                 length = mx.linalg.norm(levels, axis=-1, keepdims=True)

@@ -15,7 +15,7 @@ from .constants import constant
 def hadamard_factors(dim: int) -> tuple[int, int] | None:
     """(m, 2^k) with dim = m * 2^k and m in {1, 12, 20, 28}, or None if there is no such pair.
 
-    This is checked here because ``mx.hadamard_transform`` does not refuse every other dimension.
+    The check is needed because ``mx.hadamard_transform`` accepts some other dimensions.
     """
     for order in (1, 12, 20, 28):
         power = dim // order
@@ -29,7 +29,7 @@ class Rotation:
 
     Args:
         dim: Values per vector.
-        kind: "hadamard", or "haar", which "hadamard" becomes if there is no such matrix of dim.
+        kind: "hadamard" or "haar"; without a Hadamard matrix of order dim both mean "haar".
         seed: The same seed always gives the same matrix.
 
     Raises:
@@ -41,7 +41,7 @@ class Rotation:
             raise ValueError(f"Rotation {kind!r} is not known: use 'hadamard' or 'haar'.")
         self.dim = dim
         factors = hadamard_factors(dim) if kind == "hadamard" else None
-        # A dense matrix is that of order dim, with 2^0 and no signs.
+        # A dense matrix has the factors dim and 2^0, and no signs.
         self.factors = factors or (dim, 1)
         self.signs = _random_signs(dim, seed) if factors else constant(mx.ones(dim))
         self.matrix = _paley_matrix(factors[0]) if factors else _haar_matrix(dim, seed)
@@ -68,7 +68,7 @@ def _random_bits(count: int, seed: int) -> np.ndarray:
     """``count`` uint64 of a SplitMix64 sequence (Steele, Lea, Flood, 2014), the same everywhere.
 
     Stored caches depend on these numbers, so they must not change with a library's version. The
-    seed is mixed as well, or neighbouring seeds would give the same sequence, shifted.
+    seed is mixed too: otherwise neighbouring seeds would give shifted copies of one sequence.
     """
     start = _mix(np.full(1, seed % 2**64, dtype=np.uint64))
     return _mix(start + np.uint64(0x9E3779B97F4A7C15) * np.arange(1, count + 1, dtype=np.uint64))
@@ -93,7 +93,7 @@ def _haar_matrix(dim: int, seed: int) -> mx.array:
 
 
 def gaussian_matrix(rows: int, columns: int, seed: int) -> np.ndarray:
-    """Independent normal numbers by the method of Box and Muller: float64 (rows, columns)."""
+    """Independent standard normal numbers by the Box-Muller method: float64 (rows, columns)."""
     count = rows * columns
     uniform = ((_random_bits(2 * count, seed) >> np.uint64(11)) + 0.5) / 2**53
     radius, angle = np.sqrt(-2 * np.log(uniform[:count])), 2 * np.pi * uniform[count:]

@@ -1,1 +1,1 @@
-"""Compressed caches for the models of mlx-lm: which bits, which layers, switched on and saved."""
+"""Compressed caches for models of mlx-lm: choice of layers and bits, enabling, and files."""

@@ -1,13 +1,12 @@
-"""How many bits the keys and the values of every layer get, so that a budget does the least harm.
+"""Allocation of bits to the keys and values of every layer, for the least divergence in a budget.
 
-A budget is the mean number of bits of all values that are compressed. It is spent in whole bits,
-each where it lowers the expected divergence of the output most for the bytes that it takes.
+A budget is the mean number of bits of all compressed values. It is spent in whole bits, first where
+they lower the expected divergence of the output most per byte.
 
-A side of a layer is its keys or its values. What it costs at b bits is the KL divergence of the
+A side of a layer is its keys or its values. Its divergence at b bits is the KL divergence of the
 next-token distribution, in nats, when nothing else is quantized. :mod:`.calibrate` measures it at
-few bits. With more bits it falls with the squared error D(b) of the codec, to which it is
-proportional to second order. Divergences of several sides add up, because their errors are
-independent.
+few bits. To second order it is proportional to the squared error D(b) of the codec, which gives it
+at more bits. Divergences of several sides add up, because their errors are independent.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from typing import NamedTuple
 from ..codec.codebook import MAX_BITS, relative_error
 from ..codec.packing import words_per_vector
 
-# A key of one bit is little more than signs: the divergence is several times the expected one.
+# One-bit keys are little more than signs: their divergence is several times the expected one.
 MIN_KEY_BITS, MIN_VALUE_BITS = 2, 1
 BUDGETS = tuple(quarters / 4 for quarters in range(4 * 2, 4 * MAX_BITS + 1))
 
@@ -36,8 +35,8 @@ class Vectors(NamedTuple):
 class Side(NamedTuple):
     """Keys or values of one layer: their shape, and their expected divergence by bits.
 
-    ``divergences[b]`` is the divergence at b bits, from 0 to 8, in nats or in any other unit that
-    is the same for all sides. Fewer than ``min_bits`` are never chosen.
+    ``divergences[b]`` is the divergence at b bits, from 0 to 8, in nats or another unit that all
+    sides share. Fewer than ``min_bits`` are never chosen.
     """
 
     vectors: Vectors
@@ -63,8 +62,8 @@ def check_budget(bits: float) -> None:
 def divergences_by_bits(dim: int, measured: dict[int, float]) -> tuple[float, ...]:
     """The divergences at 0 to 8 bits of a side that was ``measured`` at some bits.
 
-    At other bits they follow the error of the codec, starting from the nearest fewer bits that were
-    measured, or from the fewest.
+    Other bits are extrapolated by the error of the codec, from the next fewer measured bits or else
+    from the fewest.
     """
     divergences = [float("inf")]
     for bits in range(1, MAX_BITS + 1):
@@ -79,7 +78,7 @@ def measured_layer(
     key_divergences: dict[int, float],
     value_divergences: dict[int, float] | None,
 ) -> Layer:
-    """The layer with these vectors, whose divergences were measured at some bits."""
+    """The layer with these vectors, and with divergences that were measured at some bits."""
     key_side = Side(keys, divergences_by_bits(keys.dim, key_divergences), MIN_KEY_BITS)
     if values is None or value_divergences is None:
         return Layer(key_side, None)
@@ -90,8 +89,8 @@ def measured_layer(
 def uniform_bits(bits: float) -> tuple[int, int]:
     """Bits of keys and values that are the same in all layers, with a mean of at most ``bits``.
 
-    Keys get two bits more than values, or one more at a half: they matter more in every model that
-    was measured.
+    Keys get two bits more than values, or one more if the fraction of ``bits`` is a half or more.
+    Their errors matter more in every model that was measured.
     """
     whole, half = int(bits), bits % 1 >= 0.5
     key_bits = min(whole + 1, MAX_BITS)
@@ -101,7 +100,7 @@ def uniform_bits(bits: float) -> tuple[int, int]:
 def allocate(
     layers: Sequence[Layer], bits: float, key_bits: int | None = None, value_bits: int | None = None
 ) -> list[tuple[int, int]]:
-    """The bits of keys and values of every layer, whose mean is at most the budget ``bits``.
+    """The bits of keys and values of every layer, with a mean of at most the budget ``bits``.
 
     ``key_bits`` and ``value_bits`` fix a side in all layers. A layer without values of its own gets
     the bits of its keys for both.
@@ -120,11 +119,11 @@ def allocate(
     room = bits / 8 * values - sum(sides[at].vectors.nbytes(b) for at, b in chosen.items())
     if room < 0:
         raise ValueError(
-            f"A budget of {bits:g} bits is not possible: with the fewest bits that this model can "
-            f"have, or with those that are fixed, a value takes {bits - 8 * room / values:.4g}: "
+            f"A budget of {bits:g} bits is too small (with its fewest bits, or with those that are "
+            f"fixed, this model takes {bits - 8 * room / values:.4g} per value): "
             "use a larger budget."
         )
-    # The gains of a side fall from step to step, so sorting keeps its steps in their order.
+    # The gains of a side fall from step to step, so sorting keeps its steps in order.
     for _, place, (before, after) in sorted(steps, reverse=True):
         vectors = sides[place].vectors
         nbytes = vectors.nbytes(after) - vectors.nbytes(before)
@@ -137,7 +136,7 @@ def allocate(
 def chosen_sides(
     layers: Sequence[Layer], bits: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[Side, int]]:
-    """Every side of the layers, with its bits out of the pairs of bits of keys and values."""
+    """Every side of the layers with its bits; ``bits`` are those of keys and values by layer."""
     for layer, pair in zip(layers, bits):
         for side, b in zip(layer, pair):
             if side is not None:
@@ -150,10 +149,10 @@ def expected_divergence(layers: Sequence[Layer], bits: Sequence[tuple[int, int]]
 
 
 def _worthwhile_bits(side: Side) -> list[int]:
-    """The bits that a side may have, ascending, each with a smaller gain than the one before.
+    """The bits that are worth choosing for a side, ascending, with gains that fall.
 
-    Bits are left out if others take no more bytes and have a smaller divergence (narrow vectors
-    are filled up to whole words), or if the step to more bits gains more for its bytes.
+    Bits are left out if others take no more bytes and diverge less (narrow vectors are padded to
+    whole words), or if the step to more bits gains more per byte.
     """
     nbytes = side.vectors.nbytes
     cheapest_first = sorted(

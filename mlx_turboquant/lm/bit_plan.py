@@ -1,4 +1,4 @@
-"""How the bits of one model are spent: by its profile, or by what stands in for one."""
+"""The plan of bits of one model: by its profile, or by an estimate without one."""
 
 import logging
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from .compressible import Compressible
 from .profile import Profile
 from .settings import Settings
 
-# What keys cost without a profile if values cost 1: this factor times the sensitivity of their
-# layer, or at least the second number. Both were chosen on three real models, see docs/quality.md.
+# The weight of keys relative to values without a profile: the first number times the sensitivity of
+# their layer, but at least the second. Both were chosen on three models, see docs/quality.md.
 _KEY_WEIGHT, _LEAST_KEY_WEIGHT = 2.0, 4.0
 # In nats: above this, the output differs noticeably.
 _LARGE_DIVERGENCE = 0.05
@@ -21,10 +21,10 @@ _log = logging.getLogger("mlx_turboquant")
 
 @dataclass
 class BitPlan:
-    """The compressed layers of a model, and the bits that were chosen for them so far.
+    """The compressed layers of a model, and the bits that have been chosen for them.
 
-    ``layers`` have the divergences that bits are allocated by. ``expected`` are the same layers
-    with the divergences to expect, in nats, or None without a profile.
+    ``layers`` have the divergences for allocation. ``expected`` are the same layers with the
+    divergences to expect, in nats, or None without a profile.
     """
 
     layers: list[Layer]
@@ -44,10 +44,10 @@ class BitPlan:
     def estimated(
         cls, compressible: Sequence[Compressible], sensitivities: Sequence[float]
     ) -> "BitPlan":
-        """The plan for a model without a profile, by the sensitivity of the keys of each layer."""
+        """The plan for a model without a profile, by the key sensitivity of each layer."""
         layers = []
         for place, sensitivity in zip(compressible, sensitivities):
-            # Not max(): a sensitivity that is not a number says nothing.
+            # Not max(), so that a sensitivity of NaN gives the least weight.
             weight = _KEY_WEIGHT * sensitivity
             weight = weight if weight > _LEAST_KEY_WEIGHT else _LEAST_KEY_WEIGHT
             keys, values = place.keys, place.values
@@ -68,8 +68,8 @@ class BitPlan:
         divergence = self.divergence(bits)
         if divergence is None:
             _log.info(
-                "This model has no profile: `mlx_turboquant calibrate` would measure where bits "
-                "matter, which lowers the divergence by a third and more at the same size."
+                "This model has no profile: `mlx_turboquant calibrate` measures where bits matter, "
+                "which lowers the divergence by a third or more at the same size."
             )
         elif divergence > _LARGE_DIVERGENCE:
             text = "With %g bits the expected divergence is %.2g nats: use %s."

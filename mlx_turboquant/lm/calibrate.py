@@ -1,10 +1,10 @@
-"""Measures what an error in the keys or values of one layer does to the output of a model.
+"""Calibration: how much quantized keys or values of one layer change the output of a model.
 
-The first part of several texts is read exactly and once. Then their second part is decoded exactly,
-and once more for every compressed layer, with one side of this layer quantized at two numbers of
-bits. The KL divergence of the output is the cost of that side at these bits. All texts, each with
-its four sides and bits, are the rows of one batch, and the layers below, whose output is the same,
-are not computed again.
+The first part of each text is prefilled exactly, once. The second part is scored exactly, and again
+for every compressed layer, with its keys or its values quantized at two numbers of bits. The KL
+divergence of the output is the divergence of that side at these bits. One batch holds every text in
+all four combinations of side and bits. Layers below the quantized one are not computed again,
+because their output is the same.
 """
 
 import copy
@@ -37,18 +37,18 @@ from .texts import encode, start_tokens
 
 _FOLDER = Path(__file__).parent / "calibration"
 _SINKS = 4
-# A text is read up to so many tokens before those that are scored, and the last of them stay exact:
-# errors of tokens that in a cache are still in the window would hide what the others do.
+# The most tokens that are prefilled before the scored ones. Their last part stays exact, as the
+# window of a cache does: its errors would hide those of the other tokens.
 _PREFIX_TOKENS = 512
 _EXACT_PART = 1 / 8
-# As many tokens are scored as all passes together may have.
+# The number of scored tokens is chosen so that all passes together have about this many.
 _PASSED_TOKENS = 12_000
 _LEAST_SCORED, _MOST_SCORED = 24, 128
 _LEAST_TOKENS = 64
-# Texts that are read together.
+# Texts in a batch.
 _TEXTS = 4
 _ROWS = [(side, bits) for side, measured in MEASURED_BITS.items() for bits in measured]
-# An exponential of more would overflow; such an output is lost anyway.
+# The exponential of a larger rise would overflow; such an output is unusable anyway.
 _MOST_RISE = 80.0
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| step {n_fmt} of {total_fmt}, {remaining} left"
 
@@ -65,10 +65,10 @@ def calibration_texts() -> dict[str, str]:
 
 
 def calibrated(model: nn.Module, tokenizer, progress: Progress | bool = True) -> Profile:
-    """The profile of a model, measured on the bundled texts and kept in the user's cache folder.
+    """Calibrate a model on the bundled texts and keep its profile in the user's cache folder.
 
-    If it is interrupted, the next call continues from there. A profile that cannot be written is a
-    warning.
+    The next call continues an interrupted calibration. If the profile cannot be written, a warning
+    says so.
     """
     own = fingerprint(model)
     profile = calibrate(model, tokenizer, None, progress, unfinished_path(own))
@@ -87,9 +87,9 @@ def calibrate(
     progress: Progress | bool = False,
     unfinished: Path | None = None,
 ) -> Profile:
-    """The profile of a model, measured on ``texts`` (by name), or on the bundled ones.
+    """Measure the profile of a model on ``texts`` (by name), or on the bundled ones.
 
-    Four texts at a time are read together, each as far as the shortest of them. On a CPU a copy of
+    Texts are read in batches of four, each as far as the shortest of its batch. On a CPU a copy of
     the model in float32 is measured.
 
     Args:
@@ -97,8 +97,8 @@ def calibrate(
         tokenizer: Its tokenizer.
         texts: Texts of 64 tokens or more.
         progress: Called with the number of finished steps and of all steps; True shows a bar.
-        unfinished: Where the layers are kept that were measured on the bundled texts, and where an
-            interrupted calibration continues from.
+        unfinished: The file of the layers measured so far on the bundled texts, from which an
+            interrupted calibration continues.
 
     Raises:
         ValueError: a model that is spread over several machines or has no layer that could be
@@ -123,7 +123,7 @@ def calibrate(
                 "give a longer text."
             )
     batches = [tokens[i : i + _TEXTS] for i in range(0, len(tokens), _TEXTS)]
-    # Half of the layers are computed in a pass on average.
+    # On average, a pass computes half of the layers.
     wanted = int(_PASSED_TOKENS / (len(tokens) * len(places) * len(_ROWS) / 2)) // 8 * 8
     most = min(max(wanted, _LEAST_SCORED), _MOST_SCORED)
     counts = [min(most, *(len(part) // 2 for part in batch)) for batch in batches]
@@ -137,7 +137,7 @@ def calibrate(
     }
 
     def measured(count: int) -> Profile:
-        """What was found out about the first layers."""
+        """The profile of the first ``count`` layers."""
         values = zip(places[:count], sides["values"])
         values = tuple(None if place.values is None else side for place, side in values)
         return nothing._replace(keys=tuple(sides["keys"][:count]), values=values)
@@ -158,7 +158,7 @@ def calibrate(
                 for (name, bits), found in zip(_ROWS, rows.divergences(place)):
                     sides[name][done - 1][bits] += tuple(found)
                 if unfinished is not None:
-                    with suppress(OSError):  # then the next one begins anew
+                    with suppress(OSError):  # without the file, the next calibration starts over
                         save_profile(measured(done), unfinished)
                 advance(first + done)
             mx.clear_cache()
@@ -166,7 +166,7 @@ def calibrate(
 
 
 def _begun(file: Path, nothing: Profile) -> Profile:
-    """What an interrupted calibration has left, if it was like this one, or ``nothing``."""
+    """The profile that an interrupted calibration of the same kind has left, or ``nothing``."""
     try:
         found = load_profile(file, [nothing.fingerprint])
     except (OSError, ValueError):
@@ -175,7 +175,7 @@ def _begun(file: Path, nothing: Profile) -> Profile:
 
 
 def _in_float32(model: nn.Module) -> nn.Module:
-    """On a CPU, a copy of a model that has other weights: they would be multiplied slowly."""
+    """On a CPU, a float32 copy of a model with other dtypes, because they multiply slowly."""
     dtypes = {x.dtype for _, x in tree_flatten(model.parameters())}
     if mx.default_device().type != mx.DeviceType.cpu or dtypes == {mx.float32}:
         return model
@@ -183,7 +183,7 @@ def _in_float32(model: nn.Module) -> nn.Module:
 
 
 class _Rows:
-    """Some texts for one model: what is the same for all layers."""
+    """A batch of texts for one model, with all that is the same for every layer."""
 
     def __init__(self, model: nn.Module, texts: list[list[int]], scored: int):
         self.model = model
@@ -221,18 +221,18 @@ class _Rows:
         logits = self._logits(self._skipped(place.layer if self.can_skip else 0), caches)
         probabilities = self.probabilities[:, None]
         rise = mx.unflatten(logits, 0, (-1, len(_ROWS))) - self.exact[:, None]
-        # What all logits have in common changes nothing. Without it the growth is never negative.
+        # A shift of all logits changes nothing. Without it the growth is never negative.
         rise = rise - (probabilities * rise).sum(axis=-1, keepdims=True)
         growth = (probabilities * mx.expm1(mx.minimum(rise, _MOST_RISE))).sum(axis=-1)
         found = mx.log1p(mx.maximum(growth, 0)).mean(axis=-1)
         return mx.maximum(found, LEAST_DIVERGENCE).T.tolist()
 
     def _skipped(self, layer: int) -> list["_StandIn"]:
-        """What replaces all below a ``layer``, which gets its recorded input."""
+        """Stand-ins for all layers below a ``layer``, which gets its recorded input."""
         return [_StandIn(each, self.inputs[layer]) for each in self.layers[:layer]]
 
     def _logits(self, replaced: list["_StandIn"], caches: list[Any] | None = None) -> mx.array:
-        """Of the scored tokens in all rows, with the first layers of the model ``replaced``."""
+        """Logits of the scored tokens in all rows, with the first layers ``replaced``."""
         originals = self.layers[: len(replaced)]
         self.layers[: len(replaced)] = replaced
         try:
@@ -242,25 +242,25 @@ class _Rows:
         return logits.astype(mx.float32)
 
     def _skipping_changes_nothing(self) -> bool:
-        """Whether the layers of the model are called one after the other, and nothing beside."""
+        """Whether the model only calls its layers in order, so that the first can be skipped."""
         last = len(self.inputs) - 1
         if last < 1 or len(self.inputs) != len(self.caches):
             return False
         try:
             logits = self._logits(self._skipped(last))
-        except Exception:  # whatever a model of its own kind raises
+        except Exception:  # an unusual model may raise anything
             return False
         return mx.allclose(logits, self.exact, atol=1e-3).item()
 
 
 def _repeated(x: Any) -> Any:
-    """An array, or a part of the state of a cache, with every row once for each of ``_ROWS``."""
+    """An array (or another part of a cache's state) with each row repeated for ``_ROWS``."""
     has_rows = isinstance(x, mx.array) and x.ndim > 1
     return mx.repeat(x, len(_ROWS), axis=0) if has_rows else x
 
 
 def _quantized(x: mx.array, count: int, bits: int, are_keys: bool) -> mx.array:
-    """x (B, H, n, dim) with ``count`` tokens quantized, but for the sinks and the last of them."""
+    """x (B, H, n, dim) with ``count`` tokens quantized, except the sinks and the last eighth."""
     end = count - int(_EXACT_PART * count)
     middle = x[:, :, _SINKS:end]
     quantizer = shared_quantizer(x.shape[3], bits, 0)
@@ -271,7 +271,7 @@ def _quantized(x: mx.array, count: int, bits: int, are_keys: bool) -> mx.array:
 
 
 class _StandIn:
-    """Stands for a layer: keeps its input, and returns ``output`` without it if there is one."""
+    """Replaces a layer: keeps its input, and returns ``output`` instead of calling it if given."""
 
     input: mx.array | None = None
 
@@ -288,7 +288,7 @@ class _StandIn:
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    """The list itself, of which ``model.layers`` may be a copy; an empty one if there is none."""
+    """The model's own list of layers (``model.layers`` may be a copy), or an empty list."""
     layers = getattr(model, "layers", [])
     for module in model.modules():
         for value in module.values():

@@ -1,4 +1,4 @@
-"""Which caches of a model can be compressed, and what vectors their layers store."""
+"""The caches of a model that can be compressed, and the vectors that their layers store."""
 
 from typing import Any, NamedTuple
 
@@ -12,15 +12,15 @@ from ..cache.single import TurboQuantKVCache
 from .allocation import Vectors
 from .settings import Settings
 
-# The attribute of a model that has its ``Compression``.
+# The attribute of a model that holds its ``Compression``.
 ATTRIBUTE = "_mlx_turboquant"
 
 
 class Compressible(NamedTuple):
     """One cache of a prompt cache that can be compressed: the cache of a layer, or a part of it.
 
-    ``part`` is its place in a ``CacheList``, or None. ``values`` is None where attention is latent:
-    one vector for each token is both key and value.
+    ``part`` is its place in a ``CacheList``, or None. ``values`` is None for latent attention: one
+    vector per token is both key and value.
     """
 
     layer: int
@@ -58,8 +58,7 @@ def compressible_caches(model: nn.Module) -> list[Compressible]:
     """The caches of a model that are compressed, in the order of its layers.
 
     These are the plain ``KVCache`` of mlx-lm, alone or in a ``CacheList``, except in layers that
-    choose tokens by an index of their own. One token goes through the model lazily: nothing is
-    computed.
+    select tokens with an indexer. The model is called lazily with one token: nothing is computed.
     """
     caches = plain_caches(model)
     model(mx.zeros((1, 1), mx.int32), cache=caches)
@@ -94,7 +93,7 @@ def compressed_caches(
 
 
 def link_caches(cache: list[Any], link: Link) -> None:
-    """Tell the compressed caches of a prompt cache what is known of their model."""
+    """Give the compressed caches of a prompt cache the link to their model."""
     layers = flat_caches(cache)
     for layer, reads in zip(layers, link.shared_reads or [0] * len(layers)):
         if isinstance(layer, TurboQuantKVCache):
@@ -102,12 +101,12 @@ def link_caches(cache: list[Any], link: Link) -> None:
 
 
 def flat_caches(cache: list[Any]) -> list[Any]:
-    """The caches of all layers, those within a ``CacheList`` one by one."""
+    """The caches of all layers, with those of a ``CacheList`` one by one."""
     return [part for layer in cache for part in getattr(layer, "caches", (layer,))]
 
 
 def cut_back(cache: list[Any], tokens: int) -> bool:
-    """Cut every layer back to its first ``tokens``; whether that was possible."""
+    """Cut every layer back to its first ``tokens``; return whether that is possible."""
     if not mlx_lm_cache.can_trim_prompt_cache(cache):
         return False
     for layer in flat_caches(cache):
@@ -116,7 +115,7 @@ def cut_back(cache: list[Any], tokens: int) -> bool:
 
 
 def text_arguments(model: nn.Module) -> Any:
-    """The configuration that has the sizes: the model's, or that of the text model it wraps.
+    """The configuration with the sizes: that of the model, or of the text model that it wraps.
 
     None for a model without one.
     """

@@ -1,4 +1,4 @@
-"""All that is known of one model: settings, plan of bits, weights and the link of its caches."""
+"""The compression of one model: its settings, plan of bits, weights and link to its caches."""
 
 import copy
 import logging
@@ -35,13 +35,13 @@ _log = logging.getLogger("mlx_turboquant")
 
 
 class Compression:
-    """The one object of a model, which :func:`.enable` replaces whole.
+    """How one model is compressed; :func:`.enable` replaces the whole object.
 
     Attributes:
-        settings: Of the caches that mlx-lm makes; None for a model that is not enabled.
-        replaced: The ``make_cache`` that the model had of its own before it was enabled.
+        settings: Settings of the caches that mlx-lm makes; None if the model is not enabled.
+        replaced: The ``make_cache`` attribute of the model before it was enabled, or None.
         given: The profile that a caller has given, which stays until another one is given.
-        profile: That one, or what the user's cache folder had when this object was made.
+        profile: ``given``, or the one in the user's cache folder when this object was made.
         compressible: The caches of the model that are compressed.
     """
 
@@ -77,19 +77,19 @@ class Compression:
             self._plan = self._plan or before._plan
 
     def is_of(self, model: nn.Module) -> bool:
-        """Whether this is what is known of ``model`` itself."""
+        """Whether this is the compression of ``model`` itself."""
         return self._model() is model
 
     def __deepcopy__(self, memo: dict) -> "Compression":
         copied = copy.copy(self)
-        # The copy of the model is being made, and has no modules to be hooked yet.
+        # The copy of the model is not complete, and has no modules to be hooked.
         copied._model = weakref.ref(memo.get(id(self._model()), self._model()))
         copied._weights = copied._link = None
         copied.replaced = copy.deepcopy(self.replaced, memo)
         return copied
 
     def make_cache(self) -> list[Any]:
-        """A prompt cache for mlx-lm, which calls this without the limit that it was given."""
+        """A prompt cache for mlx-lm, whose limit is taken from the caller's local variables."""
         caller = sys._getframe(1)
         is_mlx_lm = caller.f_code is _MAKE_PROMPT_CACHE
         limit = caller.f_locals["max_kv_size"] if is_mlx_lm else None
@@ -120,14 +120,14 @@ class Compression:
             return [settings.fixed_bits()] * len(self.compressible)
         bits = self.plan().bits(settings)
         if self._has_other_adapters:
-            self._has_other_adapters = False  # once is enough
+            self._has_other_adapters = False  # warn only once
             _log.warning(
                 "The model has adapters: bits follow the profile of the model without them."
             )
         return bits
 
     def plan(self) -> BitPlan:
-        """How bits are spent that are not fixed; without a profile, the model runs for it."""
+        """The plan for bits that are not fixed; without a profile, the model runs for it once."""
         with _lock:
             if self._plan is None:
                 sensitivities = key_sensitivities(self._model(), self.compressible)
@@ -140,7 +140,7 @@ class Compression:
         return None if self._plan is None else self._plan.expected
 
     def weights(self) -> Weights:
-        """The weights that the model has now."""
+        """The current weights of the model; if they have changed, the link is dropped."""
         with _lock:
             model = self._model()
             if self._weights is None or not self._weights.are_of(model):
@@ -149,7 +149,7 @@ class Compression:
             return self._weights
 
     def connect(self, cache: list[Any]) -> None:
-        """Let attention read the compressed tokens of a cache, which is read by these weights."""
+        """Let attention read the compressed tokens of a cache that the current weights fill."""
         with _lock:
             weights = self.weights()
             if self._link is None:
@@ -158,7 +158,7 @@ class Compression:
             link_caches(cache, self._link)
 
     def disconnect(self) -> None:
-        """Give the model mlx-lm's attention back; its caches then return arrays."""
+        """Restore mlx-lm's attention in the model; its caches then return arrays."""
         with _lock:
             if self._link is not None:
                 unlink(self._model(), self._link)
@@ -166,13 +166,13 @@ class Compression:
 
 
 def known_compression(model: nn.Module) -> Compression | None:
-    """What is known of a model so far; a shallow copy has that of the original, which is not it."""
+    """The compression of a model, or None; a shallow copy's attribute is that of its original."""
     compression = getattr(model, ATTRIBUTE, None)
     return compression if compression is not None and compression.is_of(model) else None
 
 
 def compression_of(model: nn.Module) -> Compression:
-    """What is known of a model, which need not be enabled."""
+    """The compression of a model, which is made if needed; the model need not be enabled."""
     with _lock:
         compression = known_compression(model)
         if compression is None:
@@ -182,7 +182,7 @@ def compression_of(model: nn.Module) -> Compression:
 
 
 def give_profile(model: nn.Module, profile: Profile) -> Compression:
-    """Spend the bits of a model as a profile says, until another one is given.
+    """Allocate the bits of a model by a profile, until another one is given.
 
     Raises:
         ValueError: the profile and the model have different numbers of layers.
@@ -197,7 +197,7 @@ def give_profile(model: nn.Module, profile: Profile) -> Compression:
 
 
 def treat_layers_alike(model: nn.Module) -> None:
-    """Give a model without weights a plan of bits, for which nothing is computed with it."""
+    """Give a model without weights a plan of bits, for which the model does not run."""
     compressible = compressible_caches(model)
     plan = BitPlan.estimated(compressible, [0.0] * len(compressible))
     setattr(model, ATTRIBUTE, Compression(model, plan=plan))

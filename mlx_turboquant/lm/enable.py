@@ -30,18 +30,18 @@ def make_prompt_cache(
 ) -> list[Any]:
     """A compressed ``prompt_cache`` for mlx-lm: one cache per layer of ``model``.
 
-    Layers for which mlx-lm would make a plain ``KVCache``, alone or in a ``CacheList``, are
-    compressed, all others are left as they are; so are layers that choose tokens by an index of
-    their own (DeepSeek's sparse attention). Also lets the model's attention read compressed
-    tokens, which :func:`disable` undoes.
+    Layers with a plain ``KVCache`` of mlx-lm, alone or in a ``CacheList``, are compressed. All
+    others stay unchanged, and so do layers that select tokens with an indexer (DeepSeek's sparse
+    attention). The model's attention is hooked to read compressed tokens; :func:`disable` undoes
+    this.
 
     Args:
         model: A model of mlx-lm.
-        bits: Mean of bits per value, 2 to 8 in quarters, or all settings at once.
-        profile: What calibration found out about the model, or the file of it. None takes that in
-            the user's cache folder; without one, bits follow what quantizing does to the attention
-            of the model on pseudo-random tokens.
-        backend: "metal", "cuda" or "reference" (plain MLX operations), for the whole process; None
+        bits: Mean bits per value, 2 to 8 in quarters, or all settings at once.
+        profile: A profile of the model, or its file. None takes the one in the user's cache folder.
+            If there is none, bits follow the sensitivity of the model's attention to quantized
+            keys, which is estimated on pseudo-random tokens.
+        backend: "metal", "cuda" or "reference" (plain MLX operations), for the whole process. None
             leaves the choice to ``MLX_TURBOQUANT_BACKEND`` and the machine.
         options: The other fields of :class:`.Settings`.
 
@@ -67,15 +67,14 @@ def enable(
     backend: str | None = None,
     **options: Unpack[CacheOptions],
 ) -> nn.Module:
-    """Let every cache that mlx-lm makes for ``model`` be compressed; returns the model.
+    """Compress every cache that mlx-lm makes for ``model``, and return the model.
 
     Takes the arguments of :func:`make_prompt_cache` and raises its errors. With a ``tokenizer``, a
-    model without a profile is calibrated first, unless its bits are fixed. The profile is kept; if
-    calibration is interrupted, the next one continues from there. ``progress`` is called with the
-    number of finished steps and of all steps; True shows a bar, False nothing. Where there are
-    kernels, the model runs over some fifty
-    tokens, which compiles those that it needs and compares them with plain MLX; a warning names
-    what is replaced.
+    model without a profile is calibrated first, unless its bits are fixed. The profile is kept; the
+    next call continues an interrupted calibration. ``progress`` is called with the number of
+    finished steps and of all steps; True shows a bar, False nothing. On a backend with kernels, the
+    model runs over about 40 tokens. This compiles the kernels that it needs and compares them with
+    plain MLX; a warning names those that plain MLX replaces.
     """
     settings = _settings(bits, options)
     if backend is not None:
@@ -85,7 +84,7 @@ def enable(
     if compression.profile is None and tokenizer is not None and not settings.is_fixed:
         measured = calibrated(model, tokenizer, progress)
         compression = Compression(model, before, settings, measured)
-    compression.new_cache(settings)  # refuses now, not at generation
+    compression.new_cache(settings)  # raises errors here, not at generation
     if kernel_backend() != "reference":
         _use_kernels_once(model, compression)
     setattr(model, ATTRIBUTE, compression)
@@ -94,9 +93,9 @@ def enable(
 
 
 def disable(model: nn.Module) -> nn.Module:
-    """Undo :func:`enable` and what :func:`make_prompt_cache` did to ``model``; returns the model.
+    """Undo what :func:`enable` and :func:`make_prompt_cache` did to ``model``; return the model.
 
-    Compressed caches that exist keep working, without the fast path.
+    Existing compressed caches keep working, without the fast path.
     """
     compression = known_compression(model)
     if compression is not None:
@@ -121,7 +120,7 @@ def _loaded(profile: ProfileOrFile, model: nn.Module) -> Profile | None:
 
 
 def _use_kernels_once(model: nn.Module, compression: Compression) -> None:
-    """A chunk to pack, one that reads packed tokens densely, and a decode step."""
+    """Run a chunk to pack, one that reads packed tokens densely, and a decode step."""
     cache = compression.new_cache(replace(compression.settings, window=0, sink_tokens=0))
     for tokens in (BLOCK, MAX_DECODE_ROWS + 1, 1):
         mx.eval(model(mx.ones((1, tokens), mx.int32), cache=cache))

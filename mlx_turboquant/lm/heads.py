@@ -1,4 +1,4 @@
-"""What the attention of a model looks like: heads and dimensions of its compressed layers."""
+"""The attention heads of a model's compressed layers, and their dimensions."""
 
 from collections import Counter
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from .settings import Settings
 class Heads(NamedTuple):
     """``key_heads`` heads of keys and values, each for ``group`` query heads.
 
-    Where attention is latent, one vector of ``dim`` values is key and value.
+    In latent attention, one vector of ``dim`` values is key and value.
     """
 
     key_heads: int
@@ -25,9 +25,9 @@ class Heads(NamedTuple):
 
 
 def attention_heads(model: nn.Module) -> dict[Heads, int]:
-    """The heads of a model's compressed layers, and how many layers have them, most first.
+    """The heads of a model's compressed layers with the number of layers, most frequent first.
 
-    One token goes through the model lazily: nothing is computed.
+    The model is called lazily with one token: nothing is computed.
 
     Raises:
         ValueError: no layer of the model can be compressed.

@@ -1,7 +1,7 @@
-"""Attention of a model that reads compressed tokens as they are, in place of mlx-lm's.
+"""Hooks that let the attention of a model read compressed tokens directly.
 
-A module of mlx-lm looks its attention function up in its global scope. One hook for each scope
-takes the place of that function for as long as a model or an observer uses it.
+A module of mlx-lm looks up its attention function in its global scope. One hook per scope replaces
+that function for as long as a model or an observer uses it.
 """
 
 import inspect
@@ -24,7 +24,7 @@ from .compressible import Compressible, compressed_caches, flat_caches, link_cac
 from .settings import Settings
 
 _NAME = "scaled_dot_product_attention"
-# What decode attention knows of the arguments behind queries, keys and values, in their order.
+# The arguments after queries, keys and values that decode attention supports, in their order.
 _ARGUMENTS = ("cache", "scale", "mask", "sinks")
 
 # Scopes are shared by all models of an architecture, and several threads may enable models.
@@ -35,11 +35,10 @@ _log = logging.getLogger("mlx_turboquant")
 
 
 class _AttentionHook:
-    """Takes the place of ``scaled_dot_product_attention`` in a scope.
+    """Replaces ``scaled_dot_product_attention`` in a scope.
 
-    Decode steps over packed tokens read them as they are. Everything else goes to the original
-    function, which gets dense arrays. The hook stays while there are ``users``: links of models,
-    and observers.
+    Decode steps read packed tokens directly. All other calls go to the original function, which
+    gets dense arrays. The hook stays while there are ``users``: links of models, and observers.
     """
 
     def __init__(self, original: Callable[..., mx.array]):
@@ -65,7 +64,7 @@ class _AttentionHook:
         return output
 
     def _are_known(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
-        """Whether decode attention knows all arguments but those that have their default value."""
+        """Whether decode attention supports all arguments that differ from their defaults."""
         if len(arguments) > len(_ARGUMENTS):
             return False
         others = {name: value for name, value in keywords.items() if name not in _ARGUMENTS}
@@ -83,7 +82,7 @@ def _decode(queries, tokens, cache, scale, mask, sinks=None, **_):
 
 
 def _hook_attention(model: nn.Module, user: Any) -> None:
-    """Let the attention of a model go through hooks until ``user`` is gone or unhooks it."""
+    """Hook the attention of a model for a ``user``, until it is unhooked or gone."""
     with _scopes_lock:
         for scope in _attention_scopes(model):
             if not isinstance(scope[_NAME], _AttentionHook):
@@ -92,7 +91,7 @@ def _hook_attention(model: nn.Module, user: Any) -> None:
 
 
 def _unhook_attention(model: nn.Module, user: Any) -> None:
-    """Give a model mlx-lm's attention back, unless others still use the hooks."""
+    """Restore mlx-lm's attention in a model, unless others still use the hooks."""
     with _scopes_lock:
         for scope in _attention_scopes(model):
             hook = scope[_NAME]
@@ -104,7 +103,7 @@ def _unhook_attention(model: nn.Module, user: Any) -> None:
 
 @contextmanager
 def observed_attention(model: nn.Module, observe: Callable[..., None]) -> Iterator[None]:
-    """Call ``observe`` with the arguments of all attention in this thread, but for the values."""
+    """Call ``observe`` with all arguments except the values of each attention in this thread."""
     before = getattr(_thread, "observers", ())
     _thread.observers = (*before, observe)
     _hook_attention(model, observe)
@@ -116,7 +115,7 @@ def observed_attention(model: nn.Module, observe: Callable[..., None]) -> Iterat
 
 
 def link_of(model: nn.Module, places: list[Compressible]) -> Link:
-    """A new link to a model, whose attention it hooks."""
+    """Make a new link to a model and hook its attention."""
     link = Link(is_hooked=True)
     _hook_attention(model, link)
     link.needs_arrays = _raises_without_arrays(model, places, link)
@@ -124,17 +123,17 @@ def link_of(model: nn.Module, places: list[Compressible]) -> Link:
 
 
 def unlink(model: nn.Module, link: Link) -> None:
-    """Give a model mlx-lm's attention back; caches with this link then return arrays."""
+    """Restore mlx-lm's attention in a model; caches with this link then return arrays."""
     link.is_hooked = False
     _unhook_attention(model, link)
 
 
 def _raises_without_arrays(model: nn.Module, places: list[Compressible], link: Link) -> bool:
-    """Whether anything but hooked attention uses the keys and values of one new token.
+    """Whether code other than hooked attention uses the keys and values of one new token.
 
-    Tried on a token after a packed block, read in steps that are not evaluated: nothing of the
-    model is. What is not an array raises when it is used as one. The steps before it count how
-    often each cache is read again.
+    The model is called lazily and computes nothing: first with a block to pack, then with one
+    token, whose keys and values raise an error if they are used as arrays. The steps of the block
+    also count how often other layers read each cache.
     """
     settings = Settings(window=0, sink_tokens=0)
     cache = compressed_caches(model, places, [(4, 4)] * len(places), settings)
@@ -148,7 +147,7 @@ def _raises_without_arrays(model: nn.Module, places: list[Compressible], link: L
         model(mx.zeros((1, 1), mx.int32), cache=cache)
         return False
     except (TypeError, AttributeError) as error:
-        _log.info("Decoding makes dense keys and values as well, because of: %s", error)
+        _log.info("Decoding also makes dense keys and values, because of: %s", error)
         return True
 
 

@@ -1,11 +1,11 @@
-"""Whose tokens a cache holds: the identity of a model's weights.
+"""The identity of a model's weights, which tells whose tokens a cache holds.
 
 A key or value depends on all weights below it, so every bit counts: a fine-tune, another
-quantization and an adapter are other models. Words of 32 bits are multiplied with random odd
-numbers of 64 bits and summed up modulo 2^64, which the GPU does at the speed of its memory, and
-SHA-256 is taken of the sums. One word that changes always changes its sum; two arrays that differ
-in any other way have the same sum with a probability of about 2^-32 (multilinear hashing,
-arXiv 1202.4961).
+quantization or an adapter makes another model. Words of 32 bits are multiplied by random odd
+numbers of 64 bits and summed modulo 2^64, at the memory bandwidth of a GPU. The identity is the
+SHA-256 of the sums, with names, shapes, dtypes and configuration. A change of one word always
+changes its sum. Arrays that differ in any other way have the same sum with a probability of about
+2^-32 (multilinear hashing, arXiv 1202.4961).
 """
 
 import hashlib
@@ -18,17 +18,17 @@ import mlx.nn as nn
 import numpy as np
 
 _NUMBERS = (bool, int, float, str)
-# Words of a sum, and sums that are made at once: few enough for the memory, enough for a GPU.
+# Words per sum, and sums per evaluation: few enough for memory, enough to keep a GPU busy.
 _WORDS, _SUMS = 1 << 19, 16
-# Bytes of a small array, which is kept and compared by its bits: some models (Gemma 3n) clip such
-# weights again at every call, and put a new array in the place of an equal one.
+# The most bytes of a small array, which is kept and compared by its bits: some models (Gemma 3n)
+# clip such weights at every call, which replaces an array by an equal one.
 _SMALL = 1 << 16
 
 
 class Weights:
-    """The weights that a model has now: the same object for as long as they are the same arrays.
+    """The weights of a model at one time, by references to their arrays.
 
-    An array that was written in place (``weight[0] = 1``, ``weight += 1``) is not noticed.
+    Writes into an array in place (``weight[0] = 1``, ``weight += 1``) are not noticed.
     """
 
     def __init__(self, model: nn.Module):
@@ -47,7 +47,7 @@ class Weights:
         """A digest of names, shapes, dtypes and bits of all arrays, and of the configuration.
 
         Raises:
-            ValueError: the model has other weights by now.
+            ValueError: the weights of the model have changed.
         """
         if self._identity is None:
             if any(isinstance(x, weakref.ref) and x() is None for _, x in self._parts):
@@ -60,28 +60,28 @@ class Weights:
 
 
 class KnownWeights(NamedTuple):
-    """The weights that a saved cache was read with, of which there is the identity alone."""
+    """The weights that a saved cache was made with, of which only the identity is known."""
 
     digest: str
 
     def identity(self) -> str:
-        """That of the weights."""
+        """The identity of the weights."""
         return self.digest
 
 
 CHANGED = (
-    "The weights of the model have changed since this cache was made, by an adapter for instance: "
-    "make a new cache and read the prompt again."
+    "The weights of the model have changed since this cache was made (by an adapter, for example): "
+    "make a new cache and prefill the prompt again."
 )
 
 
 def adapters_of(model: nn.Module) -> set[str]:
-    """The names of the modules that are a layer of the base model and its LoRA or DoRA adapter."""
+    """The names of the modules that wrap a layer of the base model in a LoRA or DoRA adapter."""
     return {name for name, module in model.named_modules() if "lora_a" in module}
 
 
 def description(model: nn.Module) -> str:
-    """What people may recognise a model by, for messages."""
+    """A short description of a model, for messages."""
     arguments = getattr(model, "args", None)
     kind = getattr(arguments, "model_type", type(model).__module__.rpartition(".")[2])
     layers = f"{kind} with {len(getattr(model, 'layers', []))} layers"
@@ -89,9 +89,9 @@ def description(model: nn.Module) -> str:
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """All that a model computes with, by name: its parameters, and the numbers of its modules.
+    """All parameters of a model and all plain attributes of its modules, by name.
 
-    The scale of an adapter is such a number.
+    The scale of an adapter is such an attribute.
     """
     yield "configuration", repr(getattr(model, "args", None))
     parts: list[tuple[str, Any]] = [("", model)]
@@ -119,7 +119,7 @@ def _digest(parts: dict[str, Any]) -> str:
             for words in _words(part):
                 sums.append((words * multipliers[: words.shape[1]]).sum(axis=1))
                 if len(sums) % _SUMS == 0:
-                    mx.eval(sums[-_SUMS:])  # so that not all products are there at once
+                    mx.eval(sums[-_SUMS:])  # bounds the products in memory
         else:
             digest.update(f"{name} {part}\n".encode())
     if sums:
@@ -128,7 +128,7 @@ def _digest(parts: dict[str, Any]) -> str:
 
 
 def _words(x: mx.array) -> Iterator[mx.array]:
-    """The bits of an array as rows of uint64 numbers, each of which is a word of 32 bits."""
+    """The bits of an array as rows of 32-bit words, each widened to uint64."""
     bits = x.reshape(-1)
     if x.nbytes % 4:
         bits = mx.pad(bits.view(mx.uint8), (0, -x.nbytes % 4))
@@ -142,12 +142,12 @@ def _words(x: mx.array) -> Iterator[mx.array]:
 
 
 def _reference(x: Any) -> Any:
-    """A weak reference to an array; a small one, and what is no array, are kept."""
+    """A weak reference to a large array; small arrays and other objects are kept."""
     return weakref.ref(x) if isinstance(x, mx.array) and x.nbytes > _SMALL else lambda: x
 
 
 def _are_same(x: Any, y: Any) -> bool:
-    """Whether two parts are one array, small arrays with the same bits, or equal otherwise."""
+    """Whether two parts are the same array, small arrays of equal bits, or other equal objects."""
     if x is y:
         return True
     if not (isinstance(x, mx.array) and isinstance(y, mx.array)):

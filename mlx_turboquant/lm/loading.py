@@ -1,4 +1,4 @@
-"""What is done with a model between loading and use."""
+"""Checks and preparation of a model between loading and use."""
 
 import os
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ from mlx_lm.utils import dequantize_model
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of what an error says, or its kind if it says nothing."""
+    """The first line of an error's message, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
 def model_errors(name: str) -> Iterator[None]:
-    """Turn what loading a model raises for a wrong name into one ValueError."""
+    """Turn the errors of loading a model from a wrong name into one ValueError."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -44,7 +44,7 @@ def check_memory(model: nn.Module, more: int = 0) -> None:
 
 
 def weight_nbytes(model: nn.Module) -> int:
-    """Bytes of the weights as they are."""
+    """Bytes of the weights in their own dtypes."""
     return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
 
 
@@ -72,7 +72,7 @@ def memory_nbytes() -> int:
 
 
 def prepare_for_device(model: nn.Module) -> nn.Module:
-    """On a CPU, turn the weights into float32, in place; elsewhere leave them as they are.
+    """Convert the weights to float32 in place on a CPU; leave them unchanged elsewhere.
 
     MLX's CPU backend multiplies quantized and 16-bit matrices many times slower than float32 ones.
     """

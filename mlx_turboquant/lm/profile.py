@@ -1,4 +1,4 @@
-"""What calibration found out about a model, as a file in the user's cache folder."""
+"""Profiles, the results of calibration, and their files in the user's cache folder."""
 
 import hashlib
 import json
@@ -22,9 +22,9 @@ from .compressible import Compressible
 from .identity import adapters_of
 
 FORMAT_VERSION = "1"
-# The bits at which a side is quantized to measure what that does.
+# The numbers of bits at which calibration quantizes a side.
 MEASURED_BITS = {"keys": (2, 3), "values": (1, 2)}
-# The least that a profile holds: smaller divergences are lost in rounding.
+# The least divergence in a profile: smaller ones are lost in rounding.
 LEAST_DIVERGENCE = 1e-9
 _MAX_FILE_BYTES = 1 << 24
 
@@ -38,8 +38,8 @@ class Profile(NamedTuple):
     """KL divergences of the output of a model in nats, when one side of one layer is quantized.
 
     ``keys`` and ``values`` have one entry for each compressed layer, in the order of the layers. An
-    entry of ``values`` is None where attention is latent. ``tokens`` is how many tokens were
-    scored, in all ``texts`` together.
+    entry of ``values`` is None for latent attention. ``tokens`` is the number of tokens that were
+    scored in all ``texts`` together.
     """
 
     fingerprint: str
@@ -49,10 +49,10 @@ class Profile(NamedTuple):
     values: tuple[Divergences | None, ...]
 
     def layers(self, compressible: Sequence[Compressible], geometric: bool) -> list[Layer]:
-        """The layers of the model, with divergences that are means over the texts.
+        """The layers of the model with divergences averaged over the texts.
 
         Bits are chosen by ``geometric`` means, because a text that hardly uses a layer says little
-        about it. Arithmetic means say what to expect of a choice.
+        about it. Arithmetic means are the divergences to expect of a choice.
 
         Raises:
             ValueError: the profile and the model have different numbers of layers.
@@ -72,16 +72,16 @@ class Profile(NamedTuple):
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of the model's configuration, of its vectors (norm weights and biases) and adapters.
+    """A hash of the model's configuration, vectors (norm weights and biases) and adapters.
 
-    The same for a model and its dequantized form, because vectors are not quantized. A profile
-    holds no tokens: :mod:`.identity` tells whose tokens a cache holds.
+    It is the same for a model and its dequantized form, because vectors are not quantized. Caches
+    need the stricter :mod:`.identity`, because they hold tokens.
     """
     return fingerprints(model)[0]
 
 
 def fingerprints(model: nn.Module) -> list[str]:
-    """The fingerprint of a model, and if it has adapters, that of the model without them."""
+    """The fingerprint of a model and, if it has adapters, that of the model without them."""
     adapters = adapters_of(model)
     vectors, own = {}, hashlib.sha256()
     for name, parameter in sorted(tree_flatten(model.parameters())):
@@ -102,19 +102,19 @@ def fingerprints(model: nn.Module) -> list[str]:
 
 
 def profile_path(fingerprint: str) -> Path:
-    """Where the profile of a model is kept."""
+    """The file of a model's profile in the user's cache folder."""
     return user_cache_path("mlx_turboquant") / "profiles" / f"{fingerprint[:24]}.json"
 
 
 def unfinished_path(fingerprint: str) -> Path:
-    """Where the layers are kept that an interrupted calibration of a model has measured."""
+    """The file of the layers that an interrupted calibration of a model has measured."""
     return profile_path(fingerprint).with_suffix(".unfinished")
 
 
 def save_profile(profile: Profile, file: Path | None = None) -> Path:
     """Write a profile to ``file`` or to :func:`profile_path`, and return the path.
 
-    What an interrupted calibration has left is removed.
+    The file of an interrupted calibration is removed.
 
     Raises:
         OSError: the file cannot be written.
@@ -133,10 +133,10 @@ def save_profile(profile: Profile, file: Path | None = None) -> Path:
 
 
 def load_profile(file: Path, model_fingerprints: Sequence[str]) -> Profile:
-    """The profile in a file, which must have one of the :func:`fingerprints` of a model.
+    """Load a profile, which must have one of the :func:`fingerprints` of a model.
 
     Raises:
-        ValueError: not a profile, damaged, of another model or of another version.
+        ValueError: a file that is not a profile, is damaged, or has another model or version.
         OSError: the file cannot be read.
     """
     with file.open("rb") as content:
@@ -164,9 +164,9 @@ def load_profile(file: Path, model_fingerprints: Sequence[str]) -> Profile:
 
 
 def find_profile(model_fingerprints: Sequence[str]) -> Profile | None:
-    """The profile in the user's cache folder with the first of these fingerprints that has one.
+    """The profile in the user's cache folder for the first of these fingerprints that has one.
 
-    A file that cannot be used counts as none, with a warning.
+    A file that cannot be used is skipped with a warning.
     """
     for each in model_fingerprints:
         try:
@@ -202,7 +202,7 @@ def _checked_side(side: dict[str, list[float]] | None, name: str, texts: int) ->
         raise ValueError(f"a side was measured at {sorted(side)} bits")
     for numbers in side.values():
         if len(numbers) != texts or not all(type(x) is float for x in numbers):
-            raise ValueError("a side has not one divergence for each text")
+            raise ValueError("a side does not have one divergence per text")
         if not all(0 < x < math.inf for x in numbers):
             raise ValueError("a divergence is not a positive number")
     return {bits: tuple(side[str(bits)]) for bits in MEASURED_BITS[name]}

@@ -1,4 +1,4 @@
-"""Prompt-cache files: mlx-lm's own format, checked before and after mlx-lm reads it."""
+"""Prompt-cache files in mlx-lm's own format, with checks of header, bytes and contents."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -27,13 +27,13 @@ from .compressible import cut_back, flat_caches, plain_caches
 from .compression import compression_of
 from .identity import CHANGED, KnownWeights, description
 
-# Changes whenever the state of a cache is written in another way.
+# Changes whenever the stored form of a cache's state changes.
 FORMAT_VERSION = "5"
 
 _MLX_LM_CACHES = (ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache)
 _KNOWN_CACHES = (TurboQuantKVCache, TurboQuantLatentCache, *_MLX_LM_CACHES)
 _CLASSES = {cache.__name__: cache for cache in _KNOWN_CACHES}
-# What mlx-lm writes as arrays that were none.
+# How to read values that mlx-lm writes as arrays although they are none.
 _SCALARS = {
     "scalar": mx.array.item,
     "string": lambda x: "".join(map(chr, x.tolist())),
@@ -53,23 +53,23 @@ def save_prompt_cache(
 ) -> Path:
     """Save a prompt cache, packed as it is, for :func:`load_prompt_cache` with the same model.
 
-    The file is complete or not there: it is written to a temporary name and renamed. Returns its
-    path, which ends in ".safetensors".
+    The file is written atomically, under a temporary name that is then renamed. Returns its path,
+    which ends in ".safetensors".
 
     Raises:
-        ValueError: the folder does not exist, the file does and is not a prompt cache of ours, or
-            the weights of the model have changed since the cache was made.
-        OSError: the file cannot be written whole, for want of space for instance.
+        ValueError: the folder does not exist, the file exists and is not a prompt cache, or the
+            weights of the model have changed since the cache was made.
+        OSError: the file cannot be written completely, for example because the disk is full.
     """
     own = {"identity": identity_of(model, cache), "made_by": description(model)}
     return write_prompt_cache(file, cache, {**(metadata or {}), **own})
 
 
 def identity_of(model: nn.Module, cache: list[Any]) -> str:
-    """The identity of the weights of a model, which a cache was made for.
+    """The identity of a model's weights, which must be those that ``cache`` was made with.
 
     Raises:
-        ValueError: the weights of the model have changed since.
+        ValueError: the weights of the model have changed since the cache was made.
     """
     identity = compression_of(model).weights().identity()
     links = {layer.link for layer in flat_caches(cache) if isinstance(layer, TurboQuantKVCache)}
@@ -80,7 +80,7 @@ def identity_of(model: nn.Module, cache: list[Any]) -> str:
 
 
 def write_prompt_cache(file: str | Path, cache: list[Any], metadata: dict[str, str]) -> Path:
-    """Write a cache, whose ``metadata`` has the identity of its weights, as it is saved."""
+    """Write a cache to a file; ``metadata`` includes the identity of the weights."""
     file = check_target(file)
     own = {"format": FORMAT_VERSION, "codec": CODEC_VERSION, "seed": _seeds(cache)}
     nbytes = sum(_nbytes(part) for _, part in tree_flatten([layer.state for layer in cache]))
@@ -101,17 +101,17 @@ def load_prompt_cache(
 ) -> list[Any] | tuple[list[Any], dict[str, str]]:
     """Load what :func:`save_prompt_cache` saved; with ``return_metadata`` also its metadata.
 
-    The header, with the shapes of all arrays, is checked before anything is allocated. Of a cache
-    that can be trimmed, the first ``tokens`` can be loaded alone, and little more is read.
+    The header, with the shapes of all arrays, is checked before anything is allocated. With
+    ``tokens``, only the first tokens of a trimmable cache are loaded, and little more is read.
 
     Raises:
-        ValueError: not a prompt cache of this package, damaged, of another format or codec
-            version, of another model than ``model`` or another seed than it is enabled with, or
-            a cache that cannot be cut back to ``tokens``, which are at least 1.
+        ValueError: a file that is not a prompt cache, is damaged, or has another format or codec
+            version; one of another model, or of another seed than ``model`` is enabled with; or a
+            cache that cannot be cut back to ``tokens``, which are at least 1.
         OSError: the file cannot be read.
     """
     if tokens is not None and tokens < 1:
-        raise ValueError(f"{tokens} tokens are no beginning of a cache: load 1 or more.")
+        raise ValueError(f"The first {tokens} tokens cannot be loaded alone: load 1 or more.")
     file = files.safetensors_path(file)
     stored = StoredFile(file, _CHECKSUMS_KEY)
     texts = stored.metadata.items()
@@ -121,7 +121,7 @@ def load_prompt_cache(
             f"{file} is not a prompt cache of mlx_turboquant: use a file that it has saved."
         )
     versions = {"format": FORMAT_VERSION, "codec": CODEC_VERSION}
-    files.check_versions(file, saved, versions, "process the prompt again")
+    files.check_versions(file, saved, versions, "prefill the prompt again")
     if model is not None:
         check_identity(file, saved, model)
     _check_names(file, stored)
@@ -137,7 +137,7 @@ def load_prompt_cache(
         raise Damaged(file, str(error)) from error
     if seeds != saved.get("seed"):
         raise Damaged(file, f"its caches have the seeds {seeds!r}, not {saved.get('seed')!r}")
-    # Where that was not done before it was loaded.
+    # Some caches could not be cut back before they were loaded.
     if tokens is not None and not cut_back(cache, tokens):
         raise ValueError(f"{file} cannot be cut back to {tokens} tokens: load all of it.")
     if model is not None:
@@ -151,12 +151,12 @@ def load_prompt_cache(
 
 
 def check_target(file: str | Path) -> Path:
-    """The path that a prompt cache is saved at; ValueError if it cannot be saved there."""
+    """The path to save a prompt cache at; ValueError if it cannot be saved there."""
     return files.check_target(file, "0.codec", "prompt cache")
 
 
 def check_identity(file: str | Path, saved: dict[str, str], model: nn.Module) -> None:
-    """Raise ValueError unless a cache with this metadata was read by the weights of ``model``."""
+    """Raise ValueError unless a cache with this metadata was made with the weights of ``model``."""
     found, own = saved.get("identity"), compression_of(model).weights().identity()
     if found != own:
         raise ValueError(
@@ -167,18 +167,18 @@ def check_identity(file: str | Path, saved: dict[str, str], model: nn.Module) ->
 
 
 def _nbytes(part: Any) -> int:
-    """At most so many bytes are written of a part of a state."""
+    """The most bytes that a part of a state takes in a file."""
     if isinstance(part, mx.array):
         return part.nbytes
     return 4 * len(part) if isinstance(part, str) else 8
 
 
 def _caches(stored: StoredFile, tokens: int | None) -> list[Any]:
-    """What mlx-lm makes of such a file, or of the first tokens of its caches."""
+    """The caches of a file, as mlx-lm makes them, or those of their first ``tokens``."""
     _, classes, scalars = tree_unflatten(list(stored.metadata.items()))
     parts: dict[str, Any] = dict(stored.arrays)
     kinds = {place: _SCALARS[kind] for place, kind in scalars[1:]}
-    # All at once, or the numbers first, which tell what is needed for the first tokens.
+    # Everything at once, or only the numbers: they tell what the first tokens need.
     first = parts if tokens is None else kinds
     parts |= dict(zip(first, stored.load([parts[place] for place in first])))
     parts |= {place: kind(parts[place]) for place, kind in kinds.items()}
@@ -192,7 +192,7 @@ def _caches(stored: StoredFile, tokens: int | None) -> list[Any]:
 
 
 def _beginning(kind: str, state: Any, tokens: int) -> Any:
-    """The state of a cache of some class, cut back to its first tokens where that saves reading."""
+    """The state of a cache of a class, cut back to its first tokens if that saves reading."""
     if kind == CacheList.__name__:
         return [(_beginning(kind, part, tokens), kind) for part, kind in state]
     if kind == KVCache.__name__:
@@ -204,13 +204,13 @@ def _beginning(kind: str, state: Any, tokens: int) -> Any:
 
 
 def _check_names(file: Path, stored: StoredFile) -> None:
-    """Refuse classes that are not caches, and lists that lack entries, which mlx-lm would fill."""
+    """Refuse classes that are not caches, and lists that lack entries, which would be filled in."""
     classes = {text for key, text in stored.metadata.items() if key.startswith("1.")}
     if unknown := classes - set(_CLASSES):
         raise Damaged(file, f"{sorted(unknown)[0]!r} is not a kind of cache")
     layers = {name.split(".")[0] for name in stored.arrays}
     if len(layers) != sum(key.startswith("1.") for key in stored.metadata):
-        raise Damaged(file, f"{len(layers)} layers and another number of classes")
+        raise Damaged(file, f"{len(layers)} layers do not match the number of classes")
     _check_lists(file, stored.metadata)
     _check_lists(file, stored.arrays)
 
@@ -229,7 +229,7 @@ def _check_lists(file: Path, names: Iterable[str]) -> None:
         except ValueError:
             continue  # a dictionary
         if places != list(range(len(places))):
-            raise Damaged(file, f"a list, {'.'.join(parent)!r}, that lacks entries")
+            raise Damaged(file, f"the list {'.'.join(parent)!r} lacks entries")
 
 
 def _check_model(file: Path, cache: list[Any], seeds: str, model: nn.Module) -> None:
@@ -245,7 +245,7 @@ def _check_model(file: Path, cache: list[Any], seeds: str, model: nn.Module) -> 
 
 
 def _seeds(caches: Iterable[Any]) -> str:
-    """The seeds of the compressed caches; ValueError for a class that this package cannot save."""
+    """The seeds of the compressed caches; ValueError for a class that cannot be saved."""
     seeds: set[str] = set()
     for cache in _with_parts(caches):
         if type(cache) not in _KNOWN_CACHES:
@@ -256,7 +256,7 @@ def _seeds(caches: Iterable[Any]) -> str:
 
 
 def _with_parts(caches: Iterable[Any]) -> Iterator[Any]:
-    """The caches, and those within each ``CacheList``."""
+    """The caches, each ``CacheList`` followed by its parts."""
     for cache in caches:
         yield cache
         if type(cache) is CacheList:
@@ -264,21 +264,21 @@ def _with_parts(caches: Iterable[Any]) -> Iterator[Any]:
 
 
 def _check_plain(cache: Any) -> None:
-    """Refuse a cache of mlx-lm whose numbers do not fit its arrays, which mlx-lm never checks."""
+    """Refuse a cache of mlx-lm whose numbers do not fit its arrays; mlx-lm does not check this."""
     if isinstance(cache, ArraysCache):
         *arrays, left_padding, lengths = (*cache.cache, cache.left_padding, cache.lengths)
         rows = {len(x) for x in (*arrays, left_padding, lengths) if x is not None}
         check_state(len(rows) < 2, "arrays of different batches")
     elif not isinstance(cache, (TurboQuantKVCache, CacheList)):
         keys, values, *numbers = cache.state
-        check_state(all(type(n) is int and n >= 0 for n in numbers), "a number is not one")
+        check_state(all(type(n) is int and n >= 0 for n in numbers), "a number is invalid")
         held = 0 if keys is None else keys.shape[2]
         if keys is not None or values is not None:
             check_vectors(keys, held, keys)
             check_vectors(values, held, keys)
         if isinstance(cache, RotatingKVCache):
             most, tokens = min(cache.offset, cache.max_size), cache._idx
-            check_state(cache.keep <= cache.max_size, "more to keep than there can be")
+            check_state(cache.keep <= cache.max_size, "it keeps more tokens than it can hold")
         else:
             most = tokens = cache.offset - getattr(cache, "start_position", 0)
         check_state(0 <= tokens <= held and most <= held, f"{tokens} tokens in {held} places")

@@ -1,8 +1,8 @@
-"""A folder of prompts that were read once: packed caches, found again by their tokens.
+"""A folder of prefilled prompts: packed caches that are found again by their tokens.
 
-Every entry is one file, which says all about itself: its tokens, and the model and the settings
-that its cache belongs to. There is no index to keep in step; a store reads what the headers of the
-files say. Several processes can share a folder: a file appears and disappears whole.
+Every entry is one file, whose header describes it: its tokens, model and settings. No index has to
+be kept consistent; a store reads the headers of the files. Several processes can share a folder,
+because files are created and removed atomically.
 """
 
 import base64
@@ -36,33 +36,33 @@ from .prompt_cache import identity_of, load_prompt_cache, write_prompt_cache
 
 FORMAT_VERSION = 3
 DEFAULT_SIZE = 20 * 10**9
-# Fewer tokens are read again faster than they are found.
+# Prefill of fewer tokens is faster than finding them.
 LEAST_TOKENS = 256
-# Tokens between two caches that are kept of a prompt which cannot be cut back.
+# Tokens between the caches that are kept of one prompt if a cache cannot be cut back.
 CHECKPOINT_TOKENS = 4096
-# A cache is written so many seconds after its request, unless one that begins with it has come.
+# Seconds from a request to the writing of its cache, unless one that covers it follows.
 WRITE_DELAY = 5.0
-# Of a prompt, what people who list it are shown.
+# Tokens of a prompt that a listing shows.
 SHOWN_TOKENS = 24
 _ABOUT = "store.json"
 _OWN = {"format": FORMAT_VERSION, "made_by": "mlx_turboquant"}
 _LOCK = ".lock"
 _SESSIONS = "sessions"
 _SUFFIX = ".safetensors"
-# The names of entries: whatever else is in the folder belongs to somebody.
+# The names of entries: files with other names may belong to somebody else.
 _DIGITS = "[0-9a-f]" * 32
 
 _log = logging.getLogger("mlx_turboquant")
 
-# The ``prompt_progress_callback`` of mlx-lm: tokens that were read, and all that are to be.
+# The ``prompt_progress_callback`` of mlx-lm: tokens prefilled so far, and in total.
 Progress = Callable[[int, int], None]
 
 
 class Entry(NamedTuple):
-    """One file: the first ``tokens`` of a text, read by a model with certain settings.
+    """One file: the cache of the first ``tokens`` of a prompt, for one model and settings.
 
-    ``key`` names model and settings. An entry that ``can_trim`` also serves texts that begin as
-    its own does. ``used`` is when it was last written or found, in seconds, 0 if nobody knows.
+    ``key`` identifies model, settings and scope. An entry that ``can_trim`` also serves prompts
+    that share only its beginning. ``used`` is the last write or use in seconds, 0 if unknown.
     """
 
     file: Path
@@ -76,7 +76,7 @@ class Entry(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name of a conversation, or the first digits of the file of a prompt."""
+        """The name of a conversation, or the first digits of a prompt's file name."""
         stem = self.file.stem
         return stem if self.file.parent.name == _SESSIONS else stem[:8]
 
@@ -93,19 +93,19 @@ class _Pending(NamedTuple):
 
 
 class PromptStore:
-    """The prompts in a folder, of at most ``size`` bytes; least recently used ones go first.
+    """The prompts in a folder, of at most ``size`` bytes; the least recently used are evicted.
 
-    Caches are written by a thread of its own, ``delay`` seconds after they are kept. Conversations
-    are in the folder too: they do not count towards ``size``, and go only when they are told to.
+    A thread writes each cache ``delay`` seconds after it is kept. The folder also holds
+    conversations. They do not count towards ``size``, and are removed only on request.
 
     Raises:
-        ValueError: a path that is no folder, a size that is none, or a store of another version.
-        OSError: a folder that cannot be made or written to.
+        ValueError: a path that is not a folder, a size of 0 or less, or a store of another version.
+        OSError: the folder cannot be made or written to.
     """
 
     def __init__(self, folder: str | Path, size: int = DEFAULT_SIZE, delay: float = WRITE_DELAY):
         if size <= 0:
-            raise ValueError(f"A store of {size} bytes holds nothing: use a size as 20GB.")
+            raise ValueError(f"A store of {size} bytes holds nothing: use a size such as 20GB.")
         self.folder = folder = Path(folder).expanduser()
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is not a folder: give the folder of a prompt store.")
@@ -135,7 +135,7 @@ class PromptStore:
     def entries(self) -> list[Entry]:
         """All entries in the folder, the most recently used first.
 
-        Files that are damaged are removed, with a warning.
+        Damaged files are removed with a warning.
         """
         found, known = [], {}
         for file in self.files():
@@ -151,14 +151,14 @@ class PromptStore:
                     _log.warning("%s cannot be read: %s", file, error)
                 continue
             known[identity] = entry
-            # What seems to be used in the future is of a clock that was wrong.
+            # A time in the future comes from a wrong clock.
             used = status.st_mtime if status.st_mtime <= time.time() else 0.0
             found.append(entry._replace(nbytes=status.st_size, used=used))
         self._known = known
         return sorted(found, key=lambda entry: entry.used, reverse=True)
 
     def sessions(self) -> list[Entry]:
-        """All conversations in the folder, the latest first, damaged ones too."""
+        """All conversations in the folder, latest first, including damaged ones."""
         found = []
         for file in (self.folder / _SESSIONS).glob(f"*{_SUFFIX}"):
             status, tokens, model = file.stat(), [], ""
@@ -174,23 +174,23 @@ class PromptStore:
         return sorted(found, key=lambda entry: entry.used, reverse=True)
 
     def session_file(self, name: str) -> Path:
-        """Where the conversation of that name is kept."""
+        """The file of the conversation with this name."""
         folder = self.folder / _SESSIONS
         folder.mkdir(mode=0o700, exist_ok=True)
         return folder / f"{name}{_SUFFIX}"
 
     def writing(self) -> contextlib.AbstractContextManager[None]:
-        """While files are written, in any process, none of them is removed as half made."""
+        """Hold a lock under which no process removes unfinished files."""
         return _locked(self.folder, fcntl.LOCK_SH)
 
     def find(
         self, model: nn.Module, tokens: list[int], like: list[Any], least: int = 0, scope: str = ""
     ) -> tuple[list[Any], int] | None:
-        """A cache of a known beginning of ``tokens``, and how many they are: more than ``least``.
+        """A cache of the longest known beginning of ``tokens``, and its number of tokens.
 
-        It has the settings of ``like``, a cache that was made for the model, and the longest
-        beginning that is known; one token at least is left to be read. What was kept in one
-        ``scope`` is not found in another one.
+        It has the settings of ``like``, a cache that was made for the model. The beginning has more
+        than ``least`` tokens and leaves at least one to prefill, or the result is None. Prompts
+        that were kept in another ``scope`` are not found.
         """
         wanted, key = np.asarray(tokens, np.uint32), key_of(model, like, scope)
         candidates = []
@@ -205,19 +205,19 @@ class PromptStore:
         return None
 
     def _load(self, entry: Entry, model: nn.Module, count: int) -> list[Any] | None:
-        """The cache of the first ``count`` tokens of an entry, None if it cannot be read."""
+        """The cache of the first ``count`` tokens of an entry, or None if it cannot be read."""
         tokens = count if count < len(entry.tokens) else None
         try:
             cache, metadata = load_prompt_cache(entry.file, model, True, tokens)
             if _tokens(metadata["tokens"]).tolist() != entry.tokens.tolist():
-                raise Damaged(entry.file, "it is another file than it was")
-            with contextlib.suppress(OSError):  # where that is not possible it only seems older
+                raise Damaged(entry.file, "it has changed since its header was read")
+            with contextlib.suppress(OSError):  # a failure only makes the entry seem older
                 os.utime(entry.file)
             return cache
         except (Damaged, KeyError) as error:
             self._remove_damaged(entry.file, error)
         except (OSError, ValueError) as error:
-            _log.warning("%s cannot be read (%s): the prompt is read again.", entry.file, error)
+            _log.warning("%s cannot be read (%s): its prompt is prefilled.", entry.file, error)
         return None
 
     def keep(
@@ -229,13 +229,13 @@ class PromptStore:
         text: str = "",
         scope: str = "",
     ) -> None:
-        """Write a cache of ``tokens`` in the background, if it is worth it.
+        """Write a cache of ``tokens`` in the background, if that is worthwhile.
 
-        The last tokens may not be in the cache yet, or the cache has more. ``name`` of the model
-        and the beginning of the ``text`` are for people.
+        The cache may lack the last tokens, or have more. ``name`` (of the model) and the beginning
+        of ``text`` are shown in listings.
 
         Raises:
-            ValueError: the store is closed.
+            ValueError: the store is closed, or the model's weights have changed since the cache.
         """
         seen, can_trim = seen_tokens(cache), can_trim_prompt_cache(cache)
         count = min(seen, len(tokens))
@@ -248,7 +248,7 @@ class PromptStore:
         metadata |= {"identity": identity_of(model, cache), "made_by": description(model)}
         metadata |= {"tokens": base64.b64encode(kept.tobytes()).decode()}
         metadata |= {"can_trim": str(int(can_trim))}
-        mx.eval([layer.state for layer in cache])  # in the thread that knows how
+        mx.eval([layer.state for layer in cache])  # lazy arrays belong to this thread
         own = copy.deepcopy(cache)
         trim_prompt_cache(own, seen - count)
         due = time.monotonic() + self._delay
@@ -266,7 +266,7 @@ class PromptStore:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Write what is pending, and stop: from now on nothing can be kept, only found."""
+        """Write what is pending, and stop: afterwards prompts can be found but not kept."""
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
@@ -306,7 +306,7 @@ class PromptStore:
         self.prune(self.size)
 
     def prune(self, size: int) -> int:
-        """Remove the least recently used entries beyond ``size`` bytes; returns how many."""
+        """Evict the least recently used entries beyond ``size`` bytes; return how many."""
         with _locked(self.folder):
             _remove_unfinished(self.folder)
             entries = self.entries()
@@ -320,7 +320,7 @@ class PromptStore:
         return removed
 
     def delete(self, entry: Entry) -> None:
-        """Remove a prompt, or a conversation and the prompts that it has begun with."""
+        """Remove a prompt, or a conversation and all prompts that are beginnings of it."""
         entry.file.unlink()
         if entry.file.parent.name == _SESSIONS:
             for other in self.entries():
@@ -328,9 +328,9 @@ class PromptStore:
                     other.file.unlink(missing_ok=True)
 
     def check(self) -> Iterator[bool]:
-        """Read every file, and tell whether it is as it was written.
+        """Read every file, and yield whether it is as it was written.
 
-        A prompt that is not is removed. A conversation stays, with a warning.
+        A damaged prompt is removed. A damaged conversation stays. Both log a warning.
         """
         for file in self.files():
             try:
@@ -349,7 +349,7 @@ class PromptStore:
                 yield False
 
     def files(self) -> list[Path]:
-        """The files of all entries, whatever is in them."""
+        """The files of all entries, including damaged ones."""
         return sorted(self.folder.glob(f"{_DIGITS}{_SUFFIX}"))
 
     def statistics(self) -> dict[str, int]:
@@ -359,7 +359,7 @@ class PromptStore:
         return {**held, "pending": len(self._pending), **self._counts}
 
     def _remove_damaged(self, file: Path, error: Exception) -> None:
-        if file.exists():  # and was not removed by another process
+        if file.exists():  # another process may have removed it
             _log.warning("%s is removed from the store: %s", file.name, error)
             with contextlib.suppress(OSError):
                 file.unlink(missing_ok=True)
@@ -376,12 +376,12 @@ def reading(
     name: str = "",
     progress: Progress = lambda *_: None,
 ) -> Iterator[tuple[list[Any], int, Progress]]:
-    """Read ``tokens``, of which ``known`` are in a cache, with what a store knows of them.
+    """Look up ``tokens`` in a store before their prefill, and keep their cache afterwards.
 
-    Gives the cache to use, how many tokens are in it, and a ``prompt_progress_callback`` for
-    mlx-lm, which calls ``progress`` first and keeps a cache that cannot be cut back every 4 096
-    tokens. At the end the cache is kept; what was generated may have been added to ``tokens``.
-    Without a store all is as it was given.
+    Yields the cache to use, the number of tokens in it (``known`` at least), and a callback for the
+    ``prompt_progress_callback`` of mlx-lm. It calls ``progress``, then keeps a cache that cannot be
+    cut back every 4,096 tokens. Generated tokens may have been added to ``tokens`` at the end.
+    Without a store, the arguments are yielded unchanged.
     """
     if store is None:
         yield cache, known, progress
@@ -401,14 +401,14 @@ def reading(
 
     try:
         yield cache, known, keep_checkpoints
-    except GeneratorExit:  # between two tokens; any other exception may be within a layer
+    except GeneratorExit:  # raised between two tokens; other exceptions may come from a layer
         store.keep(model, tokens, cache, **about)
         raise
     store.keep(model, tokens, cache, **about)
 
 
 def clear(folder: Path) -> int:
-    """Remove all prompts and conversations of a store of any version; returns how many."""
+    """Remove all prompts and conversations of a store of any version; return how many."""
     sessions = folder / _SESSIONS
     with _locked(folder):
         files = list(folder.glob(f"{_DIGITS}{_SUFFIX}"))
@@ -416,20 +416,20 @@ def clear(folder: Path) -> int:
         for path in (*files, folder / _ABOUT):
             path.unlink(missing_ok=True)
         _remove_unfinished(folder)
-        with contextlib.suppress(OSError):  # where there is something else
+        with contextlib.suppress(OSError):  # the folder may have other files
             sessions.rmdir()
         write_json(folder / _ABOUT, _OWN)
     return len(files)
 
 
 def _remove_unfinished(folder: Path) -> None:
-    """Remove what processes that were killed have left half made."""
+    """Remove the unfinished files of killed processes."""
     for path in (*folder.glob(f".{_DIGITS}-*"), *folder.glob(f"{_SESSIONS}/.*-*/")):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_conversation(file: Path) -> bool:
-    """Whether a file in the folder of conversations is one, or a damaged one by its name."""
+    """Whether a file is a conversation, judged by its name if it is damaged."""
     try:
         return "0.chat" in read_header(file)["__metadata__"]
     except (ValueError, OSError, LookupError):
@@ -437,7 +437,7 @@ def _is_conversation(file: Path) -> bool:
 
 
 def key_of(model: nn.Module, cache: list[Any], scope: str = "") -> str:
-    """A hash of a model, of the settings of a cache that was made for it, and of a scope."""
+    """A hash of a model's weights, the settings of a cache that was made for it, and a scope."""
     settings = [
         (place, type(x).__name__, x.settings)
         for place, x in enumerate(flat_caches(cache))
@@ -448,13 +448,13 @@ def key_of(model: nn.Module, cache: list[Any], scope: str = "") -> str:
 
 
 def seen_tokens(cache: list[Any]) -> int:
-    """How many tokens have come to a cache, forgotten ones too; 0 if its layers do not agree."""
+    """Tokens appended to a cache, including forgotten ones; 0 if its layers do not agree."""
     counts = {layer.offset for layer in flat_caches(cache) if isinstance(layer, TurboQuantKVCache)}
     return counts.pop() if len(counts) == 1 else 0
 
 
 def named(entries: list[Entry], name: str) -> Entry:
-    """The entry of that name; ValueError, with the names that there are, if there is none."""
+    """The entry with this name; if there is none, a ValueError that lists the names."""
     for entry in entries:
         if entry.name == name:
             return entry
@@ -469,27 +469,27 @@ def version_of(folder: Path) -> int | None:
         version, maker = about["format"], about.get("made_by")
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, LookupError):
         return None
-    # The first two versions did not say who had made them.
+    # Versions 1 and 2 do not name their maker.
     is_own = maker == _OWN["made_by"] or (maker is None and (folder / _LOCK).exists())
     return version if type(version) is int and is_own else None
 
 
 @contextlib.contextmanager
 def _locked(folder: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """Among all processes: many that write to a store, or one that removes from it."""
+    """Lock a store among processes: shared by all that write files, or for one that removes."""
     with (folder / _LOCK).open("w") as lock:
         fcntl.flock(lock, kind)
         yield
 
 
 def _read_entry(file: Path) -> Entry:
-    """What the header of a file says; ValueError if it is none of ours."""
+    """The entry that the header of a file describes; ValueError if it is not an entry."""
     texts = read_header(file)["__metadata__"]
     try:
         told = texts["0.key"], _tokens(texts["0.tokens"]), texts["0.can_trim"] == "1"
         return Entry(file, *told, 0, 0.0, _label(texts["0.name"], texts), texts["0.text"])
     except (KeyError, ValueError) as error:
-        raise Damaged(file, f"{error} is not there") from error
+        raise Damaged(file, f"{error} is missing") from error
 
 
 def _label(name: str, texts: dict[str, str]) -> str:
@@ -502,14 +502,14 @@ def _tokens(text: str) -> np.ndarray:
 
 
 def _common(first: np.ndarray, second: np.ndarray) -> int:
-    """How many tokens two texts begin with alike."""
+    """The number of first tokens that two prompts have in common."""
     count = min(len(first), len(second))
     different = np.flatnonzero(first[:count] != second[:count])
     return int(different[0]) if different.size else count
 
 
 def _covers(entry: "Entry | _Pending", other: "Entry | _Pending") -> bool:
-    """Whether an entry serves all that another one would."""
+    """Whether an entry serves all prompts that another one serves."""
     count = len(other.tokens)
     enough = entry.can_trim or len(entry.tokens) == count
     return entry.key == other.key and enough and _common(entry.tokens, other.tokens) == count

@@ -1,4 +1,4 @@
-"""What a prompt cache holds: which layers are compressed, why others are not, and their bytes."""
+"""Reports on a prompt cache: which layers are compressed, why others are not, and their bytes."""
 
 import logging
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ _log = logging.getLogger("mlx_turboquant")
 
 
 class CacheSize(NamedTuple):
-    """Tokens and bytes of a prompt cache. ``fp16_nbytes`` is what its tokens would take in 16 bits.
+    """Tokens and bytes of a prompt cache, and ``fp16_nbytes``, those of its tokens in 16 bits.
 
     ``unpacked`` is how many tokens stay exact before the first are packed, or 0 if some are packed.
     """
@@ -42,7 +42,7 @@ class CacheSize(NamedTuple):
 
 
 class LayerKind(NamedTuple):
-    """The layers whose caches are of one class, and the bytes of all of them together.
+    """The layers with one class of cache, and their bytes together.
 
     ``bits`` is the mean number of bits of their values, without scales, or None if they are not
     compressed.
@@ -59,9 +59,9 @@ class LayerKind(NamedTuple):
 class CacheReport(NamedTuple):
     """The size of a prompt cache, its layers by class, and the bits of the compressed ones.
 
-    ``token_nbytes`` is what one more token takes in compressed layers. ``divergence`` is the KL
-    divergence of the output to expect with these bits, in nats, and ``heaviest`` names the three
-    sides (keys or values) of layers that make most of it; both are None without a profile.
+    ``token_nbytes`` are the bytes of one more token in compressed layers. ``divergence`` is the
+    expected KL divergence of the output with these bits, in nats. ``heaviest`` names the three
+    sides (keys or values) of layers with the largest shares. Both are None without a profile.
     """
 
     size: CacheSize
@@ -99,7 +99,7 @@ class CacheReport(NamedTuple):
 
 
 def cache_size(cache: list[Any]) -> CacheSize:
-    """Tokens and bytes of a prompt cache; layers that are not compressed are counted as well."""
+    """Tokens and bytes of a prompt cache, including layers that are not compressed."""
     layers = flat_caches(cache)
     compressed = [layer for layer in layers if hasattr(layer, "packed_tokens")]
     packed = any(layer.packed_tokens for layer in compressed)
@@ -113,9 +113,9 @@ def cache_size(cache: list[Any]) -> CacheSize:
 
 
 def cache_report(cache: list[Any], model: nn.Module | None = None) -> CacheReport:
-    """What a prompt cache, a list of one cache per layer, holds; warns if nothing is compressed.
+    """Report on a prompt cache, a list of one cache per layer; warn if nothing is compressed.
 
-    If its ``model`` is given and has a profile, the report says what divergence to expect.
+    With a ``model`` that has a profile, the report includes the expected divergence.
     """
     groups: dict[str, list[Any]] = {}
     for layer in flat_caches(cache):

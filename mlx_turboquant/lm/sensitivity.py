@@ -5,8 +5,8 @@ a score of query q has noise of variance
 
     scale^2 |q|^2 |k - c|^2 D(b) / d,
 
-D(b) being the relative mean squared error of b bits in d dimensions. To second order, noise of
-variance s_j in the scores moves a softmax p by a KL divergence of half of sum p_j (1 - p_j) s_j.
+where D(b) is the relative mean squared error of b bits in d dimensions. To second order, noise of
+variance s_j in the scores changes a softmax p by a KL divergence of half of sum p_j (1 - p_j) s_j.
 """
 
 import mlx.core as mx
@@ -17,14 +17,14 @@ from .compressible import Compressible, plain_caches, text_arguments
 from .hook import observed_attention
 
 _TOKENS = 256
-# A sensitivity is the mean over the last queries, which have the most tokens to look at.
+# A sensitivity is the mean over the last queries, which see the most tokens.
 _QUERIES = 16
 
 
 def key_sensitivities(model: nn.Module, compressible: list[Compressible]) -> list[float]:
     """KL divergence of the attention weights of each layer, in nats per unit of D.
 
-    The model reads pseudo-random tokens. It is 0 for layers that have an attention of their own.
+    The model reads pseudo-random tokens. Layers with an attention of their own get 0.
     """
     found: dict[int, mx.array] = {}
 
@@ -45,8 +45,8 @@ def key_sensitivities(model: nn.Module, compressible: list[Compressible]) -> lis
 def key_sensitivity(queries: mx.array, keys: mx.array, scale: float) -> mx.array:
     """KL divergence of the attention weights in nats per unit of D: a lazy float32 scalar.
 
-    ``queries`` (B, query_heads, L, dim), of which the last row sees all tokens, and ``keys``
-    (B, H, n, dim) have any float dtype; ``scale`` is the factor of the scores.
+    ``queries`` (B, query_heads, L, dim) and ``keys`` (B, H, n, dim) have any float dtype. The last
+    query row sees all tokens. ``scale`` is the factor of the scores.
     """
     batch, heads, count, dim = keys.shape
     keys = keys.astype(mx.float32)

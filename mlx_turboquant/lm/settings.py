@@ -25,15 +25,15 @@ class Settings:
     """How the caches of a model are compressed.
 
     Attributes:
-        bits: Mean of bits per value, 2 to 8 in quarters, which are spent where the profile of the
-            model says that they matter.
+        bits: Mean bits per value, 2 to 8 in quarters, which are allocated by the profile of the
+            model.
         key_bits: Bits per value of all keys, 1 to 8.
         value_bits: Bits per value of all values, 1 to 8.
         uniform: Give all layers the same bits, for comparison.
         window: Recent tokens that stay exact.
         sink_tokens: First tokens that stay exact.
-        max_size: Tokens that a layer holds at most, after which the oldest are forgotten.
-        seed: Of the random rotation.
+        max_size: The most tokens that a layer holds; beyond it, the oldest are forgotten.
+        seed: Seed of the random rotation.
 
     Raises:
         ValueError: a field that is out of range, or fields that do not fit together.
@@ -56,23 +56,23 @@ class Settings:
         self.of_layer(1, 1).limit()
 
     def __str__(self) -> str:
-        """The bits, as people give them."""
+        """The bits, in the form in which users give them."""
         if self.is_fixed:
             return "K{}V{}".format(*self.fixed_bits())
         return f"{self.bits:g} bits per value"
 
     def of_layer(self, key_bits: int, value_bits: int) -> CacheSettings:
-        """The settings of the cache of a layer that has these bits."""
+        """The settings of the cache of a layer with these bits."""
         return CacheSettings(
             key_bits, value_bits, self.window, self.sink_tokens, self.max_size, self.seed
         )
 
     @property
     def is_fixed(self) -> bool:
-        """Whether all layers have the same bits, so that nothing of the model is needed."""
+        """Whether all layers have the same bits, so that no plan is needed."""
         return self.uniform or None not in (self.key_bits, self.value_bits)
 
     def fixed_bits(self) -> tuple[int, int]:
-        """The bits of keys and values of all layers, for settings that are fixed."""
+        """The bits of keys and values of all layers, if they are fixed."""
         key_bits, value_bits = uniform_bits(self.bits)
         return self.key_bits or key_bits, self.value_bits or value_bits

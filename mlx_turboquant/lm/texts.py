@@ -1,4 +1,4 @@
-"""Texts to evaluate a model on: files, or those that every Python brings along."""
+"""Texts to evaluate a model on: files, or those that come with Python."""
 
 import argparse
 from collections.abc import Iterable
@@ -19,27 +19,27 @@ def read_texts(paths: Iterable[Path]) -> list[str]:
     """The contents of text files.
 
     Raises:
-        OSError, ValueError: a file that cannot be read, or that is no text in UTF-8.
+        OSError, ValueError: a file that cannot be read, or is not UTF-8 text.
     """
     texts = []
     for path in paths:
         try:
             texts.append(path.read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not a text in UTF-8: convert it.") from error
+            raise ValueError(f"{path} is not UTF-8 text: convert it to UTF-8.") from error
     return texts
 
 
 def encode(tokenizer, texts: Iterable[str]) -> list[list[int]]:
     """The tokens of each text, without :func:`start_tokens`.
 
-    There is no warning that a text is longer than the model's context.
+    Texts may be longer than the model's context; the tokenizer does not warn.
     """
     return [list(tokenizer.encode(text, add_special_tokens=False, verbose=False)) for text in texts]
 
 
 def start_tokens(tokenizer) -> list[int]:
-    """The tokens that a model expects before every text: for most none, for Gemma ``<bos>``."""
+    """The tokens that a model expects before every text: none for most, ``<bos>`` for Gemma."""
     [bare] = encode(tokenizer, ["a"])
     whole = list(tokenizer.encode("a"))
     return whole[: whole.index(bare[0])]
@@ -63,7 +63,7 @@ def pieces(
 ) -> list[list[int]]:
     """Up to ``count`` pieces of ``length`` tokens: the first of every text, then the second, ...
 
-    If no text is long enough, they are pieces of all texts one after the other.
+    If no text is long enough, all texts are joined first.
 
     Raises:
         ValueError: all texts together, which the message calls ``name``, are too short.

@@ -42,7 +42,7 @@ def test_the_budget_is_kept_to_the_byte_and_keys_have_two_bits_at_least(layers, 
     try:
         bits = allocate(layers, budget)
     except ValueError as error:
-        assert "is not possible" in str(error)
+        assert "is too small" in str(error)
         return
     assert mean_bits(layers, bits) <= budget
     assert all(2 <= key <= 8 and 1 <= value <= 8 for key, value in bits)
@@ -108,7 +108,7 @@ def test_bits_that_take_no_more_words_than_fewer_ones_are_preferred():
 def test_a_budget_that_the_fewest_bits_exceed_is_refused(fixed):
     """Forty values of 2 and of 1 bit are filled up to 96 and to 64 bits: a mean of 2 in all."""
     layers = [Layer(side(0.1, 33, 1, min_bits=2), side(0.1, 33, 1))]
-    with pytest.raises(ValueError, match=r"A budget of 2 bits is not possible: .* a value takes "):
+    with pytest.raises(ValueError, match=r"A budget of 2 bits is too small .with .* takes "):
         allocate(layers, 2, **fixed)
 
 

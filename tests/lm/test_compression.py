@@ -75,7 +75,7 @@ def test_one_line_says_what_a_profile_would_bring(random_model, caplog):
         make_prompt_cache(random_model, 4)
         make_prompt_cache(random_model, 4)
     [line] = [record.message for record in caplog.records if "profile" in record.message]
-    assert "`mlx_turboquant calibrate` would measure where bits matter" in line
+    assert "`mlx_turboquant calibrate` measures where bits matter" in line
 
 
 def test_a_budget_that_is_expected_to_harm_is_warned_of_with_one_that_would_do(

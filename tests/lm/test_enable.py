@@ -307,7 +307,7 @@ def test_caches_of_different_weights_are_not_batched(random_model, tmp_path):
     other = copy.deepcopy(random_model)
     load_adapters(other, adapter_folder(tmp_path / "adapter", random_model))
     caches = [make_prompt_cache(model, 4)[0] for model in (random_model, other)]
-    with pytest.raises(ValueError, match="read with different weights cannot be batched"):
+    with pytest.raises(ValueError, match="made with different weights cannot be batched"):
         TurboQuantKVCache.merge(caches)
     again = make_prompt_cache(copy.deepcopy(random_model), 4)[0]
     assert len(TurboQuantKVCache.merge([caches[0], again]).lengths) == 2

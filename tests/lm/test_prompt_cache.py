@@ -123,7 +123,7 @@ def test_what_cannot_be_cut_back_has_no_beginning(tmp_path):
     file = save_prompt_cache(tmp_path / "cache", cache, model)
     with pytest.raises(ValueError, match="cannot be cut back to 50 tokens: load all of it"):
         load_prompt_cache(file, model, tokens=50)
-    with pytest.raises(ValueError, match="0 tokens are no beginning of a cache: load 1 or more"):
+    with pytest.raises(ValueError, match="The first 0 tokens cannot be loaded alone: load 1"):
         load_prompt_cache(file, model, tokens=0)
     disable(model)
 

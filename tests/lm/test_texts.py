@@ -59,5 +59,5 @@ def test_a_text_that_is_too_short_is_named():
 def test_a_file_that_is_no_text_is_refused(tmp_path):
     file = tmp_path / "picture"
     file.write_bytes(b"\x89PNG\xff")
-    with pytest.raises(ValueError, match="picture is not a text in UTF-8: convert it."):
+    with pytest.raises(ValueError, match="picture is not UTF-8 text: convert it to UTF-8."):
         read_texts([file])
