@@ -79,9 +79,9 @@ struct Memory {
   half value_table[level_count<VALUE_BITS>()];
 };
 
-// The work of a SIMD group: the rows from `first_row` on of key head `head`, counted over all sequences, and
-// the blocks `first_block`, `first_block + block_step` and so on of `count` tokens. The first token of the
-// head is vector `first_vector` of its buffer.
+// The work of a SIMD group. It takes the rows of key head `head`, counted over all sequences, from `first_row`
+// on. It takes the blocks `first_block`, `first_block + block_step` and so on of `count` tokens. The first
+// token of the head is vector `first_vector` of its buffer.
 struct Place {
   uint lane;
   int simd;

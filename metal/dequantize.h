@@ -65,9 +65,9 @@ METAL_FUNC void restore_vector(const device uint* codes, Scales scales, Mean mea
 }
 
 // Restores tokens `first` to `last` - 1 of a row with one SIMD group. `sizes` are those of dequantize.metal;
-// `codes` to `out` belong to the row. For a Hadamard rotation of a power of two a lane has at least eight
-// coordinates in its registers, with their signs and means, and several vectors are restored at once. Any
-// other rotation goes through `values` in threadgroup memory. 32 bits are enough for indices within a row.
+// `codes` to `out` belong to the row. For a Hadamard rotation of a power of two several vectors are restored at
+// once: a lane has at least eight coordinates in its registers, with their signs and means. Any other rotation
+// goes through `values` in threadgroup memory. 32 bits are enough for indices within a row.
 template <int DIM, int BITS, int ORDER, int POWER, int STRIDE, typename Scales, typename Mean,
           typename Constants, typename T, typename Sizes>
 METAL_FUNC void restore_tokens(const device uint* codes, Scales scales, Mean mean, Constants constants,
