@@ -14,7 +14,7 @@
 // Each of its SIMDS SIMD groups sums every SIMDS-th split, with lanes over the coordinates, relative to the
 // largest maximum so far. It loads BATCH splits at once: up to SIMDS * BATCH splits take one wait for
 // memory, and a lane needs BATCH * DIM / 32 registers. Then each thread adds the SIMD groups' sums of a
-// coordinate. The first SIMD group rotates alone, because that mixes all coordinates.
+// coordinate. The first SIMD group rotates alone: the rotation mixes all coordinates.
 
 constexpr int COORDINATES = (DIM + LANES - 1) / LANES;
 constexpr int THREADS = SIMDS * LANES;

@@ -35,7 +35,7 @@
 // The time goes into arithmetic, not memory. So levels are halves. Sums are floats; with HALF_SUMS, for GPUs
 // that have operations on pairs of halves, short sums are halves too. That adds 0.1 % of a score's standard
 // deviation, far below the noise of the codes. Many SIMD groups with few registers each hide the latency of
-// memory; with AHEAD, words are loaded before they are used instead.
+// memory. With AHEAD, loading words before they are used hides it.
 
 threadgroup Memory memory;
 

@@ -24,7 +24,7 @@ threadgroup float scratch[GROUPS * LONGER];
 
 const int lane = int(thread_index_in_simdgroup);
 const int group = int(simdgroup_index_in_threadgroup);
-// The grid counts threads in 32 bits; a division of 64 bits would cost hundreds of instructions.
+// 32 bits are enough, as for the grid; a division of 64 bits would cost hundreds of instructions.
 const uint number = threadgroup_position_in_grid.x * GROUPS + group;
 const int count = sizes[3];
 if (SIDES == 1 && number == 0u && lane == 0) {

@@ -55,8 +55,8 @@ METAL_FUNC float level_unit(Levels levels) {
 
 // The levels of a pair of codes as halves. Up to 4 bits the codes go into the mantissas of two halves,
 // 2^(7-BITS) * (1 + code / 64). This needs no conversion, and a subtraction gives x / 2^BITS. The power of
-// two is loaded with the levels, because a mask and an exponent that the compiler both knows cost NVIDIA
-// two instructions. For 3 and 4 bits x (a + b x^2 + c x^4) is computed as c x ((x^2 + q)^2 + p), one
+// two is loaded with the levels, because on NVIDIA a mask and an exponent that are both constant cost two
+// instructions. For 3 and 4 bits x (a + b x^2 + c x^4) is computed as c x ((x^2 + q)^2 + p), one
 // operation less, and in units of c. _half_coefficients in arguments.py computes q and p.
 template <int BITS>
 METAL_FUNC half2 level_pair(

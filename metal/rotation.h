@@ -1,5 +1,5 @@
 // Rotations: Hadamard transforms of a power of two, or of that times a small order, and dense matrices. Also
-// sums over lanes.
+// sums and maxima over lanes.
 #pragma once
 
 // Index of the first value of a pair; the second is half_run, a power of two, behind it. A division
