@@ -2,8 +2,8 @@
 #pragma once
 #include "softmax.h"
 
-// Scores of EXACT_TOKENS keys from `first_token` on, in threadgroup memory. Eight lanes take one token, so
-// that neighbours read neighbours.
+// Writes the scores of EXACT_TOKENS keys from `first_token` on to threadgroup memory. Eight lanes share a
+// token, so that neighbouring lanes read neighbouring coordinates.
 template <typename Key>
 METAL_FUNC void score_exact(
     threadgroup Memory& memory, const device Key* keys, int first_token, thread const Place& place) {
@@ -31,7 +31,7 @@ METAL_FUNC void score_exact(
   simdgroup_barrier(mem_flags::mem_threadgroup);
 }
 
-// Weights of these tokens, in the place of the scores. Between the sinks and `first_recent` there is none.
+// Replaces these scores by weights. There is no token between the sinks and `first_recent`.
 template <typename Mask>
 METAL_FUNC void weigh_exact(thread Running& running, threadgroup Memory& memory, int first_token, int sinks,
     int first_recent, int recent_shift, Mask mask, thread const Place& place) {
@@ -57,7 +57,7 @@ METAL_FUNC void weigh_exact(thread Running& running, threadgroup Memory& memory,
   simdgroup_barrier(mem_flags::mem_threadgroup);
 }
 
-// `keys` and `values` are those of the head.
+// Attends to the exact tokens of a split. `keys` and `values` are those of the head.
 template <typename Key, typename Value, typename Mask>
 METAL_FUNC void attend_exact(thread Running& running, threadgroup Memory& memory, const device Key* keys,
     const device Value* values, int sinks, int first_recent, int recent_shift, Mask mask,

@@ -1,14 +1,14 @@
-// Attention over packed tokens: scores, weights and values of one block after the other.
+// Attention over packed tokens: scores, weights and values, block after block.
 #pragma once
 #include "packed_tokens.h"
 #include "softmax.h"
 
-// On Apple's GPUs 32 bits of bytes behind a buffer's beginning are a part of the load.
+// On Apple's GPUs a load adds a byte offset of 32 bits to a buffer's address by itself.
 METAL_FUNC bfloat16_t scale_at(const device bfloat16_t* scales, uint vector) {
   return *(const device bfloat16_t*)((const device char*)scales + vector * uint(sizeof(bfloat16_t)));
 }
 
-// Of the tokens of this lane in a block; loaded before the scores are computed, so that nobody waits for them.
+// Scales of the tokens of this lane in a block. They are loaded before the scores, which hides the wait.
 struct Scales {
   bfloat16_t keys[TOKENS];
   bfloat16_t values[TOKENS];
@@ -22,8 +22,8 @@ METAL_FUNC void load(thread Scales& scales, const device bfloat16_t* keys, const
   }
 }
 
-// The weights of the tokens of a block, as halves in threadgroup memory, where the lanes that take the
-// values find them. A value's scale counts as a part of its weight, which then fits a half.
+// Writes the weights of the tokens of a block as halves to threadgroup memory, where the lanes that take
+// the values find them. A weight includes the scale of its value, so that the product fits a half.
 template <typename Mask>
 METAL_FUNC void weigh_block(thread Running& running, thread float (&scores)[TOKENS][ROWS],
     thread const Scales& scales, threadgroup Memory& memory, int first_token, int sink_columns, Mask mask,
@@ -59,7 +59,8 @@ METAL_FUNC void weigh_block(thread Running& running, thread float (&scores)[TOKE
   simdgroup_barrier(mem_flags::mem_threadgroup);
 }
 
-// The readers `keys` and `values` are at the first block, with AHEAD behind its first words.
+// Attends to the packed tokens of a split. `keys` and `values` are at the first block, with AHEAD behind its
+// first words.
 template <typename Constants, typename Mask>
 METAL_FUNC void attend_packed(thread Running& running, threadgroup Memory& memory, thread Keys& keys,
     thread Values& values, const device bfloat16_t* key_scales, const device bfloat16_t* value_scales,
@@ -71,7 +72,7 @@ METAL_FUNC void attend_packed(thread Running& running, threadgroup Memory& memor
     load_coefficients<VALUE_BITS>(constants + VALUE_LEVELS, value_coefficients);
   }
   for (int block = place.first_block; block * BLOCK_TOKENS < place.count; block += place.block_step) {
-    // Words that are loaded ahead of the last block are not used, and must exist.
+    // Words that are loaded ahead after the last block are not used, but must exist.
     const int blocks = AHEAD ? min(place.block_step, last_block - block) : place.block_step;
     Scales scales;
     load(scales, key_scales, value_scales, place.first_vector + uint(block) * BLOCK_TOKENS + place.lane);
@@ -84,7 +85,7 @@ METAL_FUNC void attend_packed(thread Running& running, threadgroup Memory& memor
     score_block(scores, keys, uint(blocks), key_coefficients, memory);
     weigh_block(running, scores, scales, memory, block * BLOCK_TOKENS, sink_columns, mask, place);
     if (!AHEAD) {
-      // Here they take no registers while the scores are computed, where those are scarcest.
+      // Loaded here they take no registers during the scores, where registers are scarcest.
       load_coefficients<VALUE_BITS>(constants + VALUE_LEVELS, value_coefficients);
     }
     add_block(running, values, uint(blocks), value_coefficients, memory, place);

@@ -3,19 +3,19 @@
 #include "levels.h"
 #include "rotation.h"
 
-// Tokens of a step of a SIMD group: a lane scores TOKENS packed ones; exact ones are read as they come.
+// Packed and exact tokens in a step of a SIMD group. A lane scores TOKENS packed tokens.
 constant constexpr int BLOCK_TOKENS = LANES * TOKENS;
 constant constexpr int EXACT_TOKENS = 8;
-// Keys are read in runs of 32 coordinates, whole words of every plane. Where sums are halves, a sum of a
-// chunk of two runs is the longest.
+// Keys are read in runs of 32 coordinates: whole words of every plane. A sum of halves extends over a chunk
+// of two runs at most.
 constant constexpr int RUN = 32;
 constant constexpr int RUNS = HALF_SUMS ? 2 : 1;
 constant constexpr int CHUNKS = (DIM + RUNS * RUN - 1) / (RUNS * RUN);
 constant constexpr int PADDED = CHUNKS * RUNS * RUN;
 constant constexpr int KEY_PLANES = plane_count<KEY_BITS>();
 constant constexpr int KEY_WORDS = vector_words<DIM, KEY_BITS>();
-// For the values a lane takes PIECES runs of COORDINATES coordinates; VALUE_LANES lanes share a token, and
-// AT_ONCE tokens are taken in a step.
+// A lane takes PIECES runs of COORDINATES coordinates of a value. VALUE_LANES lanes share a token, and a
+// step takes AT_ONCE tokens.
 constant constexpr int VALUE_LANES =
     VALUE_DIM <= 8 * COORDINATES ? 8 : (VALUE_DIM <= 16 * COORDINATES ? 16 : 32);
 constant constexpr int PIECES = (VALUE_DIM + LANES * COORDINATES - 1) / (LANES * COORDINATES);
@@ -24,7 +24,7 @@ constant constexpr int AT_ONCE = LANES / VALUE_LANES;
 constant constexpr int STEPS = BLOCK_TOKENS / AT_ONCE;
 constant constexpr int PLANES = plane_count<VALUE_BITS>();
 constant constexpr int VALUE_WORDS = vector_words<VALUE_DIM, VALUE_BITS>();
-// How often loops are unrolled: twice, so that words which are loaded ahead stay in their registers.
+// How often loops are unrolled: twice with AHEAD, so that words loaded ahead stay in their registers.
 constant constexpr int UNROLLED = AHEAD ? 2 : 1;
 constant constexpr int EXACT_UNROLLED = AHEAD ? DIM / 8 : 4;
 // Where the parts of `constants` begin.
@@ -37,8 +37,8 @@ constant constexpr int ROW_WORDS = (ROWS + 1) / 2;
 // Rows that are joined at once.
 constant constexpr int JOINED = ROWS < 2 ? ROWS : 2;
 
-// Queries of packed tokens: rotated, as halves, eight coordinates in a uint4. The weights take the place
-// of the rows that were rotated.
+// Queries for packed tokens: rotated halves, eight coordinates in a uint4. The weights reuse the memory in
+// which rows were rotated.
 struct PackedMemory {
   uint4 queries[PADDED / 8][ROWS];
   union {
@@ -59,19 +59,19 @@ struct JoinMemory {
 };
 
 struct Memory {
-  // What a phase needs, one after the other.
+  // Phases follow each other and share this memory.
   union {
     PackedMemory packed;
     ExactMemory exact;
     JoinMemory join;
   };
-  // For each row: the factor of its scores, the score of the mean of the keys, and where its mask begins, or
-  // with a causal mask the last column that it sees.
+  // For each row: the factor of its scores, the score of the mean of the keys, and where its mask begins
+  // (with a causal mask, the last column that it sees).
   float factors[ROWS];
   float mean_scores[ROWS];
   long mask_starts[ROWS];
-  // How many rows there are, where the partial result of the first one begins, and how far they are apart: here,
-  // because registers are scarce until the end.
+  // The number of rows, where the partial result of the first one begins, and how far results are apart. They
+  // are here because registers are scarce until the end.
   int row_count;
   uint first_output;
   uint output_stride;
@@ -79,9 +79,9 @@ struct Memory {
   half value_table[level_count<VALUE_BITS>()];
 };
 
-// What a SIMD group works on: the rows from `first_row` on of a key head, `head` counting those of all
-// sequences, and the blocks `first_block`, `first_block + block_step` and so on, of `count` tokens in all. The
-// first token of the head is vector `first_vector` of its buffer.
+// The work of a SIMD group. It takes the rows of key head `head`, counted over all sequences, from `first_row`
+// on. It takes the blocks `first_block`, `first_block + block_step` and so on of `count` tokens. The first
+// token of the head is vector `first_vector` of its buffer.
 struct Place {
   uint lane;
   int simd;
@@ -99,7 +99,7 @@ METAL_FUNC uint coordinate_of(uint lane, uint k) {
   return (piece * VALUE_LANES + lane % VALUE_LANES) * COORDINATES + 2 * k % COORDINATES;
 }
 
-// COUNT words of threadgroup memory from word `at` on, four or two in one access where COUNT allows it.
+// Loads COUNT words of threadgroup memory from word `at` on, four or two per access where COUNT allows it.
 template <int COUNT>
 METAL_FUNC void load_words(const threadgroup uint4* words, uint at, thread uint* out) {
   if constexpr (COUNT % 4 == 0) {
@@ -123,7 +123,7 @@ METAL_FUNC void load_words(const threadgroup uint4* words, uint at, thread uint*
   }
 }
 
-// The opposite of load_words.
+// Stores COUNT words in threadgroup memory from word `at` on.
 template <int COUNT>
 METAL_FUNC void store_words(threadgroup uint4* words, uint at, const thread uint* in) {
   for (int k = 0; k < COUNT; k++) {

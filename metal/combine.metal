@@ -1,20 +1,20 @@
 // Joins the partial results of decode_attention.metal: weighs the splits, rotates the packed part back,
-// adds the mean of the values for the weight of all packed tokens, and divides by the sum.
+// adds the mean of the values times the weight of all packed tokens, and divides by the sum.
 //
-//   partial       float32 (count, splits, DIM + 2): outputs, maximum and sum; the last splits are in the
-//                 original coordinates
+//   partial       float32 (count, splits, DIM + 2): outputs, maximum and sum; the splits of exact tokens come
+//                 last, in the original coordinates
 //   mean          float32 (batch * heads, DIM), of the values
 //   rotation      float32: signs and matrix of the rotation of the values, see rotation.h
-//   sizes         int32 (8): splits of packed tokens, query rows of a key head, query rows of a sequence,
-//                 query heads
+//   sizes         int32 (8): splits of packed tokens, query rows of a key head, query rows of a query
+//                 head, query heads
 //   sinks         with SINKS: float32 (query heads), logits without a value
 //   out           T (count, DIM)
 //
-// `count` is all query rows of all heads of all sequences. A threadgroup joins one of them. Each of its
-// SIMDS SIMD groups sums every SIMDS-th split, its lanes over the coordinates, relative to the largest
-// maximum it has seen, and BATCH splits at once: with that, one wait for memory is all there is for up to
-// SIMDS * BATCH splits, but a lane needs BATCH * DIM / 32 registers. Then each thread adds up the SIMD
-// groups' sums of a coordinate, and the first SIMD group rotates, which mixes all of them.
+// `count` counts the query rows of all heads of all sequences. A threadgroup joins the splits of one row.
+// Each of its SIMDS SIMD groups sums every SIMDS-th split, with lanes over the coordinates, relative to the
+// largest maximum so far. It loads BATCH splits at once: up to SIMDS * BATCH splits take one wait for
+// memory, and a lane needs BATCH * DIM / 32 registers. Then each thread adds the SIMD groups' sums of a
+// coordinate. The first SIMD group rotates alone: the rotation mixes all coordinates.
 
 constexpr int COORDINATES = (DIM + LANES - 1) / LANES;
 constexpr int THREADS = SIMDS * LANES;
@@ -35,7 +35,7 @@ const device float* parts = partial + long(query) * splits * (DIM + 2);
 const int packed_splits = sizes[0];
 const int group_rows = sizes[1];
 
-// What the end needs is loaded now.
+// Loaded early, for the end.
 float means[OUTPUTS];
 float signs[OUTPUTS];
 #pragma unroll

@@ -1,41 +1,41 @@
 // Attention of a few query rows over all tokens of a compressed cache, as partial results over splits of
 // the tokens; combine.metal joins them.
 //
-//   queries        (batch, query heads, rows, DIM); below, GROUP_ROWS are the query heads of one key head
+//   queries        (batch, query heads, rows, DIM); GROUP_ROWS below is the query heads of one key head
 //                  times the rows
 //   key_codes      uint32 (batch, heads, capacity / 32, WORDS, 32), interleaved
 //   key_scales     bfloat16 (batch, heads, capacity), capacity a multiple of 64
 //   key_mean       float32 (batch, heads, 1, DIM)
-//   value_codes    uint32 (batch, heads, capacity, VALUE_WORDS); with a VALUE_STRIDE of 32 interleaved like
-//                  the keys, which they then are (one latent vector a token is key and value)
+//   value_codes    uint32 (batch, heads, capacity, VALUE_WORDS); with a VALUE_STRIDE of 32 the key codes
+//                  themselves (one latent vector per token is both key and value)
 //   value_scales   bfloat16 (batch, heads, capacity)
 //   exact_keys     (batch, heads, exact capacity, DIM), exact_values likewise with VALUE_DIM
-//   constants      float32: the factor of the scores (8 numbers, the first counts), levels of the keys, of
+//   constants      float32: the factor of the scores (8 numbers, the first is used), levels of the keys, of
 //                  the values, signs and matrix of the rotation of the keys, see rotation.h
-//   sizes          int32: those that Sizes in attention.py names, then for the only sequence, or for each, those
-//                  of Span: packed tokens, sinks, and the first recent token in the exact buffers
-//   mask           with MASK_ARRAY: bool or float (batch or 1, query heads or 1, rows, tokens)
+//   sizes          int32: those that _SIZES in attention.py names, then one Span for all sequences or one for
+//                  each: packed tokens, sinks, and the first recent token in the exact buffers
+//   mask           with MASK_ARRAY: bool or float (batch or 1, query heads or 1, rows or 1, tokens)
 //   partial        float32 (batch * heads * GROUP_ROWS, splits, VALUE_DIM + 2): output, maximum and sum;
-//                  the maximum is a reference for the exponentials that no score exceeds by much
+//                  the maximum is the reference of the exponentials, which no score exceeds by much
 //
-// Tokens are ordered: sinks, packed tokens, recent tokens. Sequences may differ in length: each has its
-// numbers of packed tokens and sinks, and the place in the exact buffers where its recent tokens begin;
-// all end at the same place. What lies between belongs to no token.
+// Tokens are ordered: sinks, packed tokens, recent tokens. Sequences may differ in length. Each has its
+// own numbers of packed tokens and sinks, and its own first recent token in the exact buffers. All end at
+// the same place. Columns between these parts have no token.
 //
-// A threadgroup is one split of one key head, and ROWS of its query rows, so that a code is unpacked once
-// for all of them. The first PACKED_SPLITS splits share the packed tokens and work in rotated coordinates,
-// for which the queries are rotated here. The others take the exact ones, sinks and recent, in the original
-// coordinates; they are short and start last. Each of the SIMDS SIMD groups takes every SIMDS-th block of
-// tokens of its split. A phase is a file: queries.h, attend_packed.h or attend_exact.h, softmax.h.
+// A threadgroup takes one split of one key head, and ROWS of its query rows, so that a code is unpacked
+// once for all of them. The first PACKED_SPLITS splits share the packed tokens, in rotated coordinates: the
+// queries are rotated here. The other splits share the exact tokens, in the original coordinates; they are
+// short and start last. Each of the SIMDS SIMD groups takes every SIMDS-th block of tokens of its split.
+// Each phase is a file: queries.h, attend_packed.h or attend_exact.h, softmax.h.
 //
 // For the scores a lane takes TOKENS whole packed keys: 32 lanes read 32 consecutive words, a query is read
 // once for all, and no sum crosses lanes. For the values a lane takes COORDINATES neighbouring coordinates
 // of every AT_ONCE-th token, with the weights from threadgroup memory.
 //
-// The time goes into arithmetic, not memory: levels are halves, sums floats, or where a GPU has operations on
-// pairs of halves, HALF_SUMS, short ones halves too. That adds 0.1 % of a score's standard deviation, far
-// below the noise of the codes. What hides the latency of memory is a constant: many SIMD groups with
-// few registers each, or words that are loaded before they are used (AHEAD).
+// The time goes into arithmetic, not memory. So levels are halves. Sums are floats; with HALF_SUMS, for GPUs
+// that have operations on pairs of halves, short sums are halves too. That adds 0.1 % of a score's standard
+// deviation, far below the noise of the codes. Many SIMD groups with few registers each hide the latency of
+// memory. With AHEAD, loading words before they are used hides it.
 
 threadgroup Memory memory;
 
@@ -55,7 +55,7 @@ place.first_block = split * SIMDS + place.simd;
 place.first_vector = uint(place.head) * uint(capacity);
 const int thread_index = place.simd * LANES + int(place.lane);
 
-// `sizes` is known only after a load: the first words are under way before that.
+// The first words are requested before `sizes` is loaded.
 Keys keys;
 Values values;
 const uint first = place.first_vector + min(place.first_block, last_block) * BLOCK_TOKENS;

@@ -3,7 +3,7 @@
 #include "levels.h"
 #include "rotation.h"
 
-// Copies or writes eight values of a vector, 16 bytes at a time; `out` is a multiple of that.
+// Copies eight values of a vector, 16 bytes at a time; both pointers are multiples of that.
 template <typename T>
 METAL_FUNC void copy_eight(const device T* from, device T* out) {
 #pragma unroll
@@ -12,6 +12,7 @@ METAL_FUNC void copy_eight(const device T* from, device T* out) {
   }
 }
 
+// Writes eight values of a vector; values of 16 bits in one store.
 template <typename T>
 METAL_FUNC void store_eight(const thread float* x, device T* out) {
   if constexpr (sizeof(T) == 2) {
@@ -35,8 +36,8 @@ METAL_FUNC void store_eight(const thread float* x, device T* out) {
   }
 }
 
-// One token of dequantize.metal by one SIMD group, for any rotation: where it is `packed`, mean +
-// R^T (scale * levels) of vector `from` of its row, whose words are STRIDE apart; else the exact vector.
+// Restores one token with one SIMD group, for any rotation. A `packed` token is mean + R^T (scale * levels) of
+// vector `from` of its row, whose words are STRIDE apart. Any other token is exact vector `from`.
 template <int DIM, int BITS, int ORDER, int POWER, int STRIDE, typename Scales, typename Mean,
           typename Constants, typename T>
 METAL_FUNC void restore_vector(const device uint* codes, Scales scales, Mean mean, Constants constants,
@@ -63,11 +64,10 @@ METAL_FUNC void restore_vector(const device uint* codes, Scales scales, Mean mea
   simdgroup_barrier(mem_flags::mem_threadgroup);
 }
 
-// Tokens `first` to `last` - 1 of a row of dequantize.metal by one SIMD group; `sizes` are those of that
-// kernel, `codes` to `out` belong to the row. For a Hadamard rotation of a power of two a lane has at least
-// eight coordinates in its registers, with their signs and means, and several vectors are restored at
-// once; any other rotation goes through `values` in threadgroup memory. 32 bits are enough for indices
-// within a row.
+// Restores tokens `first` to `last` - 1 of a row with one SIMD group. `sizes` are those of dequantize.metal;
+// `codes` to `out` belong to the row. For a Hadamard rotation of a power of two several vectors are restored at
+// once: a lane has at least eight coordinates in its registers, with their signs and means. Any other rotation
+// goes through `values` in threadgroup memory. 32 bits are enough for indices within a row.
 template <int DIM, int BITS, int ORDER, int POWER, int STRIDE, typename Scales, typename Mean,
           typename Constants, typename T, typename Sizes>
 METAL_FUNC void restore_tokens(const device uint* codes, Scales scales, Mean mean, Constants constants,

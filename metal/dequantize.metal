@@ -1,5 +1,5 @@
-// All tokens of a compressed cache as dense keys and values: the exact ones as they are, the packed ones
-// restored, out = mean + R^T (scale * levels).
+// Writes all tokens of a compressed cache as dense keys and values. Exact tokens are copied; packed tokens
+// are restored: out = mean + R^T (scale * levels).
 //
 //   key_codes      uint32 (rows, key capacity / 32, WORDS, 32), interleaved
 //   key_scales     bfloat16 (batch, heads, key capacity)
@@ -12,11 +12,11 @@
 //   keys           T (rows, all tokens, DIM): sinks, packed tokens, recent tokens
 //   values         T (rows, all tokens, VALUE_DIM)
 //
-// Where the keys are the values, SIDES is 1: one number is written to `values`. A row is one head of one
-// sequence; WORDS is vector_words<DIM, KEY_BITS>(). Threadgroups with y = 0 take keys, those with y = 1
-// values. A SIMD group restores TOKENS neighbouring tokens of a row, which share its signs and its mean and,
-// among interleaved keys, the sectors of memory that their words lie in. GROUPS SIMD groups share a
-// threadgroup to fill the GPU; each has a part of the threadgroup memory to itself.
+// For latent vectors SIDES is 1, and `values` gets a single number. A row is one head of one sequence; WORDS
+// is vector_words<DIM, KEY_BITS>(). Threadgroups with y = 0 take keys, those with y = 1 values. A SIMD group
+// restores TOKENS neighbouring tokens of a row. They share the signs and the mean of the row; interleaved
+// keys also share sectors of memory. A threadgroup has GROUPS SIMD groups to fill the GPU, each with its own
+// part of the threadgroup memory.
 
 constexpr int TOKENS = 32;
 constexpr int LONGER = DIM > VALUE_DIM ? DIM : VALUE_DIM;
@@ -24,7 +24,7 @@ threadgroup float scratch[GROUPS * LONGER];
 
 const int lane = int(thread_index_in_simdgroup);
 const int group = int(simdgroup_index_in_threadgroup);
-// In 32 bits, in which the grid counts threads: a division of 64 bits would cost hundreds of instructions.
+// 32 bits are enough, as for the grid; a division of 64 bits would cost hundreds of instructions.
 const uint number = threadgroup_position_in_grid.x * GROUPS + group;
 const int count = sizes[3];
 if (SIDES == 1 && number == 0u && lane == 0) {

@@ -1,5 +1,5 @@
-// Where the codes of a vector lie in its packed words, and those of a token among others. README.md in
-// this folder describes the layout.
+// Where codes lie in the packed words of a vector, and where the words of a token lie in a buffer. README.md
+// in this folder describes the layout.
 #pragma once
 
 // uint32 words of a plane of WIDTH bits for DIM coordinates.
@@ -42,7 +42,7 @@ METAL_FUNC constexpr int plane_count() {
   }
 }
 
-// Where the words of a token begin; STRIDE, 1 or 32 (interleaved), lies between them.
+// Where the words of a token begin. They are STRIDE apart: 1, or 32 where tokens are interleaved.
 template <int WORDS, int STRIDE>
 METAL_FUNC int token_start(int token) {
   return STRIDE == 1 ? token * WORDS : token / 32 * (WORDS * 32) + token % 32;

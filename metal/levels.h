@@ -1,16 +1,16 @@
-// What level a code stands for.
+// The levels that codes stand for.
 #pragma once
 #include "layout.h"
 
-// Numbers in the array of levels, and room for its table in threadgroup memory, unused up to 4 bits.
+// Length of the array of levels, and of its table in threadgroup memory, which is unused up to 4 bits.
 template <int BITS>
 METAL_FUNC constexpr int level_count() {
   return BITS <= 4 ? 8 : 1 << BITS;
 }
 
-// The level of a code. Up to 4 bits `levels` begins with the three coefficients of the odd polynomial,
-// so that no divergent load is needed, and level_pair takes the five after them; above it is the table
-// of all levels.
+// The level of a code. Up to 4 bits `levels` begins with the three coefficients of an odd polynomial, so
+// that no divergent load is needed; the five numbers after them are for level_pair. From 5 bits on it is
+// the table of all levels.
 template <int BITS, typename Levels>
 METAL_FUNC float level_of(Levels levels, uint code) {
   if constexpr (BITS <= 4) {
@@ -33,7 +33,7 @@ METAL_FUNC void load_coefficients(Levels levels, thread half2* coefficients) {
   }
 }
 
-// The table of level_pair, which `count` threads write.
+// Writes the table of level_pair with `count` threads.
 template <int BITS, typename Levels>
 METAL_FUNC void store_table(Levels levels, threadgroup half* table, int index, int count) {
   if constexpr (BITS > 4) {
@@ -43,7 +43,7 @@ METAL_FUNC void store_table(Levels levels, threadgroup half* table, int index, i
   }
 }
 
-// The unit in which level_pair gives levels.
+// The unit of the levels of level_pair.
 template <int BITS, typename Levels>
 METAL_FUNC float level_unit(Levels levels) {
   if constexpr (BITS <= 4) {
@@ -53,12 +53,11 @@ METAL_FUNC float level_unit(Levels levels) {
   }
 }
 
-// The levels of a pair of codes as halves. Up to 4 bits the codes are put into the mantissas of
-// two halves, 2^(7-BITS) * (1 + code / 64): no conversion, and x / 2^BITS is a subtraction away. That
-// power of two comes with the levels, because a mask and an exponent that are both known to the
-// compiler cost NVIDIA two instructions. For 3 and 4 bits x (a + b x^2 + c x^4) is computed as
-// c x ((x^2 + q)^2 + p), one operation less, and in units of c; _half_coefficients in arguments.py has
-// q and p.
+// The levels of a pair of codes as halves. Up to 4 bits the codes go into the mantissas of two halves,
+// 2^(7-BITS) * (1 + code / 64). This needs no conversion, and a subtraction gives x / 2^BITS. The power of
+// two is loaded with the levels, because on NVIDIA a mask and an exponent that are both constant cost two
+// instructions. For 3 and 4 bits x (a + b x^2 + c x^4) is computed as c x ((x^2 + q)^2 + p), one
+// operation less, and in units of c. _half_coefficients in arguments.py computes q and p.
 template <int BITS>
 METAL_FUNC half2 level_pair(
     const thread half2* coefficients, const threadgroup half* table, uint codes) {

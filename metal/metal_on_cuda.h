@@ -1,7 +1,7 @@
-// The part of Metal that the kernels here use, for CUDA: with this in front, mx.fast.cuda_kernel compiles
-// their text unchanged. TURBOQUANT_FUNCTIONS is the header of a kernel's functions, TURBOQUANT_CONSTANTS defines what
-// they are made for. A SIMD group is a warp and a threadgroup is a block. All 32 lanes must take part in the simd
-// functions.
+// Defines the part of Metal that the kernels use for CUDA. With this in front, mx.fast.cuda_kernel compiles
+// their text unchanged. TURBOQUANT_FUNCTIONS is the header of a kernel's functions; TURBOQUANT_CONSTANTS
+// defines the constants that these use. A SIMD group is a warp, a threadgroup is a block. All 32 lanes must
+// take part in the simd functions.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -51,7 +51,7 @@ __device__ inline void threadgroup_barrier(mem_flags) { __syncthreads(); }
 __device__ inline float max(float a, float b) { return ::fmaxf(a, b); }
 __device__ inline float min(float a, float b) { return ::fminf(a, b); }
 __device__ inline int min(int a, int b) { return a < b ? a : b; }
-// Two instructions, with an error of one per million, far below the codec's; as short as Metal's.
+// Two instructions, as short as Metal's. The error of one per million is far below the codec's.
 __device__ inline float exp(float x) {
   float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * 1.44269504f));
@@ -88,7 +88,7 @@ TURBOQUANT_CONSTANTS
   using ::turboquant::isfinite; using ::turboquant::half2;                   \
   using namespace ::turboquant;
 
-// In a kernel's body the word declares shared memory; in helpers it qualified pointers.
+// In a kernel's body this word declares shared memory; in functions, above, it qualifies pointers.
 #undef threadgroup
 #define threadgroup __shared__
 #define threadgroup_position_in_grid blockIdx

@@ -1,11 +1,11 @@
-// The scores of a block of packed tokens, and the sum of its values: what decode_attention.metal spends its
-// time on.
+// Scores and weighted values of a block of packed tokens. decode_attention.metal spends nearly all of its time
+// here.
 #pragma once
 #include "packed_words.h"
 #include "softmax.h"
 
-// Products are added in halves, two coordinates an operation (HALF_SUMS, for GPUs that have such operations), or
-// in floats.
+// Adds products in halves, two coordinates per operation (HALF_SUMS, for GPUs that have such operations), or in
+// floats.
 METAL_FUNC half2 add_product(half2 a, half2 b, half2 sum) {
   return fma(a, b, sum);
 }
@@ -78,8 +78,8 @@ METAL_FUNC void add_values(thread Pair (&sums)[ROWS][PAIRS], const thread uint (
   }
 }
 
-// Scores of a block of keys, without their scales; the next block is `blocks` further. With AHEAD the words of a run
-// are loaded while those of the run before are used, at the end the first ones of the next block.
+// Adds the scores of a block of keys, without their scales; the next block is `blocks` further. With AHEAD the
+// words of a run are loaded while those of the run before are used, and at the end those of the next block.
 METAL_FUNC void score_block(thread float (&scores)[TOKENS][ROWS], thread Keys& keys, uint blocks,
     const thread half2* coefficients, const threadgroup Memory& memory) {
 #pragma unroll 1
@@ -112,8 +112,8 @@ METAL_FUNC void score_block(thread float (&scores)[TOKENS][ROWS], thread Keys& k
   }
 }
 
-// Adds the values of a block; the next block is `blocks` further. With AHEAD the first words are there, and those
-// of the next block are loaded.
+// Adds the values of a block; the next block is `blocks` further. With AHEAD its first words are loaded before,
+// and at the end those of the next block.
 METAL_FUNC void add_block(thread Running& running, thread Values& values, uint blocks,
     const thread half2* coefficients, const threadgroup Memory& memory, thread const Place& place) {
   // A sum of halves has at most 32 terms.

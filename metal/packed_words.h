@@ -5,8 +5,8 @@
 // Words from one packed value to the next.
 constant constexpr int TOKEN_STRIDE = VALUE_STRIDE == 1 ? VALUE_WORDS : 1;
 
-// Where the words of this lane in a block begin, and what was loaded last. The loads of a run have constant
-// offsets from one pointer: on Apple's GPUs an address of its own costs a load three more instructions.
+// Pointers to the words of this lane in a block, and the words that were loaded last. The loads of a run have
+// constant offsets from one pointer: on Apple's GPUs an address of its own costs three more instructions.
 struct Keys {
   const device uint* planes[KEY_PLANES];
   uint words[TOKENS][KEY_BITS];
@@ -17,7 +17,7 @@ struct Values {
   uint words[BATCH][PIECES][PLANES];
 };
 
-// Turns to the block of keys that begins at vector `first` of the buffer.
+// Points to the block of keys that begins at vector `first` of the buffer.
 template <int BITS>
 METAL_FUNC void begin_planes(thread Keys& keys, const device uint* words) {
   constexpr int plane = KEY_PLANES - plane_count<BITS>();
@@ -32,7 +32,7 @@ METAL_FUNC void begin(thread Keys& keys, const device uint* codes, uint first, u
   begin_planes<KEY_BITS>(keys, codes + (long(first) * KEY_WORDS + lane));
 }
 
-// From the end of a block to the beginning of the block that is `blocks` further.
+// Moves from the end of a block to the beginning of the block that is `blocks` further.
 template <int BITS>
 METAL_FUNC void turn(thread Keys& keys, uint blocks) {
   constexpr int plane = KEY_PLANES - plane_count<BITS>();
@@ -44,8 +44,8 @@ METAL_FUNC void turn(thread Keys& keys, uint blocks) {
   }
 }
 
-// Loads run `run` of TOKENS keys, plane after plane. The last run may be shorter: behind it are any other words,
-// because the queries are zero there.
+// Loads run `run` of TOKENS keys, plane after plane. The last run may be longer than the rest of a
+// vector: missing words are zeros, and their levels do not count because the queries are zero there.
 template <int BITS>
 METAL_FUNC void load_planes(thread Keys& keys, int run) {
   constexpr int plane = KEY_PLANES - plane_count<BITS>();
@@ -67,7 +67,7 @@ METAL_FUNC void load(thread Keys& keys, int run) {
   load_planes<KEY_BITS>(keys, run);
 }
 
-// Turns to the values from vector `first` of the buffer on, of which this lane takes coordinates from i on.
+// Points to the values from vector `first` of the buffer on, of which this lane takes coordinates from i on.
 template <int BITS>
 METAL_FUNC void begin_planes(thread Values& values, const device uint* words, uint i, int piece) {
   constexpr int plane = PLANES - plane_count<BITS>();
@@ -92,7 +92,7 @@ METAL_FUNC void begin(thread Values& values, const device uint* codes, uint firs
   }
 }
 
-// From the end of a block to the beginning of the block that is `blocks` further.
+// Moves from the end of a block to the beginning of the block that is `blocks` further.
 METAL_FUNC void turn(thread Values& values, uint blocks) {
   for (int piece = 0; piece < PIECES; piece++) {
     for (int plane = 0; plane < PLANES; plane++) {
@@ -102,7 +102,7 @@ METAL_FUNC void turn(thread Values& values, uint blocks) {
   }
 }
 
-// Loads the words of BATCH steps from step `step` of the block on, to which `values` has come.
+// Loads the words of BATCH steps from step `step` of the block on, where `values` points.
 template <int BITS>
 METAL_FUNC void load_planes(thread Values& values, int step, uint lane, int piece) {
   constexpr int plane = PLANES - plane_count<BITS>();

@@ -37,9 +37,9 @@ METAL_FUNC int cell_of(const threadgroup float2* cells, float y) {
 }
 
 // Quantizes one vector with VECTOR_LANES lanes, as quantize.metal describes. Lane `lane` holds the
-// coordinates k * VECTOR_LANES + lane. `values` are DIM floats of threadgroup memory of these lanes alone,
-// `cells` are shared by the threadgroup: limit above a positive level, and that level. All threads take
-// part, but where not `inside` nothing is written.
+// coordinates k * VECTOR_LANES + lane. `values` are DIM floats of threadgroup memory for these lanes alone.
+// `cells` are shared by the threadgroup: the limit above a positive level, and that level. All threads take
+// part, but only those that are `inside` write results.
 template <int DIM, int BITS, int ORDER, int POWER, int GAINS, int VECTOR_LANES, typename X, typename Mean,
           typename Levels, typename Thresholds, typename Gains, typename Signs, typename Matrix>
 METAL_FUNC void quantize_vector(X x, Mean mean, Levels levels, Thresholds thresholds, Gains gains,
@@ -67,8 +67,8 @@ METAL_FUNC void quantize_vector(X x, Mean mean, Levels levels, Thresholds thresh
     largest = max(largest, abs(coordinates[k]));
   }
   largest = shared_max<VECTOR_LANES>(largest);
-  // With the largest coordinate at one no square overflows or vanishes. Subnormal numbers, of which the
-  // inverse would overflow, count as zeros, as they do on many GPUs.
+  // With the largest coordinate scaled to one, no square overflows or vanishes. Subnormal numbers count as
+  // zeros, as on many GPUs, because their inverse would overflow.
   const float lift = largest < 1e-30f ? 1e30f : 1.0f;
   const float inverse = largest < 1.1755e-38f ? 0.0f : 1.0f / (largest * lift);
 #pragma unroll
@@ -94,12 +94,12 @@ METAL_FUNC void quantize_vector(X x, Mean mean, Levels levels, Thresholds thresh
   for (int k = 0; k < COORDINATES; k++) {
     squared_norm += coordinates[k] * coordinates[k];
   }
-  // It is not a number where a coordinate is not finite: infinity has become infinity times zero.
+  // This is NaN where a coordinate is not finite: infinity has become infinity times zero.
   const float rms = sqrt(shared_sum<VECTOR_LANES>(squared_norm) / float(DIM));
   const float inverse_rms = rms == 0.0f ? 0.0f : 1.0f / rms;
 
   // From here on the coordinates are in threadgroup memory, each still used by its own lane alone. So the
-  // next loop stays one, whose code fits an instruction cache, and its sums have the registers.
+  // next loop is not unrolled, its code fits an instruction cache, and its sums have the registers.
   threadgroup_barrier(mem_flags::mem_threadgroup);
 #pragma unroll
   for (int k = 0; k < COORDINATES; k++) {
@@ -117,8 +117,8 @@ METAL_FUNC void quantize_vector(X x, Mean mean, Levels levels, Thresholds thresh
     products[g] = 0.0f;
     squared_lengths[g] = 0.0f;
   }
-  // The gains ascend, so a coordinate only moves on; up to 5 bits at most to the next cell, because cells
-  // are wider than the steps of the gains.
+  // The gains ascend, so a coordinate only moves to higher cells. Up to 5 bits it moves one cell at most,
+  // because cells are wider than the steps of the gains.
   for (int i = 0; i < DIM - lane; i += VECTOR_LANES) {
     const float y = abs(own[i]) * inverse_rms;
     int cell = cell_of<BITS>(cells, tried[0] * y);

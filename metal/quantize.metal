@@ -1,5 +1,5 @@
-// Dense keys and values to packed ones: subtract the mean, rotate, find the gain with the largest cosine,
-// encode, pack, and scale so that inner products are unbiased.
+// Quantizes dense keys and values: subtracts the mean, rotates, finds the gain with the largest cosine,
+// encodes, packs, and chooses the scale that makes inner products unbiased.
 //
 //   keys            T (rows, count, DIM), values likewise with VALUE_DIM
 //   key_mean        float32 (rows, DIM)
@@ -15,10 +15,10 @@
 //
 // A row is one head of one sequence; WORDS is vector_words<DIM, KEY_BITS>().
 //
-// Threadgroups with y = 0 take keys, those with y = 1 values. VECTOR_LANES lanes quantize one vector: every
-// step but the packing is a sum over its coordinates, and the fewer lanes share it, the fewer steps a
-// sum takes; a lane has room for sixteen coordinates in its registers. A coordinate stays in its lane
-// through all gains. The codes go to threadgroup memory, where a lane collects the fields of a whole word.
+// Threadgroups with y = 0 take keys, those with y = 1 values. VECTOR_LANES lanes quantize one vector. Every
+// step but the packing is a sum over its coordinates, which takes fewer steps with fewer lanes; a lane has
+// registers for sixteen coordinates. A coordinate stays with its lane through all gains. The codes go to
+// threadgroup memory, where a lane collects the fields of a whole word.
 
 constexpr int VECTORS = GROUPS * LANES / VECTOR_LANES;
 constexpr int VALUE_VECTORS = GROUPS * LANES / VALUE_VECTOR_LANES;

@@ -1,4 +1,4 @@
-// The first phase of decode_attention.metal: the queries of a threadgroup in its memory.
+// The first phase of decode_attention.metal: loads the queries of a threadgroup into its memory.
 #pragma once
 #include "attention_memory.h"
 
@@ -12,7 +12,7 @@ METAL_FUNC float query_at(
   return exists ? query * constants[0] : 0.0f;
 }
 
-// For exact tokens: in the original coordinates, as floats.
+// Queries for exact tokens: floats, in the original coordinates.
 template <typename Queries, typename Constants>
 METAL_FUNC void prepare_exact_queries(threadgroup Memory& memory, Queries queries, Constants constants,
     thread const Place& place, int group_rows) {
@@ -33,7 +33,7 @@ METAL_FUNC uint4 eight_halves(const thread float* x) {
   return pairs;
 }
 
-// For packed tokens: rotated, in units of the norm, so that halves hold any query.
+// Queries for packed tokens: rotated, in units of their root mean square, so that halves hold any query.
 template <typename Queries, typename Mean, typename Constants>
 METAL_FUNC void prepare_packed_queries(threadgroup Memory& memory, Queries queries, Mean key_mean,
     Constants constants, thread const Place& place, int group_rows) {

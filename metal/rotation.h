@@ -1,9 +1,9 @@
-// The rotation: a Hadamard transform, of a power of two or of that times a small order, or a dense matrix;
-// and sums over lanes.
+// Rotations: Hadamard transforms of a power of two, or of that times a small order, and dense matrices. Also
+// sums and maxima over lanes.
 #pragma once
 
-// Index of the first value of a pair; the second is half_run, a power of two, behind it. There is no
-// division, which would cost some twenty instructions where half_run is not known to the compiler.
+// Index of the first value of a pair; the second is half_run, a power of two, behind it. A division
+// would cost some twenty instructions where the compiler does not know half_run.
 METAL_FUNC constexpr int first_of_pair(int pair, int half_run) {
   return pair + (pair & -half_run);
 }
@@ -50,8 +50,8 @@ METAL_FUNC void lane_stage(thread float* x, int lane, int step) {
   }
 }
 
-// The Hadamard transform of DIM values, of which this lane has x[COUNT], those from lane * COUNT on; not
-// normalised. DIM / COUNT neighbouring lanes share a vector: the first stages are within a lane.
+// The Hadamard transform of a vector of DIM values, not normalised. DIM / COUNT neighbouring lanes share it:
+// this lane has x[COUNT], the values from lane * COUNT on. The first stages are within a lane.
 template <int DIM, int COUNT>
 METAL_FUNC void lane_butterflies(thread float* x, int lane) {
   register_butterflies<COUNT, COUNT>(x);
@@ -61,8 +61,8 @@ METAL_FUNC void lane_butterflies(thread float* x, int lane) {
   }
 }
 
-// The Hadamard transform of every run of POWER values of a vector that LANE_COUNT neighbouring lanes share;
-// not normalised. This lane has x[COUNT], every LANE_COUNT-th value from `lane` on: the first stages are
+// The Hadamard transform of every run of POWER values of a vector, not normalised. LANE_COUNT neighbouring
+// lanes share it: this lane has x[COUNT], every LANE_COUNT-th value from `lane` on. The first stages are
 // between lanes.
 template <int COUNT, int POWER, int LANE_COUNT>
 METAL_FUNC void strided_butterflies(thread float* x, int lane) {
@@ -91,8 +91,8 @@ METAL_FUNC float matrix_row(Matrix matrix, const threadgroup float* x, int i) {
   }
 }
 
-// Coordinates of the matrix, not transposed, times `values`, DIM of them in threadgroup memory: those that a
-// lane has in strided_butterflies, together, so that most values are loaded once for all of them.
+// The matrix, not transposed, times `values`, DIM floats in threadgroup memory. A lane computes the coordinates
+// that it has in strided_butterflies together, so that most values are loaded once for all of them.
 template <int DIM, int ORDER, int POWER, int COUNT, int LANE_COUNT, typename Matrix>
 METAL_FUNC void strided_matrix_rows(
     thread float* x, Matrix matrix, const threadgroup float* values, int lane) {
@@ -113,7 +113,7 @@ METAL_FUNC void strided_matrix_rows(
   }
 }
 
-// The sum over the COUNT neighbouring lanes that share a vector or a token, in all of them.
+// The sum over COUNT neighbouring lanes, which share a vector or a token. All of them get it.
 template <int COUNT>
 METAL_FUNC float shared_sum(float x) {
 #pragma unroll
@@ -123,7 +123,7 @@ METAL_FUNC float shared_sum(float x) {
   return x;
 }
 
-// The largest value of those lanes, in all of them.
+// The largest value over COUNT neighbouring lanes. All of them get it.
 template <int COUNT>
 METAL_FUNC float shared_max(float x) {
 #pragma unroll

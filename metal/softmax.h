@@ -1,9 +1,9 @@
-// The softmax of decode_attention.metal, which exact and packed tokens share: a running sum of weighted
-// values, what a row sees, and how SIMD groups are joined.
+// The softmax that exact and packed tokens share in decode_attention.metal: a running sum of weighted values,
+// masks, and how SIMD groups are joined.
 #pragma once
 #include "attention_memory.h"
 
-// Of each row: the reference of the exponentials, the sum of the weights, and this lane's coordinates of
+// For each row: the reference of the exponentials, the sum of the weights, and this lane's coordinates of
 // the sum of weighted values, in pairs.
 struct Running {
   float largest[ROWS];
@@ -22,8 +22,8 @@ METAL_FUNC void start(thread Running& running) {
   }
 }
 
-// The score of a token for a row: -inf if the row does not see it. `exists` says whether the token is one
-// of the sequence, `column` is its column of the mask.
+// The score of a token for a row: -inf if the row does not see it. `exists` says whether the sequence has
+// the token; `column` is its column of the mask.
 template <typename Mask>
 METAL_FUNC float visible(float score, bool exists, int column, long mask_start, Mask mask) {
   if constexpr (MASK == 1) {
@@ -39,8 +39,8 @@ METAL_FUNC float visible(float score, bool exists, int column, long mask_start, 
   return exists ? score : -INFINITY;
 }
 
-// Makes the scores of COUNT tokens a lane part of the reference. That is moved only where a weight would
-// exceed e^4, rarely once the first blocks have been seen.
+// Moves the reference to the largest of the scores, COUNT tokens per lane, but only where a weight would exceed
+// e^4. This is rare after the first blocks.
 template <int COUNT>
 METAL_FUNC void update(thread Running& running, const thread float (&scores)[COUNT][ROWS]) {
   float excess = -INFINITY;
@@ -67,13 +67,13 @@ METAL_FUNC void update(thread Running& running, const thread float (&scores)[COU
   }
 }
 
-// On Apple's GPUs 32 bits of bytes behind a buffer's beginning are a part of the store.
+// On Apple's GPUs a store adds a byte offset of 32 bits to a buffer's address by itself.
 METAL_FUNC void store(device float* partial, uint at, float x) {
   *(device float*)((device char*)partial + at * uint(sizeof(float))) = x;
 }
 
-// Joins the lanes that share coordinates, then the SIMD groups, and writes a row of `partial`: output,
-// reference and sum of the weights. Two rows at a time, so that little memory is needed.
+// Joins the lanes that share coordinates, then the SIMD groups, and writes the rows of `partial`: output,
+// reference and sum of the weights. Joining two rows at a time needs little memory.
 METAL_FUNC void join(thread Running& running, threadgroup Memory& memory, device float* partial,
     thread const Place& place) {
   threadgroup_barrier(mem_flags::mem_threadgroup);

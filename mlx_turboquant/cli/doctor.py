@@ -35,7 +35,7 @@ from .tune import described
 
 _DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
 _SPLITS = ((4, 4), (4, 2), (3, 2), (3, 1), (5, 4), (6, 6), (8, 8))
-# What a report times: heads of Llama-3.1-8B, Qwen3-30B-A3B and Qwen3.8-27B.
+# Heads that a report times: those of Llama-3.1-8B, Qwen3-30B-A3B and Qwen3.8-27B.
 _TIMED = (
     Heads(8, 4, 128, 128, False),
     Heads(4, 8, 128, 128, False),
@@ -45,7 +45,7 @@ _DEFAULT_REPORT = "mlx_turboquant-report.json"
 
 
 class Checked(NamedTuple):
-    """What became of one configuration of a kernel; ``verdict`` is "ok", or what is wrong."""
+    """The result of one configuration of a kernel; ``verdict`` is "ok" or names the fault."""
 
     kernel: str
     configuration: str
@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> None:
         _print_results(results)
     if args.report is not None:
         write_json(args.report, _report(results))
-        print(f"The report is in {args.report}: it says nothing about you, read it and attach it.")
+        print(f"The report is in {args.report}. It says nothing about you; please attach it.")
     right = sum(each.verdict == "ok" for each in results)
     verdict = "All is well" if right == len(results) else "Not all is well"
     what = f"{right} of {len(results)} configurations are right"
@@ -94,9 +94,9 @@ def _check(kernel: type[Kernel], configuration: tuple[Any, ...], label: str) -> 
 
 
 def _print_settings() -> None:
-    """Which settings of the attention kernel are in use, and where they come from."""
+    """Print the settings of the attention kernel: those of the table and saved ones."""
     for least, tuning in default_tunings(backend(), MAX_DECODE_ROWS):
-        print(f"Settings of the table from {least:,} packed tokens on: {described(tuning)}.")
+        print(f"Default settings from {least:,} packed tokens on: {described(tuning)}.")
     for heads, tunings in saved_tunings().items():
         for least, tuning in tunings:
             print(f"Tuned for {heads}, from {least:,} packed tokens on: {described(tuning)}.")
@@ -112,7 +112,7 @@ def _print_results(results: list[Checked]) -> None:
 
 
 def _report(results: list[Checked]) -> dict[str, Any]:
-    """All that the authors need to know of a machine, and nothing of its user."""
+    """Return what the authors need to know about a machine, and nothing about its user."""
     device = mx.device_info()
     report: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
@@ -152,7 +152,7 @@ def _label(heads: Heads) -> str:
 
 
 def _first_line(failure: Exception) -> str:
-    """What an error says, without the name of a folder of the user's."""
+    """Return the first line of an error, without the names of the user's folders."""
     text = (str(failure).strip() or type(failure).__name__).splitlines()[0]
     return text.replace(str(Path(__file__).parents[2]), "...").replace(str(Path.home()), "~")
 
@@ -165,14 +165,14 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const=Path(_DEFAULT_REPORT),
         metavar="FILE",
-        help="Write all that was found, and the speed of attention, to a file for an issue "
+        help="Write the results and the speed of attention to a file, for an issue "
         f"(default: {_DEFAULT_REPORT})",
     )
     return parser
 
 
 def _configurations() -> Iterator[tuple[type[Kernel], tuple[Any, ...], str]]:
-    """Kernels, configurations and labels, with every dimension, number of bits and mask."""
+    """Yield kernels, configurations and labels: all dimensions, bits and masks."""
     for dim in _DIMS:
         for bits in range(1, 9):
             quantizers = (shared_quantizer(dim, bits, 0),) * 2

@@ -1,4 +1,4 @@
-"""This command finds the fastest division of the attention kernel's work on this GPU."""
+"""This command finds the fastest settings of the attention kernel on this GPU and saves them."""
 
 import argparse
 
@@ -14,32 +14,30 @@ from .results import print_rich
 
 
 def main(arguments: list[str]) -> None:
-    """Tune for the heads of a model or shape, or forget what was found."""
+    """Tune for the heads of a model or shape, or delete the saved settings."""
     parser = _parser()
     args = parser.parse_args(arguments)
     if args.reset:
         existed = reset_tunings()
-        print("The tunings of this machine are forgotten." if existed else "There are none.")
+        print("The saved settings are deleted." if existed else "There are no saved settings.")
         return
     if args.model is None and args.shape is None:
         parser.error("--model, --shape or --reset is needed")
     if backend() == "reference":
-        raise ValueError(
-            "The kernels do not run on this machine, which has no GPU: tune on a Mac or with CUDA."
-        )
-    table = Table("heads", "tokens", "table", "best", "setting")
-    print(f"Device: {device_name()}. Time of an attention, to that of MLX's own with bfloat16:")
+        raise ValueError("The kernels do not run without a GPU: tune on a Mac or with CUDA.")
+    table = Table("heads", "tokens", "default", "best", "settings")
+    print(f"Device: {device_name()}. Time of attention relative to MLX's own in bfloat16:")
     for heads in attention_heads(model_without_weights(args)[0]):
         for measured in tune(heads):
             ratios = (f"{x / measured.exact:.2f}x" for x in (measured.table, measured.best))
-            setting = "that of the table" if measured.is_table else described(measured.tuning)
+            setting = "default" if measured.is_table else described(measured.tuning)
             table.add_row(_label(heads), f"{measured.tokens:,}", *ratios, setting)
     print_rich(table)
-    print(f"The best settings are kept in {tuning_path()} and used from now on.")
+    print(f"The best settings are saved in {tuning_path()}; later runs use them.")
 
 
 def described(tuning: Tuning) -> str:
-    """The numbers of a tuning, for people."""
+    """Return the numbers of a tuning as text."""
     return ", ".join(f"{name} {value}" for name, value in tuning._asdict().items())
 
 
@@ -52,6 +50,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlx_turboquant tune", description=__doc__)
     add_model_options(parser, required=False)
     parser.add_argument(
-        "--reset", action="store_true", help="Forget what was found on this machine"
+        "--reset", action="store_true", help="Delete the saved settings of this machine"
     )
     return parser

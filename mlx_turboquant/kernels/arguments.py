@@ -1,4 +1,4 @@
-"""What kernels take besides tokens: levels, rotations and sizes, as arrays that are made once."""
+"""Kernel inputs other than tokens: levels, rotations and sizes, as cached arrays."""
 
 import math
 from functools import cache, lru_cache
@@ -12,7 +12,7 @@ from ..codec.quantizer import TurboQuantizer
 
 @cache
 def levels(quantizer: TurboQuantizer) -> mx.array:
-    """The levels, or the coefficients of their polynomial, as ``levels.h`` takes them: float32."""
+    """Return the float32 input of ``levels.h``: a table of levels, or polynomial coefficients."""
     if quantizer.bits > POLYNOMIAL_BITS:
         return quantizer.levels
     polynomial = level_polynomial(quantizer.dim, quantizer.bits)
@@ -20,12 +20,12 @@ def levels(quantizer: TurboQuantizer) -> mx.array:
 
 
 def _half_coefficients(polynomial: tuple[float, float, float], bits: int) -> tuple[float, ...]:
-    """For ``level_pair`` of levels.h: two coefficients, an offset, a power of two, the unit."""
+    """Return the input of ``level_pair``: two coefficients, an offset, a power of two, a unit."""
     power = 2.0**bits
     first, second, fifth = (x * power**n for x, n in zip(polynomial, (1, 3, 5)))
     base, unit = 128 / power, 1.0
     if bits > 2:
-        # The square is completed: a + b s + c s^2 = c ((s + q)^2 + p).
+        # Complete the square: a + b s + c s^2 = c ((s + q)^2 + p).
         unit, q = fifth, second / (2 * fifth)
         first, second = q, first / unit - q * q
     return first, second, 1 / power - 1 - base, base, unit
@@ -46,17 +46,17 @@ def levels_and_rotation(quantizer: TurboQuantizer) -> mx.array:
 
 @cache
 def attention(keys: TurboQuantizer, values: TurboQuantizer, scale: float) -> mx.array:
-    """All that a layer's attention needs and no token changes, in one array: float32."""
+    """The ``constants`` of ``decode_attention.metal``, which no token changes: float32."""
     factor = mx.full((8,), scale, mx.float32)
     return constant(mx.concatenate([factor, levels(keys), levels(values), rotation(keys)]))
 
 
 @lru_cache(maxsize=64)
 def sizes(*numbers: int) -> mx.array:
-    """One int32 array for all layers of a step, because the host pays for each new one.
+    """Return an int32 array that all layers of a step share, because each new one costs the host.
 
-    At least eight numbers: MLX keeps arrays of up to 8 bytes in pages that CPU and GPU share, and a
-    kernel that reads one may wait for a page to move.
+    It is padded to eight numbers. MLX keeps arrays of up to 8 bytes in pages that CPU and GPU
+    share, and a kernel that reads one may wait for a page to move.
     """
     padding = (0,) * (8 - len(numbers))
     return constant((*numbers, *padding))
@@ -65,7 +65,7 @@ def sizes(*numbers: int) -> mx.array:
 def mask_and_strides(
     mask: mx.array, shape: tuple[int, ...]
 ) -> tuple[mx.array, tuple[int, int, int]]:
-    """The mask of decode_attention.metal, and its strides of sequence, query head and row."""
+    """The mask of decode_attention.metal, and its strides by sequence, query head and row."""
     mask = mask.reshape(*(1,) * (4 - mask.ndim), *mask.shape)
     if any(size not in (1, full) for size, full in zip(mask.shape, shape)):
         raise ValueError(f"A mask of shape {mask.shape} does not fit scores of shape {shape}.")

@@ -1,4 +1,4 @@
-"""Attention of few query rows over the tokens of a compressed cache, which it reads as they are."""
+"""Attention of a few query rows over a compressed cache, whose tokens are read packed."""
 
 from functools import lru_cache
 from itertools import chain
@@ -12,15 +12,15 @@ from .runtime import LANES, THREADGROUP_BYTES, Agreement, Constant, Launch
 from .tokens import BLOCK, CAPACITY_UNIT, Span, VisibleTokens
 from .tuning import TARGETS, Tuning, Tunings, tuning_for, tunings
 
-# Up to so many query rows a call is a decode step (or the check of drafted tokens).
+# A call with at most this many query rows is a decode step or a check of drafted tokens.
 MAX_DECODE_ROWS = 8
-# The order is that of MASK in decode_attention.metal.
+# A kind's index is MASK in decode_attention.metal.
 MASK_KINDS = ("none", "causal", "boolean", "additive")
-# What products and short sums of halves may add to an output, relative to the largest one.
+# Error that half-precision products and short sums may add, relative to the largest output.
 HALF_ARITHMETIC = 6e-3
-# A row of outputs is in the registers of a SIMD group.
+# A SIMD group holds a row of outputs in its registers.
 _MAX_DIM = 512
-# Exact tokens that a SIMD group takes in one step.
+# Exact tokens in a step of a SIMD group.
 _EXACT_TOKENS = 8
 _INPUTS = (
     "queries",
@@ -34,9 +34,9 @@ _INPUTS = (
     "constants",
     "sizes",
 )
-# The array ``sizes`` of decode_attention.metal, which knows these names. Columns of the mask are
-# sinks, packed tokens and recent ones, whose place in the exact buffers is RECENT_SHIFT before
-# their column. From SPANS on there is a Span for each sequence.
+# Indices of the array ``sizes``, which decode_attention.metal knows by these names. The columns of
+# a mask are sinks, packed tokens and recent tokens. A recent token is in the exact buffers at its
+# column minus RECENT_SHIFT. From SPANS on there is one Span for all sequences, or one for each.
 _SIZES = (
     "EXACT_COUNT",
     "SPLITS",
@@ -57,11 +57,11 @@ def decode_attention(
     mask: None | str | mx.array = None,
     sink_logits: mx.array | None = None,
 ) -> mx.array:
-    """Softmax attention of queries (B, query_heads, L, dim) over all tokens, some of them packed.
+    """Compute softmax attention of queries (B, query_heads, L, dim) over packed and exact tokens.
 
     Args:
         queries: float16, bfloat16 or float32; query_heads is a multiple of the key heads.
-        tokens: The tokens, among them those of the queries themselves.
+        tokens: All tokens, including those of the queries.
         scale: Factor of the scores.
         mask: None, "causal" (the last query sees all tokens), boolean (True: visible) or additive,
             broadcastable to (B, query_heads, L, count).
@@ -71,7 +71,8 @@ def decode_attention(
         (B, query_heads, L, value_dim) in the dtype of the queries.
 
     Raises:
-        ValueError: shapes that do not fit each other, or counts beyond the buffers.
+        ValueError: shapes that do not fit each other, counts beyond the buffers, or packed buffers
+            whose capacity is not a multiple of 64.
     """
     _check_shapes(queries, tokens)
     wanted = DecodeAttention.configuration(queries, tokens, mask, sink_logits)
@@ -83,9 +84,9 @@ def decode_attention(
 
 
 class Configuration(NamedTuple):
-    """All that decides which kernels an attention needs, besides the machine.
+    """The properties of an attention call that select its kernels.
 
-    ``group`` is the number of query heads of a key head, ``rows`` that of queries of a head.
+    ``group`` is the number of query heads per key head, ``rows`` that of query rows per head.
     """
 
     keys: TurboQuantizer
@@ -103,7 +104,7 @@ class Configuration(NamedTuple):
 class DecodeAttention:
     """``decode_attention.metal`` and ``combine.metal`` in one configuration.
 
-    ``chosen`` takes the place of the tunings of this machine.
+    ``chosen`` overrides the tunings of this machine.
     """
 
     name = "decode_attention"
@@ -156,16 +157,16 @@ class DecodeAttention:
         return runtime.build(self.name, inputs, ("partial",), constants, blocks)
 
     def _rows(self, tuning: Tuning) -> int:
-        """Query rows of a threadgroup: as few threadgroups as possible, all as full as possible."""
+        """Query rows per threadgroup: the fewest threadgroups, evenly filled."""
         most = max(1, min(tuning.rows, LANES * tuning.accumulators // self._wider))
         return -(-self._group_rows // -(-self._group_rows // most))
 
     def _coordinates(self, tuning: Tuning) -> int:
-        """Neighbouring coordinates of a value that a lane takes."""
+        """Neighbouring coordinates of a value per lane."""
         return 8 if self._rows(tuning) * self._lane_values(8) <= tuning.accumulators else 4
 
     def _lane_values(self, coordinates: int) -> int:
-        """Floats of output that a lane holds for a row."""
+        """Output floats that a lane holds per row."""
         run = LANES * coordinates
         return -(-self._configuration.values.dim // run) * coordinates
 
@@ -194,7 +195,7 @@ class DecodeAttention:
         mask: None | str | mx.array,
         sink_logits: mx.array | None,
     ) -> Configuration:
-        """What decides which kernels such arguments need."""
+        """Return the configuration for these arguments."""
         _, query_heads, rows, _ = queries.shape
         if isinstance(mask, mx.array):
             mask = "boolean" if mask.dtype == mx.bool_ else "additive"
@@ -212,7 +213,7 @@ class DecodeAttention:
         )
 
     def check(self) -> Agreement:
-        """Compares the attention over 90 tokens, with every tuning."""
+        """Compare attention over 90 tokens with plain MLX, for every tuning."""
         wanted = self._configuration
         sides = 1 if wanted.is_latent else 2
         dtypes = (wanted.key_dtype, wanted.value_dtype)[:sides]
@@ -244,9 +245,9 @@ class DecodeAttention:
         sink_logits: mx.array | None,
         tuning: Tuning | None = None,
     ) -> mx.array:
-        """Two launches for :func:`decode_attention`, with its arguments.
+        """Launch both kernels, with the arguments of :func:`decode_attention`.
 
-        The ``tuning`` is one of :attr:`tunings`; None takes the one for the number of tokens.
+        ``tuning`` is one of :attr:`tunings`; None selects it by the number of tokens.
         """
         batch, query_heads, rows, _ = queries.shape
         keys, values = tokens.keys, tokens.values
@@ -315,11 +316,11 @@ def _divided(
     spans: tuple[Span, ...],
     mask_strides: tuple[int, int, int],
 ) -> tuple[int, int, mx.array]:
-    """Threadgroups of a head, those of its packed tokens (at most ``most``), and the sizes.
+    """Return the splits of a head, those of its packed tokens (at most ``most``), and ``sizes``.
 
-    Threadgroups of packed tokens all take the same number of steps; those of exact tokens few
-    enough to run beside them. The sizes are those of decode_attention.metal, for all layers of a
-    step. The ``columns`` of all sequences are divided as a sequence with these numbers would be.
+    All packed splits take the same number of steps. An exact split takes at most twice as many,
+    of fewer tokens, and runs beside them. ``sizes`` is cached for all layers of a decode step. All
+    sequences are divided alike: ``columns`` has the largest counts.
     """
     blocks = -(-columns.packed // (tuning.tokens * LANES * tuning.simds))
     steps = max(1, -(-blocks // max(1, most)))
@@ -340,7 +341,7 @@ def _check_shapes(queries: mx.array, tokens: VisibleTokens) -> None:
     capacity = tokens.keys.capacity
     if tokens.exact_count > room or tokens.packed_count > capacity:
         raise ValueError(
-            f"{tokens.exact_count} exact and {tokens.packed_count} packed tokens are not in "
+            f"{tokens.exact_count} exact and {tokens.packed_count} packed tokens do not fit into "
             f"buffers of {room} and {capacity}: use fewer."
         )
     if capacity % CAPACITY_UNIT:

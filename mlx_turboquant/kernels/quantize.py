@@ -1,4 +1,4 @@
-"""Packing, restoring and multiplying vectors: three kernels, and where plain MLX replaces them."""
+"""Kernels that quantize, dequantize and multiply vectors, each with plain MLX as its fallback."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from .tokens import BLOCK, VisibleTokens
 
 _PARAMETERS = ("mean", "levels", "thresholds", "gains", "signs", "matrix")
 _RESTORED = ("codes", "scales", "mean", "constants")
-# The coordinates of a vector of quantize.metal are in the registers of one SIMD group.
+# The lanes that share a vector in quantize.metal belong to one SIMD group.
 _MAX_DIM = 1024
 # Tokens that a SIMD group of dequantize.metal restores.
 _RESTORED_TOKENS = 32
@@ -22,10 +22,10 @@ _RESTORED_TOKENS = 32
 def quantize(
     vectors: Sequence[mx.array], means: Sequence[mx.array], quantizers: Sequence[TurboQuantizer]
 ) -> list[QuantizedVectors]:
-    """Pack keys and values of the same tokens, or one of the two, in one launch.
+    """Quantize keys and values of the same tokens, or one of the two, in one launch.
 
-    Vectors are (B, H, n, dim), from which float32 means (B, H, 1, dim) are subtracted. The scale of
-    the quantizers must be "unbiased". Codes are (B, H, n, words), scales bfloat16 (B, H, n).
+    The float32 means (B, H, 1, dim) are subtracted from the vectors (B, H, n, dim). Quantizers need
+    the "unbiased" scale. Codes are uint32 (B, H, n, words), scales bfloat16 (B, H, n).
     """
     fits = runtime.supports(Quantize.name, max(each.dim for each in quantizers), _MAX_DIM)
     dtypes = tuple(x.dtype for x in vectors)
@@ -36,9 +36,9 @@ def quantize(
 
 
 def dense(tokens: VisibleTokens) -> list[mx.array]:
-    """All keys and all values, or all latent vectors: (B, H, count, dim) in the model's dtype.
+    """Return all keys and values, or latent vectors: (B, H, count, dim) in the model's dtype.
 
-    They are lazy, and what is evaluated is one launch.
+    The arrays are lazy; evaluating them takes one launch.
     """
     if tokens.packed_count == 0:
         return [_exact_tokens(tokens, exact) for _, exact in tokens.sides]
@@ -58,9 +58,9 @@ def _exact_tokens(tokens: VisibleTokens, exact: mx.array) -> mx.array:
 def inner_product(
     queries: mx.array, packed: QuantizedVectors, quantizer: TurboQuantizer
 ) -> mx.array:
-    """:meth:`.TurboQuantizer.inner_product` without unpacking the vectors to memory.
+    """Compute :meth:`.TurboQuantizer.inner_product` without unpacking the vectors to memory.
 
-    Queries are (..., q, dim), packed vectors (..., n) with the same leading axes: float32
+    Queries are (..., q, dim), packed vectors (..., n) with the same leading axes, products float32
     (..., q, n).
 
     Raises:
@@ -78,7 +78,7 @@ def inner_product(
 
 
 class Quantize:
-    """``quantize.metal`` for keys and values of these dtypes; alone, keys are packed twice."""
+    """``quantize.metal`` for vectors of these dtypes; a single side is quantized twice."""
 
     name = "quantize"
 
@@ -102,7 +102,7 @@ class Quantize:
         )
 
     def check(self) -> Agreement:
-        """Compares squared errors: codes may differ where values or gains tie within rounding."""
+        """Compare squared errors with plain MLX; codes may differ where rounding breaks a tie."""
         vectors = [_example(q, dtype) for q, dtype in zip(self._quantizers, self._dtypes)]
         means = [x[:, :, :1].astype(mx.float32) for x in vectors]
         agreements = []
@@ -119,7 +119,7 @@ class Quantize:
     def __call__(
         self, vectors: Sequence[mx.array], means: Sequence[mx.array]
     ) -> list[QuantizedVectors]:
-        """Codes uint32 (B, H, n, words) and scales bfloat16 (B, H, n) of each side."""
+        """Return codes, uint32 (B, H, n, words), and scales, bfloat16 (B, H, n), of each side."""
         batch, heads, count, _ = vectors[0].shape
         inputs, shapes = [], []
         for x, mean, quantizer in zip(_both(vectors), _both(means), _both(self._quantizers)):
@@ -167,7 +167,7 @@ class Dequantize:
         self._launch = runtime.build(self.name, (*inputs, "sizes"), ("keys", "values"), constants)
 
     def check(self) -> Agreement:
-        """Compares dense keys and values of 90 tokens."""
+        """Compare dense keys and values of 90 tokens with plain MLX."""
         tokens = reference.example_tokens(self._dtypes, self._quantizers, mean=2.0)
         pairs = zip(self(tokens), reference.dense(tokens))
         return runtime.worst(
@@ -175,7 +175,7 @@ class Dequantize:
         )
 
     def __call__(self, tokens: VisibleTokens) -> list[mx.array]:
-        """Dense keys and values, or latent vectors: (B, H, count, dim) each."""
+        """Return dense keys and values, or latent vectors: (B, H, count, dim) each."""
         inputs, shapes = [], []
         for packed, exact in _both(tokens.sides):
             constants = arguments.levels_and_rotation(packed.quantizer)
@@ -214,14 +214,14 @@ class InnerProduct:
         self._launch = runtime.build(self.name, inputs, ("out",), constants)
 
     def check(self) -> Agreement:
-        """Compares the products of five queries."""
+        """Compare the products of five queries with plain MLX."""
         x = _example(self._quantizer, mx.float32)
         packed, queries = self._quantizer.quantize(x), x[:, :, :5]
         expected = self._quantizer.inner_product(queries, packed)
         return runtime.compare(self(queries, packed), expected, mx.float32)
 
     def __call__(self, queries: mx.array, packed: QuantizedVectors) -> mx.array:
-        """Products float32 (..., q, n) of queries (..., q, dim) with packed vectors (..., n)."""
+        """Return products, float32 (..., q, n), of queries (..., q, dim) with vectors (..., n)."""
         *leading, query_count, _ = queries.shape
         count = packed.scales.shape[-1]
         threads = LANES * SIMDS
@@ -243,14 +243,14 @@ class InnerProduct:
 
 
 def _both(sides: Sequence) -> Sequence:
-    """Keys and values; one side alone, which the text of the kernels does not know, twice."""
+    """Return two sides: kernels always take two, so a single one is passed twice."""
     return sides if len(sides) == 2 else (sides[0], sides[0])
 
 
 def _constants(
     dtypes: Sequence[mx.Dtype], quantizers: Sequence[TurboQuantizer]
 ) -> dict[str, Constant]:
-    """What the text of both kernels needs to know of keys and of values."""
+    """The constants of keys and values in quantize.metal and dequantize.metal."""
     constants: dict[str, Constant] = {}
     for name, dtype, quantizer in zip(("", "VALUE_"), _both(dtypes), _both(quantizers)):
         order, power = quantizer.rotation.factors

@@ -1,6 +1,6 @@
-"""The meaning of every kernel, in plain MLX: what runs without a GPU, and what kernels agree with.
+"""The kernels in plain MLX: they run without a GPU, and kernels are compared with them.
 
-The products of ``inner_product.metal`` are :meth:`.TurboQuantizer.inner_product`.
+The counterpart of ``inner_product.metal`` is :meth:`.TurboQuantizer.inner_product`.
 """
 
 import mlx.core as mx
@@ -10,7 +10,7 @@ from .tokens import BLOCK, PackedSide, VisibleTokens, longer, visible_columns, w
 
 
 def quantize(x: mx.array, mean: mx.array, quantizer: TurboQuantizer) -> QuantizedVectors:
-    """x (B, H, n, dim) less the float32 mean (B, H, 1, dim): codes, and scales in bfloat16."""
+    """Quantize x (B, H, n, dim) minus the float32 mean (B, H, 1, dim); scales are bfloat16."""
     packed = quantizer.quantize(x.astype(mx.float32) - mean)
     return QuantizedVectors(packed.codes, packed.scales.astype(mx.bfloat16))
 
@@ -18,7 +18,7 @@ def quantize(x: mx.array, mean: mx.array, quantizer: TurboQuantizer) -> Quantize
 def packed_side(
     x: mx.array, mean: mx.array, quantizer: TurboQuantizer, interleaved: bool
 ) -> PackedSide:
-    """:func:`quantize` in buffers that end with a whole step of the attention kernel."""
+    """Quantize into buffers that end with a whole step of the attention kernel."""
     codes, scales = quantize(x, mean, quantizer)
     capacity = whole_steps(x.shape[2])
     codes = longer(codes, capacity)
@@ -28,13 +28,13 @@ def packed_side(
 
 
 def interleave(codes: mx.array) -> mx.array:
-    """Codes (B, H, n, words) of whole blocks as (B, H, n / 32, words, 32)."""
-    # A transposed view would be copied by every kernel that reads it.
+    """Interleave codes (B, H, n, words) of whole blocks to (B, H, n / 32, words, 32)."""
+    # MLX would copy a transposed view for every kernel that reads it.
     return mx.contiguous(mx.unflatten(codes, 2, (-1, BLOCK)).swapaxes(-1, -2))
 
 
 def token_major(packed: PackedSide, count: int) -> QuantizedVectors:
-    """The first ``count`` vectors: codes (B, H, count, words) and scales (B, H, count)."""
+    """Return the first ``count`` codes (B, H, count, words) and scales (B, H, count)."""
     codes = packed.codes
     if packed.interleaved:
         codes = codes[:, :, : -(-count // BLOCK)].swapaxes(-1, -2).flatten(2, 3)
@@ -42,12 +42,12 @@ def token_major(packed: PackedSide, count: int) -> QuantizedVectors:
 
 
 def restored(packed: PackedSide, count: int, dtype: mx.Dtype) -> mx.array:
-    """The first ``count`` vectors (B, H, count, dim)."""
+    """Dequantize the first ``count`` vectors: (B, H, count, dim)."""
     return (packed.quantizer.dequantize(token_major(packed, count)) + packed.mean).astype(dtype)
 
 
 def dense(tokens: VisibleTokens) -> list[mx.array]:
-    """All keys and all values, or all latent vectors: (B, H, count, dim) in the model's dtype."""
+    """Return all keys and values, or latent vectors: (B, H, count, dim) in the model's dtype."""
     arrays = []
     for packed, exact in tokens.sides:
         sinks, recent = tokens.split(exact)
@@ -63,11 +63,10 @@ def decode_attention(
     mask: None | str | mx.array = None,
     sink_logits: mx.array | None = None,
 ) -> mx.array:
-    """:func:`.attention.decode_attention` in the rotated domain and in float32.
+    """Compute :func:`.attention.decode_attention` in rotated coordinates and float32.
 
-    The queries are rotated once and the output is rotated back once, so that no packed token is.
-    The means of keys and values enter as one product with the query and one with the total weight
-    of the packed tokens.
+    Only queries and outputs are rotated, never a packed token. The mean of the keys is multiplied
+    by the query, the mean of the values by the total weight of the packed tokens.
     """
     batch, query_heads, rows, _ = queries.shape
     heads = tokens.exact_keys.shape[1]
@@ -77,8 +76,8 @@ def decode_attention(
     keys, values = tokens.keys, tokens.values
     quantizer = keys.quantizer
     rotated = quantizer.stored_order(quantizer.rotation.apply(grouped))
-    # The scales multiply scores and weights, of which there are fewer than values. With the long
-    # matrix in front a CPU takes half the time.
+    # Scales multiply scores and weights, which are fewer than levels. A CPU takes half the time
+    # with the long matrix in front.
     codes = token_major(keys, tokens.packed_count)
     levels = quantizer.stored_levels(codes)
     packed = (levels @ rotated.swapaxes(-1, -2)).swapaxes(-1, -2) * codes.scales[:, :, None]
@@ -128,9 +127,9 @@ def _softmax(scores: mx.array, sink_logits: mx.array | None) -> mx.array:
 def example_tokens(
     dtypes: tuple[mx.Dtype, ...], quantizers: tuple[TurboQuantizer, ...], mean: float = 0.0
 ) -> VisibleTokens:
-    """For checks: 70 packed and 20 exact tokens of two heads, 4 of them sinks, and free space.
+    """Return 70 packed and 20 exact tokens, 4 of them sinks, of two heads, to check kernels.
 
-    With one dtype and one quantizer the tokens are latent vectors.
+    The buffers have free space. With one dtype and one quantizer the tokens are latent vectors.
     """
     packed, exact = [], []
     for i, (dtype, quantizer) in enumerate(zip(dtypes, quantizers)):
@@ -142,5 +141,5 @@ def example_tokens(
 
 
 def normal(shape: tuple[int, ...], seed: int) -> mx.array:
-    """Random numbers for checks, the same for the same seed: float32."""
+    """Return normal random numbers for checks, reproducible by their seed: float32."""
     return mx.random.normal(shape, key=mx.random.key(seed))

@@ -1,8 +1,8 @@
-"""Builds the kernels of ``metal/`` for this machine, and replaces those that are wrong.
+"""Build the kernels of ``metal/`` for this machine, check them and replace those that fail.
 
-The same text runs on Metal and, behind ``metal_on_cuda.h``, on CUDA. Every configuration of a
-kernel is compared with plain MLX on small data before its first use; one that does not compile
-or disagrees is replaced by plain MLX for the rest of the process, with a warning.
+The same text runs on Metal and, with ``metal_on_cuda.h`` in front, on CUDA. Each configuration of
+a kernel is compared with plain MLX on small data before its first use. If it does not compile or
+disagrees, plain MLX replaces it for the rest of the process, with a warning.
 """
 
 import logging
@@ -16,16 +16,16 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import mlx.core as mx
 
-# Lanes of a SIMD group; the text of all kernels knows it by this name.
+# Lanes of a SIMD group; kernels know it by this name.
 LANES = 32
-# SIMD groups in a threadgroup, where a kernel says nothing else.
+# SIMD groups per threadgroup, unless a kernel chooses otherwise.
 SIMDS = 4
 THREADGROUP_BYTES = 32768
 BACKEND_VARIABLE = "MLX_TURBOQUANT_BACKEND"
 
-# Headers of the functions that a kernel uses, where it has none of its own name.
+# Headers of kernels that have none of their own name.
 _FUNCTIONS = {"combine": "rotation.h", "inner_product": "levels.h"}
-# What a kernel's text calls the types that it is compiled for.
+# Names of dtypes in the text of kernels.
 _TYPES = {mx.float16: "float16_t", mx.bfloat16: "bfloat16_t", mx.float32: "float"}
 
 Constant = int | mx.Dtype
@@ -36,19 +36,19 @@ _forced_backend: str | None = None
 
 
 class Agreement(NamedTuple):
-    """How far a kernel is from plain MLX on small data, and how far rounding alone may take it."""
+    """The error of a kernel against plain MLX on small data, and what rounding explains."""
 
     error: float
     allowed: float
 
     @property
     def holds(self) -> bool:
-        """Whether the kernel may be used; an error that is not a number does not hold."""
+        """Whether the kernel may be used; not if its error is NaN."""
         return self.error <= self.allowed
 
 
 class Kernel(Protocol):
-    """One kernel of ``metal/`` in one configuration, which are the arguments of its class."""
+    """A kernel of ``metal/`` in one configuration: the arguments of its class."""
 
     def check(self) -> Agreement:
         """Compare it with plain MLX on small data."""
@@ -58,10 +58,10 @@ AnyKernel = TypeVar("AnyKernel", bound=Kernel)
 
 
 def backend() -> str:
-    """Where kernels run: "metal", "cuda", or "reference" for plain MLX operations.
+    """Return where kernels run: "metal", "cuda", or "reference" for plain MLX operations.
 
-    What :func:`force_backend` was given comes first, then the environment variable
-    ``MLX_TURBOQUANT_BACKEND``, which is read once, then what the machine has.
+    The choice of :func:`force_backend` comes first. The environment variable
+    ``MLX_TURBOQUANT_BACKEND``, which is read once, comes second, and the machine's own GPU last.
 
     Raises:
         ValueError: the variable names a backend that this machine does not have.
@@ -75,7 +75,7 @@ def _machine_backend() -> str:
 
 
 def force_backend(name: str | None) -> None:
-    """Use the backend ``name`` in this process; None goes back to the choice of the machine.
+    """Use the backend ``name`` in this process; None restores the default.
 
     Raises:
         ValueError: a backend that this machine does not have.
@@ -96,7 +96,7 @@ def _checked_backend(name: str | None, origin: str) -> str:
 
 
 def checked(kernel: type[AnyKernel], *configuration: Hashable) -> AnyKernel | None:
-    """The kernel of a configuration; None where plain MLX takes its place."""
+    """Return the checked kernel of a configuration; None if plain MLX replaces it."""
     target = backend()
     return None if target == "reference" else _checked(target, kernel, *configuration)
 
@@ -118,7 +118,7 @@ def _checked(target: str, kernel: type[AnyKernel], *configuration: Hashable) -> 
 
 @cache
 def supports(kernel: str, dim: int, most: int) -> bool:
-    """Whether a kernel takes vectors of ``dim`` values; if not, the log says so once."""
+    """Whether a kernel takes vectors of ``dim`` values; if not, a warning is logged once."""
     if dim > most:
         _log.warning(
             "Kernel %s takes up to %d values a vector: plain MLX is used for %d.", kernel, most, dim
@@ -129,10 +129,10 @@ def supports(kernel: str, dim: int, most: int) -> bool:
 def compare(
     output: mx.array, expected: mx.array, dtype: mx.Dtype, arithmetic: float | None = None
 ) -> Agreement:
-    """Allows two roundings to the output's dtype, and ``arithmetic`` on the way there.
+    """Compare arrays, allowing two roundings to ``dtype`` and a relative error of ``arithmetic``.
 
-    The default is for float32 sums in another order, in which MLX's own products on CUDA round the
-    factors to TF32.
+    The default allows float32 sums in another order. On CUDA it is larger, because MLX's own
+    products round their factors to TF32 there, unless ``MLX_ENABLE_TF32`` is 0.
     """
     if arithmetic is None:
         tf32 = backend() == "cuda" and os.environ.get("MLX_ENABLE_TF32") != "0"
@@ -143,8 +143,8 @@ def compare(
 
 
 def worst(agreements: list[Agreement]) -> Agreement:
-    """One that does not hold, or the one with the largest error."""
-    # Not max() of the errors: one that is not a number must stay one.
+    """Return one that does not hold, or the one with the largest error."""
+    # max() of the errors could lose a NaN.
     return next((each for each in agreements if not each.holds), max(agreements))
 
 
@@ -155,28 +155,28 @@ def build(
     constants: dict[str, Constant],
     cuda_blocks: int = 2,
 ) -> Launch:
-    """The kernel of metal/NAME.metal with these constants, called as ``mx.fast`` describes.
+    """Build the kernel of metal/NAME.metal with these constants, to be called as in ``mx.fast``.
 
-    So many threadgroups of 256 threads fit the registers of a CUDA multiprocessor: 1 leaves a
-    thread 255 registers, 2 leave it 128, 3 leave it 80.
+    On CUDA ``cuda_blocks`` threadgroups of 256 threads must fit the registers of a multiprocessor:
+    1 leaves a thread 255 registers, 2 leave it 128, 3 leave it 80.
     """
-    # Constants are part of the text: as template arguments they would cost the host time at each
-    # launch. All types are among them: MLX tells compiled kernels apart by their names alone.
+    # Constants are part of the text, because template arguments cost the host time at each launch.
+    # The label has all of them, because MLX tells compiled kernels apart by their names alone.
     definitions = [_definition(*pair) for pair in (("LANES", LANES), *constants.items())]
     label = "_".join(_TYPES.get(value, str(value)) for value in constants.values())
     names = {"input_names": inputs, "output_names": outputs}
     names |= {"name": f"turboquant_{name}_{label}"}
     file, functions = _file(f"{name}.metal"), _FUNCTIONS.get(name, f"{name}.h")
     body = file.read_text(encoding="ascii")
-    # What functions are made for comes before them.
+    # Constants come first: the functions use them.
     header = "\n".join(definitions) + "\n"
     on_metal = backend() == "metal"
     if on_metal and not _metal_reads_files():
         header += _joined(functions, set())
         source = _without_comments(body)
         return _built(mx.fast.metal_kernel, **names, header=header, source=source)
-    # MLX copies the text at each launch, a microsecond a kilobyte: the compiler gets the files'
-    # names, and a comment has what MLX looks for in the text.
+    # MLX copies the text at each launch, a microsecond a kilobyte. So the text only includes the
+    # file, and a comment has the names that MLX searches the text for.
     used = " ".join(sorted(set(re.findall(r"\w+_shape\b|thread\w*_in_\w+|simd\w+_in_\w+", body))))
     source = f'// {used}\n#include "{file}"\n'
     if on_metal:
@@ -197,13 +197,13 @@ def build(
 
 @cache
 def _built(make: Callable[..., Launch], **text: str | tuple[str, ...]) -> Launch:
-    """The same kernel for all configurations that have the same text."""
+    """Make one kernel for all configurations that have the same text."""
     return make(**text)
 
 
 @cache
 def _metal_reads_files() -> bool:
-    """Whether Metal's compiler takes the name of a file in place of its text: tried once."""
+    """Whether Metal's compiler can include files; tried once."""
     kernel = mx.fast.metal_kernel(
         name="turboquant_include",
         input_names=["x"],
@@ -235,13 +235,13 @@ def _including(name: str) -> str:
 def _definition(name: str, value: Constant) -> str:
     if isinstance(value, mx.Dtype):
         return f"using {name} = {_TYPES[value]};"
-    if isinstance(value, bool):  # which decides whether arguments exist
+    if isinstance(value, bool):  # for #if: it decides whether arguments exist
         return f"#define {name} {int(value)}"
     return f"constant constexpr int {name} = {value};"
 
 
 def _joined(name: str, seen: set[str]) -> str:
-    """The text of a header, with those that it includes in their places, each once."""
+    """Return the text of a header with its includes expanded, each once."""
     if name in seen:
         return ""
     seen.add(name)

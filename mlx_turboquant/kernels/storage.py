@@ -1,4 +1,4 @@
-"""The owner of the packed tokens of one layer: quantizes new ones and keeps them in buffers."""
+"""Storage for the packed tokens of one layer: quantizes new ones and keeps them in buffers."""
 
 from collections.abc import Sequence
 from functools import cache, partial
@@ -15,11 +15,11 @@ from .tokens import BLOCK, PackedSide, longer, whole_steps
 
 # A scale is a bfloat16.
 SCALE_NBYTES = 2
-# Buffers grow by this part of their size, at least by so many tokens: to copy them takes at most
-# 1/64 of what attention reads meanwhile.
+# Buffers grow by this fraction of their size and at least by this many tokens. Copying them then
+# moves at most 1/64 of the bytes that attention reads between two copies.
 GROWTH, LEAST_GROWTH = 1 / 512, 128
-# The mean of values is removed where its energy is at least this multiple of the variance: tokens
-# that are looked at most often have small values, whose error would then be that of the mean.
+# The mean of values is removed where its energy is at least this multiple of the variance. Tokens
+# with much attention often have small values, to which the mean would add its own error.
 VALUE_MEAN_ENERGY = 2.0
 
 ALL_ROWS = slice(None)
@@ -27,18 +27,17 @@ ALL_ROWS = slice(None)
 
 @cache
 def shared_quantizer(dim: int, bits: int, seed: int) -> TurboQuantizer:
-    """One quantizer for all layers: it is stateless, and caches must stay cheap to copy."""
+    """Return one quantizer for all layers: it is stateless, and caches must stay cheap to copy."""
     return TurboQuantizer(dim, bits, seed=seed)
 
 
 def removable_mean(x: mx.array, least_energy: float = 0.0) -> mx.array:
-    """The mean over the tokens of each head of x (B, H, n, dim), where it pays to remove it.
+    """Return the mean over the tokens of each head of x (B, H, n, dim), or zeros.
 
-    Subtracting one vector from all keys of a head leaves softmax attention unchanged, and for
-    values it is added back once, so only what remains has to be quantized. A head whose mean has
-    less than ``least_energy`` times the energy of the deviations from it gets zeros, and so does
-    one with a non-finite value, which belongs to its token alone, or with a single token. Returns
-    float32 (B, H, 1, dim).
+    Subtracting one vector from all keys of a head leaves softmax attention unchanged. For values it
+    is added back once, to the output. Only the deviations have to be quantized. A head gets zeros
+    if the energy of its mean is below ``least_energy`` times the variance, if it has a single token
+    or if it has a non-finite value, which must not reach other tokens. float32 (B, H, 1, dim).
     """
     x = x.astype(mx.float32)
     mean = x.mean(axis=-2, keepdims=True)
@@ -46,7 +45,7 @@ def removable_mean(x: mx.array, least_energy: float = 0.0) -> mx.array:
         return mx.zeros_like(mean)
     variance = _squared_distance(x, mean).sum(axis=(-2, -1), keepdims=True) / (x.shape[2] - 1)
     energy = (mean * mean).sum(axis=-1, keepdims=True)
-    # False where a value is not finite, because the variance is then not a number.
+    # False where a value is not finite, because the variance is then NaN.
     return mx.where(energy > least_energy * variance, mean, 0)
 
 
@@ -59,7 +58,7 @@ def _squared_distance(x: mx.array, y: mx.array) -> mx.array:
 class Layout(NamedTuple):
     """How the vectors of one side are stored, see :class:`.PackedSide`.
 
-    A mean is removed where it has ``least_mean_energy``, see :func:`removable_mean`.
+    A mean with ``least_mean_energy`` is removed, see :func:`removable_mean`.
     """
 
     bits: int
@@ -67,12 +66,12 @@ class Layout(NamedTuple):
     least_mean_energy: float
 
     def vector_nbytes(self, dim: int) -> int:
-        """Bytes that one stored vector takes: the packed words and a bfloat16 scale."""
+        """Return the bytes of one stored vector: its packed words and a bfloat16 scale."""
         return 4 * words_per_vector(dim, self.bits) + SCALE_NBYTES
 
 
 def layouts_of(key_bits: int, value_bits: int | None) -> list[Layout]:
-    """The layouts of keys and values, or without bits for values that of latent vectors."""
+    """Return the layouts of keys and values; without ``value_bits``, that of latent vectors."""
     if value_bits is None:
         return [Layout(key_bits, True, VALUE_MEAN_ENERGY)]
     return [Layout(key_bits, True, 0.0), Layout(value_bits, False, VALUE_MEAN_ENERGY)]
@@ -81,13 +80,13 @@ def layouts_of(key_bits: int, value_bits: int | None) -> list[Layout]:
 class PackedKV:
     """Quantized keys and values of the same tokens, or latent vectors that are both.
 
-    Sequence b has ``counts[b]`` tokens, from the start of row b of the buffers on; a single count
-    is that of all rows. ``sides`` are the vectors of keys and of values; there are none before the
-    first tokens, which also decide what mean is removed from all later ones. With a ``limit``, a
-    multiple of 64, the oldest tokens make room for new ones, an eighth of the limit at a time.
+    Sequence b has ``counts[b]`` tokens, at the start of row b of the buffers. A single count holds
+    for all rows. ``sides`` are the keys and the values. The list is empty before the first tokens,
+    whose mean is subtracted from all later ones. With a ``limit``, a multiple of 64, the oldest
+    tokens are evicted to make room, an eighth of the limit at a time.
 
-    Buffers are written only behind the tokens that they hold. What has to move old tokens makes
-    new buffers, so that an attention that was given ``sides`` sees what was there.
+    Buffers are only written behind the tokens that they hold. Moving tokens makes new buffers, so
+    that an attention that was given the old ``sides`` still sees its tokens.
     """
 
     def __init__(self, layouts: list[Layout], seed: int, limit: int | None = None):
@@ -104,7 +103,7 @@ class PackedKV:
 
     @property
     def capacity(self) -> int:
-        """Tokens of a sequence that the buffers have room for."""
+        """Tokens per sequence that the buffers have room for."""
         return self.sides[0].capacity if self.sides else 0
 
     @property
@@ -118,9 +117,9 @@ class PackedKV:
         return sum(x.nbytes for x in self.arrays)
 
     def append(self, new: list[mx.array], rows: slice = ALL_ROWS) -> int:
-        """Quantize keys and values (rows, H, n, dim) of some sequences of the same length.
+        """Quantize and store keys and values (rows, H, n, dim) of sequences of equal length.
 
-        Returns how many of their oldest tokens were forgotten for them.
+        Returns how many of their oldest tokens were evicted.
         """
         held, added = self.counts[rows][0], new[0].shape[2]
         forgotten = self._forgotten_for(held, added)
@@ -140,7 +139,7 @@ class PackedKV:
         return forgotten
 
     def _forgotten_for(self, held: int, added: int) -> int:
-        """How many of the oldest tokens make room for new ones."""
+        """Return how many of the oldest tokens to evict for new ones."""
         if self.limit is None or held + added <= self.limit:
             return 0
         if added >= self.limit:
@@ -149,7 +148,7 @@ class PackedKV:
         return min(-(-(held + added - self.limit) // unit) * unit, held)
 
     def _fix_means(self, new: list[mx.array], rows: slice) -> None:
-        """Choose the means of sequences by their first tokens."""
+        """Set the means of sequences by their first tokens."""
         if not self.sides:
             batch = new[0].shape[0] if rows == ALL_ROWS else len(self.counts)
             self.sides = [
@@ -160,12 +159,12 @@ class PackedKV:
             side.mean[rows] = removable_mean(x, layout.least_mean_energy)
 
     def reserve_block(self) -> None:
-        """Grow for one more block, before an attention is given buffers that will be too small."""
+        """Make room for one more block, before attention is given buffers that are too small."""
         if self.sides:
             self._reserve(self.count + BLOCK)
 
     def _reserve(self, count: int) -> None:
-        """Make room for ``count`` tokens in each sequence, at most for as many as there may be."""
+        """Make room for ``count`` tokens in each sequence, or for ``limit`` if that is less."""
         capacity, limit = self.capacity, self.limit or count
         if min(count, limit) <= capacity:
             return
@@ -173,12 +172,12 @@ class PackedKV:
         grown = grown if self.limit is None else min(grown, limit)
         self.sides = [_resized(side, whole_steps(grown)) for side in self.sides]
         if count - self.count <= BLOCK:
-            # A decode step, whose host is ahead of it: the old and the larger buffers of all
-            # layers would be there at once. A chunk of a prompt is one layer after the other.
+            # In decode the host runs ahead: without a wait the old and the larger buffers of all
+            # layers would exist at once. In prefill one layer follows the other.
             mx.eval([(side.codes, side.scales) for side in self.sides])
 
     def _move(self, rows: slice, forgotten: int) -> None:
-        """Forget the oldest tokens of some sequences: all of them, or a multiple of 32."""
+        """Evict the oldest tokens of some sequences: all of them, or a multiple of 32."""
         moved = []
         for side in self.sides:
             codes, scales = mx.array(side.codes), mx.array(side.scales)
@@ -189,11 +188,11 @@ class PackedKV:
         mx.eval([(side.codes, side.scales) for side in moved])  # see _reserve
 
     def trim(self, tokens: list[int]) -> None:
-        """Forget the last ``tokens[b]`` of sequence b."""
+        """Drop the last ``tokens[b]`` tokens of sequence b."""
         self.counts = [count - n for count, n in zip(self.counts, tokens)]
 
     def take(self, rows: list[int]) -> "PackedKV":
-        """Some of the sequences, in buffers of the size that these need."""
+        """Return some of the sequences, in buffers of the size that they need."""
         taken = PackedKV(self.layouts, self.seed, self.limit)
         taken.counts = [self.counts[row] for row in rows]
         capacity = whole_steps(taken.count + 1)
@@ -205,7 +204,7 @@ class PackedKV:
 
     @classmethod
     def join(cls, parts: "Sequence[PackedKV]") -> "PackedKV":
-        """The sequences of all ``parts``, which agree in layouts, seed and limit."""
+        """Join the sequences of all ``parts``, which agree in layouts, seed and limit."""
         joined = cls(parts[0].layouts, parts[0].seed, parts[0].limit)
         joined.counts = [count for part in parts for count in part.counts]
         filled = [part for part in parts if part.sides]
@@ -221,16 +220,16 @@ class PackedKV:
         return joined
 
     def used(self) -> list[mx.array | None]:
-        """Codes, scales and mean of each side without the free space behind the last token."""
+        """Return codes, scales and mean of each side, without free space behind the last token."""
         if self.count == 0:
             return [None] * 3 * len(self.layouts)
         return beginning_of(self.arrays, self.count)
 
     def restore(self, count: int, shapes: list[tuple[int, int, int]], used: list[Any]) -> None:
-        """Hold ``count`` tokens, whose :meth:`used` arrays these are; sides are (B, H, dim).
+        """Restore ``count`` tokens from their :meth:`used` arrays; sides are (B, H, dim).
 
         Raises:
-            ValueError: numbers or arrays that no tokens can have.
+            ValueError: a count beyond the limit, or arrays of another shape or dtype.
         """
         check_state(self.limit is None or count <= self.limit, f"{count} tokens are too many")
         self.counts = [count]
@@ -250,7 +249,7 @@ class PackedKV:
 
 
 def beginning_of(used: Sequence[Any], count: int) -> list[Any]:
-    """What :meth:`PackedKV.used` would be for the first ``count`` tokens alone."""
+    """Return what :meth:`PackedKV.used` would give for the first ``count`` tokens."""
     if count == 0:
         return [None] * len(used)
     cut: list[Any] = []
@@ -261,7 +260,7 @@ def beginning_of(used: Sequence[Any], count: int) -> list[Any]:
 
 
 def _empty(layout: Layout, heads: tuple[int, ...], dim: int, seed: int) -> PackedSide:
-    """Vectors of a side of (B, H) heads that hold no token; the mean is zeros."""
+    """Return a side of (B, H) heads without tokens; its mean is zeros."""
     arrays = [mx.zeros(*each) for each in _shapes(layout, heads, dim, 0)]
     return PackedSide(shared_quantizer(dim, layout.bits, seed), layout.interleaved, *arrays)
 
@@ -269,7 +268,7 @@ def _empty(layout: Layout, heads: tuple[int, ...], dim: int, seed: int) -> Packe
 def _shapes(
     layout: Layout, heads: tuple[int, ...], dim: int, tokens: int
 ) -> list[tuple[tuple[int, ...], mx.Dtype]]:
-    """Shapes and dtypes of codes, scales and mean of (B, H) heads."""
+    """Return shapes and dtypes of codes, scales and mean of (B, H) heads."""
     codes = (*heads, _slots(layout.interleaved, tokens), words_per_vector(dim, layout.bits))
     if layout.interleaved:
         codes = (*codes, BLOCK)
@@ -277,13 +276,13 @@ def _shapes(
 
 
 def _resized(side: PackedSide, capacity: int) -> PackedSide:
-    """The vectors in new, larger buffers."""
+    """Copy the vectors to larger buffers."""
     codes = longer(side.codes, _slots(side.interleaved, capacity))
     return side._replace(codes=codes, scales=longer(side.scales, capacity))
 
 
 def _slots(interleaved: bool, tokens: int) -> int:
-    """Places along the third axis of the codes that so many tokens take."""
+    """Return the length of the third axis of codes for ``tokens`` tokens."""
     return -(-tokens // BLOCK) if interleaved else tokens
 
 
@@ -301,20 +300,20 @@ def _write(side: PackedSide, packed: QuantizedVectors, start: int, rows: slice) 
         side.codes[rows, :, start // BLOCK, :, lanes] = head.swapaxes(-1, -2)
         start += head.shape[2]
     if codes.shape[2]:
-        # Where they fill the whole buffer they become it.
+        # If the blocks fill the whole buffer, MLX takes them as the buffer, without a copy.
         blocks = interleave(longer(codes, -(-codes.shape[2] // BLOCK) * BLOCK))
         first = start // BLOCK
         side.codes[rows, :, first : first + blocks.shape[2]] = blocks
 
 
 def check_state(holds: bool, what: str) -> None:
-    """Raise ValueError, of a saved state in which ``what`` is wrong, unless it ``holds``."""
+    """Raise ValueError unless a condition on a saved state holds; ``what`` names the fault."""
     if not holds:
-        raise ValueError(f"The state of a cache is damaged ({what}): use one that was saved.")
+        raise ValueError(f"The state of a cache is damaged ({what}): use another saved one.")
 
 
 def check_vectors(x: mx.array, count: int, like: mx.array) -> tuple[int, int]:
-    """The (B, H) of ``like``; ValueError unless x is (B, H, count, dim) and a model's dtype."""
+    """Return (B, H) of ``like``; ValueError unless x is (B, H, count, dim) of a float dtype."""
     arrays = all(isinstance(array, mx.array) and array.ndim == 4 for array in (x, like))
     what = f"the vectors of {count} tokens are not of their shape"
     check_state(arrays and all(x.shape[:2]) and x.shape[3] > 0, what)

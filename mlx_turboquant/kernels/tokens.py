@@ -1,6 +1,6 @@
-"""What one attention call sees: packed and exact tokens of a layer, as plain data.
+"""The packed and exact tokens of a layer that one attention call sees, as plain data.
 
-All of it belongs to a cache. Attention only reads it, the arrays up to the counts beside them.
+A cache owns the arrays. Attention only reads them, up to the counts beside them.
 """
 
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ import mlx.core as mx
 
 from ..codec.quantizer import TurboQuantizer
 
-# Tokens of a block: those of keys lie word by word beside each other, one in each lane.
+# Tokens of a block. Keys are interleaved in it: a word of all 32 tokens, then the next word.
 BLOCK = 32
-# The attention kernel reads steps of two blocks, the last one whole.
+# The attention kernel reads steps of two blocks, and the last step whole.
 CAPACITY_UNIT = 2 * BLOCK
 
 
 class PackedSide(NamedTuple):
-    """Packed keys or values of one layer, in buffers that are larger than their number.
+    """Packed keys or values of one layer, in buffers with free space at the end.
 
-    With ``interleaved`` (keys), ``codes`` are uint32 (B, H, capacity / 32, words, 32): 32 lanes
-    that score one token each read 32 consecutive words. Without (values) they are
+    Interleaved ``codes`` (keys) are uint32 (B, H, capacity / 32, words, 32), so that 32 lanes that
+    score one token each read 32 consecutive words. Other codes (values) are uint32
     (B, H, capacity, words). ``scales`` are bfloat16 (B, H, capacity), which no finite input can
-    overflow, and ``mean`` is float32 (B, H, 1, dim).
+    overflow. ``mean`` is float32 (B, H, 1, dim).
     """
 
     quantizer: TurboQuantizer
@@ -38,7 +38,7 @@ class PackedSide(NamedTuple):
 
 
 class Span(NamedTuple):
-    """What one sequence has in shared buffers; its recent tokens begin at ``recent_start``."""
+    """Counts of one sequence in shared buffers; its recent tokens begin at ``recent_start``."""
 
     packed: int
     sinks: int
@@ -55,8 +55,7 @@ class VisibleTokens:
     latent attention the values are the keys, the same objects.
 
     Sequences of different length share these buffers and end at the same ``exact_count``.
-    ``spans`` has then one entry for each; a column that a sequence has no token in belongs to
-    none.
+    ``spans`` then has one entry for each. A column between its parts has no token of a sequence.
     """
 
     keys: PackedSide | None
@@ -71,12 +70,12 @@ class VisibleTokens:
 
     @property
     def count(self) -> int:
-        """All columns: sinks, packed and recent tokens of the longest sequence of each."""
+        """Number of columns: the most sinks, packed and recent tokens of any sequence."""
         return self.sink_count + self.packed_count + self.exact_count - self.recent_start
 
     @property
     def is_latent(self) -> bool:
-        """Whether one vector a token is key and value."""
+        """Whether one vector per token is both key and value."""
         return self.exact_values is self.exact_keys
 
     @property
@@ -86,17 +85,17 @@ class VisibleTokens:
         return [keys] if self.is_latent else [keys, values]
 
     def split(self, exact: mx.array) -> tuple[mx.array, mx.array]:
-        """Sinks and recent tokens of an exact buffer."""
+        """Return sinks and recent tokens of an exact buffer."""
         return exact[:, :, : self.sink_count], exact[:, :, self.recent_start : self.exact_count]
 
 
 def whole_steps(tokens: int) -> int:
-    """The least capacity for so many packed tokens."""
+    """Return the smallest capacity for ``tokens`` packed tokens."""
     return -(-tokens // CAPACITY_UNIT) * CAPACITY_UNIT
 
 
 def longer(x: mx.array, length: int, before: int = 0) -> mx.array:
-    """x (B, H, n, ...) with zeros up to ``length`` tokens, ``before`` of them in front."""
+    """Pad x (B, H, n, ...) with zeros to ``length`` tokens, ``before`` of them in front."""
     padding = [(0, 0)] * x.ndim
     padding[2] = (before, length - before - x.shape[2])
     return mx.pad(x, padding)
@@ -105,7 +104,7 @@ def longer(x: mx.array, length: int, before: int = 0) -> mx.array:
 def visible_columns(
     spans: tuple[Span, ...], sinks: int, packed: int, recent_start: int, end: int
 ) -> mx.array:
-    """Which columns hold a token of each sequence: boolean (B, 1, 1, columns).
+    """Return which columns hold a token of each sequence: boolean (B, 1, 1, columns).
 
     There are ``sinks`` columns, then ``packed`` ones, then those from ``recent_start`` to ``end``.
     """

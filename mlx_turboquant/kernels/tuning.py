@@ -1,7 +1,7 @@
-"""The numbers of decode_attention.metal that decide its speed and not its result.
+"""Settings of decode_attention.metal that change its speed but not its result.
 
-A table has them for each kind of GPU. What ``mlx_turboquant tune`` measured on this machine, in a
-file of the user's cache folder, comes first.
+A table has defaults for each kind of GPU. Settings that ``mlx_turboquant tune`` measured on this
+machine replace them; they are in a file of the user's cache folder.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from ..files import write_json
 
 _FORMAT_VERSION = 1
 _MAX_FILE_BYTES = 1 << 20
-# The values that a number of an entry in the file may have.
+# Allowed values of each number of an entry in the file.
 _ALLOWED = {
     "packed_tokens": range(1 << 63),
     "rows": range(1, 17),
@@ -36,9 +36,9 @@ _log = logging.getLogger("mlx_turboquant")
 class Tuning(NamedTuple):
     """How decode_attention.metal divides its work.
 
-    A threadgroup of ``simds`` SIMD groups takes ``rows`` query rows at the most, for which a lane
-    holds up to ``accumulators`` floats of output. A lane scores ``tokens`` packed tokens at once,
-    and loads the words of ``batch`` steps of values at once. ``threadgroups`` fill the GPU.
+    A threadgroup of ``simds`` SIMD groups takes at most ``rows`` query rows, for which a lane holds
+    up to ``accumulators`` output floats. A lane scores ``tokens`` packed tokens at once and loads
+    the value words of ``batch`` steps at once. ``threadgroups`` fill the GPU.
     """
 
     rows: int
@@ -50,12 +50,11 @@ class Tuning(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What does not depend on the length.
+    """Settings of a kind of GPU that do not depend on the context length.
 
-    With ``half_sums`` short sums are pairs of halves, for GPUs that have such operations; with
-    ``ahead`` words are loaded before they are used, for GPUs that hide the latency of memory by
-    many registers, not by many SIMD groups. combine.metal loads ``combined`` floats of partial
-    results at once.
+    ``half_sums`` makes short sums pairs of halves, for GPUs with operations on pairs. ``ahead``
+    loads words before they are used, for GPUs that hide the latency of memory by many registers,
+    not by many SIMD groups. combine.metal loads ``combined`` floats of partial results at once.
     """
 
     half_sums: bool
@@ -63,40 +62,40 @@ class Target(NamedTuple):
     combined: int
 
 
-# Tunings by the number of packed tokens of all heads from which they hold.
+# Tunings, each with the number of packed tokens of all heads from which it applies.
 Tunings = tuple[tuple[int, Tuning], ...]
 
 TARGETS = {"metal": Target(False, False, 16), "cuda": Target(True, True, 48)}
 _CUDA_SHORT = Tuning(4, accumulators=32, tokens=2, batch=4, simds=4, threadgroups=512)
-# Eight rows need up to 255 registers, and fewer threadgroups fit a multiprocessor; but a code is
-# unpacked once for all of them, which pays from so many packed tokens on.
+# Eight rows need up to 255 registers, so that fewer threadgroups fit a multiprocessor. But a code
+# is unpacked once for all of them, which pays from this many packed tokens on.
 _CUDA_LONG = (96 * 1024, Tuning(8, accumulators=64, tokens=2, batch=8, simds=4, threadgroups=256))
 _APPLE = Tuning(8, accumulators=32, tokens=2, batch=4, simds=4, threadgroups=0)
-# Cores of the smallest GPU of each size of Apple's chips, which the last letter of MLX's
-# "architecture" names: none, Pro, Max, Ultra. Four threadgroups of four SIMD groups fit a core.
+# Cores of the smallest GPU of each size of Apple's chips: base, Pro, Max, Ultra. MLX's
+# "architecture" ends with the letter. Four threadgroups of four SIMD groups fit a core.
 _CORES = {"g": 8, "s": 14, "c": 24, "d": 48}
 _THREADGROUPS_OF_A_CORE = 4
 
 
 def tunings(target: str, dim: int, value_dim: int, group_rows: int) -> Tunings:
-    """Those for ``group_rows`` query rows of a key head: of this machine, or of the table."""
+    """Return the tunings for ``group_rows`` query rows per key head: saved, or of the table."""
     saved = saved_tunings().get(heads_key(dim, value_dim, group_rows))
     return saved or default_tunings(target, group_rows)
 
 
 def tuning_for(tunings: Tunings, packed_tokens: int) -> Tuning:
-    """The one that holds for so many packed tokens of all heads."""
+    """Return the tuning for ``packed_tokens`` packed tokens of all heads."""
     return next(tuning for least, tuning in reversed(tunings) if packed_tokens >= least)
 
 
 def heads_key(dim: int, value_dim: int, group_rows: int) -> str:
-    """How a file names keys of ``dim`` values that ``group_rows`` query rows share."""
+    """Return the name in a file of key heads of ``dim`` values with ``group_rows`` query rows."""
     widths = f"{dim}" if dim == value_dim else f"{dim} and {value_dim}"
     return f"{widths} values, {group_rows} query rows"
 
 
 def default_tunings(target: str, group_rows: int) -> Tunings:
-    """Those of the table."""
+    """Return the tunings of the table."""
     if target == "cuda":
         short = (0, _CUDA_SHORT)
         return (short, _CUDA_LONG) if group_rows > _CUDA_SHORT.rows else (short,)
@@ -105,18 +104,18 @@ def default_tunings(target: str, group_rows: int) -> Tunings:
 
 
 def least_cores(architecture: str) -> int:
-    """Cores of the smallest GPU that MLX gives this name to, as "applegpu_g13s"."""
+    """Return the cores of the smallest GPU with this name in MLX, such as "applegpu_g13s"."""
     return _CORES.get(architecture[-1:], _CORES["g"])
 
 
 def device_name() -> str:
-    """The GPU, as MLX names it."""
+    """Return MLX's name of the GPU."""
     return str(mx.device_info().get("device_name", "unknown"))
 
 
 @cache
 def kernel_version() -> str:
-    """A hash of the text of all kernels: a tuning holds for one version of it."""
+    """Return a hash of all files of ``metal/``, comments included: tunings are for one version."""
     digest = hashlib.sha256()
     for file in sorted(Path(str(files("mlx_turboquant.metal"))).glob("*.[hm]*")):
         digest.update(file.read_bytes())
@@ -124,17 +123,17 @@ def kernel_version() -> str:
 
 
 def tuning_path() -> Path:
-    """Where the tunings of this machine are kept."""
+    """Return the file of this machine's tunings."""
     return user_cache_path("mlx_turboquant") / "tunings.json"
 
 
 def as_entries(tunings: Tunings) -> list[dict[str, int]]:
-    """Tunings as files and reports have them."""
+    """Return tunings in the form of files and reports."""
     return [{"packed_tokens": least, **tuning._asdict()} for least, tuning in tunings]
 
 
 def save_tunings(found: dict[str, Tunings]) -> Path:
-    """Add tunings, by :func:`heads_key`, to those of this machine; later kernels use them.
+    """Add tunings, by :func:`heads_key`, to this machine's file; kernels built later use them.
 
     Raises:
         OSError: the file cannot be written.
@@ -152,7 +151,7 @@ def save_tunings(found: dict[str, Tunings]) -> Path:
 
 
 def reset_tunings() -> bool:
-    """Forget the tunings of this machine; returns whether there were any.
+    """Delete the tunings of this machine, and return whether there were any.
 
     Raises:
         OSError: the file cannot be removed.
@@ -165,27 +164,27 @@ def reset_tunings() -> bool:
 
 @cache
 def saved_tunings() -> dict[str, Tunings]:
-    """Those that were measured on this machine, by :func:`heads_key`.
+    """Return the tunings that were measured on this machine, by :func:`heads_key`.
 
-    They are read once in a process, so that all layers of a model agree.
+    They are read once per process, so that all layers of a model agree.
     """
     return _load(tuning_path())
 
 
 def _load(file: Path) -> dict[str, Tunings]:
-    """The tunings in a file; none, and a line in the log, if they are not for this machine."""
+    """Return the tunings in a file; none, with a warning, if they are invalid on this machine."""
     try:
         with file.open("rb") as content:
             contents = json.loads(content.read(_MAX_FILE_BYTES))
         made_for = contents["format"], contents["device"], contents["kernels"]
         if made_for != (_FORMAT_VERSION, device_name(), kernel_version()):
-            raise ValueError(f"they are those of {contents['device']}, version {made_for[::2]}")
+            raise ValueError(f"they are for {contents['device']}, version {made_for[::2]}")
         return {heads: _checked(each) for heads, each in contents["tunings"].items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         _log.warning(
-            "The tunings in %s are not used (%s): run `mlx_turboquant tune` again.", file, error
+            "The settings in %s are not used (%s): run `mlx_turboquant tune` again.", file, error
         )
         return {}
 
@@ -199,7 +198,7 @@ def _checked(entries: list[dict[str, Any]]) -> Tunings:
                 raise ValueError(f"{name} is {value!r}")
         found.append((least, Tuning(*numbers)))
     if not found:
-        raise ValueError("there is none for some heads")
-    # The first one holds from no token on.
+        raise ValueError("some heads have none")
+    # The first one applies from zero tokens on.
     found.sort()
     return ((0, found[0][1]), *found[1:])

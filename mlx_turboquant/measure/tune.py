@@ -1,4 +1,4 @@
-"""Which division of the attention kernel's work is fastest on this machine."""
+"""Measure which settings of the attention kernel are fastest on this machine."""
 
 import math
 import time
@@ -29,14 +29,14 @@ _BITS = 4
 _EXACT_TOKENS = 160
 _ROUNDS = 5
 _ROUND_SECONDS = 0.01
-# What is faster by less than this may be so by chance.
+# A smaller gain may be noise.
 _LEAST_GAIN = 0.02
 
 Attend = Callable[[mx.array], mx.array]
 
 
 class Measured(NamedTuple):
-    """Seconds of an attention over so many packed tokens: MLX's own, the table's and the best."""
+    """Seconds per call over ``tokens`` packed tokens: MLX's attention, the table's, the best."""
 
     tokens: int
     exact: float
@@ -47,9 +47,9 @@ class Measured(NamedTuple):
 
 
 def ratio(heads: Heads, length: int) -> float | None:
-    """The time of our attention over ``length`` packed tokens, to that of MLX's own with bfloat16.
+    """Return the time over ``length`` packed tokens, relative to MLX's attention in bfloat16.
 
-    Measured with the settings in use; None where the kernel does not run.
+    It is measured with the settings in use. None means that the kernel does not run.
     """
     setup = _Setup(heads, length)
     kernel = _kernel(heads, None)
@@ -59,13 +59,13 @@ def ratio(heads: Heads, length: int) -> float | None:
 
 
 def tune(heads: Heads) -> Iterator[Measured]:
-    """Measure the sensible tunings for these heads at each of ``LENGTHS``, and keep the best.
+    """Measure sensible tunings for these heads at each of ``LENGTHS``, and save the best.
 
-    One number is changed at a time, then those that gained are changed together, and last the
-    number of threadgroups.
+    First one number changes at a time. Then those that gained change together, and last the number
+    of threadgroups.
 
     Raises:
-        OSError: the result cannot be kept.
+        OSError: the result cannot be saved.
     """
     kernel_of = cache(lambda tuning: _kernel(heads, ((0, tuning),)))
     found: list[tuple[int, Tuning]] = []
@@ -74,7 +74,7 @@ def tune(heads: Heads) -> Iterator[Measured]:
         measured = _tune_length(heads, length, kernel_of)
         packed_tokens = length * heads.key_heads
         if not found or measured.tuning != found[-1][1]:
-            # From the middle between this length and the one before.
+            # From the geometric mean of this length and the one before.
             found.append((math.isqrt(before * packed_tokens), measured.tuning))
         before = packed_tokens
         yield measured
@@ -114,13 +114,13 @@ def _tune_length(
 
 
 class _Setup:
-    """One token's queries and random tokens, dense and packed."""
+    """The queries of one token, and random tokens, dense and packed."""
 
     def __init__(self, heads: Heads, length: int):
         dims = (heads.dim, heads.value_dim)
         self.queries = _random(heads.key_heads * heads.group, 1, heads.dim)
         self._scale = heads.dim**-0.5
-        # Without the exact ones: for most numbers of tokens MLX takes a slow way on CUDA.
+        # Without the exact tokens: for most numbers of tokens MLX is slow on CUDA.
         self._dense = [_random(heads.key_heads, length, dim) for dim in dims]
         exact = [_random(heads.key_heads, _EXACT_TOKENS, dim) for dim in dims]
         if heads.is_latent:
@@ -140,16 +140,16 @@ class _Setup:
         mx.eval(self.queries, self._dense, exact, packed.arrays)
 
     def exact(self, queries: mx.array) -> mx.array:
-        """MLX's own attention over dense keys and values."""
+        """Compute MLX's own attention over dense keys and values."""
         return mx.fast.scaled_dot_product_attention(queries, *self._dense, scale=self._scale)
 
     def attention(self, kernel: DecodeAttention) -> Attend:
-        """Ours over packed ones."""
+        """Return the attention of ``kernel`` over packed tokens."""
         return lambda queries: kernel(queries, self._tokens, self._scale, None, None)
 
 
 def _changed(table: Tuning, group: int) -> list[Tuning]:
-    """The tuning of the table, and those that differ from it in one number."""
+    """Return the tuning of the table, and those that differ from it in one number."""
     others = {
         "rows": [rows for rows in (4, 8, 16) if rows < 2 * group],
         "accumulators": (32, 64),
@@ -162,7 +162,7 @@ def _changed(table: Tuning, group: int) -> list[Tuning]:
 
 
 def _kernel(heads: Heads, tunings: Tunings | None) -> DecodeAttention | None:
-    """With these tunings or those in use; None if it is wrong or the machine cannot run it."""
+    """Return the kernel with these tunings or those in use; None if its check fails here."""
     quantizers = [shared_quantizer(dim, _BITS, 0) for dim in (heads.dim, heads.value_dim)]
     configuration = Configuration(
         *quantizers, *[mx.bfloat16] * 3, heads.group, 1, is_latent=heads.is_latent
@@ -177,7 +177,7 @@ def _kernel(heads: Heads, tunings: Tunings | None) -> DecodeAttention | None:
 def _seconds(
     arms: dict[Tuning | str, Attend | None], queries: mx.array
 ) -> dict[Tuning | str, float]:
-    """Seconds of an attention, one after the other; those that do not run have none."""
+    """Return the median seconds per call of each arm that runs, all measured in turns."""
     runs = {name: attend for name, attend in arms.items() if attend is not None}
     repeats, taken = {}, {name: [] for name in runs}
     for name, attend in runs.items():
@@ -190,7 +190,7 @@ def _seconds(
 
 
 def _chain(attend: Attend, queries: mx.array, count: int) -> float:
-    """Seconds of each of ``count`` calls, which wait for each other as layers do."""
+    """Return seconds per call of ``count`` calls that depend on each other, as layers do."""
     begin = time.perf_counter()
     for _ in range(count):
         output = attend(queries)
@@ -200,5 +200,5 @@ def _chain(attend: Attend, queries: mx.array, count: int) -> float:
 
 
 def _random(heads: int, count: int, dim: int) -> mx.array:
-    """Vectors of one sequence: bfloat16 (1, heads, count, dim)."""
+    """Return random vectors of one sequence: bfloat16 (1, heads, count, dim)."""
     return mx.random.normal((1, heads, count, dim)).astype(mx.bfloat16)
