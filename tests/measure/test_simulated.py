@@ -191,7 +191,7 @@ def test_keys_of_another_width_shared_layers_and_lists_of_caches_can_have_a_code
 
 
 def test_latent_attention_has_no_choice_of_codecs():
-    with pytest.raises(ValueError, match="Codec qjl is not for latent attention: leave it out"):
+    with pytest.raises(ValueError, match="Codec qjl does not support latent attention"):
         preset("qjl:4").make_cache(tiny_model("deepseek_v3"))
 
 
