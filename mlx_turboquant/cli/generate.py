@@ -25,7 +25,9 @@ def main(arguments: list[str]) -> None:
     """Run mlx-lm's own command with its parser, loader and generation wrapped."""
     parser = _mlx_lm_generate.setup_arg_parser()
     parser.prog, parser.description = "mlx_turboquant generate", __doc__
-    parser.add_argument("-v", dest="report", action="store_true", help="Show the layers by kind")
+    parser.add_argument(
+        "-v", dest="report", action="store_true", help="Show the cache of each kind of layer"
+    )
     add_store_options(parser)
     args, settings = parse(parser, arguments)
     if args.draft_model is not None and settings.max_size is not None:

@@ -170,7 +170,8 @@ def add_presets_option(parser: argparse.ArgumentParser, *presets: str) -> None:
         nargs="+",
         default=presets,
         metavar="BITS",
-        help=f"Bits per value: 3.5, or K5V3 for keys and values (default: {' '.join(presets)})",
+        help="Bits per value of each cache, like 3.5, or K5V3 for keys and values "
+        f"(default: {' '.join(presets)})",
     )
 
 
