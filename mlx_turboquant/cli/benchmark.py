@@ -183,7 +183,7 @@ def shape_config(shape: str) -> dict[str, Any]:
 
 
 def add_model_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Add ``--model`` and ``--shape``, at most one of which is given; one, if ``required``."""
+    """Add ``--model`` and ``--shape``, which exclude each other; ``required`` demands one."""
     group = parser.add_mutually_exclusive_group(required=required)
     group.add_argument("--model", help=MODEL_HELP)
     group.add_argument(

@@ -44,7 +44,7 @@ def machine() -> dict[str, Any]:
 
 
 def print_rows(rows: list[dict[str, str]], width: int = 120, **options: Any) -> None:
-    """Print a table whose columns are the keys of the first row; ``options`` are of rich's Table.
+    """Print a table with the keys of the first row as columns; rich's Table takes ``options``.
 
     A line separates rows of different ``context``.
     """

@@ -82,7 +82,7 @@ MLX_LM = (CacheSpec("mlx-lm 8 bits", 8), CacheSpec("mlx-lm 4 bits", 4))
 def preset(name: str, settings: Settings = _DEFAULTS) -> CacheSpec:
     """The cache of a name: ours for ``4``, ``3.5`` (bits) or ``K5V3`` (bits of keys and values).
 
-    A name with methods, like ``prod:4`` or ``qjl+affine:K3V2``, is that of a simulated cache. Its
+    A name with methods, like ``prod:4`` or ``qjl+affine:K3V2``, gives a simulated cache. All its
     layers have the same bits; half bits give keys one more. All else is as in ``settings``.
 
     Raises:
