@@ -543,7 +543,7 @@ def test_requests_wait_for_memory_and_get_their_answers(tmp_path, prefixes, repe
         (("--prompt-store", __file__), "is not a folder"),
         (("--prompt-store", "store", "--prompt-store-size", "0"), "'0' is not a size"),
         (("--prompt-store", "store", "--prompt-store-size", "20 bananas"), "is not a size"),
-        (("--prompt-store", "store", "--draft-model", TINY_LM), "caches of a --draft-model"),
+        (("--prompt-store", "store", "--draft-model", TINY_LM), "used with --draft-model"),
     ],
 )
 def test_a_store_that_is_not_possible_is_one_sentence(tmp_path, options, message):
