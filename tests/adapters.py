@@ -12,9 +12,9 @@ PARAMETERS = {"rank": 2, "scale": 4.0, "dropout": 0.0}
 
 
 def adapter_folder(folder: Path, model: nn.Module, seed: int | None = 0) -> Path:
-    """Write adapters of all layers of a model, whose layers are left as they are.
+    """Write adapters for all layers of a model, without changing the model.
 
-    Without a ``seed`` they change nothing, as before training.
+    Without a ``seed`` they have no effect, as before training.
     """
     count = len(model.layers)
     linear_to_lora_layers(model, count, PARAMETERS)

@@ -1,4 +1,4 @@
-"""Commands in processes of their own, which are forked from one that has imported the package."""
+"""Run commands in processes that are forked from one that has imported the package."""
 
 import ctypes
 import multiprocessing
@@ -10,7 +10,7 @@ from subprocess import CompletedProcess
 
 from mlx_turboquant import cli
 
-# Each would spend a second or more on importing mlx-lm.
+# Otherwise each would import mlx-lm for a second or more.
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["mlx_turboquant.cli.generate", "mlx_turboquant.cli.evaluate"])
 _SECONDS = 120
@@ -22,7 +22,7 @@ def run(
     cwd: str | Path = ".",
     env: dict[str, str] | None = None,
 ) -> CompletedProcess:
-    """What ``mlx_turboquant`` prints and its exit status, as :func:`subprocess.run` does."""
+    """Run ``mlx_turboquant`` and return its output and status, as :func:`subprocess.run` does."""
     with tempfile.TemporaryDirectory() as folder:
         streams = [Path(folder) / name for name in ("stdin", "stdout", "stderr")]
         for stream in streams:
@@ -53,6 +53,6 @@ def _main(
 
 
 def not_above_permissions() -> None:
-    """Take from root what lets it write to all folders (CAP_DAC_OVERRIDE, Linux)."""
+    """Drop root's capability to write to all folders (CAP_DAC_OVERRIDE, Linux)."""
     if os.geteuid() == 0:
         ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)

@@ -1,4 +1,4 @@
-"""Models that the tests share."""
+"""Shared models and settings of the tests."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before MLX reads it: plain float32 on a GPU as well, for the references of the kernels.
+# Set before MLX reads it: plain float32 on a GPU too, for the references of the kernels.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 import executor_stamp
@@ -22,12 +22,12 @@ from mlx_turboquant import disable
 from mlx_turboquant.lm.allocation import Layer, chosen_sides
 from mlx_turboquant.lm.loading import prepare_for_device
 
-# Profiles of the user are not for tests, nor those of tests for the user.
+# Keep the user's profiles out of the tests, and those of the tests away from the user.
 REAL_MODELS = user_cache_path("mlx_turboquant") / "models"
 _cache_folder = tempfile.TemporaryDirectory()
 os.environ["XDG_CACHE_HOME"] = _cache_folder.name
 
-# Examples are drawn anew at every run, but not in CI; no test depends on the machine's speed.
+# Every run draws new examples, except in CI; no test depends on the machine's speed.
 for name, examples in (("tests", 25), ("slow", 100)):
     hypothesis.settings.register_profile(
         name, max_examples=examples, deadline=None, derandomize="CI" in os.environ
@@ -45,7 +45,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)  # before the marks choose
 def pytest_collection_modifyitems(config, items):
-    """With ``-m slow`` the property tests run as well, with the examples of that profile."""
+    """With ``-m slow`` the property tests run too, with the number of examples of that profile."""
     if config.option.markexpr == "slow":
         for item in items:
             if hypothesis.is_hypothesis_test(getattr(item, "obj", None)):
@@ -56,7 +56,7 @@ PROMPT = random_tokens(200, seed=3)
 
 
 def logits(model, cache, chunks=(150, 40, 1, 1, 8)) -> mx.array:
-    """Logits of the last tokens of ``PROMPT``, read in chunks."""
+    """Logits of the last tokens of ``PROMPT``, prefilled in chunks."""
     start, rows = 0, []
     for size in chunks:
         rows.append(model(PROMPT[None, start : start + size], cache=cache)[0])
@@ -70,14 +70,14 @@ def variant(model, **arguments) -> llama.Model:
 
 
 def mean_bits(layers: list[Layer], bits: list[tuple[int, int]]) -> float:
-    """The mean number of bits of all compressed values, by the bytes of their codes."""
+    """The mean number of bits per compressed value, from the bytes of the codes."""
     sides = [(side.vectors, b) for side, b in chosen_sides(layers, bits)]
     nbytes = sum(vectors.nbytes(b) for vectors, b in sides)
     return 8 * nbytes / sum(vectors.heads * vectors.dim for vectors, _ in sides)
 
 
 def peak_of_growth(caches, rows: int, chunks: tuple[int, ...]) -> float:
-    """Peak memory while chunks make the packed buffers of all layers grow, to what is held."""
+    """Peak memory, relative to held memory, while the packed buffers of all layers grow."""
 
     def read(count: int) -> None:
         for cache in caches:

@@ -1,4 +1,4 @@
-"""What becomes of files that tests damage: each takes the contents of one and returns others."""
+"""Functions that damage files: each takes the contents of a file and returns damaged ones."""
 
 import random
 
@@ -8,7 +8,7 @@ def truncated(contents: bytes) -> bytes:
 
 
 def with_flipped_bits(contents: bytes) -> bytes:
-    """200 bits, any."""
+    """Flip 200 random bits."""
     contents, rng = bytearray(contents), random.Random(0)
     for place in rng.sample(range(len(contents)), 200):
         contents[place] ^= 1 << rng.randrange(8)

@@ -1,4 +1,4 @@
-"""What models say that are split over all processes: run by mlx.launch, with folders of models."""
+"""Print the tokens of models split over all processes; mlx.launch runs this on model folders."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from mlx_turboquant import cache_report, enable, make_prompt_cache
 
 
 def tokens(model) -> list[int]:
-    """Twenty-four tokens after a prompt of 90, with 8 bits and a small window."""
+    """24 tokens after a prompt of 90, with 8 bits and a small window."""
     cache = make_prompt_cache(model, 8, window=16)
     prompt = random_tokens(90, seed=5, vocabulary=512)
     said = continuation(model, prompt, cache, 24, prefill_step_size=40)

@@ -1,7 +1,7 @@
-"""The tests of metal_on_linux itself run only where it, they, the compiler or MLX changed.
+"""Run the tests of metal_on_linux itself only if it, they, the compiler or MLX changed.
 
-When all of them have passed, a stamp is left in the tool's cache folder, and they are skipped as
-long as it is there. This is a plugin of pytest; with xdist the reports of all workers meet in it.
+When all of them have passed, a stamp is left in the tool's cache folder; while it is there, they
+are skipped. This is a pytest plugin; with xdist it receives the reports of all workers.
 """
 
 import functools
@@ -36,7 +36,7 @@ def stamp() -> Path:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector):
-    """Note in every test of the tool how many there are: not all of them may have been chosen."""
+    """Note in every test of the tool how many there are, because a run may select only some."""
     report = yield
     if IS_SUPPORTED and collector.name == TESTS:
         for test in report.result:

@@ -1,4 +1,4 @@
-"""Servers that tests start and ask: processes of their own, and the openai client."""
+"""Servers that tests start as processes and query with the openai client."""
 
 import os
 import random
@@ -29,11 +29,11 @@ def free_port() -> int:
 
 @contextmanager
 def started(command: list[str], port: int, prepare: Callable[[], None] | None = None):
-    """A server on ``port``, with processes that it may start; they are killed if still there.
+    """A server on ``port``; it and the processes that it starts are killed at the end.
 
     ``prepare`` is called in its process before it begins.
     """
-    # Not a pipe, which would be full after a thousand requests and stop the server.
+    # A pipe would be full after a thousand requests and block the server.
     with (
         tempfile.TemporaryFile("w+") as messages,
         subprocess.Popen(
@@ -61,7 +61,7 @@ def messages_of(process: subprocess.Popen) -> str:
 
 
 def wait_for_message(process: subprocess.Popen, text: str, count: int = 1) -> None:
-    """Wait until a server has logged a text so often, which it does after it has answered."""
+    """Wait until a server has logged a text ``count`` times; it logs after it has answered."""
     for _ in range(100):
         if messages_of(process).count(text) >= count:
             return
@@ -97,7 +97,7 @@ def resident_bytes(process: subprocess.Popen) -> int:
 
 
 def prompts_with_codes(count: int, shared: int = 4) -> tuple[list[str], list[str]]:
-    """Questions about one of four codes, after long texts that they share, and answers."""
+    """Questions about one of four codes, after long shared texts, and their answers."""
     rng = random.Random(0)
     texts = []
     for _ in range(shared):
@@ -110,7 +110,7 @@ def prompts_with_codes(count: int, shared: int = 4) -> tuple[list[str], list[str
     for index in range(count):
         text, names, codes = texts[index % shared]
         which = index // shared % 4
-        # Prompts of different length, which begin in the same way.
+        # Prompts of different lengths with a common prefix.
         filler = "\n".join(["import os"] * (index % 7))
         prompts.append(f"{text}\n{filler}\n{question(names[which])}")
         answers.append(answer(codes[which]))

@@ -1,4 +1,4 @@
-"""The short examples, as their docstrings say how to run them."""
+"""The short examples, run as their docstrings say."""
 
 import re
 import subprocess

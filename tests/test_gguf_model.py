@@ -33,7 +33,7 @@ from tokenizers import Tokenizer
 from tokens import random_tokens
 
 ARCHITECTURES = {"smollm": "llama", "qwen2": "qwen2", "sentencepiece": "gemma3"}
-# Unassigned characters may be normal for one version of Unicode and not for another.
+# Versions of Unicode may differ in the normal form of unassigned characters.
 CHARACTERS = st.characters(exclude_categories=["Cs", "Cn"])
 PARTS = st.one_of(
     st.text(CHARACTERS, max_size=8),
@@ -52,7 +52,7 @@ def model_for(kind: str, **settings) -> nn.Module:
 def convert(
     folder: Path, model: nn.Module, fields: dict, tensors: dict | None = None, kind=None
 ) -> tuple[nn.Module, TokenizerWrapper]:
-    """What mlx-lm loads after a GGUF file of a model was converted."""
+    """Write a model as a GGUF file, convert it, and return what mlx-lm loads."""
     file = folder / "model.gguf"
     write_gguf(file, {**model_fields(model), **fields}, tensors or model_tensors(model), kind)
     write_model(file, folder / "model")
@@ -79,7 +79,7 @@ def test_the_queries_and_keys_of_llama_files_have_rotary_pairs_side_by_side(tmp_
     tokens = random_tokens(2, 40, vocabulary=model.args.vocab_size)
     for each in (model, loaded):
         each.set_dtype(mx.float32)
-    # Logits are of size 1, and the 32 products of a query and a key are added in another order.
+    # Logits have size 1; the 32 products of a query and a key are added in another order.
     assert mx.abs(loaded(tokens) - model(tokens)).max() < 1e-5
 
 
@@ -106,7 +106,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def tokenizers(folders) -> dict[str, TokenizerWrapper]:
-    """What mlx-lm loads for each kind of tokenizer."""
+    """The tokenizers that mlx-lm loads, by kind."""
     return {
         kind: convert(folder, model_for(kind), tokenizer_fields(kind))[1]
         for kind, folder in folders.items()
@@ -115,7 +115,7 @@ def tokenizers(folders) -> dict[str, TokenizerWrapper]:
 
 @pytest.fixture(scope="module")
 def tokenizer_files(folders, tokenizers) -> dict[str, Tokenizer]:
-    """What is in the files; mlx-lm loads a class of its own for the tokenizer of a Qwen2."""
+    """The tokenizers in the files; for that of Qwen2, mlx-lm loads a class of its own."""
     return {
         kind: Tokenizer.from_file(str(folder / "model" / "tokenizer.json"))
         for kind, folder in folders.items()
@@ -196,7 +196,7 @@ def contents(kind: str = "smollm") -> tuple[dict, dict]:
 
 
 def refusal(folder: Path, fields: dict, tensors: dict, kind=None) -> str:
-    """What is said of a file that is refused, after which there is nothing but the file."""
+    """The message for a refused file, which leaves no other file behind."""
     file = folder / "bad.gguf"
     write_gguf(file, fields, tensors, kind)
     with pytest.raises(ValueError) as caught:

@@ -11,7 +11,7 @@ import mlx_turboquant
 from mlx_turboquant import methods, search
 
 ROOT = Path(mlx_turboquant.__file__).parent
-# What a folder of the package, or a module beside the folders, imports of it besides itself.
+# For each folder or top-level module of the package, the others that it imports.
 ARROWS = {
     "codec": set(),
     "stored_arrays": set(),

@@ -1,4 +1,4 @@
-"""The tool that checks and runs Metal kernels here: does it say what Metal would say?"""
+"""The tool that checks and runs Metal kernels on Linux accepts and computes what Metal does."""
 
 import ctypes
 import itertools
@@ -454,7 +454,7 @@ TYPE_BUGS = [
     ),
     ("threadgroup in a helper", "outside a kernel", START, START + " + 0 * shared_in_helper()"),
 ]
-# What the planted texts call.
+# Functions that the planted texts call.
 HELPERS = {
     "tsum(": "float tsum(threadgroup float* p) { return p[0]; }\n",
     "rec(": "float rec(int n) { return n < 1 ? 0.0f : rec(n - 1) + 1; }\n",

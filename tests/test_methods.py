@@ -1,6 +1,6 @@
-"""Every method, those of the studies too, against its paper and against closed forms.
+"""Every method, also those of the studies, against its paper and against closed forms.
 
-Data come from seeds other than those of rotations and projections.
+Data and rotations or projections have different seeds.
 """
 
 from functools import partial
@@ -43,7 +43,7 @@ def stored_nbytes(packed) -> int:
 def errors(make, x: mx.array, seeds: int = 4) -> tuple[float, float, float]:
     """Squared error, relative bias along x, and dim times the variance in orthogonal directions.
 
-    Of ``make(seed)`` for several seeds, each with its part of x.
+    They are those of ``make(seed)`` for several seeds, each with its part of x.
     """
     sums = np.zeros(3)
     for seed, part in enumerate(mx.split(x, seeds), SEED):
@@ -60,7 +60,7 @@ mse_of_3_bits = partial(turboquant_mse, 128, 3)
 
 
 def all_methods(x: mx.array, bits: int) -> dict[str, object]:
-    """The methods that have so many bits and can quantize vectors like x."""
+    """The methods with this number of bits that can quantize vectors like x."""
     made = {}
     for name, make in ALL_METHODS.items():
         try:
@@ -70,9 +70,9 @@ def all_methods(x: mx.array, bits: int) -> dict[str, object]:
     return made
 
 
-# References are from 100 000 vectors in float64 at 128 dimensions; d * variance is known to half a
-# percent. 20 000 vectors here are good to .5 %, the polynomial levels of 3 and 4 bits cost up to
-# .17 %, and four Gaussian projections differ by .6 % from their average.
+# References are from 100,000 vectors in float64 at 128 dimensions; d * variance is known to half a
+# percent. The 20,000 vectors here are accurate to 0.5 %, the polynomial levels of 3 and 4 bits
+# cost up to 0.17 %, and four Gaussian projections differ by 0.6 % from their average.
 @pytest.mark.parametrize(
     "make, references",
     [
@@ -102,7 +102,7 @@ def test_errors_and_variances_are_those_of_the_papers(make, references):
     ],
 )
 def test_an_orthogonal_projection_has_the_smaller_variance(make, bits, error, variance):
-    """As for Gaussian ones, whose spread is ten times theirs."""
+    """The spread of orthogonal projections is a tenth of that of Gaussian ones."""
     make = partial(make, 128, bits, projection="orthogonal")
     measured = errors(make, unit_vectors(COUNT, 128))
     assert measured[0] == pytest.approx(error, rel=0.02)
@@ -111,7 +111,7 @@ def test_an_orthogonal_projection_has_the_smaller_variance(make, bits, error, va
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_theorem_2_of_prod_follows_from_its_first_stage(bits):
-    """(pi / 2) D(bits - 1), to .5 % because the residual has a part along the query."""
+    """(pi / 2) D(bits - 1), to 0.5 % because the residual has a part along the query."""
     expected = pi / 2 * distortion(128, lloyd_max_levels(128, bits - 1))
     variance = errors(partial(TurboQuantProd, 128, bits), unit_vectors(COUNT // 2, 128))[2]
     assert variance == pytest.approx(expected, rel=0.02)
@@ -121,7 +121,7 @@ def test_theorem_2_of_prod_follows_from_its_first_stage(bits):
 def test_qjl_has_its_closed_form_error(bits):
     """(pi / 2) / bits - 1 / m, and without - 1 / m across.
 
-    One projection to 64 dimensions and more differs by 2.7 % from the average, 20 by .6 %.
+    One projection of 64 or more rows differs by 2.7 % from the average, 20 by 0.6 %.
     """
     error, _, variance = errors(partial(QJL, 64, bits), unit_vectors(COUNT, 64), seeds=20)
     assert error == pytest.approx(pi / 2 / bits - 1 / (64 * bits), rel=0.02)
@@ -149,7 +149,7 @@ def test_one_unbiased_number_beats_a_residual_bit(bits):
     ],
 )
 def test_inner_products_are_unbiased_over_the_random_choices(make):
-    """Of one vector and a query that correlates with it, over 400 rotations or projections."""
+    """One vector and a query that correlates with it, over 400 rotations or projections."""
     x = unit_vectors(1, 64)
     query = x + unit_vectors(1, 64, seed=99)
     estimates = []
@@ -162,10 +162,10 @@ def test_inner_products_are_unbiased_over_the_random_choices(make):
 
 @pytest.mark.parametrize("bits", [1, 2, 3])
 def test_biased_scales_shrink_products_by_their_closed_forms(bits):
-    """1 - D, and with the cosine c of vector and code c^2 and c."""
+    """1 - D, c^2 and c, where c is the cosine of vector and code."""
     x = unit_vectors(COUNT // 4, 128)
     exact = distortion(128, lloyd_max_levels(128, bits))
-    # The mean of 5 000 products has a standard error of .0007 and less.
+    # The mean of 5,000 products has a standard error of at most 0.0007.
     bias = errors(partial(turboquant_mse, 128, bits), x)[1]
     assert bias == pytest.approx(-exact, abs=3e-3)
     method = norm_corrected(128, bits, seed=SEED)
@@ -178,14 +178,14 @@ def test_drive_is_one_bit_with_the_scales_of_its_paper():
     x = unit_vectors(50, 64)
     rotated = drive(64).rotation.apply(x)
     l1 = mx.abs(rotated).sum(axis=-1)
-    # The level of one bit, E|u|, divides what the paper multiplies signs with.
+    # The scale of the paper multiplies signs, ours the level of one bit, E|u|.
     level = exp(lgamma(32) - lgamma(32.5)) / sqrt(pi) * sqrt(64)
     assert mx.allclose(drive(64).quantize(x).scales * level, 1 / l1, rtol=1e-5)
     assert mx.allclose(drive_biased(64).quantize(x).scales * level, l1 / 64, rtol=1e-5)
 
 
 def test_the_angles_of_polar_quant_are_those_of_least_squared_error():
-    """Four-level Lloyd-Max angles of densities that are integrated on a grid of 100 000 points."""
+    """Four-level Lloyd-Max angles, from densities integrated on a grid of 100,000 points."""
     grid = (np.arange(100_000) + 0.5) * pi / 2 / 100_000
     for level in (2, 3, 4):
         angles = angle_levels(level)
@@ -197,7 +197,7 @@ def test_the_angles_of_polar_quant_are_those_of_least_squared_error():
 
 
 def test_polar_quant_has_its_closed_form_error_at_3_875_bits():
-    """Twice what the product of the mean cosines of the angles' errors misses to 1."""
+    """2 (1 - p), where p is the product of the mean cosines of the angles' errors."""
     grid = (np.arange(100_000) + 0.5) * pi / 2 / 100_000
     kept = sin(pi / 16) / (pi / 16)
     for level in (2, 3, 4):
@@ -206,7 +206,7 @@ def test_polar_quant_has_its_closed_form_error_at_3_875_bits():
         kept *= (density * np.cos(offsets)).sum() / density.sum()
     assert PolarQuant(128).bits_per_value == 3.875
     error, bias, _ = errors(partial(PolarQuant, 128), unit_vectors(COUNT, 128))
-    # Sampling: .3 % of 20 000 vectors.
+    # The sampling error of 20,000 vectors is 0.3 %.
     assert error == pytest.approx(2 - 2 * kept, rel=0.01)
     assert bias == pytest.approx(kept - 1, rel=0.01)
 
@@ -214,7 +214,7 @@ def test_polar_quant_has_its_closed_form_error_at_3_875_bits():
 def test_polar_quant_at_3_875_bits_is_as_far_as_turboquant_mse_at_3_bits():
     x = unit_vectors(2_000, 128)
     polar, three = (errors(make, x)[0] for make in (partial(PolarQuant, 128), mse_of_3_bits))
-    assert polar == pytest.approx(three, rel=0.1)  # .0321 and .0340
+    assert polar == pytest.approx(three, rel=0.1)  # 0.0321 and 0.0340
 
 
 def test_the_split_of_the_paper_takes_what_its_parts_take():
@@ -222,7 +222,7 @@ def test_the_split_of_the_paper_takes_what_its_parts_take():
     x = unit_vectors(100, 128)
     for bits, codes in ((2, 2.25), (3, 3.25)):
         assert turboquant_split(x, bits).bits_per_value == codes + 2 * 32 / 128
-        # With scales of 16 bits it is what the paper calls 2.5 and 3.5 bits.
+        # With 16-bit scales these are the paper's 2.5 and 3.5 bits.
         assert codes + 2 * 16 / 128 == bits + 0.5
 
 
@@ -237,7 +237,7 @@ def test_the_split_spends_its_bits_on_the_largest_channels():
     squared = mx.square(method.dequantize(method.quantize(x)) - x).mean(axis=0)
     expected = [distortion(n, lloyd_max_levels(n, bits)) for n, bits in ((32, 3), (96, 2))]
     is_outlier = weights > 1
-    # 4 000 vectors in 32 and 96 channels: below 1 %; the polynomial of 3 bits .2 %.
+    # Sampling of 4,000 vectors in 32 and 96 channels: below 1 %; polynomial of 3 bits: 0.2 %.
     assert mx.where(is_outlier, squared, 0).sum().item() / 3200 == pytest.approx(
         expected[0], rel=0.03
     )
@@ -287,7 +287,7 @@ def test_affine_is_what_mlx_computes():
         expected = mx.dequantize(
             *mx.quantize(x, bits=bits, group_size=64), bits=bits, group_size=64
         )
-        # Scales and offsets are rounded to bfloat16, by .4 % at most, of values below 1 / 2.
+        # bfloat16 rounds scales and offsets by at most 0.4 %, of values below 1 / 2.
         assert mx.allclose(method.dequantize(method.quantize(x)), expected, atol=4e-3)
     assert Affine(128, 4).bits_per_value == 4.5
 
@@ -357,7 +357,7 @@ def test_zero_and_extreme_vectors_survive(size):
             assert mx.array_equal(restored, mx.zeros_like(x)), name
         else:
             expected = method.dequantize(method.quantize(x))
-            # Relative to vectors of length 1 / 4; sizes that are no powers of two round.
+            # Relative to vectors of length 1 / 4; sizes other than powers of two are rounded.
             assert mx.allclose(restored / size, expected, atol=2e-3), name
 
 
@@ -422,7 +422,7 @@ def test_kvarn_stores_three_eighths_of_a_bit_a_value_beside_the_codes(by_channel
 
 @pytest.mark.parametrize("by_channel", [True, False])
 def test_kvarn_rounds_normal_values_to_even_steps_over_their_range(by_channel):
-    """128 normal values span 5.4 standard deviations on average, in 15 steps; an error is even."""
+    """128 normal values span 5.4 standard deviations on average, in 15 steps with even errors."""
     method = KVarN(128, 4, by_channel=by_channel)
     x = normal((64 * 128, 128), 1)
     error = mx.square(method.dequantize(method.quantize(x)) - x).mean().item()

@@ -1,4 +1,4 @@
-"""Compressed caches of three real models, which are downloaded once: ``make test-real``."""
+"""Compressed caches of three real models, which ``make test-real`` downloads once."""
 
 from itertools import islice
 from typing import NamedTuple
@@ -25,8 +25,8 @@ from mlx_turboquant.measure.evaluate import Comparison, following_tokens, passke
 pytestmark = pytest.mark.real
 
 QUESTION = "Explain in detail what this text is about."
-# KL divergence at 4 and 3 bits on one text: two and a half times what four texts have in the mean
-# (docs/quality.md), because texts differ by a third and more.
+# KL divergence at 4 and 3 bits on one text: 2.5 times the mean of four texts (docs/quality.md),
+# because texts differ by a third and more.
 DIVERGENCES = {
     "smollm2-135m": (0.0026, 0.013),
     "qwen2.5-coder-0.5b": (0.0029, 0.0144),

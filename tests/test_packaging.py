@@ -77,7 +77,7 @@ def test_a_package_from_the_wheel_finds_its_kernel_files(wheel, tmp_path):
 
 
 def test_all_that_the_package_imports_is_declared():
-    """But for matplotlib: the extra "evaluate" brings it, and only what draws imports it."""
+    """Except matplotlib, of the extra "evaluate", which only the drawing modules import."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     names = [re.match(r"[\w-]+", each)[0].replace("-", "_") for each in project["dependencies"]]
     known = {*names, *sys.stdlib_module_names, "mlx_turboquant"}

@@ -8,7 +8,7 @@ README = (REPOSITORY / "README.md").read_text()
 
 
 def sentences(text: str) -> list[str]:
-    """Those of paragraphs and lists; a block of code ends its sentence, a table has none."""
+    """The sentences of paragraphs and lists; a code block ends a sentence, a table has none."""
     text = re.sub(r"```.*?```|<[^>]*>", "\n\n", text, flags=re.S)
     text = re.sub(r"^( {4}.*|\|.*|#.*|- )", "\n\n", text, flags=re.M)
     blocks = (" ".join(block.split()) for block in text.split("\n\n"))

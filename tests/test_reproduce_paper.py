@@ -14,7 +14,7 @@ def small(monkeypatch):
     """Two settings of bits and two rotations."""
     monkeypatch.setattr(reproduce_paper, "BITS", (1, 2))
     monkeypatch.setattr(reproduce_paper, "ROTATIONS", 2)
-    # Some of the sentences, for the sake of time: none of the standard library.
+    # To save time, only some of the sentences, none of the standard library.
     monkeypatch.setattr(embeddings, "_docstrings", list)
 
 
@@ -24,7 +24,7 @@ def run(monkeypatch, *arguments: str) -> None:
 
 
 def test_measured_numbers_agree_with_their_references(small, monkeypatch, capsys, tmp_path):
-    """Two Gaussian projections are good to .8 % and 4 000 vectors to 1 %."""
+    """Two Gaussian projections are accurate to 0.8 %, and 4,000 vectors to 1 %."""
     monkeypatch.setattr(matplotlib, "use", lambda backend: None)
     run(monkeypatch, "--vectors", "4000", "--sentences", "0", "--out", str(tmp_path))
     output = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The vector index: what it finds, what it holds, what it refuses."""
+"""The vector index: its results, its contents and its errors."""
 
 import importlib
 import json
@@ -49,7 +49,7 @@ def packed_scores(metric: str, x: np.ndarray, queries: np.ndarray, bits: int = 4
 
 
 def assert_nearest(result: search.SearchResult, scores: np.ndarray, metric: str, k: int) -> None:
-    """The k best of the scores (q, n), whose columns are the ids, in their order."""
+    """Check for the k best scores (q, n) in order; the ids are the columns."""
     best = -np.sort(-scores, axis=1)[:, :k]
     found = np.array(result.scores) * (-1 if metric == "l2" else 1)
     # Sums of DIM products in float32; ids of equal scores may change places.
@@ -98,7 +98,7 @@ def test_results_are_brute_force_for_any_sizes(metric, count, bits, data, seed):
 
 
 def test_of_equal_vectors_each_is_found_once(tile):
-    """Ties cross the borders of tiles and the k-th place."""
+    """Ties span several tiles and the k-th place."""
     x = vectors(3).repeat(30, axis=0)
     index = VectorIndex(DIM, 4, "l2")
     index.add(x)
@@ -131,7 +131,7 @@ def test_eight_bits_agree_with_the_exact_neighbours():
     x, queries = vectors(2000, 100), vectors(20, 100, seed=2)
     exact = np.argsort(-(queries @ x.T) / np.linalg.norm(x, axis=1), axis=1)[:, :10]
     found = np.array(filled_with(x, "cosine", 8).search(queries, 10).ids)
-    # Of 200 neighbours a few at the tenth place change.
+    # A few of 200 neighbours change, at the tenth place.
     assert sum(len(set(a) & set(b)) for a, b in zip(exact, found)) >= 190
 
 
@@ -144,7 +144,7 @@ def test_adding_in_portions_is_adding_at_once(metric, cuts):
     borders = [0, *sorted(cuts), 60]
     ids = [apart.add(x[a:b]).tolist() for a, b in zip(borders, borders[1:])]
     assert sum(ids, []) == list(range(60))
-    # Float32 sums may depend on the number of rows, and with them the last bits of a scale.
+    # Float32 sums, and so the last bits of a scale, may depend on the number of rows.
     first, second = state(apart), state(together)
     np.testing.assert_allclose(first.pop("scales"), second.pop("scales"), rtol=1e-6)
     np.testing.assert_allclose(
@@ -193,7 +193,7 @@ def test_removed_vectors_are_not_found_and_the_others_keep_their_ids(metric, rem
     index.remove(sorted(removed))
     left = [i for i in range(60) if i not in removed]
     assert index.ids.tolist() == left and len(index) == len(left)
-    # Free space is given back, and ids are never given again.
+    # Free space is released, and ids are never reused.
     assert index.nbytes == len(left) * index.bits_per_value * DIM / 8
     assert index.add(x[60:]).tolist() == list(range(60, 60 + more))
     left += range(60, 60 + more)
@@ -222,7 +222,7 @@ def test_everything_that_is_held_is_counted(metric, bits):
     assert index.bits_per_value == held * 8 / DIM
     assert index.nbytes == 64 * held
     index.add(vectors(1))
-    # One more vector makes room for half as many as there were.
+    # One more vector grows the buffers by half.
     assert index.nbytes == 96 * held
 
 
@@ -281,7 +281,7 @@ def test_re_ranking_is_exact_among_the_candidates(tile, metric):
     np.put_along_axis(left_out, candidates, False, axis=1)
     scores[left_out] = -np.inf
     assert_nearest(some, scores, metric, 5)
-    # More candidates than there are vectors are all vectors.
+    # With more candidates than vectors, all vectors are candidates.
     index.search(queries, 60, originals=originals)
     assert asked[18:] == [100] * 9
 
@@ -300,10 +300,10 @@ def test_a_saved_index_is_the_same_after_loading(tmp_path, metric, count):
     if count:
         first, second = (i.search(vectors(3), count) for i in (index, loaded))
         assert mx.array_equal(first.scores, second.scores)
-    # Both go on alike.
+    # Both continue alike.
     assert loaded.add(vectors(9)).tolist() == index.add(vectors(9)).tolist()
     assert state(loaded) == state(index)
-    # An index of ours may be replaced, also by the one that was loaded from it.
+    # A file of ours may be replaced, also by the index that was loaded from it.
     assert state(VectorIndex.load(loaded.save(file))) == state(index)
 
 
@@ -356,7 +356,7 @@ def test_any_changed_bit_is_found(saved):
     ],
 )
 def test_a_file_whose_description_is_wrong_is_refused(saved, change, reason):
-    """With a checksum that is right, so that only the description gives it away."""
+    """Its checksum is valid, so that only the description is wrong."""
     rewrite(saved, metadata=change)
     with pytest.raises(ValueError, match=reason) as error:
         VectorIndex.load(saved)
@@ -364,7 +364,7 @@ def test_a_file_whose_description_is_wrong_is_refused(saved, change, reason):
 
 
 def rewrite(file: Path, metadata: dict[str, str | None], arrays: dict | None = None) -> None:
-    """Save the file again with other metadata (None: without) or arrays."""
+    """Save the file again with other metadata (None removes an entry) or arrays."""
     content, old = mx.load(str(file), return_metadata=True)
     content = {name: mx.array(np.array(x)) for name, x in {**content, **(arrays or {})}.items()}
     room = room_for_checksums(sum(x.nbytes for x in content.values()))
@@ -491,7 +491,7 @@ def test_vectors_without_a_direction_have_products_and_distances(metric):
     x[1] = 1
     index = filled_with(x, metric)
     result = index.search(np.zeros(DIM, np.float32), 2)
-    # 1 is held with a relative error of the rounding of its squared length alone.
+    # A vector of length 1 only has the relative error of its rounded squared length.
     assert np.array(result.scores) == pytest.approx({"dot": [0, 0], "l2": [0, DIM]}[metric])
 
 
@@ -536,6 +536,6 @@ def test_the_example_measures_our_index_and_says_what_is_missing(monkeypatch):
     assert np.linalg.norm(x, axis=1) == pytest.approx(np.ones(300), rel=1e-5)
     exact, ours = example.measure(x[100:], x[:100], [8])
     assert ours.arm.bytes == DIM + 4
-    # Re-ranked, 8 bits lose nothing but the order of equal neighbours.
+    # After re-ranking, 8 bits change only the order of equal neighbours.
     assert exact.recalls == ours.recalls == [1.0] * len(example.KS)
     assert exact.recall_at_10 == ours.recall_at_10 == 1.0

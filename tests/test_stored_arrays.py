@@ -1,4 +1,4 @@
-"""Arrays that are read from files: any part of them, and only as it was written."""
+"""Arrays in files can be read in parts, and are refused if they have changed."""
 
 import os
 import zlib
@@ -20,7 +20,7 @@ DTYPES = [mx.bool_, mx.uint8, mx.int16, mx.uint32, mx.int64, mx.float16, mx.bflo
 
 @pytest.fixture(autouse=True, scope="module")
 def small_pieces():
-    """So that arrays of some bytes lie in several."""
+    """Make pieces small, so that arrays of some bytes lie in several."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stored_arrays, "PIECE_BYTES", PIECE)
         patch.setattr(stored_arrays, "_BLOCK_BYTES", 3 * PIECE)

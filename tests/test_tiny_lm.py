@@ -1,4 +1,4 @@
-"""The bundled model with exact and compressed caches: what the project is for."""
+"""The bundled model with exact and compressed caches."""
 
 import mlx_lm
 import pytest
@@ -29,7 +29,7 @@ def test_the_code_is_found_in_a_long_text(tiny_lm, length, bits, ratio):
     cache = make_prompt_cache(model, bits)
     tokens = continuation(model, prompt, cache, 8)
     assert tokenizer.decode(tokens).startswith(answer(code))
-    # The limits are those of 4 000 tokens on a CPU, where the exact ones take four bytes a value.
+    # The limits are for 4,000 tokens on a CPU, where exact values take four bytes.
     assert cache_size(cache).fp16_nbytes > ratio * cache_size(cache).nbytes
 
 

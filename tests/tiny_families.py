@@ -1,4 +1,4 @@
-"""Tiny models with random weights, one for each way in which mlx-lm's models use their caches."""
+"""Tiny models with random weights, one for each use of caches in mlx-lm's models."""
 
 import importlib
 
@@ -87,7 +87,7 @@ _LLAMA4 = {
     "use_qk_norm": True,
     "attn_temperature_tuning": True,
 }
-# The module of mlx_lm.models, and what differs from _COMMON.
+# The module of mlx_lm.models, and the differences from _COMMON.
 FAMILIES = {
     "llama": ("llama", {"hidden_size": 256, "head_dim": 64}),
     "llama, sliding": (

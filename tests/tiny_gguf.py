@@ -1,4 +1,4 @@
-"""Tiny models and tokenizers as GGUF files, with the names and the layout of llama.cpp."""
+"""Tiny models and tokenizers as GGUF files, in llama.cpp's names and layout."""
 
 import io
 import json
@@ -37,7 +37,7 @@ _SETTINGS = {
 
 
 def gguf_model(architecture: str, is_tied: bool = True, **settings) -> nn.Module:
-    """A model in float16 whose weights are random, those of its norms and its biases as well."""
+    """A float16 model with random weights, including norms and biases."""
     model = tiny_model(
         architecture,
         tie_word_embeddings=is_tied,
@@ -48,7 +48,7 @@ def gguf_model(architecture: str, is_tied: bool = True, **settings) -> nn.Module
 
     def random(parameter: mx.array) -> mx.array:
         if parameter.ndim < 2:
-            # Multiples of 1/1024 below 2 in size are exact in float16, and one more in float32.
+            # Multiples of 1/1024 below 2 are exact in float16; one more is exact in float32.
             parameter = mx.random.randint(-1024, 1024, parameter.shape) / 1024
         return parameter.astype(mx.float16)
 
@@ -58,7 +58,7 @@ def gguf_model(architecture: str, is_tied: bool = True, **settings) -> nn.Module
 
 
 def model_fields(model: nn.Module) -> dict[str, Any]:
-    """What a GGUF file says about a model."""
+    """The fields of a GGUF file about a model."""
     arguments = model.args
     architecture = arguments.model_type.removesuffix("_text")
     fields = {
@@ -80,7 +80,7 @@ def model_fields(model: nn.Module) -> dict[str, Any]:
 
 
 def model_tensors(model: nn.Module) -> dict[str, np.ndarray]:
-    """The weights of a model as llama.cpp names and lays them out."""
+    """The weights of a model in llama.cpp's names and layout."""
     arguments = model.args
     architecture = arguments.model_type.removesuffix("_text")
     names = gguf.get_tensor_name_map(
@@ -101,7 +101,7 @@ def model_tensors(model: nn.Module) -> dict[str, np.ndarray]:
 
 @cache
 def byte_level_tokenizer(kind: str) -> Tokenizer:
-    """A small tokenizer that cuts texts into words as those of SmolLM2 or Qwen2 do."""
+    """A small tokenizer that splits text into words as SmolLM2's or Qwen2's does."""
     if kind == "smollm":
         tokenizer = Tokenizer(models.BPE())
         words = pre_tokenizers.Sequence(
@@ -114,7 +114,7 @@ def byte_level_tokenizer(kind: str) -> Tokenizer:
     else:
         tokenizer = Qwen2Tokenizer().backend_tokenizer
         words = tokenizer.pre_tokenizer
-    # It learns tokens across words, which another way to cut words would let through.
+    # It learns tokens across words, so that another way to split words would show.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     trainer = trainers.BpeTrainer(
         vocab_size=600,
@@ -128,7 +128,7 @@ def byte_level_tokenizer(kind: str) -> Tokenizer:
 
 
 def tokenizer_fields(kind: str) -> dict[str, Any]:
-    """What a GGUF file says about a tokenizer: smollm, qwen2 or sentencepiece."""
+    """The fields of a GGUF file about a tokenizer: smollm, qwen2 or sentencepiece."""
     fields = _sentencepiece_fields() if kind == "sentencepiece" else _byte_level_fields(kind)
     return {**fields, "tokenizer.chat_template": CHAT_TEMPLATE}
 

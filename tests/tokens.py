@@ -1,4 +1,4 @@
-"""Random vectors and tokens, the same for the same seed, and what is done with them."""
+"""Random vectors and tokens, the same for the same seed, and helpers that use them."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -24,12 +24,12 @@ def unit_vectors(count: int, dim: int, seed: int = 1234) -> mx.array:
 def keys_and_values(
     count: int, seed: int = 0, *, rows: int = 1, heads: int = 2, dim: int = 64
 ) -> tuple[mx.array, mx.array]:
-    """Of ``count`` tokens: float32 (rows, heads, count, dim) each."""
+    """Keys and values of ``count`` tokens: float32 (rows, heads, count, dim) each."""
     return tuple(normal((2, rows, heads, count, dim), seed))
 
 
 def append_in_chunks(cache: Any, tokens: Iterable[mx.array], sizes: list[int]) -> Any:
-    """Give a cache keys and values in chunks of these sizes; what the last chunk returned."""
+    """Append keys and values to a cache in chunks of these sizes; return the last result."""
     keys, values = tokens
     start, fetched = 0, None
     for size in sizes:
@@ -76,6 +76,6 @@ def continuation(
     count: int = 40,
     **options: Any,
 ) -> list[int]:
-    """The ``count`` tokens that the model says after a prompt, each the most likely one."""
+    """The ``count`` tokens that a model generates greedily after a prompt."""
     steps = generate_step(mx.array(prompt), model, max_tokens=count, prompt_cache=cache, **options)
     return [token for token, _ in steps]

@@ -14,10 +14,10 @@ COMMANDS = {
     "server": "answer requests over HTTP, as mlx_lm.server does",
     "cache_prompt": "process a prompt once and save it, as mlx_lm.cache_prompt does",
     "store": "list, check, prune, remove or clear what --prompt-store keeps",
-    "calibrate": "measure where in a model bits matter",
-    "evaluate": "measure what the compressed cache does to the output of a model",
+    "calibrate": "measure which layers of a model need more bits",
+    "evaluate": "measure how a compressed cache changes the output of a model",
     "benchmark": "measure speed and memory of a model with different caches",
-    "plan": "say what context fits into memory, before anything is downloaded",
+    "plan": "show which context length fits into memory, before a download",
     "doctor": "check the kernels on this machine",
     "tune": "find the fastest settings of the kernels on this machine",
 }
@@ -27,18 +27,18 @@ _USAGE = "usage: mlx_turboquant COMMAND [options]\n\ncommands:\n" + "".join(
 
 
 def main() -> None:
-    """Run the command that ``sys.argv`` names; a wrong input is one sentence and exit status 2."""
+    """Run the command in ``sys.argv``; invalid input prints one sentence and exits with 2."""
     command, *arguments = sys.argv[1:] or ["--help"]
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # it is closed, and a file would take its number
+        if getattr(sys, name) is None:  # closed: the next open file would get its number
             setattr(sys, name, open(os.devnull, mode))
     try:
         try:
             _run(command, arguments)
         finally:
-            print(end="", flush=True)  # when Python ends, an error would be a traceback
+            print(end="", flush=True)  # at exit, an error would print a traceback
     except BrokenPipeError:
-        # Who read the output has gone, as head does. What is left of it goes nowhere.
+        # The reader has gone, as head does: discard the rest of the output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except (ValueError, OSError) as error:

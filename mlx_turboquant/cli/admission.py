@@ -1,4 +1,4 @@
-"""What a server has in memory: as many requests as fit, and beside them prompts that are kept."""
+"""The memory of a server: requests are admitted while they fit, cached prompts get the rest."""
 
 import threading
 from collections import deque
@@ -21,13 +21,13 @@ from .scopes import ScopedTokens
 
 
 class DoesNotFit(BadRequest):
-    """A request that would not fit into memory if it were the only one."""
+    """A request that does not fit into memory even alone."""
 
 
 class Admission:
-    """Lets requests in, one after the other, while what they need stays within ``limit`` bytes.
+    """Admits requests in order while they and the model fit into ``limit`` bytes.
 
-    They may all be in one batch, whose rows are as long as the longest of them.
+    Every request counts as much as the longest, because a batch pads its rows to one length.
     """
 
     def __init__(self, limit: int):
@@ -36,22 +36,22 @@ class Admission:
         self._footprint: Footprint | None = None
         self._changed = threading.Condition()
         self._waiting: deque[object] = deque()
-        # The tokens in the end of each request that was let in.
+        # Final length of each admitted request, in tokens.
         self._inside: list[int] = []
 
     @property
     def left(self) -> int:
-        """Bytes that no request was let in for."""
+        """Bytes that admitted requests do not need."""
         return self._room - self._nbytes(self._inside)
 
     def _nbytes(self, requests: list[int]) -> int:
-        """Bytes of requests of so many tokens, by the model in use; 0 before there is one."""
+        """Bytes of requests of these lengths with the current model; 0 before there is one."""
         if self._footprint is None or not requests:
             return 0
         return len(requests) * int(self._footprint.prompt_nbytes(max(requests)))
 
     def room(self, model: nn.Module) -> int:
-        """The bytes that caches may have beside a model.
+        """Bytes left for caches beside a model.
 
         Raises:
             ValueError: there is no room for a prompt.
@@ -65,7 +65,7 @@ class Admission:
         return self.limit - needed
 
     def use(self, model: nn.Module, settings: Settings) -> int:
-        """Count for this model from now on; returns its :meth:`room`."""
+        """Switch to this model and return its :meth:`room`."""
         room, counted = self.room(model), footprint(model, CacheSpec("ours", settings=settings))
         with self._changed:
             self._room, self._footprint = room, counted
@@ -74,10 +74,10 @@ class Admission:
 
     @contextmanager
     def admitted(self, tokens: int) -> Iterator[None]:
-        """Wait until a request fits that has so many tokens in the end.
+        """Wait until a request of ``tokens`` tokens, new ones included, fits.
 
         Raises:
-            DoesNotFit: it never will, or no longer, now that another model is used.
+            DoesNotFit: it cannot fit with the current model, which may change during the wait.
         """
         ticket = object()
         with self._changed:
@@ -109,9 +109,9 @@ class Admission:
 
 
 class KeptPrompts(LRUPromptCache):
-    """mlx-lm's caches of prompts in memory, which make room for what requests were let in for.
+    """mlx-lm's prompt caches in memory, evicted to make room for admitted requests.
 
-    Requests of different scopes do not find each other's prompts.
+    A request finds prompts of its own scope only.
     """
 
     def __init__(self, admission: Admission, *limits: int):
@@ -120,10 +120,10 @@ class KeptPrompts(LRUPromptCache):
         self._key = ""
 
     def use(self, model: nn.Module, tokenizer: TokenizerWrapper, name: str) -> None:
-        """From now on prompts are those of this model, which people call ``name``.
+        """Keep prompts of this model, which is shown to users as ``name``.
 
-        mlx-lm tells models apart by their paths alone. What is there may be other weights by now,
-        and caches may get other bits.
+        mlx-lm tells models apart by path alone, but the weights at a path and the bits of caches
+        may change.
         """
         self._model, self._tokenizer, self._name = model, tokenizer, name
         self._empty = make_prompt_cache(model)
@@ -132,11 +132,11 @@ class KeptPrompts(LRUPromptCache):
     def fetch_nearest_cache(
         self, model: Any, tokens: ScopedTokens
     ) -> tuple[list[Any] | None, list]:
-        """mlx-lm's, which at least leaves the last token to be read."""
+        """Find a cache as mlx-lm does, but leave at least the last token to prefill."""
         model = (model, self._key, tokens.scope)
         cache, rest = super().fetch_nearest_cache(model, tokens)
         if not rest:
-            # It would end the generation thread for want of a token to begin with.
+            # Without a token to start from, the generation thread would fail and end.
             cache, rest = super().fetch_nearest_cache(model, tokens[:-1])
             rest = [*rest, *tokens[-1:]]
         return cache, rest
@@ -144,7 +144,7 @@ class KeptPrompts(LRUPromptCache):
     def insert_cache(
         self, model: Any, tokens: ScopedTokens, prompt_cache: list[Any], **keywords: str
     ) -> None:
-        """Keep a cache for its scope; its request was let in with these bytes, and runs still."""
+        """Keep a cache for its scope; its bytes are still counted for its request, which runs."""
         # In mlx-lm the cache of a draft model may lag behind that of its model.
         offsets = {layer.offset for layer in flat_caches(prompt_cache) if hasattr(layer, "offset")}
         count = min([len(tokens), *offsets])
@@ -156,7 +156,7 @@ class KeptPrompts(LRUPromptCache):
         super().trim_to(n_bytes=self._admission.left + own)
 
     def trim_to(self, *, n_sequences: int | None = None, n_bytes: int | None = None) -> None:
-        """What mlx-lm does with each request, once it has found what is known of its prompt."""
+        """Evict prompts; mlx-lm does this for each request after it has looked up its prompt."""
         left = self._admission.left
         n_bytes = left if n_bytes is None else min(n_bytes, left)
         super().trim_to(n_sequences=n_sequences, n_bytes=n_bytes)

@@ -30,13 +30,13 @@ from .options import add_comparison_options, add_count, add_out, check_least, se
 from .results import drawing_tools, machine, write_results
 
 _CONTEXTS = tuple(1024 * thousands for thousands in (1, 4, 16, 32, 64, 128))
-# The warm-up reads two chunks of a prompt at most, and decodes past a block of packed tokens.
+# The warm-up prefills at most two chunks, and decodes past a block of packed tokens.
 _WARM_UP_CONTEXT = 4096
 _WARM_UP_TOKENS = 40
 
 
 def main(arguments: list[str]) -> None:
-    """Run every cache at every context; prints a table and writes JSON and PNG."""
+    """Run every cache at every context length; print a table and write JSON and PNG."""
     args = _parser().parse_args(arguments)
     check_least(args, contexts=2, batch=1, repeats=1, new_tokens=LEAST_NEW_TOKENS)
     settings = settings_of(args)
@@ -73,9 +73,9 @@ def main(arguments: list[str]) -> None:
 
 
 class _Run:
-    """The measurements of one call by cache and context, and what was not possible.
+    """The measurements of one call by cache and context length, and the failures.
 
-    ``fitting`` are the caches of a context that fit into memory, by :func:`.footprint.footprint`.
+    ``fitting`` has, for each context length, the caches that fit into memory by their footprint.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class _Run:
         }
 
     def attempt(self, spec: CacheSpec, context: int, new_tokens: int) -> None:
-        """Measure, unless the cache has failed before."""
+        """Measure a cache at a context length, unless it has failed before."""
         if spec.name in self.failures:
             return
         repeated = self.tokens * -(-context // len(self.tokens))
@@ -110,13 +110,13 @@ class _Run:
         except (RuntimeError, ValueError) as error:
             if spec.settings is not None:
                 raise
-            # What mlx-lm's own caches say of a model that they do not support.
+            # mlx-lm's own cache does not support the model.
             self.failures[spec.name] = reason_of(error)
             return
         self.measured.setdefault((spec.name, context), []).append(measured)
 
     def result(self) -> dict[str, Any]:
-        """Everything, as it is written."""
+        """The contents of benchmark.json."""
         args = self.args
         return {
             **machine(),
@@ -139,7 +139,7 @@ class _Run:
         }
 
     def _cell(self, cache: str, context: int) -> dict[str, Any]:
-        # The warm-up may have had the same context: the last ones count.
+        # A warm-up at the same context length comes first and does not count.
         measured = self.measured.get((cache, context), [])[-self.args.repeats :]
         numbers = median(measured)._asdict() if measured else {}
         repeats = [each._asdict() for each in measured]
@@ -147,9 +147,9 @@ class _Run:
 
 
 def _model_and_tokens(args: argparse.Namespace) -> tuple[nn.Module, Any, list[int]]:
-    """The model, not yet evaluated, its tokenizer, and tokens of a text.
+    """The model, not yet evaluated, its tokenizer, and tokens for prompts.
 
-    Random weights have random tokens and no tokenizer.
+    A model with random weights gets random tokens and no tokenizer.
     """
     if args.shape is not None:
         model = random_model(shape_config(args.shape))
@@ -163,10 +163,10 @@ def _model_and_tokens(args: argparse.Namespace) -> tuple[nn.Module, Any, list[in
 
 
 def shape_config(shape: str) -> dict[str, Any]:
-    """The configuration of a shape: one of ``SHAPES``, or that of a config.json.
+    """The configuration of a shape, a name in ``SHAPES`` or the path of a config.json.
 
     Raises:
-        ValueError: neither of them.
+        ValueError: ``shape`` is neither of them.
     """
     if shape in SHAPES:
         return SHAPES[shape]
@@ -183,14 +183,14 @@ def shape_config(shape: str) -> dict[str, Any]:
 
 
 def add_model_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """``--model`` or ``--shape``, one of which is needed if ``required``."""
+    """Add ``--model`` and ``--shape``, which exclude each other; ``required`` demands one."""
     group = parser.add_mutually_exclusive_group(required=required)
     group.add_argument("--model", help=MODEL_HELP)
     group.add_argument(
         "--shape",
         metavar="NAME",
-        help="Random weights of 4 bits in place of a model. The shape is that of a config.json, or "
-        "one of " + ", ".join(SHAPES),
+        help="Shape of a model with random 4-bit weights: a config.json file, or one of "
+        + ", ".join(SHAPES),
     )
 
 
@@ -203,12 +203,12 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=_CONTEXTS,
         metavar="TOKENS",
-        help="Tokens of the prompt (default: " + " ".join(map(str, _CONTEXTS)) + ", as far as "
-        "they fit)",
+        help="Context lengths in tokens (default: " + " ".join(map(str, _CONTEXTS)) + ", as far "
+        "as they fit)",
     )
     add_comparison_options(parser, "4", "3")
-    add_count(parser, "--batch", 1, "Sequences at once")
-    add_count(parser, "--new-tokens", 128, "Tokens to decode after a prompt")
-    add_count(parser, "--repeats", 3, "Runs to take the median of")
+    add_count(parser, "--batch", 1, "Number of sequences in a batch")
+    add_count(parser, "--new-tokens", 128, "Number of tokens to decode after a prompt")
+    add_count(parser, "--repeats", 3, "Number of runs to take the median of")
     add_out(parser, "benchmark", "benchmark.json and benchmark.png")
     return parser

@@ -10,7 +10,7 @@ from .results import print_rows
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """One line for each context and cache, with the ratio to the exact cache behind a number."""
+    """Print a line per context length and cache; ratios to the exact cache are in brackets."""
     sequences = f", {result['batch']} sequences" if result["batch"] > 1 else ""
     measured = [run for run in result["runs"] if run["repeats"]]
     exact = {run["context"]: run for run in measured if run["cache"] == "exact"}
@@ -19,11 +19,11 @@ def print_table(result: dict[str, Any]) -> None:
         width=150,
         title=f"{result['model']} on {result['device']}{sequences}, weights "
         f"{result['weights'] / 1e6:,.0f} MB",
-        caption="In brackets: to the exact cache. Peak memory is without the weights; graph is the "
-        "time that Python takes to build one step.",
+        caption="In brackets: ratio to the exact cache. Peak memory excludes the weights; graph is "
+        "the time in which Python builds one step.",
     )
     for cache, reason in result["failures"].items():
-        print(f"{cache} is not possible: {reason}")
+        print(f"{cache} does not support this model: {reason}")
     for run in result["too_large"]:
         print(f"{run['cache']} with {run['context']:,} tokens would not fit into memory.")
 
@@ -54,12 +54,12 @@ def _row(run: dict[str, Any], exact: dict[str, Any] | None, batch: int) -> dict[
 
 
 def _per_second(run: dict[str, Any], name: str, batch: int) -> float:
-    """Tokens of all sequences in a second, of the prompt or of decoding."""
+    """Tokens per second over all sequences, in prefill or decode."""
     return batch * (run["context"] - 1 if name == "prefill" else 1) / run[name]
 
 
 def draw(result: dict[str, Any], folder: Path) -> None:
-    """Write benchmark.png: speed and memory against context, a line for each cache."""
+    """Write benchmark.png: speed and memory against context length, a line for each cache."""
     figure = Figure(figsize=(10, 7), layout="constrained")
     speeds, sizes = figure.subplots(2, 2)
     batch = result["batch"]
@@ -82,7 +82,7 @@ def _lines(axis: Axes, result: dict[str, Any], number) -> None:
         contexts = [run["context"] for run in runs]
         axis.plot(contexts, [number(run) for run in runs], "o-", markersize=4, label=cache)
     contexts = sorted({run["context"] for run in result["runs"]})
-    axis.set(xscale="log", xlabel="tokens of context")
+    axis.set(xscale="log", xlabel="context length, tokens")
     axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
     axis.set_xticks(contexts, [_short(n) for n in contexts], minor=False)
     axis.minorticks_off()

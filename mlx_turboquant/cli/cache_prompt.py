@@ -1,4 +1,4 @@
-"""This command reads a prompt and saves its compressed cache, as mlx_lm.cache_prompt does."""
+"""This command processes a prompt and saves its compressed cache, as mlx_lm.cache_prompt does."""
 
 from functools import partial
 from types import SimpleNamespace

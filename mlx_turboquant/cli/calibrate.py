@@ -1,4 +1,4 @@
-"""This command measures where in a model bits matter."""
+"""This command measures which layers of a model need more bits."""
 
 import argparse
 import sys
@@ -22,13 +22,13 @@ from .results import print_rich
 
 _BUDGETS = (8, 6, 5, 4, 3.5, 3, 2.5, 2)
 _MEANING = (
-    "The divergence says how far predictions are from those of an exact cache.\n"
+    "The divergence measures how far predictions are from those with an exact cache.\n"
     "Below 0.01 nats no one will notice; above 0.05 answers differ noticeably."
 )
 
 
 def main(arguments: list[str]) -> None:
-    """Calibrate a model, keep the profile and print what to expect of budgets."""
+    """Calibrate a model, save the profile and print the divergence expected at each budget."""
     args = _parser().parse_args(arguments)
     texts = None
     if args.text:
@@ -51,14 +51,14 @@ def main(arguments: list[str]) -> None:
         raise
     try:
         file = save_profile(profile, args.out)
-    finally:  # a full disk loses no result
+    finally:  # results are printed even if the disk is full
         print_rich(_table(give_profile(model, profile).plan()))
         print(_MEANING)
     print(f"{profile.tokens:,} tokens of {', '.join(profile.texts)} were scored. Wrote {file}")
 
 
 def _table(plan: BitPlan) -> Table:
-    """What a token takes and what divergence to expect with some budgets."""
+    """Bytes per token and expected divergence at each budget."""
     table = Table("--kv-bits", "bytes a token", "expected divergence", "bits", box=SIMPLE)
     for budget in _BUDGETS:
         bits = allocate(plan.layers, budget)
@@ -89,14 +89,14 @@ def _parser() -> argparse.ArgumentParser:
         "--text",
         type=Path,
         nargs="+",
-        help="Files to measure on, each of them alone (default: bundled ones: prose, code, other "
-        "languages, numbers)",
+        help="Text files to measure on, each one separately (default: bundled texts, of prose, "
+        "code, other languages and numbers)",
     )
     add(
         "--out",
         type=Path,
         metavar="FILE",
-        help="Where to write the profile (default: the user's cache folder, where all commands "
-        "look for it)",
+        help="File to write the profile to (default: in the user's cache folder, where all "
+        "commands look for it)",
     )
     return parser

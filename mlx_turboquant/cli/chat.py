@@ -1,4 +1,4 @@
-"""``mlx_turboquant chat``: a conversation with a model, in a compressed cache."""
+"""This command holds a conversation with a model, with a compressed cache."""
 
 import json
 import os
@@ -103,14 +103,14 @@ def _saved_settings(file: Path) -> dict[str, Any]:
 
 
 def _leave(number: int, frame: object) -> None:
-    """End the chat; a second signal, as a closing terminal and its shell send, changes nothing."""
+    """End the chat and ignore a second signal, as a closing terminal and its shell send."""
     for ending in ENDINGS:
         signal.signal(ending, signal.SIG_IGN)
     sys.exit(128 + number)
 
 
 class Conversation:
-    """The messages of a chat, and the cache with the tokens of them that the model has seen."""
+    """The messages of a chat, and the cache with the tokens that it holds."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class Conversation:
         return [message for message in self.messages[:1] if message["role"] == "system"]
 
     def set_system_prompt(self, text: str) -> None:
-        """Replace the system prompt. What was said stays, and is read again with the new one.
+        """Replace the system prompt; messages stay and are processed again with the new one.
 
         Raises:
             ValueError: the chat template has no place for it.
@@ -155,7 +155,7 @@ class Conversation:
         self.messages[: len(self.system_messages())] = [message]
 
     def undo(self) -> str:
-        """Take back the last question, which is returned, and its answer."""
+        """Take back the last question and its answer, and return the question."""
         if len(self.messages) < 2:
             raise ValueError("There is no question to take back: ask one first.")
         question, _ = self.messages[-2:]
@@ -165,7 +165,7 @@ class Conversation:
     def reply(
         self, text: str, progress: Progress = lambda *_: None, **generation: Any
     ) -> Iterator[GenerationResponse]:
-        """Answer ``text``. What was generated belongs to the conversation wherever this stops."""
+        """Answer ``text``; an answer that is stopped stays in the conversation as far as it got."""
         question = {"role": "user", "content": text}
         prompt = self._prompt([*self.messages, question])
         known, tokens = self._reuse_cache(prompt), list(prompt)
@@ -190,7 +190,7 @@ class Conversation:
         return save_prompt_cache(file, self.cache, self.model, {"chat": json.dumps(saved)})
 
     def load(self, file: Path) -> None:
-        """Go on with a saved conversation and its settings. A file that is refused changes nothing.
+        """Go on with a saved conversation and its settings; a refused file changes nothing.
 
         Raises:
             ValueError: a file without a conversation, or as in ``load_prompt_cache``.
@@ -212,7 +212,7 @@ class Conversation:
     def _prompt(self, messages: list[dict[str, str]]) -> list[int]:
         """The tokens of a whole conversation; plain lines for a model without a template.
 
-        Those that the model has seen are the first, unless the template has rewritten their text.
+        Tokens that the model has seen come first, unless the template has rewritten their text.
         """
         is_plain = not self.tokenizer.has_chat_template
         if is_plain:
@@ -228,7 +228,7 @@ class Conversation:
         return self.tokenizer.encode(text, add_special_tokens=is_plain)
 
     def _text(self, tokens: list[int]) -> str:
-        """The text of tokens, with the special ones that a template writes."""
+        """The text of tokens, with special ones if there is a template to write them."""
         return self.tokenizer.decode(
             tokens,
             skip_special_tokens=not self.tokenizer.has_chat_template,
@@ -236,9 +236,9 @@ class Conversation:
         )
 
     def _reuse_cache(self, prompt: list[int]) -> int:
-        """Cut the cache back to the tokens that ``prompt`` begins with; returns their number.
+        """Cut the cache back to its common prefix with ``prompt``; return the prefix length.
 
-        At least one token is left to process. A cache that cannot be cut back is made anew.
+        At least one token is left to process. A cache that cannot be cut back is replaced.
         """
         known = len(os.path.commonprefix([prompt[:-1], self.tokens]))
         surplus = seen_tokens(self.cache) - known
@@ -267,7 +267,7 @@ class Chat:
         while True:
             try:
                 line = self.terminal.read()
-                if re.match(r"/\w+(\s|$)", line):  # but no path, and no comment of a program
+                if re.match(r"/\w+(\s|$)", line):  # not a path or a comment in code
                     self._command(*line.split(maxsplit=1))
                 elif line:
                     self._reply(line)
@@ -351,13 +351,13 @@ class Chat:
             self._stats()
 
     def _keep(self) -> None:
-        """Write the conversation as it is now to the store; signals wait until that is done."""
+        """Write the conversation to the store; signals wait until that is done."""
         if self.store is not None and self.conversation.tokens:
             with signals_held(signal.SIGINT, *ENDINGS), self.store.writing():
                 self.conversation.save(self.store.session_file(self.name)).chmod(0o600)
 
     def _new_name(self) -> str:
-        """The time, and some digits, as two chats may begin at once."""
+        """The time, and random digits because two chats may begin at once."""
         return f"{time.strftime('%Y-%m-%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
 
     def _stats(self) -> None:

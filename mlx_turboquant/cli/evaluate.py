@@ -1,4 +1,4 @@
-"""This command measures what a compressed cache does to the output of a model."""
+"""This command measures how a compressed cache changes the output of a model."""
 
 import argparse
 import itertools
@@ -21,7 +21,7 @@ from .results import drawing_tools, machine, write_results
 
 
 def main(arguments: list[str]) -> None:
-    """Compare caches on a model; prints a table and writes JSON and PNG."""
+    """Compare caches on a model; print a table and write JSON and PNG."""
     args = _parser().parse_args(arguments)
     _check_numbers(args)
     settings = settings_of(args)
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
     name = ", ".join(map(str, args.text)) if args.text else "The bundled text"
     contexts = texts.contexts(tokenizer, contents, args.context + 1, args.samples, name)
     prompts = _passkey_prompts(tokenizer, contents, args)
-    # The exact log-probabilities, those of another cache, and what is computed of both.
+    # Log-probabilities of the exact cache and of another one, and what is computed from both.
     check_memory(model, 12 * args.scored * tokenizer.vocab_size)
     check_compressible(model, compressible_caches(model))  # before weights are read
     make_folder(args.out)
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
     if any(spec.needs_profile for spec in specs):
         ensure_profile(model, tokenizer, args, settings)
     for spec in specs:
-        spec.make_cache(model)  # refuses what it cannot have before anything is measured
+        spec.make_cache(model)  # refuses an unsupported model before anything is measured
     comparison = Comparison(model, [*MLX_LM, *specs])
     steps = sum(len(context) + args.greedy for context in contexts)
     steps += sum(len(prompt) + REPLY_TOKENS for prompt, *_ in prompts)
@@ -75,36 +75,36 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mlx_turboquant evaluate",
         description=__doc__,
-        epilog="--kv-bits prod:4 qjl+affine:K3V2 simulates caches of other codecs, of "
+        epilog="--kv-bits prod:4 qjl+affine:K3V2 simulates caches of other codecs: "
         f"{', '.join(METHODS)}.",
     )
     add, count = parser.add_argument, partial(add_count, parser)
     add("--model", required=True, help=MODEL_HELP)
     add_comparison_options(parser, "4", "3.5", "3", "2.5", "2")
-    add("--text", type=Path, nargs="+", help="Files to read in place of the bundled texts")
-    count("--context", 2048, "Tokens of a text")
-    count("--samples", 4, "Texts of that length")
-    count("--scored", 256, "Last tokens of a text that are decoded and compared")
-    count("--greedy", 64, "Tokens after a text in which to look for the first departure")
+    add("--text", type=Path, nargs="+", help="Text files to use instead of the bundled texts")
+    count("--context", 2048, "Length of a text in tokens")
+    count("--samples", 4, "Number of texts")
+    count("--scored", 256, "Number of last tokens of a text to decode and compare")
+    count("--greedy", 64, "Number of greedy tokens after a text to compare with the exact cache's")
     add(
         "--generate",
         type=int,
         default=0,
         metavar="TOKENS",
-        help="Tokens to write after the first text, greedily and sampled, and to score with the "
-        "exact cache (default: none)",
+        help="Number of tokens to generate after the first text, greedily and sampled, and to "
+        "score with the exact cache (default: 0)",
     )
     add(
         "--needle-lengths",
         type=int,
         nargs="*",
         metavar="TOKENS",
-        help="Lengths of the texts in which a code is hidden; nothing for none (default: half "
-        "and all of --context)",
+        help="Lengths in tokens of the texts in which a code is hidden; none if no length is given "
+        "(default: half and all of --context)",
     )
-    count("--needle-depths", 5, "Places in each of them")
-    count("--needle-trials", 1, "Codes hidden at each place")
-    add("--chat", action="store_true", help="Ask for the code through the chat template")
+    count("--needle-depths", 5, "Number of depths in a text at which a code is hidden")
+    count("--needle-trials", 1, "Number of codes to ask for per length and depth")
+    add("--chat", action="store_true", help="Ask for the codes through the chat template")
     add_out(parser, "evaluation", "evaluation.json, kl.png and needles.png")
     return parser
 

@@ -25,7 +25,9 @@ def main(arguments: list[str]) -> None:
     """Run mlx-lm's own command with its parser, loader and generation wrapped."""
     parser = _mlx_lm_generate.setup_arg_parser()
     parser.prog, parser.description = "mlx_turboquant generate", __doc__
-    parser.add_argument("-v", dest="report", action="store_true", help="Show the layers by kind")
+    parser.add_argument(
+        "-v", dest="report", action="store_true", help="Show the cache of each kind of layer"
+    )
     add_store_options(parser)
     args, settings = parse(parser, arguments)
     if args.draft_model is not None and settings.max_size is not None:
@@ -38,7 +40,7 @@ def main(arguments: list[str]) -> None:
                 f"{args.prompt_cache_file} was saved with settings of its own: "
                 "leave out the options of the compressed cache."
             )
-        args.profile, args.calibrate = None, False  # its bits are chosen
+        args.profile, args.calibrate = None, False  # the file fixes the bits
     run = _Run(args, settings, store)
     with replaced(
         _mlx_lm_generate,
@@ -54,7 +56,7 @@ def main(arguments: list[str]) -> None:
 
 
 class _Run:
-    """One run of mlx-lm's command: the functions that stand in for its own."""
+    """The functions that replace mlx-lm's own in one run of its command."""
 
     def __init__(self, args: Namespace, settings: Settings, store: PromptStore | None):
         self.args = args
@@ -68,14 +70,14 @@ class _Run:
             cache, metadata = self.saved
             check_identity(self.args.prompt_cache_file, metadata, model)
             compression_of(model).connect(cache)
-            self.saved = None  # a draft model is another one
+            self.saved = None  # not for a draft model, which is loaded next
         return (model, *rest)
 
     def load_prompt_cache(self, file: str, return_metadata: bool):
-        """mlx-lm loads the cache before the model, so the model is checked when it is loaded."""
+        """Load a cache; mlx-lm does so before it loads the model, so ``load`` checks the model."""
         cache, metadata = load_prompt_cache(file, return_metadata=True)
         self.saved = cache, metadata
-        # The identity says whether it is the right model, whatever its name is now.
+        # The identity tells whether it is the right model, so its name may have changed.
         model = self.args.model or metadata.get("model")
         return cache, {"tokenizer_config": "{}", **metadata, "model": model}
 

@@ -1,4 +1,4 @@
-"""What the commands do to have a model that is ready for a compressed cache."""
+"""Load models for the commands and prepare them for a compressed cache."""
 
 import argparse
 import sys
@@ -16,11 +16,11 @@ from ..lm.loading import model_errors, prepare_for_device, reason_of
 from ..lm.profile import fingerprints, load_profile
 from ..lm.settings import Settings
 
-MODEL_HELP = "Folder of a model of mlx-lm, or its name on the Hugging Face hub"
+MODEL_HELP = "Folder of an mlx-lm model, or its name on the Hugging Face hub"
 
 
 def load_lazily(name: str) -> tuple[nn.Module, Any]:
-    """A model, of which no weights are read yet, and its tokenizer."""
+    """Load a model, whose weights are not read yet, and its tokenizer."""
     with model_errors(name):
         return mlx_lm.load(name, lazy=True)
 
@@ -33,7 +33,7 @@ def load_ready(
     *positional: Any,
     **keywords: Any,
 ) -> tuple:
-    """What ``load`` of mlx-lm returns for a model, with the model prepared and calibrated."""
+    """Call mlx-lm's ``load``; the model that it returns is prepared and calibrated."""
     with model_errors(name):
         model, tokenizer, *rest = load(name, *positional, **keywords)
     prepare_for_device(model)
@@ -54,7 +54,7 @@ def ensure_profile(
     is_main = threading.current_thread() is threading.main_thread()
     remedy = "Ctrl-C continues without it, " if is_main else ""
     print(
-        "This model is calibrated once, to find out where bits matter. "
+        "This model is calibrated once, to find out which layers need more bits. "
         f"{remedy}--no-calibrate skips it.",
         file=sys.stderr,
     )
@@ -73,7 +73,7 @@ def ensure_profile(
 
 @contextmanager
 def calibration_errors() -> Iterator[None]:
-    """Turn whatever a model raises while it is calibrated into a ValueError."""
+    """Turn any error of a model during calibration into a ValueError."""
     try:
         yield
     except ValueError:

@@ -11,7 +11,7 @@ from ..lm.prompt_store import PromptStore
 from ..lm.settings import Settings
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-# The seed of the rotation has no option: ``--seed`` is what mlx-lm samples with.
+# The seed of the rotation has no option: ``--seed`` is mlx-lm's, for sampling.
 _SETTINGS = ("bits", "key_bits", "value_bits", "uniform", "window", "sink_tokens", "max_size")
 
 
@@ -20,16 +20,16 @@ def parse(
     arguments: list[str],
     without_effect: tuple[str, ...] = ("kv_group_size", "quantized_kv_start"),
 ) -> tuple[argparse.Namespace, Settings]:
-    """Parse the options of a command of mlx-lm and those of the cache, in place of its own.
+    """Parse the options of an mlx-lm command, with our cache options in place of its own.
 
-    Says on stderr which of the options ``without_effect`` were given.
+    Given options that are ``without_effect`` are named on stderr.
 
     Raises:
-        ValueError: a setting or an adapter path that is not possible.
+        ValueError: an invalid setting or adapter path.
     """
     _add_cache_options(parser)
     for each, text in [(parser, "description"), *((x, "help") for x in parser._actions)]:
-        setattr(each, text, (getattr(each, text) or "").replace("`", ""))  # some are of mlx-lm
+        setattr(each, text, (getattr(each, text) or "").replace("`", ""))  # of mlx-lm
     args = parser.parse_args(arguments)
     settings = settings_of(args)
     adapter = args.adapter_path
@@ -51,7 +51,7 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
-    """The settings of the command line; raises ValueError if they are not possible."""
+    """The settings of the command line; ValueError if they are invalid."""
     profile = getattr(args, "profile", None)
     if profile is not None and not profile.is_file():
         raise ValueError(f"The profile {profile} does not exist: give a file that calibrate wrote.")
@@ -61,21 +61,21 @@ def settings_of(args: argparse.Namespace) -> Settings:
 def _add_cache_options(parser: argparse.ArgumentParser) -> None:
     parser.conflict_handler = "resolve"
     group = parser.add_argument_group("compressed cache")
-    text = f"Mean of bits per value, 2 to 8 in quarters (default: {Settings.bits})"
+    text = f"Mean bits per value, 2 to 8 in steps of 0.25 (default: {Settings.bits})"
     _add_setting(group, "--kv-bits", "bits", text, float)
     group.add_argument("--key-bits", type=int, help="Bits per value of all keys, 1 to 8")
     group.add_argument("--value-bits", type=int, help="Bits per value of all values, 1 to 8")
     add_allocation_options(group)
     add_exact_token_options(group)
-    text = "Tokens that a layer holds at most, after which the oldest are forgotten"
+    text = "Maximum number of tokens in a layer, beyond which the oldest are evicted"
     _add_setting(group, "--max-kv-size", "max_size", text)
-    # mlx-lm reads these, and would convert the layers that are not compressed. Its server would
-    # serve one request at a time.
+    # With these mlx-lm would convert the layers that are not compressed, and its server would
+    # answer one request at a time.
     parser.set_defaults(kv_bits=None, max_kv_size=None)
 
 
 def add_allocation_options(group: argparse._ActionsContainer) -> None:
-    """Add the options of where the bits go."""
+    """Add the options for the allocation of bits."""
     group.add_argument(
         "--uniform",
         action="store_true",
@@ -86,28 +86,28 @@ def add_allocation_options(group: argparse._ActionsContainer) -> None:
         "--profile",
         type=Path,
         metavar="FILE",
-        help="Profile that calibrate wrote (default: that in the user's cache folder)",
+        help="Profile written by calibrate (default: the one in the user's cache folder)",
     )
     group.add_argument(
         "--no-calibrate",
         dest="calibrate",
         action="store_false",
-        help="Do without a profile if the model has none, rather than measure it",
+        help="Skip the calibration of a model that has no profile",
     )
 
 
 def add_exact_token_options(group: argparse._ActionsContainer) -> None:
-    """Add the options of the tokens that stay exact."""
-    text = f"Recent tokens that stay exact (default: {Settings.window})"
+    """Add the options for the tokens that stay exact."""
+    text = f"Number of recent tokens that stay exact (default: {Settings.window})"
     _add_setting(group, "--kv-window", "window", text)
-    text = f"First tokens that stay exact (default: {Settings.sink_tokens})"
+    text = f"Number of first tokens that stay exact (default: {Settings.sink_tokens})"
     _add_setting(group, "--kv-sinks", "sink_tokens", text)
 
 
 def _add_setting(
     group: argparse._ActionsContainer, option: str, field: str, text: str, kind: type = int
 ) -> None:
-    """Add an option, named as those of mlx-lm, for a field of :class:`.Settings`."""
+    """Add an option, named in mlx-lm's style, for a field of :class:`.Settings`."""
     metavar = option[2:].upper().replace("-", "_")
     group.add_argument(option, dest=field, type=kind, metavar=metavar, help=text)
 
@@ -118,23 +118,23 @@ def add_store_options(parser: argparse.ArgumentParser) -> argparse._ActionsConta
     group.add_argument(
         "--prompt-store",
         metavar="DIR",
-        help="Folder in which prompts are kept, packed, so that none is read twice",
+        help="Folder in which packed prompts are kept, so that none is prefilled twice",
     )
     group.add_argument(
         "--prompt-store-size",
         metavar="SIZE",
         default="20GB",
-        help="Space that it may take on the disk, like 20GB, or 20; least recently used prompts go "
-        "first (default: %(default)s)",
+        help="Maximum size of the store, like 20GB, or 20 for short; the least recently used "
+        "prompts are evicted first (default: %(default)s)",
     )
     return group
 
 
 def open_store(args: argparse.Namespace) -> PromptStore | None:
-    """The store of the options, if any.
+    """Open the prompt store of the options, if any.
 
     Raises:
-        ValueError: a folder or a size that is not possible.
+        ValueError: an invalid folder or size.
         OSError: the folder cannot be written to.
     """
     if args.prompt_store is None:
@@ -143,10 +143,10 @@ def open_store(args: argparse.Namespace) -> PromptStore | None:
 
 
 def parse_size(text: str) -> int:
-    """The bytes of a size like "16GB", "24GiB" or "512MB"; "16", below 1,024, are GB as well.
+    """Bytes of a size like "16GB", "24GiB" or "512MB"; a bare number below 1,024 is in GB.
 
     Raises:
-        ValueError: a text of another form, or nothing.
+        ValueError: a text of another form, or a size below 1 byte (a bare number below 1).
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?|)(B?)\s*", text.upper())
     size = 0 if match is None else float(match[1]) * _UNITS[match[2]]
@@ -156,39 +156,40 @@ def parse_size(text: str) -> int:
 
 
 def given_prompt(prompt: str) -> io.StringIO:
-    """The prompt, "-" for standard input, as mlx-lm is to read it; ValueError if it is empty."""
+    """The prompt ("-" reads standard input) as a stream for mlx-lm; ValueError if empty."""
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
-        raise ValueError("The prompt is empty: give a text as --prompt, or - and standard input.")
+        raise ValueError("The prompt is empty: give a text as --prompt, or - to read stdin.")
     return io.StringIO(text)
 
 
 def add_presets_option(parser: argparse.ArgumentParser, *presets: str) -> None:
-    """Add the ``--kv-bits`` of several caches, each as :func:`.cache_specs.preset` reads it."""
+    """Add a ``--kv-bits`` for several caches, each of a form that ``preset`` reads."""
     parser.add_argument(
         "--kv-bits",
         nargs="+",
         default=presets,
         metavar="BITS",
-        help=f"Bits of our caches, like 4, 3.5 or K5V3 (default: {' '.join(presets)})",
+        help="Bits per value of each cache, like 3.5, or K5V3 for keys and values "
+        f"(default: {' '.join(presets)})",
     )
 
 
 def add_comparison_options(parser: argparse.ArgumentParser, *presets: str) -> None:
-    """Add the options of caches that are put side by side on one model."""
+    """Add the options of caches that are compared on one model."""
     add_presets_option(parser, *presets)
     add_allocation_options(parser)
     add_exact_token_options(parser)
 
 
 def add_count(parser: argparse.ArgumentParser, option: str, default: int, text: str) -> None:
-    """Add an option that is a whole number, with its default in the help."""
+    """Add an integer option with its default in the help."""
     parser.add_argument(option, type=int, default=default, help=f"{text} (default: {default})")
 
 
 def add_out(parser: argparse.ArgumentParser, folder: str, files: str) -> None:
     """Add ``--out``, the folder of results, with its default and its files in the help."""
-    text = f"Folder of {files} (default: {folder})"
+    text = f"Folder to write {files} to (default: {folder})"
     parser.add_argument("--out", type=Path, default=Path(folder), help=text)
 
 

@@ -11,26 +11,26 @@ from .results import print_rows
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """One line for each cache."""
+    """Print a line for each cache."""
     codecs = [codec for codec in result["codecs"] if codec["failure"] is None]
     failed = [codec for codec in result["codecs"] if codec["failure"] is not None]
     print_rows(
         [_row(codec, result["greedy"]) for codec in result["codecs"]],
         title=f"{result['texts']} texts of {result['context']:,} tokens, "
         f"the last {result['scored']} decoded; KL in nats",
-        caption="bits, bytes: of one more value and token, scales included. top-1: same most "
-        "probable token. overlap: 1 - total variation. departs: first greedy token that is not "
-        "that of the exact cache.",
+        caption="bits: per value, bytes: per token, scales included. top-1: same most probable "
+        "token. overlap: 1 - total variation. departs: first greedy token that differs from that "
+        "of the exact cache.",
     )
     if exact := [codec["codec"] for codec in codecs if codec["unpacked"]]:
-        print(f"Still exact, as so short texts are not packed: {', '.join(exact)}.")
+        print(f"Still exact, because texts this short are not packed: {', '.join(exact)}.")
     for codec in failed:
-        print(f"{codec['codec']} is not possible: {codec['failure']}")
+        print(f"{codec['codec']} does not support this model: {codec['failure']}")
     for i, exact in enumerate(codecs[0].get("generations", [])):
         kind = "Sampled" if exact["sampled"] else "Greedy"
         print_rows(
             [_generation_row(codec["codec"], codec["generations"][i]) for codec in codecs],
-            title=f"{kind}: {exact['tokens']:,} tokens; their loss with the exact cache, in nats",
+            title=f"{kind}: {exact['tokens']:,} tokens; their loss under the exact cache, in nats",
         )
 
 
@@ -55,7 +55,7 @@ def _row(codec: dict[str, Any], greedy: int) -> dict[str, str]:
 
 
 def _generation_row(name: str, written: dict[str, Any]) -> dict[str, str]:
-    """What was written, stretch by stretch: the loss of its tokens under the exact model."""
+    """The loss of generated tokens with the exact cache, averaged over each stretch."""
     departure = "never" if written["departure"] is None else str(written["departure"])
     losses = written["losses"]
     stretches = {f"{i}/{len(losses)}": f"{loss:.2f}" for i, loss in enumerate(losses, 1)}
@@ -95,10 +95,10 @@ def _divergences(result: dict[str, Any], codecs: list[dict[str, Any]]) -> Figure
 
 
 def _needles(codecs: list[dict[str, Any]]) -> Figure:
-    """Share of codes found over length and depth, a panel for every cache."""
+    """Share of codes found by length and depth, a panel for each cache."""
     columns = min(4, len(codecs))
     rows = -(-len(codecs) // columns)
-    # The exact cache was asked for all of them, the others where it found the code.
+    # The exact cache has an entry for every question, the others where it found the code.
     lengths, depths = (
         sorted({n[key] for n in codecs[0]["needles"]}) for key in ("length", "depth")
     )
@@ -124,6 +124,6 @@ def _needles(codecs: list[dict[str, Any]]) -> Figure:
 
 
 def _share(needles: list[dict[str, Any]], length: int, depth: float) -> float:
-    """The share of codes found; not a number where none was asked for."""
+    """Share of codes found; NaN where none was asked for."""
     found = [n["found"] for n in needles if (n["length"], n["depth"]) == (length, depth)]
     return sum(found) / len(found) if found else math.nan

@@ -1,4 +1,4 @@
-"""This command says what context fits into memory, before anything is downloaded."""
+"""This command shows which context length fits into memory, before weights are downloaded."""
 
 import argparse
 from typing import Any
@@ -21,12 +21,12 @@ from .options import (
     settings_of,
 )
 
-# Below this memory macOS lets the GPU use two thirds of it, otherwise three quarters.
+# macOS lets the GPU use two thirds of a memory smaller than this, otherwise three quarters.
 _SMALL_MAC = 36 * 2**30
 
 
 def main(arguments: list[str]) -> None:
-    """Print the longest context and the bytes of a token for every cache."""
+    """Print the longest context and the bytes per token for every cache."""
     args = _parser().parse_args(arguments)
     check_least(args, batch=1)
     settings = settings_of(args)
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
     treat_layers_alike(model)
     four = preset("4", settings)
     footprints = {spec: footprint(model, spec) for spec in {*specs, four}}
-    # A Mac keeps the weights as they are; this machine may be a CPU.
+    # A Mac keeps the weights as they are; a CPU turns them into float32.
     weights = weight_nbytes(model) if args.memory else device_nbytes(model)
     left = available - weights - args.batch * chunk_nbytes(model)
     print(f"{explanation}; weights {_size(weights)}.")
@@ -54,13 +54,13 @@ def main(arguments: list[str]) -> None:
         beyond = "  more than it was trained for" if trained and counts[spec] > trained else ""
         print(f"{spec.name:15} {footprints[spec].per_token:14,.0f} {longest:>16}{beyond}")
     print(
-        "Counted: weights, the cache with its free space, one layer of dense tokens, and the "
-        "activations of a chunk of 2,048."
+        "Included: weights, the cache with its free space, one layer of dense tokens, and the "
+        "activations of a chunk of 2,048 tokens."
     )
     if footprints[MLX_LM[0]].workspace_per_token > footprints[EXACT].workspace_per_token:
         print(
             "mlx-lm's quantized caches fit fewer tokens than their bytes suggest: their attention "
-            "has all scores of a chunk in memory."
+            "holds all scores of a chunk in memory."
         )
     enough = [spec for spec in specs if spec not in MLX_LM and trained and counts[spec] >= trained]
     best = max(enough, key=lambda spec: footprints[spec].per_token, default=four)
@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> None:
 
 
 def model_without_weights(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
-    """The model of ``--model`` or ``--shape``, of which nothing is read, and its configuration."""
+    """The model of ``--model`` or ``--shape`` without its weights, and its configuration."""
     if args.shape is not None:
         config = shape_config(args.shape)
         return random_model(config), config
@@ -84,7 +84,7 @@ def model_without_weights(args: argparse.Namespace) -> tuple[nn.Module, dict[str
 
 
 def _available(memory: str | None) -> tuple[float, str]:
-    """The bytes that MLX may use, and a text that says where the number comes from."""
+    """The bytes that MLX may use, and a text that explains the number."""
     if memory is None:
         return memory_nbytes(), f"This machine lets MLX use {_size(memory_nbytes())}"
     total = parse_size(memory)
@@ -102,9 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--memory",
         metavar="SIZE",
-        help="Memory of a Mac, like 16GB, or 16, in place of what this machine lets MLX use",
+        help="Memory of a Mac, like 16GB, or 16 for short (default: what MLX may use here)",
     )
     add_presets_option(parser, "8", "6", "5", "4.5", "4", "3.5", "3", "2.5", "2")
-    add_count(parser, "--batch", 1, "Sequences at once")
+    add_count(parser, "--batch", 1, "Number of sequences in a batch")
     add_exact_token_options(parser)
     return parser

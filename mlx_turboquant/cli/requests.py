@@ -1,4 +1,4 @@
-"""What a request may contain, checked before mlx-lm sees it, and refused in OpenAI's form."""
+"""Check requests before mlx-lm sees them, and refuse invalid ones in OpenAI's error format."""
 
 import json
 import logging
@@ -16,14 +16,14 @@ from ..cache.blocks import LARGEST
 from ..lm.loading import reason_of
 
 _MOST_BODY_BYTES = 1 << 28
-# The most characters of a value that a message repeats.
+# Maximum number of characters of a value in a message.
 _SHOWN = 60
 
 _log = logging.getLogger("mlx_turboquant")
 
 
 class BadRequest(ValueError):
-    """A request that is refused: why, because of which field, and with which HTTP status."""
+    """A request that is refused, with the reason, the invalid field and the HTTP status."""
 
     def __init__(
         self, message: str, param: str | None = None, status: int = 400, code: str | None = None
@@ -34,9 +34,9 @@ class BadRequest(ValueError):
         self._about = {"type": kind, "param": param, "code": code}
 
     def send(self, handler: BaseHTTPRequestHandler) -> None:
-        """Answer a request, in a stream that has begun by an event."""
+        """Answer a request with this error, by an event if a stream has begun."""
         body = json.dumps({"error": {"message": str(self), **self._about}}).encode()
-        if getattr(handler, "_headers_buffer", None) == []:  # they were sent
+        if getattr(handler, "_headers_buffer", None) == []:  # sent
             handler.wfile.write(b"data: " + body + b"\n\n")
             return
         handler._headers_buffer = []
@@ -48,7 +48,7 @@ class BadRequest(ValueError):
 
 
 def answer(handler: BaseHTTPRequestHandler, reply: Callable[..., None]) -> None:
-    """Let ``reply`` answer a request, tell the client what it raises, and log one line of it."""
+    """Let ``reply`` answer a request; send its errors to the client and log one line."""
     begin, level, problem = time.perf_counter(), logging.INFO, ""
     try:
         reply(handler)
@@ -62,20 +62,20 @@ def answer(handler: BaseHTTPRequestHandler, reply: Callable[..., None]) -> None:
         message = f"The request has failed ({reason_of(error)}): the server's log says where."
         BadRequest(message, status=500).send(handler)
     finally:
-        path = handler.path.encode("unicode_escape").decode()  # it may be anything
+        path = handler.path.encode("unicode_escape").decode()  # it may contain anything
         about = f"{handler.command} {path} {getattr(handler, 'status', '-')}{_tokens_of(handler)}"
         _log.log(level, "%s, %.2f s%s", about, time.perf_counter() - begin, problem)
 
 
 def place_of(error: BaseException) -> str:
-    """What an error says, and where in which file it was raised."""
+    """The message of an error, and the file and line that raised it."""
     _log.debug("A traceback:", exc_info=error)
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{reason_of(error)}, in {Path(last.filename).name}, line {last.lineno}"
 
 
 def _tokens_of(handler: BaseHTTPRequestHandler) -> str:
-    """The tokens of a request that the model has answered, for the log."""
+    """The token counts of an answered request, for the log."""
     completion = getattr(handler, "completion", None)
     if getattr(completion, "context", None) is None:
         return ""
@@ -92,7 +92,7 @@ def begin_answer(
     """Begin an answer of mlx-lm.
 
     Raises:
-        BadRequest: mlx-lm refuses the request, because of an error that it has caught.
+        BadRequest: the answer would be a refusal, of a path or for an error that mlx-lm caught.
     """
     error = sys.exception()
     if status not in (400, 404):
@@ -107,7 +107,7 @@ def begin_answer(
 
 
 class _Kind(NamedTuple):
-    """Values that a field may have: their name, a test, and the kind of each item of a list."""
+    """The values that a field may have: a description, a test, and the kind of list items."""
 
     name: str
     fits: Callable[[Any], bool]
@@ -157,7 +157,7 @@ def _is_part(x: Any) -> bool:
 def _is_function(x: Any) -> bool:
     if type(x) is not dict:
         return False
-    # Tools of another type have none, and some clients send a flat form.
+    # Tools of other types have no function, and some clients send a flat form.
     function = x.get("function", x if x.get("type") == "function" else {"name": ""})
     return type(function) is dict and type(function.get("name")) is str
 
@@ -173,11 +173,11 @@ def _is_message(x: Any) -> bool:
 
 
 _MESSAGE = _Kind(
-    "an object with a role (string), a content (string, null, or a list of parts that are texts or "
-    "images) and the tool_calls, if any, each an object, whose function has a name",
+    "an object with a role (string), a content (string, null, or a list of parts, each a text or "
+    "an image) and, if any, tool_calls, each an object whose function has a name",
     _is_message,
 )
-_TOOL = _Kind("an object, whose function has a name", _is_function)
+_TOOL = _Kind("an object whose function has a name", _is_function)
 _LOGIT_BIAS = _Kind(
     "an object of token ids, each with a number from -100 to 100",
     lambda x: (
@@ -190,21 +190,21 @@ _ROLES = _Kind(
     "an object of strings", lambda x: type(x) is dict and all(map(_TEXT.fits, x.values()))
 )
 _STREAM_OPTIONS = _Kind(
-    "an object, in which include_usage is true or false",
+    "an object in which include_usage is true or false",
     lambda x: type(x) is dict and type(x.get("include_usage")) in (bool, NoneType),
 )
-# Arguments of the functions that fill in a template and make tokens of it, not variables.
+# Not variables, but arguments of the functions that render and tokenize a template.
 _NO_VARIABLES = (
     "add_generation_prompt chat_template continue_final_message conversation max_length messages "
     "padding processor_kwargs return_assistant_tokens_mask return_dict return_tensors "
     "sanitize_control_tokens tokenize tokenizer_kwargs tools truncation"
 ).split()
 _VARIABLES = _Kind(
-    f"an object of variables of the chat template, but none of {', '.join(_NO_VARIABLES)}",
+    f"an object of chat template variables, but none of {', '.join(_NO_VARIABLES)}",
     lambda x: type(x) is dict and not x.keys() & {*_NO_VARIABLES},
 )
 
-# The fields of all requests. mlx-lm reads those before "user", and ignores the ones behind it.
+# The fields of all requests. mlx-lm reads those before "user" and ignores the others.
 _FIELDS = {
     "model": _TEXT,
     "draft_model": _TEXT,
@@ -259,15 +259,15 @@ _FIELDS_OF = {
 }
 _FIELDS_OF["/chat/completions"] = _FIELDS_OF["/v1/chat/completions"]
 _REQUIRED = ("prompt", "messages")
-# Null takes the model without a draft; for all other fields it counts as not given.
+# Null disables the draft model; any other field that is null counts as not given.
 _NULL_IS_A_VALUE = "draft_model"
 
 
 def read_request(handler: BaseHTTPRequestHandler) -> bytes:
-    """The body of a request, checked, without the fields that are null.
+    """Read and check the body of a request, and drop fields that are null.
 
     Raises:
-        BadRequest: one that mlx-lm would not answer as it should.
+        BadRequest: an invalid body, or a path that is not served.
     """
     fields = _FIELDS_OF.get(handler.path)
     if fields is None:
@@ -281,7 +281,7 @@ def read_request(handler: BaseHTTPRequestHandler) -> bytes:
             raise BadRequest(f"The field {name} is missing: give {kind.name}.", name)
         elif name != _NULL_IS_A_VALUE:
             body.pop(name, None)
-    # mlx-lm takes no integers for these, and no options without this one.
+    # mlx-lm refuses integers in these fields, and stream_options without include_usage.
     for name in {"xtc_probability", "xtc_threshold"} & body.keys():
         body[name] = float(body[name])
     if body.get("stream_options", {}).get("include_usage") is None:
@@ -309,7 +309,7 @@ def _read_object(handler: BaseHTTPRequestHandler) -> dict[str, Any]:
     raw = handler.rfile.read(int(length))
     try:
         body = json.loads(raw.decode())
-        # Infinite numbers and halves of characters fail here, wherever they are.
+        # Non-finite numbers and lone surrogates fail here, at any depth.
         json.dumps(body, allow_nan=False, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         message = f"The body is not valid JSON in UTF-8 ({error}): use a JSON object."
@@ -328,13 +328,13 @@ def _check(param: str, value: Any, kind: _Kind) -> None:
 
 
 def _shown(value: Any) -> str:
-    """The beginning of a value, as it is in JSON."""
+    """The beginning of a value in JSON."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def check_tokens(args: Any, tokens: Any, tokenizer: Any, vocabulary: int) -> None:
-    """Check the tokens of a prompt, and those in mlx-lm's ``args``, of ``vocabulary`` that exist.
+    """Check a prompt's tokens, and those in ``args`` against the size of the vocabulary.
 
     Raises:
         BadRequest: a prompt without tokens, or tokens that the model does not have.
@@ -342,9 +342,9 @@ def check_tokens(args: Any, tokens: Any, tokenizer: Any, vocabulary: int) -> Non
     if not tokens:
         raise BadRequest("The prompt has no tokens: give one that is not empty.", "prompt")
     if (top_k := args.sampling.top_k) >= vocabulary:
-        message = f"top_k is {top_k}: use less than the {vocabulary} tokens there are."
+        message = f"top_k is {top_k}: use less than {vocabulary}, the size of the vocabulary."
         raise BadRequest(message, "top_k")
     for token in args.logits.logit_bias or ():
         if token >= vocabulary or tokenizer.convert_ids_to_tokens(token) is None:
-            message = f"logit_bias has token {token}: use ids of the {vocabulary} tokens there are."
+            message = f"logit_bias has token {token}: use ids of the model's {vocabulary} tokens."
             raise BadRequest(message, "logit_bias")

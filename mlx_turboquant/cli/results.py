@@ -1,4 +1,4 @@
-"""What the measuring commands have in common: libraries of an extra, and files of results."""
+"""Shared parts of the measuring commands: optional libraries, tables and files of results."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from ..files import write_errors
 
 @contextmanager
 def drawing_tools(command: str) -> Iterator[None]:
-    """Turn the absence of matplotlib into one ValueError."""
+    """Raise a ValueError with a remedy if matplotlib is not installed."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -32,7 +32,7 @@ def drawing_tools(command: str) -> Iterator[None]:
 
 
 def machine() -> dict[str, Any]:
-    """Where something was measured, and with which versions."""
+    """The machine and the versions of the software, for a result."""
     return {
         "device": mx.device_info().get("device_name", "CPU"),
         "system": platform.platform(),
@@ -44,9 +44,9 @@ def machine() -> dict[str, Any]:
 
 
 def print_rows(rows: list[dict[str, str]], width: int = 120, **options: Any) -> None:
-    """Print a table with the keys of the first row as columns and ``options`` of rich's Table.
+    """Print a table with the keys of the first row as columns; rich's Table takes ``options``.
 
-    A line follows each context, where rows have one.
+    A line separates rows of different ``context``.
     """
     table = Table(box=SIMPLE, **options)
     for column in rows[0] if rows else ():
@@ -59,14 +59,14 @@ def print_rows(rows: list[dict[str, str]], width: int = 120, **options: Any) -> 
 
 
 class _Console(Console):
-    """One that leaves it to the command line to end when nobody reads the output."""
+    """A console that raises BrokenPipeError instead of ending the process."""
 
     def on_broken_pipe(self) -> None:
         raise  # the error that rich has caught
 
 
 def print_rich(table: Table, width: int = 120) -> None:
-    """Print a table, in lines of ``width`` where that is a file or a pipe."""
+    """Print a table, with ``width`` columns of text into a file or a pipe."""
     # Without colors rich would still write in italics and bold.
     console = _Console(color_system=None if os.environ.get("NO_COLOR") else "auto")
     if not console.is_terminal:
@@ -77,7 +77,7 @@ def print_rich(table: Table, width: int = 120) -> None:
 def write_results(
     folder: Path, name: str, result: dict[str, Any], draw: Callable[[dict[str, Any], Path], None]
 ) -> None:
-    """Write NAME.json and the pictures of ``draw(result, folder)`` whole, and say so."""
+    """Write NAME.json and the pictures of ``draw(result, folder)`` atomically; print the paths."""
     with (
         write_errors(folder),
         tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-") as temporary,

@@ -1,4 +1,4 @@
-"""Who may find whose prompts on a server."""
+"""Scopes of a server's prompts: requests find only cached prompts of their own scope."""
 
 import hashlib
 from http.server import BaseHTTPRequestHandler
@@ -8,7 +8,7 @@ SCOPES = ("all", "key", "user")
 
 
 def scope_of(request: BaseHTTPRequestHandler, kind: str) -> str:
-    """The scope of a request by one of ``SCOPES``: a hash of what tells it, "" for nothing."""
+    """The scope of a request for one of ``SCOPES``: a hash of its key or user, "" without one."""
     if kind == "key":
         told = request.headers.get("Authorization", "")
     else:
@@ -17,10 +17,10 @@ def scope_of(request: BaseHTTPRequestHandler, kind: str) -> str:
 
 
 class ScopedTokens(list):
-    """Tokens that belong to the request of a scope, as do parts of them and what is appended.
+    """Tokens with the scope of their request, which slices and additions keep.
 
-    mlx-lm keeps a cache by tokens that it has copied from those of its request in this way, so that
-    no comparison has to tell which of several requests they come from.
+    mlx-lm keeps a cache under such a copy of its request's tokens. So the scope of the cache is
+    known, even if several requests have the same tokens.
     """
 
     def __init__(self, tokens: list[int], scope: str):

@@ -1,4 +1,4 @@
-"""This command is mlx-lm's OpenAI-compatible server, with compressed caches."""
+"""This command runs mlx-lm's OpenAI-compatible server with compressed caches."""
 
 import argparse
 import importlib
@@ -43,9 +43,9 @@ _log = logging.getLogger("mlx_turboquant")
 
 
 def main(arguments: list[str]) -> None:
-    """Run mlx-lm's own server with its parser, loader and store of prompt caches wrapped.
+    """Run mlx-lm's own server with its parser, loader and prompt caches wrapped.
 
-    It ends on SIGINT and SIGTERM, after the requests that are being answered.
+    SIGINT and SIGTERM end it after the requests that are being answered.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     run = _Run(arguments)
@@ -58,10 +58,10 @@ def main(arguments: list[str]) -> None:
     with (
         replaced(
             ThreadingHTTPServer,
-            # Python's five would turn away clients that connect at once.
+            # Python's default of 5 would reject some clients that connect at the same time.
             request_queue_size=_WAITING_CONNECTIONS,
             serve_forever=lambda server: (run.listening.set(), serve(server)),
-            handle_error=lambda *_: _log.warning("No request: %s", place_of(sys.exception())),
+            handle_error=lambda *_: _log.warning("Bad request: %s", place_of(sys.exception())),
         ),
         replaced(provider, load_default=lambda provider: run.load_default(load_default, provider)),
         replaced(
@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> None:
         replaced(
             handler,
             log_request=lambda handler, status, *_: setattr(handler, "status", int(status)),
-            log_error=lambda handler, text, *values: _log.warning("No request: " + text, *values),
+            log_error=lambda handler, text, *values: _log.warning("Bad request: " + text, *values),
             do_OPTIONS=lambda handler: answer(handler, options),
             do_GET=lambda handler: answer(handler, partial(run.get, get)),
             do_POST=lambda handler: answer(handler, partial(_post, post)),
@@ -94,7 +94,7 @@ def main(arguments: list[str]) -> None:
 
 
 class _Run:
-    """One run of mlx-lm's server: the functions that stand in for its own."""
+    """The functions that replace mlx-lm's own in one run of its server."""
 
     def __init__(self, arguments: list[str]):
         self.arguments = arguments
@@ -103,19 +103,19 @@ class _Run:
         self.listening = threading.Event()
 
     def parser(self, **_) -> SimpleNamespace:
-        """What mlx-lm adds its options to, and then calls without arguments."""
+        """A stand-in for the parser to which mlx-lm adds its options."""
         parser = argparse.ArgumentParser(prog="mlx_turboquant server", description=__doc__)
         parser.add_argument(
             "--memory-limit",
             metavar="SIZE",
-            help="Memory that the model and its caches may have, like 16GB, or 16. Requests that "
-            "do not fit wait (default: what this machine lets MLX use)",
+            help="Maximum memory of the model and its caches, like 16GB, or 16 for short; requests "
+            "wait until they fit (default: all memory that MLX may use)",
         )
         add_store_options(parser).add_argument(
             "--prompt-store-scope",
             choices=SCOPES,
-            help='Requests that share prompts: all, those with one API key, or with one "user" '
-            "field (default: all on the loopback, otherwise key)",
+            help="Requests that share prompts: all, those with the same API key, or those with the "
+            'same "user" field (default: all on a loopback host, otherwise key)',
         )
         return SimpleNamespace(
             add_argument=parser.add_argument, parse_args=lambda: self._parse(parser)
@@ -125,7 +125,7 @@ class _Run:
         args, self.settings = parse(parser, self.arguments)
         self.args = args
         level = getattr(logging, args.log_level)
-        # What mlx-lm and other libraries say of every request is for those who debug.
+        # mlx-lm and other libraries log every request, which only helps in debugging.
         others = level if level == logging.DEBUG else max(level, logging.WARNING)
         logging.basicConfig(level=others, format="%(asctime)s %(levelname)s %(message)s")
         _log.setLevel(level)
@@ -133,7 +133,7 @@ class _Run:
         limit = args.memory_limit
         self.admission = Admission(memory_nbytes() if limit is None else parse_size(limit))
         self.store = self._open_store()
-        # What is beyond the loopback may be anyone.
+        # Beyond the loopback, clients may be strangers to each other.
         self.scope = args.prompt_store_scope or ("all" if args.host in _LOOPBACK else "key")
         for model in (args.model, args.draft_model):
             if model is not None:
@@ -142,12 +142,12 @@ class _Run:
                 if model == args.model and limit is not None:
                     self.admission.room(unloaded_model(config))
         if mx.distributed.init().rank() == 0:
-            # Before mlx-lm starts the thread that would outlive its failure.
+            # Fail on a taken port before mlx-lm starts its thread, which would keep running.
             socket.create_server((args.host, args.port)).close()
         return args
 
     def load_default(self, load_default: Callable[..., None], provider: Any) -> None:
-        """Load the model of the options, if any, and say that requests will be answered."""
+        """Load the model of the options, if any, and log that the server is ready."""
         load_default(provider)
         if mx.distributed.init().rank() > 0:
             return
@@ -161,7 +161,7 @@ class _Run:
         _log.info("Ready at %s: %s, %s, %s", address, model, self.settings, memory)
 
     def load(self, load: Callable[..., tuple], *positional, **keywords) -> tuple:
-        """A model with compression switched on, also one that a request names."""
+        """Load a model, of the options or of a request, and enable its compression."""
         model, tokenizer, *rest = load_ready(
             load, self.args, self.settings, *positional, **keywords
         )
@@ -172,14 +172,14 @@ class _Run:
         self.kept.use(model, tokenizer, Path(positional[0] or "").name)
         room = self.admission.use(model, self.settings)
         if self.args.prompt_cache_bytes is None:
-            # With a limit mlx-lm makes room for each request.
+            # With a limit mlx-lm evicts prompts for each request.
             self.args.prompt_cache_bytes = self.kept.max_bytes = room
         return (model, tokenizer, *rest)
 
     def _open_store(self) -> PromptStore | None:
-        """The store of the options; without one, where it cannot be written, requests go on."""
+        """Open the store of the options; if it cannot be written, serve without one."""
         if self.args.prompt_store is not None and self.args.draft_model is not None:
-            raise ValueError("--prompt-store does not keep caches of a --draft-model: use one.")
+            raise ValueError("--prompt-store cannot be used with --draft-model: leave one out.")
         try:
             return open_store(self.args)
         except OSError as error:
@@ -187,7 +187,7 @@ class _Run:
             return None
 
     def prompt_caches(self, max_size: int) -> KeptPrompts:
-        """One that keeps to the limit in bytes, as mlx-lm does only while it serves batches."""
+        """Prompt caches within the limit in bytes, which mlx-lm's observe only in batches."""
         limit = self.args.prompt_cache_bytes
         limits = (max_size,) if limit is None else (max_size, limit)
         if self.store is None:
@@ -204,7 +204,7 @@ class _Run:
         request: Any,
         *others,
     ):
-        """Give a request the scope of who sent it, and let mlx-lm answer it once it fits."""
+        """Give a request its sender's scope, and let mlx-lm answer it once it fits."""
         request.scope = scope_of(handler, self.scope)
         draft = handler.requested_draft_model
         if self.prompts is not None and draft not in (None, "default_model"):
@@ -224,13 +224,13 @@ class _Run:
         request: Any,
         args: Any,
     ):
-        """mlx-lm's tokens of a request; what it does next is look for a cache of them."""
+        """The tokens of a request with its scope; mlx-lm looks up a cache of them next."""
         model, tokenized = request.tokenized
         if tokenized is None or model != generator.model_provider.model_key:
             try:
                 tokenized = tokenize(generator, tokenizer, request, args)
             except Exception as error:
-                message = f"The prompt cannot be made into tokens ({reason_of(error)}): change it."
+                message = f"The prompt cannot be tokenized ({reason_of(error)}): change it."
                 raise BadRequest(message, "messages" if request.messages else "prompt") from error
         tokens, segments, kinds, state, vision = tokenized
         check_tokens(args, tokens, tokenizer, self.vocabulary)
@@ -242,7 +242,7 @@ class _Run:
         return tokens, segments, kinds, state, vision
 
     def get(self, get: Callable[..., None], handler: Any) -> None:
-        """Answer a GET request: of the store here, any other by mlx-lm."""
+        """Answer a GET request for the store's statistics; mlx-lm answers all others."""
         if handler.path != "/v1/prompt-store" or self.store is None:
             get(handler)
             return
@@ -251,24 +251,24 @@ class _Run:
         handler.wfile.write(json.dumps(self.store.statistics()).encode())
 
     def generate(self, generator: Any) -> None:
-        """What mlx-lm's thread does; without it the server would refuse all requests for ever."""
+        """Run mlx-lm's generation thread; if it fails, end the server, which could only refuse."""
         try:
             generator._generate()
         except BaseException as error:
-            _log.critical("The server ends, as it cannot generate any more: %s", place_of(error))
+            _log.critical("The server ends because generation has failed: %s", place_of(error))
             self.end(1)
 
     def end(self, status: int) -> NoReturn:
-        """Write what is left to be written, and end the process."""
+        """Write pending prompts and logs, and end the process."""
         if self.store is not None:
             self.store.close()
         logging.shutdown()
-        # Threads of MLX for the streams of a thread that has ended would abort a usual end.
+        # A normal exit aborts in MLX, which has threads for the streams of an ended thread.
         os._exit(status)
 
 
 def _counted(generate: Callable[..., tuple], generator: Any, request: Any, *others, **keywords):
-    """What mlx-lm answers a request, of which the log will say how many tokens it has."""
+    """mlx-lm's answer to a request; its tokens are counted for the log."""
     request.context, replies = generate(generator, request, *others, **keywords)
 
     def each() -> Iterator[Any]:
@@ -288,7 +288,7 @@ def _post(post: Callable[..., None], handler: Any) -> None:
 
 
 def _hub_models() -> Any:
-    """The models of the hub that are on this machine, also where there is no folder of them."""
+    """The hub's models on this machine; none if there is no folder of them."""
     try:
         return scan_cache_dir()
     except CacheNotFound:
@@ -298,10 +298,10 @@ def _hub_models() -> Any:
 def _tokenized(
     tokenize: Callable[..., tuple], handler: Any, request: Any
 ) -> tuple[Any, tuple | None]:
-    """The model that is there, and mlx-lm's tokens of a request for it.
+    """The loaded model, and mlx-lm's tokens of a request for it or None.
 
-    There are none before a model is there, and none of pictures: what is made of these belongs to
-    the thread that answers. What is wrong with a request mlx-lm says when it tries again.
+    There are no tokens before a model is loaded, or with images, which the generation thread
+    processes. Errors are ignored here: mlx-lm raises them when it tokenizes the request itself.
     """
     generator = handler.response_generator
     provider = generator.model_provider
@@ -309,7 +309,7 @@ def _tokenized(
     try:
         if provider.tokenizer is None or any(_mlx_lm_server._image_parts(request.messages)):
             return model, None
-        # Of its arguments, mlx-lm needs those for the template, which the handler has as well.
+        # mlx-lm uses only the arguments for the template, which the handler has as well.
         return model, tokenize(generator, provider.tokenizer, request, handler)
     except Exception:
         return model, None

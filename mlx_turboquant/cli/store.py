@@ -1,4 +1,4 @@
-"""This command shows and clears up a folder of prompts and conversations."""
+"""This command lists, checks and prunes a folder of prompts and conversations."""
 
 import argparse
 import sys
@@ -14,13 +14,13 @@ _UNITS = ((86400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
 
 
 def main(arguments: list[str]) -> None:
-    """Do what the first argument names with the folder that the second one does."""
+    """Apply an action to the folder of a store; the first two arguments name them."""
     args = _parser().parse_args(arguments)
     folder = Path(args.folder).expanduser()
     if version_of(folder) is None:
         raise ValueError(f"{folder} is not a prompt store: give a folder that --prompt-store made.")
     if (args.action == "remove") != (args.name is not None):
-        raise ValueError("remove takes a NAME that list shows, and nothing else does.")
+        raise ValueError("remove needs a NAME that list shows, and other actions take none.")
     removed = clear(folder) if args.action == "clear" else 1
     store = PromptStore(folder)
     if args.action == "list":
@@ -48,7 +48,7 @@ def _list(store: PromptStore) -> None:
 def _check(store: PromptStore) -> None:
     count = len(store.files()) + len(store.sessions())
     wrong = sum(not is_right for is_right in tqdm(store.check(), total=count, leave=False))
-    print(f"{count - wrong} of {count} prompts and conversations are as they were written.")
+    print(f"{count - wrong} of {count} prompts and conversations are intact.")
     sys.exit(1 if wrong else 0)
 
 
@@ -63,10 +63,10 @@ def age(moment: float) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlx_turboquant store", description=__doc__)
     actions = ("list", "check", "prune", "remove", "clear")
-    parser.add_argument("action", choices=actions, help="What to do with the folder")
-    parser.add_argument("folder", metavar="DIR", help="Folder that --prompt-store made")
-    text = "Prompt or conversation that remove takes away, as list names it"
+    parser.add_argument("action", choices=actions, help="Action on the folder")
+    parser.add_argument("folder", metavar="DIR", help="Folder made by --prompt-store")
+    text = "Prompt or conversation to remove, by its name in list"
     parser.add_argument("name", metavar="NAME", nargs="?", help=text)
-    text = "Space on the disk that prune leaves, like 20GB, or 20 (default: 20GB)"
+    text = "Maximum size of the store after prune, like 20GB, or 20 for short (default: 20GB)"
     parser.add_argument("--size", default="20GB", help=text)
     return parser

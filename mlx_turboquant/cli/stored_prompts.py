@@ -17,25 +17,25 @@ _log = logging.getLogger("mlx_turboquant")
 
 
 class StoredPrompts(KeptPrompts):
-    """Prompts are found in memory, then on disk; all that are kept in memory go to disk as well."""
+    """Looks up prompts in memory, then on disk; all that are kept in memory go to disk as well."""
 
     def __init__(self, store: PromptStore, admission: Admission, *limits: int):
         super().__init__(admission, *limits)
         self._store = store
 
     def use(self, model: nn.Module, tokenizer: TokenizerWrapper, name: str) -> None:
-        """From now on prompts are those of this model, which people call ``name``."""
+        """Keep prompts of this model, which is shown to users as ``name``."""
         super().use(model, tokenizer, name)
-        # Whether its caches can be cut back to any prompt that they begin with.
+        # Whether its caches can be cut back to any prefix.
         layers = flat_caches(self._empty)
         self._can_be_cut = all(isinstance(x, (KVCache, TurboQuantKVCache)) for x in layers)
 
     def in_pieces(
         self, segments: list[list[int]], kinds: list[str]
     ) -> tuple[list[list[int]], list[str]]:
-        """The segments of a prompt, none of them long where caches cannot be cut back.
+        """Split the long segments of a prompt if caches cannot be cut back.
 
-        mlx-lm keeps the cache at the end of each, so that no more tokens are read again.
+        mlx-lm keeps a cache at the end of each segment, from which a similar prompt can go on.
         """
         if self._can_be_cut or len(segments) != len(kinds):
             return segments, kinds
@@ -49,7 +49,7 @@ class StoredPrompts(KeptPrompts):
     def fetch_nearest_cache(
         self, model: Any, tokens: ScopedTokens
     ) -> tuple[list[Any] | None, list]:
-        """The cache of the longest known beginning, and the tokens that are left to be read."""
+        """The cache of the longest known prefix, and the tokens that remain to be prefilled."""
         cache, rest = super().fetch_nearest_cache(model, tokens)
         if _are_tokens(tokens):
             try:
@@ -66,7 +66,7 @@ class StoredPrompts(KeptPrompts):
     def insert_cache(
         self, model: Any, tokens: ScopedTokens, prompt_cache: list[Any], **keywords: str
     ) -> None:
-        """Keep the cache of a request, or of the beginning of its prompt, for its scope alone."""
+        """Keep the cache of a request, or of a prefix of its prompt, for its scope alone."""
         super().insert_cache(model, tokens, prompt_cache, **keywords)
         if _are_tokens(tokens):
             text = self._tokenizer.decode(tokens[:SHOWN_TOKENS])
@@ -78,5 +78,5 @@ class StoredPrompts(KeptPrompts):
 
 
 def _are_tokens(tokens: list[Any]) -> bool:
-    """Whether these are tokens alone: mlx-lm has negative numbers for parts of pictures."""
+    """Whether all are tokens of text; mlx-lm has negative numbers for parts of images."""
     return min(tokens, default=0) >= 0

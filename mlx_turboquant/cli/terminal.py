@@ -1,4 +1,4 @@
-"""The terminal of a chat: what is typed or piped to it, what it prints, and its signals."""
+"""The terminal of a chat: its input, its output and its signals."""
 
 import atexit
 import os
@@ -20,41 +20,41 @@ ENDINGS = (signal.SIGHUP, signal.SIGTERM)
 
 
 class Terminal:
-    """Reads messages and prints; plain lines without a prompt where input or output is piped."""
+    """Reads and prints messages; plain lines without a prompt if input or output is piped."""
 
     def __init__(self):
         self._is_plain = is_dumb_terminal() or not (sys.stdin.isatty() and sys.stdout.isatty())
         sys.stdin.reconfigure(errors="surrogateescape")
         if not self._is_plain:
             keys = KeyBindings()
-            # Not Ctrl-J as well: an Enter that is pressed before the prompt appears arrives as it.
+            # Ctrl-J is not bound: Enter, pressed before the prompt appears, arrives as Ctrl-J.
             keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
             history = _History(user_cache_path("mlx_turboquant") / "chat_history")
             options = {"prompt_continuation": "  ", "enable_suspend": True}
             self._session = PromptSession("> ", history=history, key_bindings=keys, **options)
-            # What is typed during a reply is not shown in it, but waits for the next prompt.
+            # Keys typed during a reply are not echoed, but appear at the next prompt.
             atexit.register(self._restore, termios.tcgetattr(sys.stdin))
             tty.setcbreak(sys.stdin, termios.TCSANOW)
 
     def read(self) -> str:
-        """The next message, which has several lines if it was pasted; EOFError at the end."""
+        """The next message, which may have several lines; EOFError at the end."""
         if self._is_plain:
             line = input()
         else:
             with signals_held(*ENDINGS, then=self._end_prompt) as came:
                 line = self._session.prompt(pre_run=lambda: came and self._end_prompt())
-            self.write("\x1b[?2004h", end="")  # a paste has marks also while a reply is printed
-        return line.encode(errors="replace").decode().rstrip()  # bytes that are no text become "?"
+            self.write("\x1b[?2004h", end="")  # also bracket a paste during a reply
+        return line.encode(errors="replace").decode().rstrip()  # invalid bytes become "?"
 
     def write(self, text: str, end: str = "\n", is_note: bool = False) -> None:
-        """Print an answer, or a note: in grey, and to stderr if answers may be piped."""
+        """Print an answer or a note; notes are grey, or go to stderr in a plain terminal."""
         if is_note and not self._is_plain and not os.environ.get("NO_COLOR"):
             text = f"\x1b[90m{text}\x1b[0m"
         file = sys.stderr if is_note and self._is_plain else sys.stdout
         print(text, end=end, file=file, flush=True)
 
     def _end_prompt(self) -> None:
-        """End a running prompt through its event loop, where SystemExit would be a traceback."""
+        """End a running prompt by its event loop, in which SystemExit would print a traceback."""
         answer = self._session.app.future
         if answer is not None:
             answer.get_loop().call_soon_threadsafe(
@@ -69,7 +69,7 @@ class Terminal:
 
 @contextmanager
 def signals_held(*numbers: int, then: Callable[[], None] = lambda: None) -> Iterator[list[int]]:
-    """Signals wait for the end of the block, but for those that are removed from the list.
+    """Hold signals until the end of the block; those removed from the list are dropped.
 
     ``then`` is called when one comes.
     """
@@ -90,10 +90,10 @@ def signals_held(*numbers: int, then: Callable[[], None] = lambda: None) -> Iter
 
 
 class _History(FileHistory):
-    """What was entered before, in a file of the user alone; without a file nothing."""
+    """Earlier input, in a file that only the user can read, or nowhere if it cannot be written."""
 
     def store_string(self, string: str) -> None:
-        with suppress(OSError):  # which must not hinder a chat
+        with suppress(OSError):  # a chat works without history
             Path(self.filename).parent.mkdir(parents=True, exist_ok=True)
             Path(self.filename).touch(mode=0o600)
             super().store_string(string)

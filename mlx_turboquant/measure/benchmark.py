@@ -1,4 +1,4 @@
-"""Speed and memory of a model with different caches, as mlx-lm generates with them."""
+"""Speed and memory of generation with different caches, in mlx-lm's way."""
 
 import gc
 import time
@@ -21,12 +21,11 @@ LEAST_NEW_TOKENS = _WARM_UP_TOKENS + 1
 class Measurement(NamedTuple):
     """One generation after a prompt. Times are in seconds, memory in bytes of MLX's allocator.
 
-    ``prefill`` is the time for all tokens of the prompt but the last, ``first_token`` that from
-    the beginning until the first new token is known. ``decode`` is the time of one step of all
-    sequences, and ``graph`` the part of it in which Python builds the step's graph (a median).
-    Active memory is what is held between the steps, peak memory the most within them, both less
-    what was held before: weights are not in them. ``cache_nbytes`` is after the last token, as is
-    ``unpacked``, that of :class:`.report.CacheSize`.
+    ``prefill`` covers all tokens of the prompt but the last; ``first_token`` is the time to first
+    token. ``decode`` is the time of one step of all sequences; ``graph`` is the median time in
+    which Python builds its graph. Active memory is held between the steps, peak memory is the
+    maximum within them. Both exclude what was held before, such as the weights. ``cache_nbytes``
+    and ``unpacked``, that of :class:`.report.CacheSize`, are taken after the last token.
     """
 
     prefill: float
@@ -48,12 +47,12 @@ def measure(
     new_tokens: int,
     progress: Progress = ignore,
 ) -> Measurement:
-    """Read ``prompts`` (B, n) in chunks as mlx-lm does and decode ``new_tokens`` greedily.
+    """Prefill ``prompts`` (B, n) in chunks as mlx-lm does, and decode ``new_tokens`` greedily.
 
-    ``new_tokens`` are at least ``LEAST_NEW_TOKENS``. ``progress`` is called with the number of
+    ``new_tokens`` is at least ``LEAST_NEW_TOKENS``. ``progress`` is called with the number of
     tokens of one sequence, after each chunk and at the end.
     """
-    # What earlier work left would be given back in between, and be missing from what is held.
+    # Earlier garbage that is freed during the run would make the memory held look smaller.
     gc.collect()
     mx.synchronize()
     mx.clear_cache()
@@ -66,7 +65,7 @@ def measure(
     steps = _decode(model, spec, cache, prompts[:, -1:])
     next(steps)
     first_token = time.perf_counter() - begin
-    mx.synchronize()  # the next step, which holds dense tokens while it is computed
+    mx.synchronize()  # ends the next step, which holds dense tokens while it is computed
     prefill_active, prefill_peak = mx.get_active_memory() - before, mx.get_peak_memory() - before
     mx.reset_peak_memory()
     for _ in range(_WARM_UP_TOKENS):
@@ -93,9 +92,9 @@ def measure(
 def _decode(
     model: nn.Module, spec: CacheSpec, cache: list[Any], tokens: mx.array
 ) -> Iterator[float]:
-    """Greedy decoding one step ahead of what is known, as in mlx-lm's ``generate_step``.
+    """Decode greedily, one step ahead of the known tokens, as mlx-lm's ``generate_step`` does.
 
-    Yields the seconds of building the next graph whenever a token of each sequence is known.
+    Yields the seconds of building the next graph when the next token of each sequence is known.
     """
     known = None
     while True:
@@ -111,5 +110,5 @@ def _decode(
 
 
 def median(measurements: list[Measurement]) -> Measurement:
-    """The median of each number."""
+    """The median of each field."""
     return Measurement(*(type(x[0])(np.median(x)) for x in zip(*measurements)))

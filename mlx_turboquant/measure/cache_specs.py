@@ -1,4 +1,4 @@
-"""The caches that are put side by side: the exact one, mlx-lm's, ours, and simulated ones."""
+"""The caches that are compared: the exact one, mlx-lm's, ours, and simulated ones."""
 
 import re
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from ..lm.enable import make_prompt_cache
 from ..lm.settings import Settings
 from .simulated import method_roundings, simulated_prompt_cache
 
-# mlx-lm reads prompts in chunks of this size, and quantizes its own cache in these groups.
+# The chunks of mlx-lm's prefill, in tokens, and the groups of its quantized cache, in values.
 CHUNK = 2048
 GROUP_SIZE = 64
 
@@ -26,14 +26,14 @@ Progress = Callable[[int], Any]
 
 
 def ignore(tokens: int) -> None:
-    """The progress that nobody looks at."""
+    """Ignore the progress."""
 
 
 class CacheSpec(NamedTuple):
-    """A cache to put beside others: the exact one, or that of one of the other fields.
+    """A cache to compare; with a ``name`` alone, the exact one.
 
-    ``mlx_lm_bits`` are those of mlx-lm's quantized cache, ``settings`` those of ours. With a
-    ``codec`` as well, one or two of :data:`.methods.METHODS`, it is a simulated one.
+    ``mlx_lm_bits`` selects mlx-lm's quantized cache, ``settings`` selects ours. ``settings`` with
+    a ``codec``, one or two of :data:`.methods.METHODS`, selects a simulated one.
     """
 
     name: str
@@ -43,14 +43,14 @@ class CacheSpec(NamedTuple):
 
     @property
     def needs_profile(self) -> bool:
-        """Whether bits are chosen by what calibration found out about the model."""
+        """Whether the profile of the model chooses the bits."""
         return self.settings is not None and not self.settings.is_fixed
 
     def make_cache(self, model: nn.Module) -> list[Any]:
         """An empty prompt cache.
 
         Raises:
-            ValueError: a model that this cache is not for.
+            ValueError: a model that this cache does not support.
         """
         if self.settings is None:
             return plain_caches(model)
@@ -59,13 +59,13 @@ class CacheSpec(NamedTuple):
         return simulated_prompt_cache(model, self.codec, self.settings)
 
     def after_chunk(self, cache: list[Any]) -> None:
-        """What mlx-lm does after every chunk of a prompt: its own cache is quantized then."""
+        """Quantize mlx-lm's own cache, as mlx-lm does after every chunk of a prompt."""
         maybe_quantize_kv_cache(cache, 0, GROUP_SIZE, self.mlx_lm_bits)
 
     def read(
         self, model: nn.Module, cache: list[Any], tokens: mx.array, progress: Progress = ignore
     ) -> None:
-        """Let a cache read tokens (B, n) in chunks, as mlx-lm reads a prompt."""
+        """Prefill a cache with tokens (B, n) in chunks, as mlx-lm does."""
         for start in range(0, tokens.shape[1], CHUNK):
             chunk = tokens[:, start : start + CHUNK]
             model(chunk, cache=cache)
@@ -80,20 +80,20 @@ MLX_LM = (CacheSpec("mlx-lm 8 bits", 8), CacheSpec("mlx-lm 4 bits", 4))
 
 
 def preset(name: str, settings: Settings = _DEFAULTS) -> CacheSpec:
-    """Our cache with a setting as ``4``, ``3.5`` (bits) or ``K5V3`` (of keys and values).
+    """The cache of a name: ours for ``4``, ``3.5`` (bits) or ``K5V3`` (bits of keys and values).
 
-    With the names of methods before it, as ``prod:4`` or ``qjl+affine:K3V2``, a simulated one:
-    all layers have the same bits, and keys one more at a half. All else is as in ``settings``.
+    A name with methods, like ``prod:4`` or ``qjl+affine:K3V2``, gives a simulated cache. All its
+    layers have the same bits; half bits give keys one more. All else is as in ``settings``.
 
     Raises:
-        ValueError: a name of another form, or bits that cannot be.
+        ValueError: a name of another form, or invalid bits.
     """
     codec, colon, bits_name = name.rpartition(":")
     split = re.fullmatch(r"[Kk](\d)[Vv](\d)", bits_name)
     if not split and not re.fullmatch(r"\d(\.\d*)?", bits_name):
         raise ValueError(
-            f"{name!r} is not a preset: use bits as 4 or 3.5, a split as K5V3, "
-            "or another codec and its bits as prod:4."
+            f"{name!r} is not a preset: use bits like 4 or 3.5, a split like K5V3, "
+            "or another codec and its bits like prod:4."
         )
     label = bits_name.upper() if split else f"{bits_name} bits"
     if not split and not colon:
@@ -106,14 +106,14 @@ def preset(name: str, settings: Settings = _DEFAULTS) -> CacheSpec:
     if not colon:
         return CacheSpec(label, settings=settings)
     settings = replace(settings, uniform=False)
-    method_roundings(codec, settings)  # refuses what no model can have
+    method_roundings(codec, settings)  # refuses what no model supports
     return CacheSpec(f"{codec} {label}", settings=settings, codec=codec)
 
 
 def token_size(cache: list[Any]) -> tuple[int, float]:
-    """The values of one more token and the bytes that they take, scales included.
+    """The values of a token and the bytes that they take, scales included.
 
-    Layers that are bounded or hold no tokens do not count. The model is taken for one of 16 bits.
+    Layers that are bounded or hold no tokens do not count. Exact values count as 16 bits each.
     """
     sizes = [_layer_token_size(layer) for layer in flat_caches(cache)]
     return sum(values for values, _ in sizes), sum((nbytes for _, nbytes in sizes), 0.0)

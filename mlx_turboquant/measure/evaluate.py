@@ -1,8 +1,7 @@
-"""How far a model with a quantized cache is from the same model with the exact one.
+"""Compare the output of a model with a quantized cache to that with the exact cache.
 
-Everything is measured at decode, as it happens in use: a text is read in chunks, and its last
-tokens go through the cache a few at a time, so that they see quantized tokens as soon as these
-leave the window.
+Everything is measured at decode, as in use. A text is read in chunks, and its last tokens go
+through the cache a few at a time. So they see quantized tokens as soon as these leave the window.
 """
 
 import copy
@@ -29,7 +28,7 @@ REPLY_TOKENS = 32
 
 
 def read_prompt(model: nn.Module, spec: CacheSpec, tokens: mx.array) -> list[Any]:
-    """A cache of ``spec`` that has read the tokens (n,) as mlx-lm reads a prompt."""
+    """A cache of ``spec`` that is prefilled with tokens (n,) as mlx-lm does."""
     cache = spec.make_cache(model)
     spec.read(model, cache, tokens[None])
     return cache
@@ -38,9 +37,9 @@ def read_prompt(model: nn.Module, spec: CacheSpec, tokens: mx.array) -> list[Any
 def read_first_chunk(
     model: nn.Module, specs: list[CacheSpec], tokens: mx.array, progress: Progress = ignore
 ) -> list[list[Any]]:
-    """A cache of each spec that has read the first chunk of a prompt, the tokens (n,).
+    """A cache of each spec, prefilled with the first chunk of a prompt, the tokens (n,).
 
-    Nothing of a first chunk is seen quantized: the model computes the same for all, and runs once.
+    Tokens of a first chunk see each other exactly, so one run of the model is enough for all.
     """
     chunk = tokens[None, :CHUNK]
     exact = plain_caches(model)
@@ -64,7 +63,7 @@ def read_on(
     tokens: mx.array,
     progress: Progress = ignore,
 ) -> None:
-    """Let a cache that has read the first chunk of the tokens (n,) read the others."""
+    """Prefill a cache that has the first chunk of the tokens (n,) with the others."""
     spec.after_chunk(cache)
     mx.eval([layer.state for layer in cache])
     spec.read(model, cache, tokens[None, CHUNK:], progress)
@@ -73,7 +72,7 @@ def read_on(
 def log_probabilities(
     model: nn.Module, cache: list[Any], tokens: mx.array, progress: Progress = ignore
 ) -> Iterator[mx.array]:
-    """Log-probabilities (up to 8, vocabulary) after each of the tokens (n,), some at a time."""
+    """Yield the log-probabilities (up to 8, vocabulary) after each of the tokens (n,)."""
     for start in range(0, len(tokens), MAX_DECODE_ROWS):
         step = tokens[None, start : start + MAX_DECODE_ROWS]
         rows = nn.log_softmax(model(step, cache=cache)[0].astype(mx.float32), axis=-1)
@@ -95,10 +94,10 @@ def token_losses(rows: mx.array, tokens: mx.array) -> list[float]:
 def following_tokens(
     model: nn.Module, cache: list[Any], token: int, seed: int | None = None
 ) -> Iterator[int]:
-    """The tokens after ``token``, one at a time, without end: the most probable ones.
+    """Yield tokens after ``token`` without end: the most probable ones, or samples.
 
-    With a ``seed`` they are random, and the same for logits that are the same. Each is that of the
-    largest logit with Gumbel noise, which follows the model's distribution.
+    With a ``seed`` they are samples of the model's distribution, and the same for equal logits:
+    each has the largest logit after Gumbel noise is added.
     """
     for step in itertools.count():
         logits = model(mx.array([[token]]), cache=cache)[0, -1].astype(mx.float32)
@@ -110,7 +109,7 @@ def following_tokens(
 
 
 def first_difference(one: Iterable[int], other: Iterable[int]) -> int | None:
-    """The first place at which two sequences differ, as far as both go."""
+    """The first index at which two sequences differ before the shorter one ends, or None."""
     pairs = enumerate(zip(one, other))
     return next((i for i, (first, second) in pairs if first != second), None)
 
@@ -118,9 +117,9 @@ def first_difference(one: Iterable[int], other: Iterable[int]) -> int | None:
 class Comparison:
     """Runs the exact cache and others, one at a time, and keeps the ``scores`` of each.
 
-    Besides the model there are in memory one cache, the first chunk of the others, and the exact
-    log-probabilities of the scored tokens of one text. A cache of mlx-lm that the model does not
-    support is a ``failure`` in its scores.
+    Memory holds the model, one cache, the first chunk of the others, and the exact
+    log-probabilities of the scored tokens of one text. If an mlx-lm cache does not support the
+    model, its scores have a ``failure``.
     """
 
     def __init__(self, model: nn.Module, specs: list[CacheSpec], progress: Progress = ignore):
@@ -131,7 +130,7 @@ class Comparison:
     def text(self, tokens: list[int], scored: int, greedy: int = 0) -> None:
         """Score the predictions of the last ``scored`` tokens.
 
-        Then let the exact cache go on for ``greedy`` tokens and look where the others depart.
+        Then continue the exact cache for ``greedy`` tokens and find where the others depart.
         """
         first = len(tokens) - scored
         exact: list[mx.array] = []
@@ -155,9 +154,9 @@ class Comparison:
         self._each(mx.array(tokens)[: first - 1], measure)
 
     def _each(self, tokens: mx.array, measure: Callable[[Scores, list[Any]], Any]) -> None:
-        """Let every cache that has not failed read the tokens, and measure it.
+        """Prefill every cache that has not failed with the tokens, and measure it.
 
-        A true result of ``measure`` ends this.
+        A true result of ``measure`` ends the loop.
         """
         working = [scores for scores in self.scores if scores.failure is None]
         specs = [scores.spec for scores in working]
@@ -168,7 +167,7 @@ class Comparison:
                 read_on(self.model, scores.spec, cache, tokens, self.progress)
                 if measure(scores, cache):
                     return
-            except Exception as error:  # whatever mlx-lm's cache raises with a model
+            except Exception as error:  # mlx-lm's caches may raise anything
                 if scores.spec.mlx_lm_bits is None:
                     raise
                 scores.failure = reason_of(error)
@@ -190,9 +189,9 @@ class Comparison:
             scores.overlaps += overlaps.tolist()
 
     def generation(self, prompt: list[int], count: int, seed: int | None = None) -> None:
-        """Let every cache write ``count`` tokens after a prompt, and score them exactly.
+        """Generate ``count`` tokens after a prompt with every cache; score them with the exact one.
 
-        They are chosen as by :func:`following_tokens`.
+        :func:`following_tokens` chooses them.
         """
         exact: list[int] = []
 
@@ -209,9 +208,9 @@ class Comparison:
         self._each(mx.array(prompt[:-1]), measure)
 
     def needle(self, tokenizer, prompt: list[int], code: str, length: int, depth: float) -> None:
-        """Let every cache go on after a passkey prompt; the first six digits must be the code.
+        """Continue a passkey prompt with every cache; the first six digits must be the code.
 
-        Where the exact cache does not find it, the others are not asked.
+        If the exact cache does not find it, the others are not asked.
         """
 
         def measure(scores: Scores, cache: list[Any]) -> bool:
@@ -229,7 +228,7 @@ class Comparison:
 
 
 def exact_losses(model: nn.Module, prompt: list[int], following: list[int]) -> list[float]:
-    """Of tokens after a prompt, in nats, with the exact cache."""
+    """The losses of tokens after a prompt, in nats, with the exact cache."""
     tokens, start = mx.array(prompt + following), len(prompt)
     cache = read_prompt(model, EXACT, tokens[: start - 1])
     losses: list[float] = []
@@ -243,7 +242,7 @@ def passkey_prompt(
 ) -> tuple[list[int], str]:
     """A prompt of ``length`` tokens that ends with a question, and the code that answers it.
 
-    With ``chat`` it is the message of a user (and a little longer).
+    With ``chat`` it is the message of a user in the chat template, and a little longer.
     """
     start = start_tokens(tokenizer)
     prompt, code = hide_codes(tokenizer, text, length - len(start), depth=depth, seed=seed)
@@ -255,7 +254,7 @@ def passkey_prompt(
 
 
 def _first_code(tokenizer, tokens: Iterable[int]) -> str | None:
-    """The first six digits of a reply, which is read only that far."""
+    """The first six digits of a reply, which is generated only that far."""
     reply = []
     for token in tokens:
         reply.append(token)

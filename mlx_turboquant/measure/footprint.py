@@ -1,4 +1,4 @@
-"""How many bytes a cache takes, before it is filled: for a plan, and for what fits."""
+"""Predict how many bytes a cache takes, before it is filled."""
 
 from bisect import bisect_right
 from typing import Any, NamedTuple
@@ -12,17 +12,17 @@ from ..kernels.storage import GROWTH, LEAST_GROWTH
 from ..lm.compressible import flat_caches, text_arguments
 from .cache_specs import CHUNK, GROUP_SIZE, CacheSpec
 
-# For heads of other widths, MLX's attention over many queries has all scores in memory at once.
+# With other head dimensions, MLX's attention over many query rows holds all scores in memory.
 _FUSED_DIMS = (64, 80, 128)
 
 
 class Footprint(NamedTuple):
-    """Bytes of a cache of one sequence, as a function of its tokens.
+    """Bytes of the cache of one sequence, as a function of its length.
 
-    ``per_token`` are those of a token in layers without a limit, ``constant`` what layers hold
-    of any text (exact tokens, states); ``bounded`` has bytes per token and the most tokens of
-    each sliding window. ``workspace_per_token`` is what the layer that is computed takes beside
-    them for every token before it, while a prompt is read.
+    ``per_token`` counts a token in all layers without a limit; ``constant`` counts what layers
+    hold for any text (exact tokens, states). ``bounded`` has the bytes per token and the maximum
+    number of tokens of each sliding window. ``workspace_per_token`` counts the additional bytes of
+    a layer for each token in its cache, during prefill.
     """
 
     per_token: float
@@ -31,30 +31,30 @@ class Footprint(NamedTuple):
     workspace_per_token: float
 
     def nbytes(self, tokens: int) -> float:
-        """Bytes of the cache of so many tokens."""
+        """Bytes of the cache of ``tokens`` tokens."""
         windows = sum(each * min(tokens, most) for each, most in self.bounded)
         return self.per_token * tokens + self.constant + windows
 
     def prompt_nbytes(self, tokens: int) -> float:
-        """Bytes of the cache and of the workspace at the end of a prompt of so many tokens.
+        """Bytes of the cache and the workspace at the end of the prefill of ``tokens`` tokens.
 
-        A sliding window then has the last chunk as well.
+        A sliding window then holds the last chunk as well.
         """
         chunk = sum(each * min(max(tokens - most, 0), CHUNK) for each, most in self.bounded)
         return self.nbytes(tokens) + chunk + self.workspace_per_token * tokens
 
     def longest(self, nbytes: float) -> int:
-        """The most tokens of a prompt that fit in so many bytes."""
+        """The length in tokens of the longest prompt that fits into ``nbytes``."""
         return bisect_right(range(1, (1 << 40) + 1), nbytes, key=self.prompt_nbytes)
 
 
 def footprint(model: nn.Module, spec: CacheSpec) -> Footprint:
     """The footprint of the caches that ``spec`` makes; nothing of the model is evaluated.
 
-    One token goes through the model lazily, which tells heads and dimensions.
+    One token goes through the model lazily to find the numbers of heads and dimensions.
 
     Raises:
-        ValueError: a simulated cache, or a model that the cache is not for.
+        ValueError: a simulated cache, or a model that the cache does not support.
     """
     if spec.codec is not None:
         raise ValueError(
@@ -88,7 +88,7 @@ def footprint(model: nn.Module, spec: CacheSpec) -> Footprint:
 
 
 def chunk_nbytes(model: nn.Module) -> int:
-    """Bytes that the activations of one chunk of a prompt take, about."""
+    """Approximate bytes of the activations of one chunk of a prompt."""
     sizes = text_arguments(model)
     hidden, intermediate = _size(sizes, "hidden_size"), _size(sizes, "intermediate_size")
     experts = _size(sizes, "num_experts_per_tok") * _size(sizes, "moe_intermediate_size")
@@ -97,20 +97,20 @@ def chunk_nbytes(model: nn.Module) -> int:
 
 
 def _size(sizes: Any, name: str) -> int:
-    """A number of a configuration, 0 if it has none of this name."""
+    """An integer of a configuration, 0 if there is none of this name."""
     size = getattr(sizes, name, None)
     return size if type(size) is int else 0
 
 
 def _widest(model: nn.Module) -> int:
-    """The most outputs of a linear layer, for a model whose configuration has other names."""
+    """The widest output of a linear layer, for configurations that use other names."""
     layers = [module for layer in model.layers for module in layer.modules()]
     weights = [module.weight for module in layers if "weight" in module]
     return max(weight.shape[0] for weight in weights if weight.ndim == 2)
 
 
 def _scores(model: nn.Module, spec: CacheSpec) -> int:
-    """Bytes of the scores of a chunk for one token, where MLX does not fuse them: in 16 bits."""
+    """Bytes of the 16-bit scores of a chunk for one token; 0 if MLX fuses the attention."""
     sizes = text_arguments(model)
     heads = _size(sizes, "num_attention_heads")
     head_dim = _size(sizes, "head_dim") or _size(sizes, "hidden_size") // max(heads, 1)

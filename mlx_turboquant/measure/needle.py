@@ -42,7 +42,7 @@ def code_line(name: str, code: str) -> str:
 
 
 def question(name: str) -> str:
-    """The end of the prompt; the model goes on with the answer."""
+    """The end of the prompt; the model continues with the answer."""
     return f"# What is the secret code for {name}? The secret code for {name} is"
 
 
@@ -61,7 +61,7 @@ def hide_lines(
 ) -> list[int]:
     """Exactly ``length`` tokens of the text with ``lines`` inserted where its lines begin.
 
-    The places are random, but ``depth`` in [0, 1] fixes where the first of ``lines`` is.
+    The places are random; ``depth`` in [0, 1] fixes that of the first of ``lines``.
 
     Raises:
         ValueError: a length without room for the lines, or a text with too few tokens or lines.
@@ -110,12 +110,12 @@ def hide_codes(
 ) -> tuple[list[int], str]:
     """A passkey prompt of exactly ``length`` tokens, and the code that answers it.
 
-    ``text_tokens`` are ``length`` or more tokens of a text. One of the ``needles`` hidden lines is
-    asked about, and ``depth`` puts that one at this fraction of the prompt. The answer of the model
-    is right if it continues with ``answer(code)``.
+    ``text_tokens`` are ``length`` or more tokens of a text. The question is about one of the
+    ``needles`` hidden lines; ``depth`` puts this line at that fraction of the prompt. The model is
+    right if it continues with ``answer(code)``.
 
     Raises:
-        ValueError: an argument that is not possible, or a text as in :func:`hide_lines`.
+        ValueError: an invalid argument, or a text that :func:`hide_lines` refuses.
     """
     if not 1 <= needles <= 64:
         raise ValueError(f"needles is {needles} and must be 1 to 64: hide at least one code.")

@@ -1,4 +1,4 @@
-"""What is measured of the caches of a comparison, and its numbers for tables and files."""
+"""The measurements of each cache in a comparison, and their summaries for tables and files."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,10 +17,10 @@ class Needle(NamedTuple):
 
 
 class Generation(NamedTuple):
-    """What a cache wrote after a prompt, greedily or with random numbers that all caches share.
+    """Tokens generated after a prompt, greedily or with random numbers that all caches share.
 
-    ``losses`` are those of its tokens, in nats, under the model with the exact cache: they rise if
-    errors feed on themselves. ``departure`` is the first token that is not that of the exact cache.
+    ``losses`` are their losses with the exact cache, in nats; they rise if errors accumulate.
+    ``departure`` is the index of the first token that differs from the exact cache's, or None.
     """
 
     is_sampled: bool
@@ -29,7 +29,7 @@ class Generation(NamedTuple):
     departure: int | None
 
     def summary(self, bins: int = 10) -> dict[str, Any]:
-        """Numbers for a file: mean losses of stretches of the tokens."""
+        """Numbers for a file, with the mean loss of each stretch of the tokens."""
         parts = np.array_split(np.array(self.losses), bins)
         return {
             "sampled": self.is_sampled,
@@ -41,16 +41,15 @@ class Generation(NamedTuple):
 
 @dataclass
 class Scores:
-    """What was measured of one cache; arrays are over all scored tokens, in nats.
+    """The measurements of one cache; divergences and losses are those of scored tokens, in nats.
 
-    ``bits`` are those of one more value with its share of a scale, ``token_nbytes`` the bytes of
-    one more token; ``bits_in_all`` what a value of this text took, exact tokens and free space
-    included (0 for the caches of mlx-lm, 16 for a simulated one, which is dense); ``unpacked`` is
-    that of :class:`.report.CacheSize`.
-    ``positions`` are those of the scored tokens in their text; ``departures`` has for every text
-    the first of ``greedy`` tokens that is not that of the exact cache, or None. ``overlaps`` are 1
-    less the total variation between the distributions, which is the share of tokens drafted by
-    one of them that the other accepts.
+    ``bits`` are per value, with its share of a scale, ``token_nbytes`` per token, both of tokens
+    added to a long text. ``bits_in_all`` is the mean of all values of the last text, with exact
+    tokens and free space (0 for mlx-lm's caches, 16 for simulated ones, which are dense).
+    ``unpacked`` is that of :class:`.report.CacheSize`. ``positions`` are those of the scored tokens
+    in their text. ``departures`` has for every text the index of the first greedy token that
+    differs from the exact cache's, or None. ``overlaps`` are 1 minus the total variation between
+    the distributions: the share of tokens drafted by one of them that the other accepts.
     """
 
     spec: CacheSpec
@@ -99,7 +98,7 @@ class Scores:
         return measured
 
     def by_position(self, bins: int = 8) -> list[dict[str, float]]:
-        """Divergence and perplexity in stretches of the scored positions."""
+        """Divergence and perplexity of each stretch of the scored positions."""
         parts = np.array_split(np.unique(self.positions), bins)
         insides = ((part, np.isin(self.positions, part)) for part in parts if part.size)
         return [

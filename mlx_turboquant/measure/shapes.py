@@ -57,7 +57,7 @@ _HYBRID_EXPERTS = {"num_experts": 128, "num_experts_per_tok": 10, "moe_intermedi
 _HYBRID_EXPERTS |= {"shared_expert_intermediate_size": 640}
 _MUSE_GLIMMER = {"head_dim": 128, "vocab_size": 202048, "sliding_window": 2048}
 
-# The configurations that these models are published with, as far as they bear on shapes.
+# The published configurations of these models, as far as they affect shapes.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": _llama_3(2048, 8192, 16, 32, factor=32.0, **_TIED),
     "llama-3.2-3b": _llama_3(3072, 8192, 28, 24, factor=32.0, head_dim=128, **_TIED),
@@ -80,9 +80,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "muse-glimmer-30b": _shape(
         "muse_glimmer", 6656, 19968, 52, 32, num_key_value_heads=2, **_MUSE_GLIMMER
     ),
-    # No published model: the heads and widths of Qwen3.8-Flash-Next, which mlx-lm does not know,
-    # with a quarter of its experts and without its index of tokens, hyper-connections and table
-    # of n-grams.
+    # Not a published model: it has the heads and widths of Qwen3.8-Flash-Next, which mlx-lm does
+    # not support, and a quarter of its experts. It lacks the index of tokens, hyper-connections
+    # and table of n-grams.
     "hybrid-24-2": _hybrid(
         2560, 640, 48, 24, kind="qwen3_5_moe", num_key_value_heads=2, **_HYBRID_EXPERTS
     ),
@@ -92,7 +92,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def unloaded_model(config: dict[str, Any]) -> nn.Module:
     """The model of an mlx-lm ``config.json`` as shapes only: no array of it is evaluated.
 
-    Its weights have as many bits as the configuration says, bfloat16 where it says nothing.
+    Its weights are quantized as the configuration says, otherwise bfloat16.
 
     Raises:
         ValueError: a configuration that mlx-lm has no model for.
@@ -106,7 +106,7 @@ def unloaded_model(config: dict[str, Any]) -> nn.Module:
             "use the config.json of such a model."
         ) from error
     if config.get("tie_word_embeddings") and "lm_head" in model:
-        # Models that learn of this from the weights that are loaded.
+        # These models tie embeddings only once they load weights without a head.
         model.tie_word_embeddings = True
         model.pop("lm_head")
     model.set_dtype(mx.bfloat16)
@@ -118,7 +118,7 @@ def unloaded_model(config: dict[str, Any]) -> nn.Module:
 def random_model(config: dict[str, Any]) -> nn.Module:
     """The model of a configuration with random weights of 4 bits, in groups of 64.
 
-    Outputs keep the size of inputs, as in a trained model, and experts are chosen evenly. The
+    Outputs are as large as inputs, as in a trained model, and experts are chosen evenly. The
     weights are not evaluated.
     """
     model = unloaded_model({**config, "quantization": {"group_size": 64, "bits": 4}})
@@ -138,14 +138,14 @@ def _quantize(model: nn.Module, config: dict[str, Any]) -> None:
     def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if not hasattr(module, "to_quantized") or module.weight.shape[-1] % group_size:
             return False
-        # The configuration may say something of single layers.
+        # The configuration may have entries for single layers.
         return quantization[path] if path in quantization else usual(path, module)
 
     nn.quantize(model, group_size, quantization["bits"], mode=mode, class_predicate=predicate)
 
 
 def _fill(module: nn.Module) -> None:
-    """Random codes, and scales with which a weight has the variance 1 / inputs."""
+    """Fill with random codes, and with scales that give weights the variance 1 / inputs."""
     half_words = (*module.weight.shape[:-1], 2 * module.weight.shape[-1])
     module.weight = mx.random.randint(0, 2**16, half_words).astype(mx.uint16).view(mx.uint32)
     inputs = module.weight.shape[-1] * 32 // module.bits
@@ -157,6 +157,6 @@ def _fill(module: nn.Module) -> None:
 
 
 def _fill_convolution(module: nn.Conv1d) -> None:
-    """Weights of the variance 1 / inputs; MLX's own count the inputs of all groups."""
+    """Fill with weights of variance 1 / inputs; MLX's own count the inputs of all groups."""
     inputs = module.weight.shape[1] * module.weight.shape[2]
     module.weight = mx.random.normal(module.weight.shape, mx.bfloat16, scale=inputs**-0.5)

@@ -1,4 +1,4 @@
-"""Caches of dense arrays that are rounded as by any codec: for study, they save no memory."""
+"""Dense caches whose tokens are rounded as any codec would, for study: they save no memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,11 +20,11 @@ Rounding = Callable[[mx.array], mx.array]
 class MethodRounding:
     """Rounds vectors of ``dim`` values as one of ``METHODS`` does, its numbers in bfloat16.
 
-    A method that looks at the vectors gets the first ones. ``vector_nbytes`` are the bytes that
-    it would store for a vector.
+    A method that depends on the vectors is made from the first ones. ``vector_nbytes`` are the
+    bytes that it would store for a vector.
 
     Raises:
-        ValueError: another name, or bits or a dimension that the method cannot have.
+        ValueError: an unknown name, or bits or a dimension that the method does not support.
     """
 
     def __init__(self, name: str, bits: int, dim: int, seed: int = 0):
@@ -44,12 +44,12 @@ class MethodRounding:
 
 
 class SimulatedCache(KVCache):
-    """The cache of a layer whose tokens are rounded once whole blocks of them left the window.
+    """The cache of a layer that rounds tokens in whole blocks after they have left the window.
 
     The first ``sink_tokens`` and the last ``window`` stay exact, and up to ``block`` - 1 more. A
-    block is rounded when the next tokens come: those of a chunk see each other exactly. It can
-    neither be batched nor saved. ``key_rounding`` and ``value_rounding`` return what becomes of the
-    keys and values (B, H, n, dim) of whole blocks, in their dtype.
+    block is rounded when the next tokens come, so tokens of a chunk see each other exactly. The
+    cache can neither be batched nor saved. ``key_rounding`` and ``value_rounding`` return the
+    rounded keys and values (B, H, n, dim) of whole blocks, in their dtype.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class SimulatedCache(KVCache):
         self.rounded = 0
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append keys and values (B, H, n, dim) and return all, those before them rounded."""
+        """Round blocks that left the window, append keys and values (B, H, n, dim), return all."""
         start = self.sink_tokens + self.rounded
         leaving = max(0, self.offset - self.window - start) // self.block * self.block
         if leaving:
@@ -78,14 +78,14 @@ class SimulatedCache(KVCache):
         return super().update_and_fetch(keys, values)
 
     def trim(self, n: int) -> int:
-        """Forget the last n tokens (at most all); rounded ones stay so. Returns how many."""
+        """Remove the last n tokens, at most all, and return how many; rounded ones stay rounded."""
         n = super().trim(n)
         self.rounded = min(self.rounded, max(0, self.offset - self.sink_tokens))
         return n
 
     @property
     def merge(self) -> None:
-        """There is none."""
+        """Not supported."""
         raise AttributeError("A simulated cache cannot be batched.")
 
     @property
@@ -100,12 +100,11 @@ def method_roundings(
 ) -> list[MethodRounding]:
     """The roundings of keys and values of these ``dims``, with the bits of ``settings``.
 
-    Every method takes vectors of 128 values.
-
-    ``codec`` names a method, or one for keys and one for values, as ``qjl+affine``.
+    ``codec`` names a method, or one for keys and one for values, like ``qjl+affine``. Every method
+    supports the default of 128 values.
 
     Raises:
-        ValueError: another name, or bits or a dimension that a method cannot have.
+        ValueError: an unknown name, or bits or a dimension that a method does not support.
     """
     keys, plus, values = codec.partition("+")
     names, bits = (keys, values if plus else keys), (settings.key_bits, settings.value_bits)
@@ -115,23 +114,23 @@ def method_roundings(
 def simulated_prompt_cache(model: nn.Module, codec: str, settings: Settings) -> list[Any]:
     """A prompt cache of a model with ``codec`` in every layer that could be compressed.
 
-    Of the ``settings``, the bits of keys and values, the window, the sinks and the seed count.
+    It uses the bits of keys and values, the window, the sinks and the seed of ``settings``.
 
     Raises:
-        ValueError: a model with latent attention, with vectors that a method cannot take, or
-            without a layer that could be compressed.
+        ValueError: a model with latent attention, with vectors that a method does not support,
+            or without a layer that could be compressed.
     """
     caches, compressible = plain_caches(model), compressible_caches(model)
     check_compressible(model, compressible)
     for place in compressible:
         if place.values is None:
-            raise ValueError(f"Codec {codec} is not for latent attention: leave it out.")
+            raise ValueError(f"Codec {codec} does not support latent attention: leave it out.")
         roundings = method_roundings(codec, settings, (place.keys.dim, place.values.dim))
         place.put(caches, SimulatedCache(*roundings, settings.window, settings.sink_tokens))
     return caches
 
 
 def _stored(method: Method, x: mx.array) -> Any:
-    """What ``quantize`` returns for x, with numbers of 32 bits in bfloat16."""
+    """The result of ``quantize`` for x, with float32 arrays in bfloat16."""
     packed = method.quantize(x)
     return map_arrays(lambda a: a.astype(mx.bfloat16) if a.dtype == mx.float32 else a, packed)

@@ -1,6 +1,6 @@
-"""The relatives of TurboQuant, with the interface of :class:`.TurboQuantizer`, for comparison.
+"""Methods related to TurboQuant, with the interface of :class:`.TurboQuantizer`, for comparison.
 
-A cache uses none of them unless it is asked to. docs/methods.md compares them.
+Only simulated caches use them. docs/methods.md compares them.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def _affine(x: mx.array, bits: int, seed: int) -> Method:
     return Affine(x.shape[-1], bits, group_size=32 if x.shape[-1] % 64 else 64)
 
 
-# By name, what makes a method for vectors like x (..., n, dim) from x, the bits and the seed.
+# By name, functions of x, bits and seed that make a method for vectors like x (..., n, dim).
 METHODS: dict[str, Callable[[mx.array, int, int], Method]] = {
     "affine": _affine,
     "eden": _by_dim(eden),
@@ -57,7 +57,7 @@ def make_method(name: str, x: mx.array, bits: int, seed: int = 0) -> Method:
     """The method of a name in ``METHODS`` for vectors like x (..., n, dim), a float array.
 
     Raises:
-        ValueError: another name, or bits or a dimension that the method cannot have.
+        ValueError: an unknown name, or bits or a dimension that the method does not support.
     """
     if name not in METHODS:
         raise ValueError(f"Codec {name!r} is not known: use one of {', '.join(METHODS)}.")

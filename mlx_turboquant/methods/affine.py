@@ -1,4 +1,4 @@
-"""Affine rounding in groups, MLX's own: the baseline."""
+"""MLX's affine quantization in groups: the baseline."""
 
 from typing import NamedTuple
 
@@ -19,16 +19,16 @@ class AffineVectors(NamedTuple):
 class Affine(Method):
     """scale * code + offset, with a scale and an offset in every group of values (mx.quantize).
 
-    The vectors are not rotated. This is what mlx-lm's own quantized cache does. Groups that span
-    less than about 1e-7 times the number of levels become zeros, because MLX's scales end there.
+    The vectors are not rotated. mlx-lm's own quantized cache does the same. Groups that span less
+    than about 1e-7 times the number of levels become zeros, because MLX has no smaller scales.
 
     Args:
-        dim: Values per vector, a multiple of ``group_size`` up to 8 192.
-        bits: Bits per value, 2 to 6 or 8, without the scale and offset of 16 bits each of a group.
+        dim: Values per vector, a multiple of ``group_size`` up to 8,192.
+        bits: Bits per value, 2 to 6 or 8. A group takes 32 bits more, for its scale and offset.
         group_size: Neighbouring values in a group: 32, 64 or 128.
 
     Raises:
-        ValueError: an argument that is not one of these.
+        ValueError: another value of an argument.
     """
 
     def __init__(self, dim: int, bits: int, *, group_size: int = 64):
@@ -50,7 +50,7 @@ class Affine(Method):
     def _pack(self, x: mx.array) -> AffineVectors:
         finite = mx.isfinite(x).all(axis=-1, keepdims=True)
         values = mx.where(finite, x, 0).astype(mx.float32)
-        # One axis more, because MLX takes no array of a single axis.
+        # With one more axis, because mx.quantize refuses arrays of a single axis.
         parts = mx.quantize(values[None], self.group_size, self.bits)
         codes, scales, offsets = (part[0] for part in parts)
         scales = mx.where(finite, scales, mx.nan)

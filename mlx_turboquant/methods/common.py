@@ -1,4 +1,4 @@
-"""What every method is and what several of them need."""
+"""The interface of every method, and functions that several methods share."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -13,11 +13,11 @@ class Method(Protocol):
 
     ``quantize`` takes vectors (..., dim) of float16, bfloat16 or float32 and returns a named tuple
     of arrays with the leading axes of the vectors: all that is stored for them. ``bits_per_value``
-    are the bits that a value takes, with its share of all of these arrays. A zero vector comes back
-    as zeros, one with a non-finite value as NaN in every value.
+    counts all of these arrays. A zero vector is restored as zeros, one with a non-finite value as
+    NaN in every value.
 
-    A method that inherits from this class defines ``_pack`` and ``_values``, and ``_project`` and
-    ``_restore`` if its values are not those of the vectors but of a linear map of them.
+    A subclass defines ``_pack`` and ``_values``. It also defines ``_project`` and ``_restore`` if
+    its values are those of a linear map of the vectors.
     """
 
     dim: int
@@ -67,7 +67,7 @@ def polar_form(x: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def map_arrays(function: Callable[[mx.array], mx.array], packed: Any) -> Any:
-    """What ``quantize`` returned, with ``function`` of each array in place of the array."""
+    """Apply ``function`` to each array of what ``quantize`` returned."""
     if isinstance(packed, mx.array):
         return function(packed)
     return type(packed)(*(map_arrays(function, part) for part in packed))

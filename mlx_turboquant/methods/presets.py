@@ -1,7 +1,8 @@
 """Methods that are settings of :class:`.TurboQuantizer`, by the names of their papers.
 
-They take dim, bits and a seed, those of one bit dim and a seed. With y = Rx the rotated vector, q
-the levels of its code and c the cosine of both, their scales and relative squared errors are
+They take dim, bits and a seed; ``drive`` and ``drive_biased`` have one bit and take dim and a seed.
+With y = Rx the rotated vector, q the levels of its code and c the cosine of both, their scales and
+relative squared errors are
 
     turboquant_mse   the norm, |x| / sqrt(dim)   about D, the error of the codebook; inner products
                                                  shrink by the factor 1 - D

@@ -1,4 +1,4 @@
-"""TurboQuant_prod: codes, and one bit of QJL for their error."""
+"""TurboQuant_prod: codes, and one bit of QJL per value for their error."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from .qjl import QJL, SignVectors
 
 
 class ProdVectors(NamedTuple):
-    """The vectors of the first stage, and what it misses."""
+    """The packed vectors of the first stage, and the packed residuals."""
 
     first: QuantizedVectors
     second: SignVectors
@@ -26,13 +26,13 @@ class TurboQuantProd(Method):
     one, where D is the squared error of the first stage.
 
     Args:
-        dim: Values per vector, 8 to 8 192.
-        bits: Bits per value, 2 to 8, without the two float32 numbers of a vector.
+        dim: Values per vector, 8 to 8,192.
+        bits: Bits per value, 2 to 8. A vector takes two float32 numbers more.
         projection: "gaussian", as in the paper, or "orthogonal", see :class:`.qjl.QJL`.
-        seed: Of the rotation and of the projection, which are independent of each other.
+        seed: Seed of the rotation and of the projection, which are independent of each other.
 
     Raises:
-        ValueError: an argument that is not one of these.
+        ValueError: another value of an argument.
     """
 
     def __init__(self, dim: int, bits: int, *, projection: str = "gaussian", seed: int = 0):

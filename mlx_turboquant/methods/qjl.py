@@ -14,12 +14,12 @@ from ..codec.rotation import Rotation, gaussian_matrix
 from .common import Method, polar_form
 
 PROJECTIONS = ("gaussian", "orthogonal")
-# Rotations use seeds as they are; a projection with the same seed must be independent of them.
+# Added to the seed of a projection, so that it is independent of a rotation with the same seed.
 _STREAM = 0x514A4C << 32
 
 
 class SignVectors(NamedTuple):
-    """``signs`` uint32 (..., words), a bit for each projection; ``norms`` float32 (...)."""
+    """uint32 ``signs`` (..., words), a bit per projection, and float32 ``norms`` (...)."""
 
     signs: mx.array
     norms: mx.array
@@ -28,21 +28,21 @@ class SignVectors(NamedTuple):
 class QJL(Method):
     """Signs of ``bits * dim`` random projections of a vector, and its norm (arXiv 2406.03482).
 
-    With S of m = bits * dim rows, <q, k> is estimated by a |k| <Sq, sign(Sk)>, without bias. The
-    query is not quantized. The reconstruction is a |k| S^T sign(Sk), so that its product with q is
-    the same number.
+    With S of m = bits * dim rows, a |k| <Sq, sign(Sk)> estimates <q, k> without bias. The query is
+    not quantized. The reconstruction is a |k| S^T sign(Sk), whose product with q is the same
+    number.
 
     Args:
-        dim: Values per vector, 8 to 8 192.
+        dim: Values per vector, 8 to 8,192.
         bits: Projections per value, 1 to 8.
         projection: "gaussian": S has independent normal entries and a = sqrt(pi / 2) / m
             (Definition 3.1, Lemma 3.2). For q orthogonal to k the variance is
             (pi / 2) |q|^2 |k|^2 / m. "orthogonal": S is made of ``bits`` independent rotations,
             which lowers it to about (pi / 2 - 1) |q|^2 |k|^2 / m at one bit.
-        seed: Of the projection.
+        seed: Seed of the projection.
 
     Raises:
-        ValueError: an argument that is not one of these.
+        ValueError: another value of an argument.
     """
 
     def __init__(self, dim: int, bits: int = 1, *, projection: str = "gaussian", seed: int = 0):

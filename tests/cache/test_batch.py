@@ -34,7 +34,7 @@ def random_tokens(rows: int, count: int, seed: int) -> tuple[mx.array, mx.array]
 
 
 class Batches(RuleBasedStateMachine):
-    """Any sequence of calls, beside a list of all tokens that each sequence should have."""
+    """Random calls, compared with a list of the tokens that each sequence should have."""
 
     def __init__(self):
         super().__init__()
@@ -82,7 +82,7 @@ class Batches(RuleBasedStateMachine):
         self.batch.finalize()
 
     def compare_attention(self, keys, values, mask, real, count):
-        """Both for attention that knows compressed tokens and for any other."""
+        """Check attention that reads packed tokens and attention that needs arrays."""
         queries, _ = self.tokens(len(real), count)
         outputs = [
             mx.fast.scaled_dot_product_attention(
@@ -96,14 +96,14 @@ class Batches(RuleBasedStateMachine):
 
     def compare_outputs(self, queries, outputs, real):
         for row, tokens in enumerate(self.expected):
-            # The queries of padding are not looked at.
+            # Outputs for padding are ignored.
             end = tokens[0].shape[2]
             visible = mx.arange(end) <= mx.arange(end - real[row], end)[:, None]
             expected = mx.fast.scaled_dot_product_attention(
                 queries[row : row + 1, :, : real[row]], *tokens, scale=DIM**-0.5, mask=visible
             )
             for output in outputs:
-                # Scores of size 1 and values of size 1, both with an 8-bit error of .5 %.
+                # Scores and values of size 1, both with an 8-bit error of 0.5 %.
                 assert mx.allclose(output[row : row + 1, :, : real[row]], expected, atol=0.05)
 
     @rule(count=st.integers(0, 40))
@@ -160,13 +160,13 @@ class Batches(RuleBasedStateMachine):
             for restored, x in zip(dense(cache._tokens()), tokens):
                 assert mx.array_equal(restored[:, :, :sinks], x[:, :, :sinks])
                 assert mx.array_equal(restored[:, :, sinks + packed :], x[:, :, sinks + packed :])
-                assert mx.allclose(restored, x, atol=0.1)  # 8 bits: .5 % on average
+                assert mx.allclose(restored, x, atol=0.1)  # 8 bits: 0.5 % on average
 
 
 def test_sinks_that_a_trim_has_left_stay_in_front_of_new_ones():
     batches = Batches()
     batches.extend(lengths=[47])
-    batches.trim(45)  # two of three sinks are left
+    batches.trim(45)  # leaves two of three sinks
     batches.append(45)
     batches.every_sequence_has_its_tokens()
 
@@ -253,7 +253,7 @@ def alone(model, prompt: list[int], count: int) -> list[int]:
 
 @pytest.mark.parametrize("window", [0, 16])
 def test_sequences_that_join_and_leave_say_what_they_say_alone(random_model, window):
-    """At 8 bits; four at a time, so that one joins when another has said all it should."""
+    """At 8 bits; four at a time, so that one joins when another ends."""
     model = enable(random_model, 8, window=window)
     prompts, counts = prompts_of(), (40, 20, 60, 33, 45, 1, 50)
     generator = generate.BatchGenerator(
@@ -317,7 +317,7 @@ def replaced_keys(batches):
 
 
 def decoded(batches, steps: int) -> None:
-    """Steps of one token, as a model does whose attention needs no arrays, each compared."""
+    """Decode token by token without arrays, as enabled models do, and compare every step."""
     for _ in range(steps):
         new = batches.tokens(len(batches.expected), 1)
         keys, _ = batches.batch.update_and_fetch(*new)
@@ -346,12 +346,12 @@ def test_a_step_that_reuses_the_one_before_sees_what_happened_in_between(change)
     decoded(batches, 3)
     assert batches.batch._step.left > 3
     change(batches)
-    decoded(batches, 80)  # blocks leave the windows, and the exact buffers are used up
+    decoded(batches, 80)  # blocks leave the windows, and the exact buffers fill up
     batches.every_sequence_has_its_tokens()
 
 
 def limited_rows(lengths) -> list[TurboQuantKVCache]:
-    """Caches that hold two to four blocks besides sinks and window, after prompts."""
+    """Limited caches after prompts: two to four blocks besides sinks and window."""
     max_size = WINDOW + SINKS + 40 + 2 * CAPACITY_UNIT
     caches = [new_cache(max_size=max_size) for _ in lengths]
     for seed, (cache, length) in enumerate(zip(caches, lengths)):
@@ -392,7 +392,7 @@ def attend(queries, keys, values, mask) -> mx.array:
 
 
 def test_limited_sequences_can_be_generated_together(random_model):
-    """More tokens than a sequence may hold, in which the rotary positions go on."""
+    """Longer than the limit of a sequence; rotary positions continue past it."""
     enable(random_model, 8, window=16, max_size=240)
     prompts = prompts_of((300, 40, 150))
     generator = generate.BatchGenerator(random_model, completion_batch_size=3)
@@ -400,5 +400,5 @@ def test_limited_sequences_can_be_generated_together(random_model):
     while any(len(tokens) < 120 for tokens in said.values()):
         for response in generator.next()[1]:
             said[response.uid].append(response.token)
-    # A sequence that is read whole at once forgets at the same tokens as in the batch.
+    # A sequence that is prefilled at once evicts the same tokens as in the batch.
     assert said[list(said)[1]] == alone(random_model, prompts[1], 120)

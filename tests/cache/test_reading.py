@@ -1,4 +1,4 @@
-"""Reading a cache changes nothing: each is compared with a deep copy before and after."""
+"""Reading a cache does not change it: each is compared with a deep copy."""
 
 import copy
 import inspect

@@ -23,7 +23,7 @@ chunk_sizes = st.lists(st.integers(1, 90), min_size=1, max_size=6)
 
 
 def filled(sizes, **settings) -> tuple[TurboQuantKVCache, tuple[mx.array, mx.array]]:
-    """A cache after chunks of these sizes, and what its last update returned."""
+    """A cache after chunks of these sizes, and the result of its last update."""
     cache = TurboQuantKVCache(**settings)
     return cache, append_in_chunks(cache, tokens(sum(sizes)), sizes)
 
@@ -33,7 +33,7 @@ def test_all_tokens_are_there_in_order_after_any_chunks(sizes, window, sinks):
     cache, fetched = filled(sizes, key_bits=8, value_bits=8, window=window, sink_tokens=sinks)
     assert cache.offset == cache.size() == sum(sizes)
     for restored, original in zip(fetched, tokens(sum(sizes))):
-        # 8 bits leave .6 % of the length on average, a bfloat16 scale up to .4 %.
+        # 8 bits leave 0.6 % of the length on average, a bfloat16 scale up to 0.4 %.
         error = mx.linalg.norm(restored - original, axis=-1)
         assert (error < 0.015 * mx.linalg.norm(original, axis=-1)).all()
 
@@ -115,7 +115,7 @@ def test_trimming_forgets_the_last_tokens_and_quantizes_none_again(sizes, surplu
     assert cache.offset == count - trimmed + more
     for restored, original in zip(after, before):
         left = count - trimmed
-        # Tokens that were packed are the same, those that were exact may have been packed once.
+        # Packed tokens stay the same; exact tokens may have been packed in between.
         kept = min(seen_packed + cache.sink_tokens, left) if seen_packed else 0
         assert mx.array_equal(restored[:, :, :kept], original[:, :, :kept])
         assert restored.shape[2] == cache.offset
@@ -132,7 +132,7 @@ def test_a_cache_restored_from_its_state_is_the_same(sizes):
 
 
 def changed(state: list, choose: random.Random) -> list:
-    """A state in which one thing is wrong, or another one than before."""
+    """A state with one part replaced, repeated or removed, which may be valid or not."""
     place = choose.randrange(len(state))
     part, other = state[place], choose.choice(state)
     numbers = [None, -1, 0, 1, 2, 8, 31, 32, 33, 96, 2**31, 2**62, True, 1.5, "4", [], mx.array(1)]
@@ -155,7 +155,7 @@ def changed(state: list, choose: random.Random) -> list:
 
 @pytest.mark.parametrize("kind", ["packed", "exact", "limited", "empty", "latent"])
 def test_random_states_are_refused_or_usable(kind):
-    """2 500 states of each kind."""
+    """2,500 states of each kind."""
     settings = {"window": 64 if kind == "exact" else 0, "sink_tokens": 1}
     settings |= {"max_size": 107} if kind == "limited" else {}
     cache = (TurboQuantLatentCache if kind == "latent" else TurboQuantKVCache)(4, 4, **settings)
@@ -201,7 +201,7 @@ def test_a_copy_lives_its_own_life():
 
 @pytest.mark.parametrize("trimmed", [0, 3, 40])
 def test_attention_that_reads_tokens_sees_what_arrays_say(trimmed):
-    """In every step of decoding, over blocks that leave the window and a trim."""
+    """At every decode step, while blocks leave the window, and after a trim."""
     of_tokens, of_arrays = (filled([200], window=16)[0] for _ in range(2))
     of_tokens.link = Link(is_hooked=True, needs_arrays=False)
     for step in range(100):
@@ -251,7 +251,7 @@ def test_an_empty_cache_says_so():
 
 
 def test_the_stock_quantization_of_mlx_lm_leaves_it_alone():
-    """It reroutes attention for caches with ``bits`` and replaces those with ``to_quantized``."""
+    """It reroutes attention for caches with ``bits`` and replaces ones with ``to_quantized``."""
     cache = TurboQuantKVCache()
     assert not hasattr(cache, "bits") and not hasattr(cache, "to_quantized")
 
@@ -278,7 +278,7 @@ def test_a_head_that_cannot_be_quantized_is_named():
 
 
 @given(chunk_sizes, st.integers(0, 20), st.integers(0, 5))
-@example([1, 61, 90, 8, 1], 0, 0)  # the last token makes the cache forget
+@example([1, 61, 90, 8, 1], 0, 0)  # the last token makes the cache evict
 def test_a_limited_cache_forgets_the_oldest_blocks_and_keeps_the_sinks(sizes, window, sinks):
     max_size = window + sinks + 40 + 2 * CAPACITY_UNIT
     cache = TurboQuantKVCache(8, 8, window=window, sink_tokens=sinks, max_size=max_size)
@@ -309,7 +309,7 @@ def test_a_limited_cache_forgets_the_oldest_blocks_and_keeps_the_sinks(sizes, wi
 
 
 def positions_of(held: mx.array, keys: mx.array) -> list[int]:
-    """Which of ``keys`` (1, H, n, DIM) each held key is: the nearest one."""
+    """The position in ``keys`` (1, H, n, DIM) of each held key, by the nearest key."""
     distances = mx.linalg.norm(held[0, 0, :, None] - keys[0, 0, None], axis=-1)
     return distances.argmin(axis=-1).tolist()
 

@@ -1,4 +1,4 @@
-"""A run of one-token steps is the same as if each step were made anew, whatever comes between."""
+"""Reused one-token steps give the same results as new ones, whatever comes in between."""
 
 import copy
 
@@ -18,7 +18,7 @@ HEADS, DIM = 1, 16
 
 
 class Twins:
-    """Two caches of the same tokens: one may reuse its steps, the other forgets each at once."""
+    """Two caches of the same tokens: one may reuse its steps, the other never does."""
 
     def __init__(self, kind: str, batched: bool):
         cache_class = TurboQuantLatentCache if kind == "latent" else TurboQuantKVCache
@@ -57,7 +57,7 @@ class Twins:
             self.append(1)
 
     def padded(self, lengths: list[int], chunk: int) -> None:
-        """A prompt whose sequences have different lengths, where there are several."""
+        """A prompt; in a batch its sequences have different lengths."""
         lengths = (lengths * 5)[: self.sequences]
         longest, is_batch = max(lengths), hasattr(self.twins[0], "prepare")
         for cache in self.twins if is_batch else ():
@@ -87,7 +87,7 @@ class Twins:
             cache.link = Link()
 
     def restore(self) -> None:
-        """From the state, in place."""
+        """Restore the cache from its state, in place."""
         for cache in self.twins:
             if hasattr(cache, "from_state"):
                 cache.state = cache.state

@@ -1,4 +1,4 @@
-"""Requests are let in while they fit, in the order in which they came."""
+"""Requests are admitted while they fit, in order of arrival."""
 
 import importlib
 import threading
@@ -24,9 +24,9 @@ from mlx_turboquant.measure.footprint import Footprint, chunk_nbytes, footprint
 _mlx_lm_generate = importlib.import_module("mlx_lm.generate")
 
 TOKENS = 1000
-# How long a thread that should go on may take to do so.
+# Timeout for a thread that should go on.
 SECONDS = 20
-# mlx-lm makes no batches of the one, and gives the other masks that do not fit its scores.
+# mlx-lm does not batch the first, and gives the second masks of a wrong shape.
 NOT_IN_BATCHES = ("llama4", "gemma2")
 
 
@@ -40,7 +40,7 @@ def counted(model) -> Footprint:
 
 
 def admission_for(model, requests: float) -> Admission:
-    """One with room for so many requests of 1 000 tokens."""
+    """An Admission with room for this number of requests of 1,000 tokens."""
     room = int(requests * counted(model).prompt_nbytes(TOKENS)) + 10
     admission = Admission(device_nbytes(model) + chunk_nbytes(model) + room)
     assert admission.use(model, Settings(4)) == room
@@ -48,7 +48,7 @@ def admission_for(model, requests: float) -> Admission:
 
 
 def run(admission: Admission, count: int) -> tuple[int, list[int]]:
-    """How many of ``count`` requests ran at once at the most, and the order they were let in."""
+    """The most of ``count`` requests that ran at once, and the order in which they started."""
     running, most, order, lock = 0, 0, [], threading.Lock()
 
     def request(number: int) -> None:
@@ -106,7 +106,7 @@ def test_before_the_model_is_there_requests_are_let_in():
 
 
 class Request(threading.Thread):
-    """One that waits to be let in, and stays until ``leave`` is set."""
+    """A request that waits to be admitted, and stays until ``leave`` is set."""
 
     def __init__(self, admission: Admission, tokens: int):
         super().__init__(daemon=True)
@@ -126,7 +126,7 @@ class Request(threading.Thread):
 
 @contextmanager
 def waiting(admission: Admission, tokens: int, before: int = 0) -> Iterator[Request]:
-    """A request that is in the queue, behind others, and leaves in the end."""
+    """A request that waits in the queue behind others, and leaves in the end."""
     request = Request(admission, tokens)
     while len(admission._waiting) <= before:
         assert request.is_alive()
@@ -197,12 +197,12 @@ def test_a_long_request_makes_the_short_ones_beside_it_as_long(model):
         with waiting(admission, 2 * TOKENS) as long:
             assert not long.inside.is_set()
             short.close()
-            assert long.inside.wait(SECONDS)  # alone it fits
+            assert long.inside.wait(SECONDS)  # it fits alone
     assert admission.left == room
 
 
 def batches(model, prompts: list[int], later: list[int], count: int) -> Iterator[int]:
-    """Bytes held at every step of mlx-lm's batches of random prompts, some of which come later."""
+    """Bytes held at every step of a batch of random prompts, some of which come later."""
     generator = _mlx_lm_generate.BatchGenerator(model)
     tokens = random_tokens(max(prompts + later)).tolist()
     generator.insert([tokens[:length] for length in prompts], [count] * len(prompts))
@@ -248,7 +248,7 @@ def cache_of(model, count: int) -> list:
 
 
 def filled(admission: Admission, cache: list) -> KeptPrompts:
-    """With as many copies of a cache as fit."""
+    """KeptPrompts with as many copies of a cache as fit."""
     kept = KeptPrompts(admission, 10**6)
     for number in range(1 + admission.left // nbytes_of(cache)):
         kept.insert_cache("model", ScopedTokens([number] * 800, ""), cache)
@@ -265,7 +265,7 @@ def test_kept_prompts_make_room_for_requests_and_come_back_to_it(model):
     with admission.admitted(TOKENS), admission.admitted(TOKENS):
         kept.trim_to(n_bytes=10**12)
         assert kept.nbytes <= admission.left < kept.nbytes + each
-        # One of the two has an answer, and its cache the room that it had until now.
+        # One of the two is answered, and its cache takes the room that the request had.
         for number in range(3):
             kept.insert_cache("model", ScopedTokens([7, number] * 400, ""), cache)
             assert kept.nbytes <= admission.left + each

@@ -17,13 +17,13 @@ def conversation(tiny_lm):
 
 
 def answer(conversation, text, tokens=8):
-    """The text of a reply, and how many tokens of the prompt had to be processed."""
+    """The text of a reply, and the number of prompt tokens that were processed."""
     responses = list(conversation.reply(text, max_tokens=tokens))
     return "".join(response.text for response in responses), responses[-1].prompt_tokens
 
 
 def said(conversation) -> str:
-    """The text of all messages, as plain lines but for the end of the last one."""
+    """The text of all messages as plain lines, without the end of the last one."""
     return "\n".join(message["content"] for message in conversation.messages)
 
 
@@ -35,8 +35,8 @@ def with_template(tokenizer, template: str) -> TokenizerWrapper:
 
 
 LIMITED = Settings(8, window=64, max_size=300)
-# One leaves messages as they are, one ends answers with a special token, and one leaves comments
-# out of all but the last message.
+# The first keeps messages as they are, the second ends answers with a special token, the third
+# drops comments from all but the last message.
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
 ENDING = PLAIN.replace("}}\n", "}}{{ '<|endoftext|>' if m.role == 'assistant' else '\\n' }}")
 REWRITING = PLAIN.replace("m.content", "m.content.split('#')[0] if not loop.last else m.content")

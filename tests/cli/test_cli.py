@@ -1,4 +1,4 @@
-"""The commands as a person types them, in processes of their own."""
+"""The commands as a user runs them, in processes of their own."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def generate(*arguments: str, **options) -> subprocess.CompletedProcess:
 
 
 def assert_refused(result: subprocess.CompletedProcess, message: str) -> None:
-    """Exit status 2, and one line that says why."""
+    """Check for exit status 2 and one line that says why."""
     assert result.returncode == 2
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert message in result.stderr
@@ -218,7 +218,7 @@ def test_calibrate_prints_what_to_expect_of_budgets_and_writes_the_profile(tmp_p
     rows = [line.split() for line in result.stdout.splitlines()]
     budgets = {row[0]: row for row in rows if len(row) > 7 and row[3] == "nats"}
     assert list(budgets) == ["8", "6", "5", "4", "3.5", "3", "2.5", "2"]
-    assert int(budgets["4"][1]) == 528  # 1 024 values of 4 bits and 8 scales of 16
+    assert int(budgets["4"][1]) == 528  # 1,024 values of 4 bits and 8 scales of 16
     divergences = [float(row[2]) for row in budgets.values()]
     assert divergences == sorted(divergences) and divergences[-1] > 10 * divergences[0]
     assert f"were scored. Wrote {out}" in " ".join(result.stdout.split())
@@ -244,8 +244,8 @@ def test_what_cannot_be_calibrated_or_kept_is_named_and_the_command_goes_on(
 ):
     model, tokenizer = tiny_lm
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no profile of another test
-    disable(model)  # so that it is looked for again
-    # No profile that another test has left is found here either.
+    disable(model)  # so that the profile is looked up again
+    # Here too, no profile of another test is found.
     (tmp_path / "file").touch()
     monkeypatch.setattr(profile, "profile_path", lambda name: tmp_path / "file" / "folder" / name)
     arguments = Namespace(profile=None, calibrate=True)
@@ -264,7 +264,7 @@ CHAT = ["-m", "mlx_turboquant", "chat", "--model", TINY_LM, "--no-calibrate"]
 
 
 def chat_in_terminal(*options: str, **environment: str) -> pexpect.spawn:
-    """A chat in a terminal of 40 columns, which is at its prompt."""
+    """A chat at its prompt, in a terminal of 40 columns."""
     env = {**os.environ, "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1", **environment}
     spawn = {"encoding": "utf-8", "timeout": 60, "dimensions": (24, 40), "env": env}
     chat = pexpect.spawn(sys.executable, [*CHAT, *options], **spawn)
@@ -273,7 +273,7 @@ def chat_in_terminal(*options: str, **environment: str) -> pexpect.spawn:
 
 
 def say(chat: pexpect.spawn, keys: str, expected: str) -> None:
-    """Press keys and Enter; what is expected appears, and then the prompt."""
+    """Press keys and Enter; wait for the expected text, and then for the prompt."""
     chat.send(f"{keys}\r")
     chat.expect(expected)
     chat.expect(PROMPT_SIGN)
@@ -286,7 +286,7 @@ def ask(chat: pexpect.spawn, question: str) -> None:
 
 
 def leave(chat: pexpect.spawn) -> str:
-    """Press Ctrl-D; returns what is printed then."""
+    """Press Ctrl-D, and return what is printed then."""
     chat.sendeof()
     chat.expect(pexpect.EOF)
     chat.close()
@@ -299,7 +299,7 @@ def pasted(lines: list[str]) -> str:
 
 
 def kept_messages(folder: Path) -> list[str]:
-    """What the only conversation of a store says; nothing else is in its folder."""
+    """The messages of the only conversation in a store, which holds nothing else."""
     (file,) = (folder / "sessions").iterdir()
     messages = json.loads(read_header(file)["__metadata__"]["0.chat"])["messages"]
     return [message["content"] for message in messages]
@@ -357,7 +357,7 @@ def test_what_was_entered_is_there_at_the_next_start(tmp_path):
     file = tmp_path / "mlx_turboquant" / "chat_history"
     assert file.stat().st_mode & 0o777 == 0o600
     chat = chat_in_terminal(*options, **folder)
-    chat.send("\x1b[A")  # the key with the arrow up
+    chat.send("\x1b[A")  # the up arrow
     chat.expect("one")
     chat.expect("two")
     chat.sendintr()
@@ -398,13 +398,13 @@ def test_a_chat_that_is_ended_keeps_the_last_turn_and_says_nothing(tmp_path, num
     if in_a_reply:
         ask(chat, "def add(a, b):")
     chat.kill(number)
-    chat.kill(number)  # as a terminal that is closed and its shell
+    chat.kill(number)  # as a closing terminal and its shell do
     chat.expect(pexpect.EOF)
     chat.close()
     assert chat.exitstatus == 128 + number
     assert "Traceback" not in chat.before and "Error" not in chat.before
-    assert len(kept_messages(tmp_path)) == (4 if in_a_reply else 2)  # what was said of an answer
-    assert not list(tmp_path.glob(".*-*"))  # no half of a prompt
+    assert len(kept_messages(tmp_path)) == (4 if in_a_reply else 2)  # also a partial answer
+    assert not list(tmp_path.glob(".*-*"))  # no unfinished prompt
 
 
 @pytest.mark.parametrize("method", ["Conversation.save", "PromptStore.close"])
@@ -573,7 +573,7 @@ def test_a_conversation_that_there_is_not_is_one_sentence(tmp_path, options, mes
 
 
 def stored(folder: Path, *prompts: str) -> PromptStore:
-    """A store that ``generate`` has read prompts to."""
+    """A store that ``generate`` has filled with prompts."""
     options = ("--max-tokens", "2", "--prompt-store", str(folder))
     for prompt in prompts:
         result = run("generate", "--model", TINY_LM, "--prompt", prompt, *options)
@@ -582,7 +582,7 @@ def stored(folder: Path, *prompts: str) -> PromptStore:
 
 
 def with_conversation(store: PromptStore, name: str, tiny_lm, text: str) -> Path:
-    """Put a conversation into a store, as ``chat`` does when it ends."""
+    """Put a conversation into a store, as ``chat`` does."""
     conversation = Conversation(*tiny_lm, Settings(8), "Be brief.", model_name="tiny")
     list(conversation.reply(text, max_tokens=4))
     return conversation.save(store.session_file(name))
@@ -595,7 +595,7 @@ def test_store_lists_checks_prunes_and_clears(tmp_path):
         re.search(r"tiny-lm \([0-9a-f]{6}\): import os", listed)
         and "2 prompts, 0 conversations, " in listed
     )
-    assert "2 of 2 prompts and conversations are as" in run("store", "check", str(tmp_path)).stdout
+    assert "2 of 2 prompts and conversations are in" in run("store", "check", str(tmp_path)).stdout
     file = min(tmp_path.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1])
     checked = run("store", "check", str(tmp_path))
@@ -663,8 +663,8 @@ def test_a_folder_that_is_no_store_is_refused_and_left_as_it_is(tmp_path, action
     "arguments, message",
     [
         (("prune", "--size", "20 bananas"), "'20 bananas' is not a size of memory"),
-        (("clear", "monday"), "remove takes a NAME that list shows, and nothing else does."),
-        (("remove",), "remove takes a NAME that list shows, and nothing else does."),
+        (("clear", "monday"), "remove needs a NAME that list shows, and other actions take none."),
+        (("remove",), "remove needs a NAME that list shows, and other actions take none."),
     ],
 )
 def test_a_wrong_store_command_is_one_sentence(tmp_path, arguments, message):
@@ -689,7 +689,7 @@ def test_evaluate_prints_a_table_and_writes_json_and_pictures(tmp_path):
     assert list(table) == ["cache", *names]
     bits = ["16.00", "8.50", "4.50", "4.12", "2.62", "4.25"]
     assert [row[0] for row in table.values()][1:] == bits
-    # One head of 128 in four layers: 1 024 values a token.
+    # One head of 128 in four layers: 1,024 values per token.
     assert [row[1] for row in table.values()][1:5] == ["2,048", "1,088", "576", "528"]
     assert all(row[-1] == "4 of 4" for row in list(table.values())[1:])
     assert "100%" in result.stderr  # the progress bar
@@ -710,7 +710,7 @@ def test_evaluate_prints_a_table_and_writes_json_and_pictures(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (("--kv-bits", "4", "five"), "'five' is not a preset: use bits as 4"),
+        (("--kv-bits", "4", "five"), "'five' is not a preset: use bits like 4"),
         (("--kv-bits", "K9V4"), "9 bits per value are not supported"),
         (("--kv-bits", "4", "quip:4"), "Codec 'quip' is not known: use one of affine"),
         (("--kv-bits", "prod:1", "--model", "missing"), "with 1 bit has no first stage"),
@@ -739,7 +739,7 @@ def test_evaluate_names_a_text_that_is_too_short(tmp_path):
 
 
 def test_evaluate_refuses_a_model_that_does_not_fit(tmp_path):
-    """Two terabytes of embeddings, of which nothing is on the disk."""
+    """Two terabytes of embeddings, none of them on disk."""
     config = json.loads((Path(TINY_LM) / "config.json").read_text())
     del config["quantization"], config["quantization_config"]
     config |= {"vocab_size": 2**31 - 1}
@@ -827,7 +827,7 @@ def test_plan_knows_a_hybrid_of_which_few_layers_grow():
     first, _, *rows = result.stdout.splitlines()
     assert first.endswith("weights 15.1 GB.")
     table = {row[:15].strip(): int(row[15:].split()[0].replace(",", "")) for row in rows[:4]}
-    assert table["exact"] == 16 * 2 * 4 * 256 * 2  # of 64 layers, in two bytes
+    assert table["exact"] == 16 * 2 * 4 * 256 * 2  # 16 of 64 layers, two bytes each
     assert 3.9 < table["exact"] / table["4 bits"] < 4
 
 

@@ -1,4 +1,4 @@
-"""What the commands say of themselves, of wrong input, and when they are stopped."""
+"""Help texts, messages about wrong input, and behaviour when a command is stopped."""
 
 import os
 import re
@@ -120,7 +120,7 @@ def test_short_caches_are_called_exact_and_have_no_ratio(tmp_path):
     assert "nothing is packed yet" in generate("--uniform").stdout
     out = ("--out", str(tmp_path))
     result = run(*EVALUATE, *SHORT, *out)
-    assert "Still exact, as so short texts are not packed: 4 bits.\n" in result.stdout
+    assert "Still exact, because texts this short are not packed: 4 bits.\n" in result.stdout
     options = ("--contexts", "32", "300", "--repeats", "1", "--new-tokens", "9", "--kv-bits", "4")
     result = run("benchmark", "--model", TINY_LM, "--uniform", *options, *out)
     rows = [line for line in result.stdout.splitlines() if "4 bits" in line and "mlx" not in line]
@@ -131,7 +131,7 @@ def test_short_caches_are_called_exact_and_have_no_ratio(tmp_path):
 def test_a_reader_that_has_gone_ends_a_command_quietly(command):
     reading, writing = os.pipe()
     os.close(reading)
-    # Without a buffer argparse keeps silent about it by itself.
+    # Without a buffer argparse would ignore the error itself.
     environment = {**os.environ, "MLX_TURBOQUANT_BACKEND": "reference", "PYTHONUNBUFFERED": ""}
     result = subprocess.run(
         [sys.executable, "-m", "mlx_turboquant", *command],
@@ -187,7 +187,7 @@ def no_space() -> None:
 
 
 def restricted(restrict, *arguments: str, **options) -> subprocess.CompletedProcess:
-    """A command in a process that has called ``restrict`` first."""
+    """Run a command in a process that calls ``restrict`` first."""
     command = [sys.executable, "-m", "mlx_turboquant", *arguments]
     options |= {"capture_output": True, "text": True, "preexec_fn": restrict}
     return subprocess.run(command, **options)

@@ -1,4 +1,4 @@
-"""No request ends or wedges the server: wrong ones get a sentence, in the form of OpenAI's API."""
+"""No request ends or blocks the server: invalid ones get a sentence in OpenAI's error format."""
 
 import http.client
 import json
@@ -22,7 +22,7 @@ from mlx_turboquant.cli.requests import answer
 
 PROMPT = "def add(a, b):\n    return"
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-# A template that knows three roles, as those of many models, and that a text can be.
+# A template with three roles, as many models have, and only text as content.
 TEMPLATE = """{% for message in messages %}
 {%- if message.role not in ("system", "user", "assistant") %}
 {{- raise_exception("A role of " ~ message.role ~ " is not known") }}
@@ -32,7 +32,7 @@ TEMPLATE = """{% for message in messages %}
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory):
-    """Of a server whose model has a chat template, and no folder of models of the hub."""
+    """The port of a server with a chat template and without a folder of hub models."""
     folder = tmp_path_factory.mktemp("models") / "tiny-lm"
     shutil.copytree(TINY_LM, folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
@@ -80,7 +80,7 @@ def sentence_in(body: bytes) -> str:
 
 
 def refused(port: int, path: str, **fields) -> tuple[str, str]:
-    """What the openai client is told about a request with these fields, and about which of them."""
+    """The message and the field that the openai client gets for a request with these fields."""
     key, value = ("prompt", PROMPT) if path == TEXT else ("messages", chat("Hi"))
     with pytest.raises(openai.BadRequestError) as error:
         client(port).post(
@@ -98,7 +98,7 @@ def chat(content, role: str = "user") -> list[dict]:
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("logit_bias", {"999999999": 5}, "has token 999999999: use ids of the 4096 tokens"),
+        ("logit_bias", {"999999999": 5}, "has token 999999999: use ids of the model's 4096 tokens"),
         ("logit_bias", {"7": None}, '{"7": null}: use an object of token ids, each with a number'),
         ("logit_bias", {"7": 101}, "from -100 to 100"),
         ("logit_bias", {"seven": 1}, "use an object of token ids"),
@@ -106,7 +106,7 @@ def chat(content, role: str = "user") -> list[dict]:
         ("stop", ["\n", 5], "stop[1] is 5: use a string."),
         ("temperature", -1, "temperature is -1: use a number from 0 to 100."),
         ("temperature", True, "temperature is true: use a number from 0 to 100."),
-        ("top_k", 4096, "top_k is 4096: use less than the 4096 tokens there are."),
+        ("top_k", 4096, "top_k is 4096: use less than 4096, the size of the vocabulary."),
         ("xtc_threshold", 0.7, "use a number from 0 to 0.5."),
         ("repetition_context_size", 2**40, "use an integer from 0 to 2147483647."),
         ("max_tokens", 10**400, "max_tokens is 1000"),
@@ -138,7 +138,7 @@ def test_a_field_that_is_not_possible_is_one_sentence(port, path, field, value, 
         (CHAT, {"messages": chat([{"type": "image", "image": "x"}])}, "Only 'text' content type"),
         (CHAT, {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "none of"),
         (CHAT, {"chat_template_kwargs": {"return_dict": True}}, "none of"),
-        (CHAT, {"tools": [{"type": "function"}]}, "use an object, whose function has a name."),
+        (CHAT, {"tools": [{"type": "function"}]}, "use an object whose function has a name."),
     ],
 )
 def test_a_prompt_that_is_not_possible_is_one_sentence(port, path, fields, message):
@@ -160,7 +160,7 @@ def test_the_end_of_a_stream_comes_with_options_that_say_nothing(port):
 
 
 def test_an_answer_can_be_gone_on_with(port):
-    """All tokens of the prompt are in a cache that was kept, and none is left to be read."""
+    """All tokens of the prompt are in a cache that was kept, so that none is left to prefill."""
     body = {"prompt": PROMPT, "max_tokens": 4, "temperature": 0, "logprobs": True}
     first = json.loads(answer_to(port, TEXT, json.dumps(body).encode())[1])["choices"][0]
     for _ in range(2):
@@ -212,7 +212,7 @@ def test_a_body_that_cannot_be_read_is_one_sentence(port, body, headers, status,
 
 
 def test_a_client_that_hangs_up_is_forgotten(port):
-    """While it sends its headers, its body, and while it is answered."""
+    """While it sends its headers or its body, or is being answered."""
     body = json.dumps({"prompt": PROMPT, "max_tokens": 500, "stream": True}).encode()
     request = b"POST /v1/completions HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body) + body
     for sent in (request[:20], request[:-20], request):
@@ -228,7 +228,7 @@ def test_headers_that_never_end_are_refused(port):
 
 
 def test_a_server_whose_model_cannot_be_loaded_ends_with_an_error(tmp_path):
-    """Its generation thread ends, without which it would refuse all requests for ever."""
+    """Its generation thread ends, without which it would refuse all requests forever."""
     folder = tmp_path / "damaged"
     shutil.copytree(TINY_LM, folder)
     weights = folder / "model.safetensors"
@@ -238,11 +238,11 @@ def test_a_server_whose_model_cannot_be_loaded_ends_with_an_error(tmp_path):
         [*command, "--model", str(folder)], capture_output=True, text=True, timeout=60
     )
     assert result.returncode == 1
-    assert "The server ends, as it cannot generate any more: " in result.stderr
+    assert "The server ends because generation has failed: " in result.stderr
 
 
 class FailingHandler(BaseHTTPRequestHandler):
-    """One whose answers fail: of a stream when it has begun, others before their headers are sent.
+    """A handler whose answers fail: streams after they have begun, others before their headers.
 
     mlx-lm's answers begin in the same way.
     """
@@ -288,9 +288,9 @@ NAMES = (
     "stream_options suffix temperature tool_choice tools top_k top_logprobs top_p unknown user "
     "xtc_probability xtc_threshold"
 ).split()
-# Those that name a model or its adapters would have it loaded.
+# Fields that name a model or adapters would make the server load it.
 NAMES_OF_MODELS = ("adapters", "draft_model", "model")
-# None for which thousands of tokens would be generated.
+# None of these values makes the server generate thousands of tokens.
 NUMBERS = (0, 1, 2, 3, -1, 11, 2**31 - 1, 2**31, 2**63, 2**64, -(2**70), 10**400)
 FLOATS = (0.0, 0.3, 0.5, 1.0, -0.5, 2.5, 1e-320, 1e308, -1e308, float("nan"), float("inf"))
 STRINGS = ("", "x", "7", "\n", "user", "def f(x):\n", "\ud800", "\0", "ü" * 50, "text", "[" * 200)
@@ -318,7 +318,7 @@ def junk(rng: random.Random, depth: int = 0):
 
 
 def fuzzed(number: int) -> tuple[str, bytes]:
-    """A path and a body: a correct one in which up to four fields are junk, or one in pieces."""
+    """A path and a body: a correct body with up to four junk fields, or a damaged one."""
     rng = random.Random(number)
     path = rng.choice((CHAT, TEXT))
     body = {"max_tokens": rng.randrange(1, 3), "prompt": "x =", "messages": chat("x =")}
@@ -334,7 +334,7 @@ def fuzzed(number: int) -> tuple[str, bytes]:
 
 
 def outcome(port: int, number: int) -> int:
-    """Ask a fuzzed request; its answer is a text, or a sentence that says what is wrong."""
+    """Send a fuzzed request; its answer is a text, or a sentence about the error."""
     path, raw = fuzzed(number)
     status, body = answer_to(port, path, raw)
     if status != 200:

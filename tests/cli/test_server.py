@@ -1,4 +1,4 @@
-"""The server as its users see it: a process of its own, and the openai client."""
+"""The server as its users see it: a separate process and the openai client."""
 
 import os
 import re
@@ -33,7 +33,7 @@ class Running(NamedTuple):
 
 @pytest.fixture(scope="module")
 def running():
-    """A server with 8-bit caches, so small a window that tokens are packed, and little room."""
+    """A server with 8-bit caches, a window small enough for packed tokens, and little room."""
     port = free_port()
     options = ("--kv-bits", "8", "--kv-window", "32", "--log-level", "ERROR")
     with server(port, *options, "--prompt-cache-bytes", "20M") as process:
@@ -55,7 +55,7 @@ def test_chat_completions_and_streams_answer(running):
 def test_64_clients_may_connect_at_once(running):
     with ExitStack() as waiting:
         host, port = running.api.base_url.host, running.api.base_url.port
-        os.kill(running.process.pid, signal.SIGSTOP)  # so that nothing is accepted
+        os.kill(running.process.pid, signal.SIGSTOP)  # it accepts nothing
         waiting.callback(os.kill, running.process.pid, signal.SIGCONT)
         for _ in range(64):
             waiting.enter_context(socket.create_connection((host, port), timeout=0.5))
@@ -72,11 +72,11 @@ def test_requests_of_16_clients_get_the_answers_of_one_at_a_time(running, reques
             together += clients.map(lambda prompt: complete(running.api, prompt), some)
             resident.append(resident_bytes(running.process))
     assert together == [alone[prompt] for prompt in prompts]
-    # The model finds nearly all codes, so that answers differ from each other.
+    # The model finds nearly all codes, so answers differ from each other.
     right = [text.strip().startswith(code.strip()) for text, code in zip(together, answers)]
     assert sum(right) > 0.9 * requests
-    # All that is kept is 20 MB of caches. Fifty requests that were kept would be 50 to 100 MB at
-    # every step, while what the allocator keeps goes up and down.
+    # Only 20 MB of caches are kept. Fifty leaked requests would add 50 to 100 MB at every step,
+    # while the allocator's memory goes up and down.
     assert min(after - before for before, after in pairwise(resident)) < 30e6
 
 
@@ -149,7 +149,7 @@ def test_a_server_logs_that_it_is_ready_and_one_line_a_request():
         rf"INFO {post} 200, (\d+) prompt tokens, 0 cached, 5 new, \d+\.\d\d s",
         rf"INFO {post} 200, (\d+) prompt tokens, [1-9]\d* cached, 5 new, \d+\.\d\d s",
         rf"WARNING {post} 400, \d+\.\d\d s: max_tokens is -1: use an integer from 1 .*",
-        r"WARNING No request: code 501, message Unsupported method \('BREW'\)",
+        r"WARNING Bad request: code 501, message Unsupported method \('BREW'\)",
     ]
     assert len(seen) == len(expected), seen
     assert all(re.fullmatch(*pair) for pair in zip(expected, seen)), seen
@@ -165,7 +165,7 @@ def test_a_port_that_is_taken_is_refused():
 
 
 def test_limited_caches_are_served_in_batches():
-    """Answers to prompts that fit are those of one at a time; longer ones are answered too."""
+    """Prompts within the limit are answered as without a batch; longer ones are answered too."""
     port = free_port()
     options = ("--kv-bits", "8", "--kv-window", "32", "--max-kv-size", "400")
     with server(port, *options, "--log-level", "ERROR"):
@@ -179,7 +179,7 @@ def test_limited_caches_are_served_in_batches():
 
 
 def test_a_known_prompt_is_answered_as_before_with_a_draft_model():
-    """mlx-lm's own server forgets a token of the model's cache with each such request."""
+    """mlx-lm's own server loses a token of the model's cache with each such request."""
     port, prompt = free_port(), "import os\nimport " * 40
     with server(port, "--draft-model", TINY_LM, "--kv-bits", "8", "--no-calibrate") as process:
         answers = [complete(client(port), prompt, 6) for _ in range(5)]

@@ -1,4 +1,4 @@
-"""A server with a prompt store, as its users see it, and all that can go wrong."""
+"""A server with a prompt store, as its users see it, and its failures."""
 
 import json
 import os
@@ -45,12 +45,12 @@ from mlx_turboquant.measure.needle import random_names
 
 
 def long_text() -> str:
-    """Of more tokens than are kept at least."""
+    """A text long enough for the store to keep it."""
     return " ".join(random_names(120, random.Random(7)))
 
 
 def asked(port: int, prompt: str) -> tuple[str, int]:
-    """The answer, and how many tokens of the prompt were known."""
+    """The answer, and the number of prompt tokens that were cached."""
     response = client(port).completions.create(
         model="default_model", prompt=prompt, max_tokens=8, temperature=0
     )
@@ -93,7 +93,7 @@ def test_a_prompt_is_known_after_a_restart(tmp_path):
 
 
 def stop(process: subprocess.Popen) -> None:
-    """Ask a server to end, which writes what is pending."""
+    """Ask a server to end, after it has written pending prompts."""
     process.terminate()
     process.wait(30)
 
@@ -115,12 +115,12 @@ def test_a_server_that_is_killed_in_the_middle_of_a_request_keeps_what_it_has_wr
 
 
 def unfinished(folder: Path) -> list[str]:
-    """What is being written, or was when its process was killed."""
+    """Files that are being written, or were when the process was killed."""
     return [name for name in os.listdir(folder) if name.startswith(".") and "-" in name]
 
 
 def kill_while_it_writes(process: subprocess.Popen, port: int, folder: Path) -> str:
-    """Ask a server until it is killed in the middle of a write; returns the prompt of that."""
+    """Ask a server until it is killed during a write, and return the prompt being written."""
     for number in range(20):
         prompt = f"{number} {long_text()}"
         asked(port, prompt)
@@ -143,7 +143,7 @@ def test_a_server_that_is_killed_while_it_writes_leaves_a_store_without_that_pro
     with server(port, *STORED, str(tmp_path)) as process:
         assert statistics(port)["entries"] == written
         first, known = asked(port, prompt)
-        assert known < 10  # tokens that another prompt begins with
+        assert known < 10  # a prefix shared with another prompt
         stop(process)
     assert unfinished(tmp_path) == []
     assert len(list(tmp_path.glob("*.safetensors"))) == written + 1
@@ -195,7 +195,7 @@ def test_a_prompt_that_cannot_be_cut_back_is_kept_at_checkpoints(tmp_path):
 
 
 def known_to(name: str, kind: str, port: int) -> int:
-    """The tokens of a prompt that a server knows when a key or a user sends it."""
+    """The number of cached prompt tokens when a key or a user sends the prompt."""
     api = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=name, max_retries=0)
     user = {"user": name} if kind == "user" else {}
     response = api.completions.create(
@@ -255,7 +255,7 @@ def test_an_adapter_that_a_request_names_gets_no_prompt_of_its_base(tiny_lm, tmp
 
 
 def test_an_adapter_that_was_trained_again_gets_no_prompt_of_the_one_before(tiny_lm, tmp_path):
-    """Its folder has the same name, which is all that mlx-lm goes by in memory."""
+    """Its folder has the same name, by which alone mlx-lm tells models apart in memory."""
     adapter = adapter_folder(tmp_path / "adapter", tiny_lm[0], 1)
     prompt, port = long_text(), free_port()
 
@@ -277,7 +277,7 @@ def test_an_adapter_that_was_trained_again_gets_no_prompt_of_the_one_before(tiny
 
 
 def test_prompts_in_memory_are_found_only_with_the_settings_that_they_have(tiny_lm):
-    """They would join requests with other bits in a batch, which is not possible."""
+    """Otherwise requests with different bits would be in one batch, which is not possible."""
     model, tokenizer = tiny_lm
     prompts = KeptPrompts(Admission(10**9), 10)
     tokens = list(range(40))
@@ -295,17 +295,17 @@ TOKENIZER = AutoTokenizer.from_pretrained(TINY_LM)
 
 
 def first_tokens(length: int) -> str:
-    """A text of so many tokens, which longer ones begin with."""
+    """A text of ``length`` tokens; longer ones begin with it."""
     text = TOKENIZER.decode(TOKENIZER.encode(long_text())[:length])
     assert TOKENIZER.encode(text) == TOKENIZER.encode(long_text())[:length]
     return text
 
 
 class Ask(NamedTuple):
-    """A request of a user for a text that begins with ``length`` tokens of one that all know.
+    """A user's request, whose prompt begins with ``length`` tokens of a text that all users share.
 
-    With a ``seed`` mlx-lm answers it alone, otherwise in a batch. That of a ``chat`` has a system
-    prompt of half of it, at whose end a cache is kept as well.
+    With a ``seed`` mlx-lm answers it alone, otherwise in a batch. In a ``chat`` half of the text is
+    the system prompt, at whose end a cache is kept as well.
     """
 
     user: int
@@ -315,7 +315,7 @@ class Ask(NamedTuple):
     chat: bool = False
 
     def cached(self, port: int, users: str) -> int:
-        """Tokens of it that were known; users are other ones than before."""
+        """The number of cached prompt tokens; each set of ``users`` is new to the server."""
         api, text = client(port), first_tokens(self.length)
         settings = {"max_tokens": self.count, "temperature": 0, "seed": self.seed}
         settings |= {"model": "default_model", "user": f"{users} {self.user}"}
@@ -330,13 +330,13 @@ class Ask(NamedTuple):
         return answer.usage.prompt_tokens_details.cached_tokens
 
     def explains(self, other: "Ask") -> int:
-        """The most tokens of another request that may be known because of this one."""
+        """The most tokens of another request that may be cached because of this one."""
         return min(self.length + self.count, other.length - 1) if other.user == self.user else 0
 
 
 @pytest.fixture(scope="module")
 def port_of_users(tmp_path_factory):
-    """Of a server whose users do not find each other's prompts, neither in memory nor on disk."""
+    """The port of a server with prompts of each user alone, in memory and on disk."""
     folder = tmp_path_factory.mktemp("users")
     shutil.copytree(TINY_LM, folder / "model")
     template = "{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -362,7 +362,7 @@ _examples = count()
 @example([Ask(0, 50), Ask(1, 2)])
 @example([Ask(0, 50, 3), Ask(1, 50), Ask(2, 21), Ask(2, 20, seed=1), Ask(1, 3, chat=True)])
 def test_users_only_know_what_they_have_asked_themselves(port_of_users, asks):
-    """While requests that begin with each other are answered together, and after that."""
+    """While requests that share a prefix are answered together, and after that."""
     users = f"example {next(_examples)}, user"
     with ThreadPoolExecutor(len(asks)) as clients:
         known = list(clients.map(lambda ask: ask.cached(port_of_users, users), asks))
@@ -373,12 +373,12 @@ def test_users_only_know_what_they_have_asked_themselves(port_of_users, asks):
         own = [ask for ask in asks if ask.user == user]
         tokens = probe.cached(port_of_users, users)
         assert tokens <= max((ask.explains(probe) for ask in own), default=0)
-        # A cache of one token is not looked for.
+        # A cache of one token is not looked up.
         assert tokens >= max((ask.length for ask in own), default=0)
 
 
 def test_a_stranger_who_knows_how_a_prompt_begins_knows_no_more(port_of_users):
-    """In memory and, as the prompt is long, on disk; while it is answered, and after that."""
+    """In memory and, because the prompt is long, on disk; during the answer and after it."""
     probe = Ask(2, 300)
     with ThreadPoolExecutor(2) as clients:
         owner = clients.submit(Ask(0, 350, 20).cached, port_of_users, "strangers")
@@ -392,7 +392,7 @@ def test_a_stranger_who_knows_how_a_prompt_begins_knows_no_more(port_of_users):
 
 
 def test_a_prompt_with_a_picture_is_known_in_memory_alone(tmp_path, tiny_lm):
-    """mlx-lm has negative numbers for parts of pictures, which are no tokens to others."""
+    """mlx-lm has negative numbers for parts of images, which are not valid tokens elsewhere."""
     model, tokenizer = tiny_lm
     store, cache = PromptStore(tmp_path), make_prompt_cache(enable(model, 4))
     model(random_tokens(300)[None], cache=cache)
@@ -475,7 +475,7 @@ def test_files_that_change_places_between_models_answer_for_their_own(tmp_path):
 
 
 def test_a_clock_that_was_set_back_loses_nothing_and_stops_nothing(tmp_path):
-    """Files seem to be of a distant future; when space is needed they go first."""
+    """Files appear to be from the distant future; they are evicted first."""
     prompts, port = [f"{number} {long_text()}" for number in "abc"], free_port()
     with server(port, *STORED, str(tmp_path)) as process:
         answers = [asked(port, prompt)[0] for prompt in prompts[:2]]
@@ -511,7 +511,7 @@ def test_a_request_that_ends_after_the_store_was_closed_costs_a_warning(tiny_lm,
 
 @pytest.mark.parametrize("prefixes, repeats", [(8, 4), pytest.param(60, 7, marks=pytest.mark.slow)])
 def test_requests_wait_for_memory_and_get_their_answers(tmp_path, prefixes, repeats):
-    """Sixteen clients where few fit, with a store behind little memory."""
+    """Sixteen clients with little memory, in which few requests fit, and a store."""
     port = free_port()
     prompts, answers = prompts_with_codes(prefixes * repeats, prefixes)
     options = (*STORED, str(tmp_path), "--memory-limit", "80MB")
@@ -519,9 +519,9 @@ def test_requests_wait_for_memory_and_get_their_answers(tmp_path, prefixes, repe
         with ThreadPoolExecutor(16) as pool:
             completed = list(pool.map(lambda prompt: complete(client(port), prompt), prompts))
         right = [text.strip().startswith(code.strip()) for text, code in zip(completed, answers)]
-        # Of which the model finds nearly all.
+        # The model finds nearly all codes.
         assert sum(right) > 0.9 * len(prompts)
-        # 340 MB of them before the first request.
+        # 340 MB are in use before the first request.
         assert resident_bytes(process) < 1e9
         short = client(port).completions.create(
             model="default_model", prompt=prompts[0], max_tokens=1
@@ -543,7 +543,7 @@ def test_requests_wait_for_memory_and_get_their_answers(tmp_path, prefixes, repe
         (("--prompt-store", __file__), "is not a folder"),
         (("--prompt-store", "store", "--prompt-store-size", "0"), "'0' is not a size"),
         (("--prompt-store", "store", "--prompt-store-size", "20 bananas"), "is not a size"),
-        (("--prompt-store", "store", "--draft-model", TINY_LM), "caches of a --draft-model"),
+        (("--prompt-store", "store", "--draft-model", TINY_LM), "used with --draft-model"),
     ],
 )
 def test_a_store_that_is_not_possible_is_one_sentence(tmp_path, options, message):

@@ -11,7 +11,7 @@ from mlx_turboquant.codec.codebook import (
     lloyd_max_levels,
 )
 
-# Positive levels in standard deviations, computed independently with analytic partial moments.
+# Positive levels in standard deviations, from an independent computation of partial moments.
 POSITIVE_LEVELS = {
     (64, 1): [0.80101],
     (64, 2): [0.45212, 1.49997],
@@ -55,7 +55,7 @@ def test_every_level_is_the_mean_of_its_cell(dim, bits):
     cell = np.searchsorted((levels[1:] + levels[:-1]) / 2, u)
     mass = np.bincount(cell, density, minlength=len(levels))
     moment = np.bincount(cell, density * u, minlength=len(levels))
-    # A cell holds at least some 50 points, whose edges blur its mean by half a spacing.
+    # A cell holds about 50 points or more, and its edges shift its mean by up to half a spacing.
     np.testing.assert_allclose(moment / mass, levels, atol=2 * (u[1] - u[0]))
 
 

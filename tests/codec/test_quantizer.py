@@ -18,8 +18,8 @@ def mean_squared_error(quantizer: TurboQuantizer, x: mx.array) -> float:
     return (difference * difference).sum(axis=-1).mean().item()
 
 
-# Exact errors of Lloyd-Max levels on the sphere. The sampling error of 100 000 vectors is below
-# .1 % and the polynomial levels of 3 and 4 bits cost up to .17 %.
+# Exact errors of Lloyd-Max levels on the sphere. The sampling error of 100,000 vectors is below
+# 0.1 %, and the polynomial levels of 3 and 4 bits cost up to 0.17 %.
 @pytest.mark.parametrize(
     "dim, expected",
     [
@@ -35,8 +35,8 @@ def test_the_codec_of_the_paper_has_its_error(dim, expected):
         assert mean_squared_error(quantizer, x) == pytest.approx(error, rel=0.01)
 
 
-# The errors of a search over 61 gains, which a dozen gains come within 1 % of; 25 000 vectors are
-# good to half a percent.
+# The errors of a search over 61 gains; a dozen gains come within 1 % of them. With 25,000 vectors
+# they are accurate to half a percent.
 @pytest.mark.parametrize(
     "dim, bits, expected",
     [(64, 3, 0.02938), (64, 4, 0.00689), (128, 3, 0.03162), (128, 4, 0.00777), (256, 4, 0.00845)],
@@ -49,13 +49,13 @@ def test_gain_search_with_least_squares_lowers_the_error(dim, bits, expected):
 
 @pytest.mark.parametrize("dim, bits", [(64, 2), (128, 1), (128, 2), (128, 3), (128, 8), (256, 4)])
 def test_unbiased_inner_products_have_no_bias(dim, bits):
-    """For queries that correlate with the vectors, so that a shrunk product would show."""
+    """Queries correlate with the vectors, so that shrunk products would show."""
     x = unit_vectors(25_000, dim)
     queries = x + unit_vectors(25_000, dim, seed=99)
     quantizer = TurboQuantizer(dim, bits, seed=7, gain_search=bits == 3)
     estimate = (quantizer.dequantize(quantizer.quantize(x)) * queries).sum(axis=-1)
     bias = (estimate - (x * queries).sum(axis=-1)).mean().item()
-    # The products average 1; their noise of at most sqrt(.57 / 128) leaves .0004 in the mean.
+    # The products average 1; their noise of at most sqrt(0.57 / 128) leaves 0.0004 in the mean.
     assert abs(bias) < 1e-3
 
 
@@ -85,7 +85,7 @@ def test_nothing_is_stored_but_the_words_and_one_scale(dim, bits, rotation):
 
 @given(dims, bit_widths, st.sampled_from(SCALES), st.integers(-60, 60))
 def test_scaling_a_vector_scales_its_reconstruction(dim, bits, scale, exponent):
-    """By a power of two, which float32 multiplies exactly: the codes are the same."""
+    """By a power of two: float32 products are exact, so the codes are the same."""
     quantizer = TurboQuantizer(dim, bits, scale=scale)
     x = unit_vectors(4, dim)
     packed, scaled = quantizer.quantize(x), quantizer.quantize(x * 2.0**exponent)
@@ -114,7 +114,7 @@ def test_inner_products_are_those_of_the_dequantized_vectors(dim, bits, rotation
 
 
 def test_the_largest_dimension_has_the_error_of_a_gaussian():
-    """The density on the sphere has become normal: Lloyd and Max give .0095 for 4 bits."""
+    """The density on the sphere is nearly normal: Lloyd and Max give 0.0095 for 4 bits."""
     quantizer = TurboQuantizer(8192, 4, scale="none", gain_search=False)
     assert mean_squared_error(quantizer, unit_vectors(50, 8192)) == pytest.approx(0.0095, rel=0.02)
 
@@ -125,7 +125,7 @@ def test_any_float_dtype_comes_back_in_the_dtype_that_is_asked_for(dtype):
     x = unit_vectors(10, 64).astype(dtype)
     restored = quantizer.dequantize(quantizer.quantize(x), dtype)
     assert restored.dtype == dtype
-    # 8 bits leave an error of .6 % of the length; bfloat16 rounds by up to .4 % of a value.
+    # 8 bits leave an error of 0.6 % of the length; bfloat16 rounds by up to 0.4 % of a value.
     difference = (restored - x).astype(mx.float32)
     assert mx.linalg.norm(difference, axis=-1).max() < 0.012
 
@@ -147,7 +147,7 @@ def test_extreme_sizes_survive(scale, size):
     assert mx.isfinite(packed.scales).all()
     assert mx.isfinite(packed.scales.astype(mx.bfloat16)).all()
     restored = quantizer.dequantize(packed) / size
-    # 4 bits: relative error sqrt(.0078) of the length on average.
+    # 4 bits: an error of sqrt(0.0078) of the length on average.
     assert mx.linalg.norm(restored - direction, axis=-1).max() < 0.15 / 4
 
 

@@ -16,7 +16,7 @@ rotations = st.builds(
     st.sampled_from(["hadamard", "haar"]),
     st.integers(0, 3),
 )
-# Rounding of a float32 sum of up to 1 536 terms of size 1 / sqrt(dim).
+# Rounding of a float32 sum of up to 1,536 terms of size 1 / sqrt(dim).
 TOLERANCE = 2e-5
 
 
@@ -65,7 +65,7 @@ def test_signs_of_a_seed_never_change():
 def test_a_haar_matrix_has_no_preferred_direction():
     """Without the sign correction of QR, the diagonal would have a mean of about -1 / sqrt(dim)."""
     diagonals = [np.diag(np.array(Rotation(64, "haar", seed).matrix)) for seed in range(50)]
-    # 3 200 entries of standard deviation 1 / 8: the mean has a standard error of .0022.
+    # 3,200 entries of standard deviation 1 / 8: the mean has a standard error of 0.0022.
     assert abs(np.mean(diagonals)) < 4 * 0.0022
 
 

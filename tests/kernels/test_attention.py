@@ -9,7 +9,7 @@ from mlx_turboquant.kernels.runtime import force_backend
 
 @pytest.fixture(autouse=True)
 def plain_mlx():
-    """What is tested here is the meaning of the kernels, whose halves would need more tolerance."""
+    """Test the definition of the kernels; their half precision would need more tolerance."""
     force_backend("reference")
     yield
     force_backend(None)
@@ -79,6 +79,6 @@ def test_attention_sinks_take_weight_without_a_value():
 
 
 def test_large_scores_do_not_overflow():
-    """Keys of some models reach 400: scores of 1e4 and more."""
+    """Keys of some models reach 400, which gives scores of 1e4 and more."""
     output = decode_attention(normal((BATCH, 4, 1, 64), 3) * 400, visible_tokens(), 1.0)
     assert mx.isfinite(output).all()

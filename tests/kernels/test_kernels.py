@@ -1,8 +1,7 @@
 """Every kernel against plain MLX: on Metal or CUDA, or on the CPU executor of metal_on_linux.
 
 On the executor each launch goes through the memory checker in a random order of threads, and a
-finding fails the test. Where the product of all settings is too large, every pair of settings is
-covered.
+finding fails the test. If the product of all settings is too large, all pairs are covered.
 """
 
 import copy
@@ -62,7 +61,7 @@ MASKS = ("none", "causal", "boolean", "boolean per head", "additive", "left padd
 
 @pytest.fixture(autouse=True)
 def kernels_run(monkeypatch):
-    """Kernels run on the GPU, or on the executor in its place; gives the list of launches."""
+    """Run kernels on the GPU or on the executor; the value is the list of launches."""
     launches = []
 
     def recording(make_kernel):
@@ -105,7 +104,7 @@ def names_of(launches) -> list[str]:
 
 
 def pairwise(*factors):
-    """Few combinations of the factors' values in which every pair of values occurs."""
+    """A few combinations of the factors' values that contain every pair of values."""
     generator = random.Random(0)
     columns = range(len(factors))
     missing = {
@@ -129,7 +128,7 @@ def pairwise(*factors):
 
 
 def quantized(x, mean, quantizer) -> QuantizedVectors:
-    """By the kernel, whatever its check says."""
+    """Quantize by the kernel, whatever the result of its check."""
     return Quantize((x.dtype,), (quantizer,))([x], [mean])[0]
 
 
@@ -148,7 +147,7 @@ def test_quantize_finds_the_codes_of_the_reference(dim, bits, dtype):
     assert different.sum() <= {6: 2, 7: 8, 8: 25}.get(bits, 1)
     residual = x.astype(mx.float32) - mean
     errors = [squared_errors(quantizer, p, residual) for p in (packed, expected)]
-    # The chosen cosines agree within rounding, one per million for each of some tens of terms.
+    # The chosen cosines agree within rounding: one millionth for each of some tens of terms.
     assert (mx.abs(errors[0] - errors[1]) / (residual**2).sum(axis=-1)).max() < 1e-4
     scales = mx.where(different, 1, packed.scales / expected.scales)
     assert mx.abs(scales - 1).max() <= 1 / 128  # one step of bfloat16
@@ -156,10 +155,10 @@ def test_quantize_finds_the_codes_of_the_reference(dim, bits, dtype):
 
 @pytest.mark.parametrize("bits, fraction", [(2, 0.001), (4, 0.002), (6, 0.01), (8, 0.12)])
 def test_few_codes_differ(kernels_run, bits, fraction):
-    """Vectors with other codes than the reference's, of 2 000.
+    """Of 2,000 vectors, few have other codes than in the reference.
 
     A value may lie within rounding of a threshold, or two gains may have the same cosine within
-    rounding: at 8 bits cosines are 1 - 1.5e-5, of which float32 keeps two digits.
+    rounding: at 8 bits cosines are 1 - 1.5e-5, and float32 keeps two digits of the difference.
     """
     quantizer = shared_quantizer(128, bits, 0)
     x, mean = normal((1, 2, 1000, 128), 1), mx.zeros((1, 2, 1, 128))
@@ -171,7 +170,7 @@ def test_few_codes_differ(kernels_run, bits, fraction):
 
 
 def test_quantize_packs_every_code_where_the_layout_says():
-    """A dense rotation by the identity lets the codes be chosen."""
+    """With the identity as a dense rotation, the test chooses the codes."""
     for bits in BITS:
         quantizer = TurboQuantizer(72, bits, rotation="haar", gain_search=False)
         x = normal((1, 1, 9, 72), bits)
@@ -196,7 +195,7 @@ def test_quantize_keeps_zeros_and_large_values_and_isolates_nan():
 
 
 def keys_and_values(rows):
-    """Each row of dimension, bits, side and dtype once: those of keys beside those of values."""
+    """Pair the rows of keys with those of values; each row has dimension, bits, side and dtype."""
     keys, values = ([row for row in rows if row[2] == side] for side in ("keys", "values"))
     longer = max(keys, values, key=len)
     pairs = [(keys[i % len(keys)], values[i % len(values)]) for i in range(len(longer))]
@@ -258,7 +257,7 @@ def test_an_index_is_searched_by_the_kernel(kernels_run, monkeypatch, metric):
     index.add(normal((150, 96), 1))
     queries = normal((3, 96), 2)
     found = index.search(queries, 20)
-    # Three tiles, after the comparison with plain MLX.
+    # Three tiles, after the check against plain MLX.
     assert len(kernels_run) == 4
     runtime.force_backend("reference")
     expected = index.search(queries, 20)
@@ -296,12 +295,12 @@ def attention_arguments(tokens, group, rows, dtype, mask="none", sinks=False):
 
 
 def tune(monkeypatch, *chosen: tuple[int, Tuning]) -> None:
-    """Let new kernels have these tunings, by the number of packed tokens from which they hold."""
+    """Give new kernels these tunings, each with the number of packed tokens it starts from."""
     monkeypatch.setattr(attention, "tunings", lambda *heads: chosen)
 
 
 def attention_kernel(queries, tokens, scale, mask, sinks) -> DecodeAttention:
-    """Whatever its check says."""
+    """The kernel, whatever the result of its check."""
     return DecodeAttention(DecodeAttention.configuration(queries, tokens, mask, sinks))
 
 
@@ -347,7 +346,7 @@ def test_attention_takes_eight_query_rows_at_once(
 
 
 def test_many_packed_tokens_in_all_heads_take_eight_query_rows(kernels_run, monkeypatch):
-    """With the kernel that the check before the first use has compiled."""
+    """They use the kernel that was compiled for the check before its first use."""
     tune(monkeypatch, (0, FOUR_ROWS), (2 * 2 * 300, EIGHT_ROWS))
     threadgroups, checks = [], []
     for packed in (299, 300):
@@ -389,7 +388,7 @@ def test_a_tuning_does_not_change_the_result(monkeypatch, chosen, dim, key_bits,
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dim, value_dim, bits", [(128, 128, 4), (80, 96, 3), (512, 512, 6)])
 def test_the_text_is_right_as_each_gpu_gets_it(monkeypatch, target, dim, value_dim, bits):
-    """With sums of halves and words loaded ahead too, which only CUDA gets."""
+    """Including sums in half precision and prefetched words, which only CUDA gets."""
     monkeypatch.setitem(attention.TARGETS, "metal", TARGETS[target])
     tokens = visible_tokens(dim, value_dim, bits, bits, packed=300)
     if dim == 512:
@@ -406,7 +405,7 @@ def test_attention_takes_any_number_of_packed_tokens(packed):
 
 @pytest.mark.parametrize("mask", ["none", "causal", "boolean per head", "additive"])
 def test_attention_reads_sequences_of_different_length(mask):
-    """Keys that lie between the tokens of a sequence are not a number here."""
+    """Keys between the tokens of a sequence are NaN here."""
     spans = (Span(300, 4, 7), Span(33, 0, 12))
     tokens = replace(visible_tokens(packed=300), recent_start=7, spans=spans)
     tokens.exact_keys[:, :, 4:7] = mx.nan
@@ -555,7 +554,7 @@ def test_keys_and_values_are_quantized_in_one_launch(kernels_run):
 
 
 def plant(monkeypatch, folder, **replacements):
-    """Has kernels built from a text in which a string of theirs is replaced by another."""
+    """Build kernels from a text with some strings replaced."""
     right = runtime._file
     for kernel, (old, new) in replacements.items():
         text = right(f"{kernel}.metal").read_text()

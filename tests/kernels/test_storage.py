@@ -23,7 +23,7 @@ def vectors(count: int, seed: int = 0, mean: float = 0.0) -> mx.array:
 
 
 def stored(*parts: mx.array, bits: int = 4, limit: int | None = None) -> PackedKV:
-    """Each part as keys and as values."""
+    """Store each part as keys and as values."""
     store = PackedKV(layouts_of(bits, bits), 0, limit)
     for part in parts:
         store.append([part, part])
@@ -59,7 +59,7 @@ def test_tokens_that_stay_are_not_touched_by_later_ones(first, second, forgotten
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=8), st.integers(1, 20))
 def test_a_limited_store_holds_the_newest_tokens(sizes, units):
-    """In whole blocks, so that what is forgotten is a multiple of 32; and at most its limit."""
+    """In whole blocks, so that it evicts multiples of 32 tokens, and at most its limit."""
     limit = units * CAPACITY_UNIT
     sizes = [-(-size // BLOCK) * BLOCK for size in sizes]
     x, store, held, start = vectors(sum(sizes)), stored(bits=8, limit=limit), 0, 0
@@ -68,7 +68,7 @@ def test_a_limited_store_holds_the_newest_tokens(sizes, units):
         start, held = start + size, held + size - forgotten
         assert forgotten % BLOCK == 0
         assert store.count == held <= limit
-        # Of a limit of 8 blocks and more an eighth is free after it was reached.
+        # Limits of 8 blocks and more have an eighth of free space once they are reached.
         assert held >= min(start, limit - max(limit // 8, BLOCK))
         for kept in dense(store):
             # 8 bits leave 0.6 % of the length, a bfloat16 scale up to 0.4 %.
@@ -100,7 +100,7 @@ def test_a_block_of_keys_is_interleaved():
 
 @pytest.mark.parametrize("count", [CAPACITY_UNIT, 2 * CAPACITY_UNIT, 5 * BLOCK])
 def test_codes_lie_in_memory_as_kernels_read_them(count):
-    """MLX would copy others at every launch. Whole buffers, which it may replace, and parts."""
+    """MLX would copy another layout at every launch. Both whole buffers and parts are tested."""
     store = stored(vectors(2 * CAPACITY_UNIT))
     store.trim([2 * CAPACITY_UNIT])
     store.append([vectors(count)] * 2)
@@ -147,7 +147,7 @@ def test_heads_decide_separately_and_a_non_finite_one_keeps_no_mean():
 
 @pytest.mark.parametrize("bits", [3, 4])
 def test_a_mean_costs_no_accuracy(bits):
-    """Without removing it the error would grow with the length: 3 is 9 times the variance."""
+    """Without its removal the error would grow with the length: 3 is 9 times the variance."""
     errors = []
     for mean in (0.0, 3.0):
         x = vectors(512, mean=mean)

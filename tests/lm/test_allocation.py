@@ -60,7 +60,7 @@ def test_a_larger_budget_is_never_worse(layers, budget):
 
 @given(st.lists(WEIGHTS, min_size=4, max_size=4), st.sampled_from((2, 3, 4)))
 def test_no_other_choice_of_the_same_bytes_is_expected_to_be_better(weights, budget):
-    """Where every bit takes the same bytes, whatever the side; up to 5 bits, to try all."""
+    """If a bit takes the same bytes on every side; up to 5 bits, so that all can be tried."""
     layers = [
         Layer(side(weights[0], min_bits=2), side(weights[1])),
         Layer(side(weights[2], min_bits=2), side(weights[3])),
@@ -71,7 +71,7 @@ def test_no_other_choice_of_the_same_bytes_is_expected_to_be_better(weights, bud
         for a, b, c, d in itertools.product(range(2, 9), range(1, 9), range(2, 9), range(1, 9))
         if a + b + c + d <= 4 * budget
     )
-    # A greedy choice ends when the next bit does not fit: one bit of one side, at most.
+    # A greedy choice ends when the next bit does not fit, so at most one bit of one side is left.
     assert best <= expected_divergence(layers, chosen) <= 1.0001 * best
 
 
@@ -106,7 +106,7 @@ def test_bits_that_take_no_more_words_than_fewer_ones_are_preferred():
 
 @pytest.mark.parametrize("fixed", [{}, {"key_bits": 8, "value_bits": 4}])
 def test_a_budget_that_the_fewest_bits_exceed_is_refused(fixed):
-    """Forty values of 2 and of 1 bit are filled up to 96 and to 64 bits: a mean of 2 in all."""
+    """Forty values of 2 and of 1 bit are padded to 96 and 64 bits: a mean of 2 bits."""
     layers = [Layer(side(0.1, 33, 1, min_bits=2), side(0.1, 33, 1))]
     with pytest.raises(ValueError, match=r"A budget of 2 bits is too small .with .* takes "):
         allocate(layers, 2, **fixed)

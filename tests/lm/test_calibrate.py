@@ -21,7 +21,7 @@ TOKENS = random_tokens(256, seed=7).tolist()
 
 
 class Numbers:
-    """A tokenizer of characters below 128, as the vocabulary of the random model has them."""
+    """A tokenizer of characters below 128, the vocabulary of the random model."""
 
     def encode(self, text, add_special_tokens=True, verbose=True):
         return [ord(character) % 128 for character in text]
@@ -38,7 +38,7 @@ def test_the_bundled_texts_are_of_four_kinds_and_long_enough(tiny_lm):
 
 
 def test_a_divergence_is_that_of_the_output_with_one_side_of_one_layer_quantized(random_model):
-    """Beside the cache itself, whose other layer has eight bits, which are not quite exact."""
+    """Compared with the cache itself, whose other layer has 8 bits and is nearly exact."""
     [place, _] = compressible_caches(random_model)
     other = random_tokens(300, seed=8).tolist()
     rows = _Rows(random_model, [other, TOKENS], scored=64).divergences(place)
@@ -48,7 +48,7 @@ def test_a_divergence_is_that_of_the_output_with_one_side_of_one_layer_quantized
         cache = make_prompt_cache(random_model, 8, window=0)
         cache[0] = type(cache[0])(key_bits, value_bits, window=0)
         random_model(mx.array([TOKENS[:192]]), cache=cache)
-        # All at once, so that they see each other as they are, and of the prefix what is packed.
+        # All at once, so that they see each other exactly, and the packed tokens of the prefix.
         logits = random_model(mx.array([TOKENS[192:]]), cache=cache)[0]
         expected = divergence(exact, log_probabilities(logits)).mean().item()
         # The last 28 tokens of the prefix are not a whole block, and stay exact in the cache.
@@ -86,7 +86,7 @@ def test_a_profile_has_both_sides_of_all_layers_for_every_text(random_model):
     assert profile.texts == ("one", "other") and profile.tokens == 60 + 60
     assert len(profile.keys) == len(profile.values) == 2
     for keys, values in zip(profile.keys, profile.values):
-        # More bits, less divergence, by a factor of 3 to 4 of the squared error.
+        # One more bit lowers the squared error, and so the divergence, by a factor of 3 to 4.
         assert all(two > 2 * three > 0 for two, three in zip(keys[2], keys[3]))
         assert all(one > 2 * two > 0 for one, two in zip(values[1], values[2]))
     assert seen == [(i, 3) for i in range(1, 4)]
@@ -98,7 +98,7 @@ def test_latent_attention_has_no_values_of_its_own():
 
 
 def test_a_layer_that_matters_more_weighs_more(random_model):
-    """The second layer's output is a hundredth of what it was, and so is what goes wrong in it."""
+    """The second layer's output is scaled by 1/100, and so are its errors."""
     model = variant(random_model)
     projection = model.layers[1].self_attn.o_proj
     projection.weight = projection.weight / 100
@@ -115,7 +115,7 @@ def test_bad_input_is_refused(random_model):
 
 
 def test_texts_are_measured_as_if_each_were_alone(random_model):
-    """Six texts are two batches; float32 sums of other orders."""
+    """Six texts make two batches; float32 sums are in another order."""
     texts = {f"text {i}": f"the text number {i}, " * 8 for i in range(6)}
     together = calibrate(random_model, Numbers(), texts)
     for i, (name, text) in enumerate(texts.items()):
@@ -125,7 +125,7 @@ def test_texts_are_measured_as_if_each_were_alone(random_model):
 
 
 def interrupted_after(steps: int):
-    """A progress that is Ctrl-C at a step."""
+    """A progress that raises KeyboardInterrupt at a step."""
 
     def progress(finished: int, all: int) -> None:
         if finished == steps:
@@ -158,7 +158,7 @@ def test_an_interruption_before_the_first_layer_leaves_nothing(random_model, tmp
 
 @pytest.mark.parametrize("common", [0.0, 100.0, -100.0])
 def test_what_all_logits_have_in_common_changes_no_divergence(random_model, common):
-    """Softmax does not see it, nor does any number overflow where the output is destroyed."""
+    """Softmax ignores it, and nothing overflows even if the output is destroyed."""
     model = variant(random_model, tie_word_embeddings=False)
     expected = calibrate(model, Numbers())
     head = model.lm_head.weight
@@ -166,7 +166,7 @@ def test_what_all_logits_have_in_common_changes_no_divergence(random_model, comm
     model.lm_head.weight = head + common * shift
     shifted = calibrate(model, Numbers())
     for one, other in zip(expected.keys + expected.values, shifted.keys + shifted.values):
-        # Logits of about a hundred times the size are rounded as much more.
+        # Logits a hundred times as large have rounding errors a hundred times as large.
         assert all(np.allclose(one[bits], other[bits], rtol=0.1, atol=1e-4) for bits in one)
 
 

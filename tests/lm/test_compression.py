@@ -11,7 +11,7 @@ from mlx_turboquant.lm.settings import Settings
 
 
 def profile_of(model, *weights: float) -> Profile:
-    """Keys of each layer weigh so much, values a tenth of it."""
+    """A profile in which keys of each layer have this weight, and values a tenth of it."""
     keys = tuple({2: (weight,), 3: (0.3 * weight,)} for weight in weights)
     values = tuple({1: (0.1 * weight,), 2: (0.03 * weight,)} for weight in weights)
     return Profile(fingerprint(model), ("text",), 24, keys, values)
@@ -102,7 +102,7 @@ def test_a_side_that_is_fixed_is_the_same_in_all_layers(random_model):
 
 
 def test_layers_that_are_treated_alike_are_not_computed(random_model):
-    """A model whose weights would take terabytes."""
+    """The weights of this model would take terabytes."""
     model = variant(random_model, vocab_size=2**31 - 1)
     mx.reset_peak_memory()
     treat_layers_alike(model)

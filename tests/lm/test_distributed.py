@@ -39,7 +39,7 @@ def folders(tmp_path_factory) -> list[Path]:
 
 
 def test_two_processes_say_what_one_says(folders):
-    """Tensor parallel, where each has half of the heads, and pipelines of half of the layers."""
+    """Tensor parallel, with half of the heads each, and pipelines, with half of the layers each."""
     script = str(REPOSITORY / "tests" / "distributed_tokens.py")
     run = subprocess.run([*LAUNCH, script, *map(str, folders)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

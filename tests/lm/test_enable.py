@@ -34,7 +34,7 @@ def test_eight_bits_change_the_logits_by_less_than_a_percent(random_model):
     cache = make_prompt_cache(random_model, 8, window=16)
     compressed = logits(random_model, cache)
     assert cache[0].packed_tokens > 100
-    # The codec's error is .6 % of a vector and softmax averages it.
+    # The codec's error is 0.6 % of a vector, and softmax averages it.
     assert mx.linalg.norm(compressed - exact) < 0.01 * mx.linalg.norm(exact)
 
 
@@ -150,7 +150,7 @@ def test_settings_can_be_given_as_one_object(random_model):
 
 
 def test_a_disabled_model_gets_arrays_from_caches_that_it_has(random_model):
-    """Of the same step as before: the link is told, and nothing else is asked."""
+    """Even in a run of steps that is under way, because the caches ask their link."""
     cache = make_prompt_cache(random_model, 4, window=0, sink_tokens=0)
     random_model(mx.ones((1, 64), mx.int32), cache=cache)
     new = mx.random.normal((1, 2, 1, 64))
@@ -175,7 +175,7 @@ def test_the_limit_that_mlx_lm_is_given_limits_our_caches(random_model):
 
 
 def test_generation_with_a_limit_holds_no_more_tokens(tiny_lm):
-    """Alone and in a batch of mlx-lm, which make their caches themselves."""
+    """Alone and in mlx-lm's batches; both make their caches themselves."""
     model, tokenizer = tiny_lm
     enable(model, 4, uniform=True, window=16)
     prompt = tokenizer.encode("import os\n" * 150)
@@ -240,7 +240,7 @@ def test_a_copy_of_an_enabled_model_lives_on_its_own(random_model):
     original = llama.scaled_dot_product_attention
     disable(random_model)
     mx.eval(expected)
-    random_model.update(copied.parameters())  # nothing of the original is left but its shell
+    random_model.update(copied.parameters())  # only the shell of the original is left
     cache = copied.make_cache()
     assert mx.array_equal(logits(copied, cache), expected)
     assert type(llama.scaled_dot_product_attention) is type(original)

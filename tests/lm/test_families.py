@@ -1,4 +1,4 @@
-"""Every family of models, as the table in docs/models.md says."""
+"""Every family of models behaves as the table in docs/models.md says."""
 
 import re
 
@@ -30,7 +30,7 @@ def family(request) -> str:
 
 @pytest.fixture
 def decode_calls(monkeypatch) -> list[int]:
-    """The number of tokens that each call of the fused path has seen."""
+    """The number of tokens in each call of the fused path."""
     calls = []
     original = hook.decode_attention
 
@@ -43,7 +43,7 @@ def decode_calls(monkeypatch) -> list[int]:
 
 
 def logits(model, cache, tokens: mx.array) -> mx.array:
-    """Of a prompt in two chunks and of single tokens after it."""
+    """Logits of a prompt in two chunks and of single tokens after it."""
     outputs = [model(tokens[:, :50], cache=cache), model(tokens[:, 50:-STEPS], cache=cache)]
     for step in range(-STEPS, 0):
         outputs.append(model(tokens[:, step:][:, :1], cache=cache))
@@ -52,13 +52,13 @@ def logits(model, cache, tokens: mx.array) -> mx.array:
 
 
 def relative_error(output: mx.array, expected: mx.array) -> float:
-    """The largest of all positions, relative to how far the logits differ from each other."""
+    """The largest error of all positions, relative to the spread of the logits."""
     spread = mx.linalg.norm(expected - expected.mean(axis=-1, keepdims=True), axis=-1)
     return (mx.linalg.norm(output - expected, axis=-1) / spread).max().item()
 
 
 def documented_table() -> dict[str, tuple[str, str, str]]:
-    """Compressed layers, layers left as they are, and path, for each family."""
+    """Compressed layers, other layers, and path, for each family."""
     text = (REPOSITORY / "docs" / "models.md").read_text()
     table = re.search(r"<!-- families -->\n(.*?)<!-- /families -->", text, re.DOTALL)[1]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
@@ -100,7 +100,7 @@ def test_a_family_is_compressed_as_the_table_says(family, decode_calls):
 @pytest.mark.parametrize("is_enabled", [True, False])
 @pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
 def test_layers_that_share_keys_see_those_of_their_call_as_they_came(family, is_enabled):
-    """All of a first chunk are exact, though it packs most of them; so are the steps after it."""
+    """A first chunk is exact, although most of it is packed; so are the steps after it."""
     model, tokens = tiny_model(family), random_tokens(1, 61, seed=1, vocabulary=512)
     cache, exact = make_prompt_cache(model, 2, window=24), mlx_lm_cache.make_prompt_cache(model)
     if not is_enabled:
@@ -122,7 +122,7 @@ def after_prompt(model, cache, prompt: mx.array, following: mx.array) -> mx.arra
     "family", ["llama", "gemma3", "gemma3n", "gpt_oss", "deepseek_v3", "longcat_flash", "falcon_h1"]
 )
 def test_batches_of_a_family_are_closer_to_its_sequences_than_these_to_the_exact_cache(family):
-    """Prompts of 70, 96 and 56 tokens, padded on the right. Sums in another order change codes."""
+    """Prompts of 70, 96 and 56 tokens, right-padded. Sums in another order change codes."""
     model, lengths = tiny_model(family), [70, 96, 56]
     tokens = random_tokens(3, max(lengths), seed=1, vocabulary=512)
     following = random_tokens(3, 4, seed=1, vocabulary=512)

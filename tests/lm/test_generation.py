@@ -1,4 +1,4 @@
-"""Ways in which mlx-lm generates, each with compressed caches."""
+"""mlx-lm's ways to generate, each with compressed caches."""
 
 import random
 
@@ -21,7 +21,7 @@ CODE = (
 
 @pytest.fixture
 def prompt(tiny_lm) -> mx.array:
-    """Some two hundred tokens."""
+    """About 200 tokens."""
     return tiny_lm[1].encode(7 * CODE + "def write(path, text):\n", return_tensors="mlx")[0]
 
 
@@ -61,7 +61,7 @@ def test_no_token_is_quantized_twice_while_drafts_are_taken_back(tiny_lm, prompt
     monkeypatch.setattr(PackedKV, "append", counting)
     options = {"max_tokens": 80, "num_draft_tokens": 4, "prompt_cache": sum(caches, [])}
     list(speculative_generate_step(prompt, model, drafting, **options))
-    # A window of 8 is longer than any draft, so nothing that was packed is ever taken back.
+    # A window of 8 is longer than any draft, so no packed token is ever trimmed.
     assert sum(quantized) == sum(layer.packed_tokens for layer in sum(caches, []))
 
 
@@ -76,7 +76,7 @@ def test_the_prompt_may_be_read_in_chunks_of_any_size(tiny_lm, prompt, size):
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 67, 68, 69, 100, 101])
 def test_prompts_around_the_window_are_continued_as_without_compression(tiny_lm, prompt, length):
-    """A window of 64 and 4 sinks: 68 tokens are exact, and the first block leaves with 100."""
+    """A window of 64 and 4 sinks: 68 tokens are exact, and the first block leaves at 100."""
     model = tiny_lm[0]
     expected = continuation(model, prompt[:length], make_exact_cache(model))
     assert continuation(model, prompt[:length], make_prompt_cache(model, 8, window=64)) == expected
@@ -114,7 +114,7 @@ def test_a_generation_that_was_stopped_can_go_on(tiny_lm, prompt, after):
     steps = generate_step(prompt, model, max_tokens=60, prompt_cache=compressed)
     said = [next(steps)[0] for _ in range(after)]
     steps.close()
-    # mlx-lm is a token ahead of what it has given out.
+    # mlx-lm has computed one token more than it has returned.
     trim_prompt_cache(compressed, compressed[0].offset - (prompt.size + after - 1))
     rest = continuation(model, mx.array(said[-1:]), compressed, count=60 - after)
     assert said + rest == expected
@@ -131,14 +131,14 @@ class Graph:
 
 
 def graph_size(arrays: list[mx.array]) -> int:
-    """How much has to be evaluated for these arrays: lines of a drawing of it."""
+    """The size of the graph that these arrays need, in lines of its drawing."""
     graph = Graph()
     mx.export_to_dot(graph, *arrays)
     return graph.lines
 
 
 def held_beside_nbytes(prompt_cache) -> int:
-    """Bytes of everything that is not the cache: the same at any time."""
+    """Bytes of everything but the cache, which should be the same at any time."""
     mx.synchronize()
     return mx.get_active_memory() - sum(layer.nbytes for layer in prompt_cache)
 
@@ -146,7 +146,7 @@ def held_beside_nbytes(prompt_cache) -> int:
 @pytest.mark.parametrize("is_enabled", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gemma3n", "gemma4", "deepseek_v3"])
 def test_between_calls_a_model_holds_nothing_but_its_caches(family, is_enabled):
-    """Also where layers share keys and values, or attention was given arrays of all of them."""
+    """Also if layers share keys and values, or if attention gets them as arrays."""
     model = tiny_model(family)
     prompt = random_tokens(1, 600, vocabulary=512)
     for is_measured in (False, True):  # constants first
@@ -162,7 +162,7 @@ def test_between_calls_a_model_holds_nothing_but_its_caches(family, is_enabled):
 
 
 def generate_long(model, count: int, check_every: int, **settings) -> None:
-    """Graph and memory stay what they were after the first 300 tokens of ``count``."""
+    """Generate ``count`` tokens; graph and memory must not grow after the first 300."""
     continuation(model, mx.array([1]), make_prompt_cache(model, **settings), count=200)  # constants
     compressed = make_prompt_cache(model, **settings)
     token, sizes, beside = mx.array([[1]]), [], []
@@ -171,11 +171,11 @@ def generate_long(model, count: int, check_every: int, **settings) -> None:
         token = logits[:, -1:].argmax(axis=-1)
         if step >= 300:
             sizes.append(graph_size([token]))
-        mx.eval(token)  # as mlx-lm does, and nothing of the cache
+        mx.eval(token)  # mlx-lm evaluates the token only, not the cache
         if step % check_every == 300 % check_every and step >= 300:
             beside.append(held_beside_nbytes(compressed))
     assert compressed[0].offset == count
-    # A step that packs a block has more to do than others; none has more to do later on.
+    # A step that packs a block has a larger graph, but not a larger one later on.
     assert max(sizes[-200:]) <= max(sizes[:200])
     assert max(beside) - min(beside) < 100_000  # what the allocator rounds up
 
@@ -197,7 +197,7 @@ def test_twenty_thousand_tokens_grow_neither_the_graph_nor_memory_beside_the_cac
 
 @pytest.mark.parametrize("turns", [300, pytest.param(1_000, marks=pytest.mark.slow)])
 def test_turns_that_are_taken_back_leave_what_was_there(random_model, turns):
-    """Every turn is read in a chunk, answered in three tokens, and mostly forgotten again."""
+    """Every turn is prefilled in a chunk, answered in three tokens, and mostly trimmed again."""
     choose, tokens = random.Random(0), []
     compressed = make_prompt_cache(random_model, 8, window=16)
     beside = []

@@ -19,7 +19,7 @@ ORIGINAL = llama.scaled_dot_product_attention
 def scaled_dot_product_attention(
     queries, keys, values, cache, scale, mask, sinks=None, window_size=None
 ):
-    """What a next version of mlx-lm may have: attention with an argument more."""
+    """Attention with one more argument, as a later version of mlx-lm may have it."""
     if window_size is not None:
         distance = mx.arange(keys.shape[2])[-queries.shape[2] :, None] - mx.arange(keys.shape[2])
         mask = (distance >= 0) & (distance < window_size)
@@ -27,7 +27,7 @@ def scaled_dot_product_attention(
 
 
 class NextAttention(llama.Attention):
-    """Llama's attention, as it would call that."""
+    """Llama's attention with a call of that function."""
 
     window_size = None
 
@@ -59,7 +59,7 @@ def test_an_argument_that_decode_attention_does_not_know_gets_dense_tokens(
     dense_cache = make_prompt_cache(model, 8, window=16)
     disable(model)
     expected = logits(model, dense_cache)
-    # The default is decode attention's own, which sums up in another order.
+    # The default is our decode attention, which adds in another order.
     assert mx.array_equal(found, expected) == (window_size is not None)
     assert mx.allclose(found, expected, atol=1e-4)
     exact = logits(model, mlx_lm_cache.make_prompt_cache(model))
@@ -88,7 +88,7 @@ def test_an_observer_sees_the_attention_of_its_own_thread_alone(random_model):
 
 
 def test_a_model_that_is_enabled_while_another_one_is_measured_stays_enabled(random_model):
-    """Both are of one architecture, whose attention they share."""
+    """Both have one architecture and share its attention."""
     other = variant(random_model)
     mx.eval(other.parameters())
     measuring, enabled = threading.Event(), threading.Event()

@@ -34,7 +34,7 @@ def identity_of(model) -> str:
 
 
 def identity_of_bytes(content: bytes, count: int) -> str:
-    """As one array, whose sums have ``count`` words each."""
+    """The identity of one array whose sums have ``count`` words each."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(identity, "_WORDS", count)
         patch.setattr(identity, "_SUMS", 2)
@@ -67,7 +67,7 @@ def test_the_place_of_every_word_counts(content, count, first, second, width):
 
 
 def test_words_that_differ_in_the_highest_bit_alone_cannot_be_swapped():
-    """Two numbers of opposite sign: odd multiples of 2^31 are the same modulo 2^32."""
+    """Two numbers of opposite sign: odd multiples of 2^31 are equal modulo 2^32."""
     identities = {identity_of(OneArray(mx.array(x))) for x in ([1.0, -1.0], [-1.0, 1.0])}
     assert len(identities) == 2
 
@@ -116,7 +116,7 @@ def test_a_copy_has_the_same_identity_and_large_arrays_of_its_own():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_running_a_model_of_any_family_leaves_its_weights_what_they_are(family):
-    """Gemma 3n clips some of its weights at every call, from the first on."""
+    """Gemma 3n clips some of its weights at every call."""
     model = tiny_model(family)
     mx.eval(model(mx.ones((1, 5), mx.int32)))
     weights, before = Weights(model), identity_of(model)

@@ -22,7 +22,7 @@ VECTORS = Vectors(2, 64)
 
 
 def side(bits: tuple[int, int], numbers=(0.5, 0.1)) -> dict[int, tuple[float, ...]]:
-    """Divergences at two numbers of bits, for two texts of which the second has twice as much."""
+    """Divergences at two numbers of bits for two texts; those of the second are doubled."""
     return {b: (number, 2 * number) for b, number in zip(bits, numbers)}
 
 
@@ -51,7 +51,7 @@ def test_a_profile_is_found_by_the_fingerprint_of_its_model(tmp_path, monkeypatc
 def test_the_fingerprint_is_that_of_the_model_and_not_of_its_precision(random_model):
     before = fingerprint(random_model)
     random_model.set_dtype(mx.bfloat16)
-    # Norms of one are the same in any precision; what differs is only how weights are rounded.
+    # Norms of 1 are the same in any precision; only the rounding of weights differs.
     assert fingerprint(random_model) == before
     random_model.model.norm.weight = random_model.model.norm.weight * 2
     assert fingerprint(random_model) != before

@@ -1,4 +1,4 @@
-"""Prompt caches: saved as they are, and refused where they cannot be what was saved."""
+"""Prompt caches are saved as they are, and refused if they are damaged or do not fit."""
 
 import copy
 import json
@@ -43,7 +43,7 @@ def states(cache) -> list:
 
 
 def assert_same(cache, expected) -> None:
-    """The same numbers and the same bytes."""
+    """Check for the same numbers and the same bytes."""
     for a, b in zip(states(cache), states(expected), strict=True):
         if isinstance(a, mx.array):
             assert a.dtype == b.dtype and mx.array_equal(a, b, equal_nan=True)
@@ -164,7 +164,7 @@ def test_mlx_lm_saves_and_loads_it_with_its_own_functions(random_model, saved, t
     mlx_lm_cache.save_prompt_cache(str(file), cache)
     assert_same(mlx_lm_cache.load_prompt_cache(str(file)), cache)
     with pytest.raises(ValueError, match="not a prompt cache of mlx_turboquant"):
-        load_prompt_cache(file)  # without a version nobody can know what its codes mean
+        load_prompt_cache(file)  # without a version the meaning of its codes is unknown
 
 
 def test_a_cache_of_another_model_is_refused(random_model, saved):
@@ -234,7 +234,7 @@ def test_any_changed_bit_is_found(random_model, saved):
 
 
 class File:
-    """A prompt-cache file in parts, to be put together again with checksums that are right."""
+    """The parts of a prompt-cache file, which can be joined again with valid checksums."""
 
     def __init__(self, file: Path):
         content = file.read_bytes()
@@ -379,7 +379,7 @@ def small_mixed_caches() -> list:
 
 
 def assert_usable(caches) -> None:
-    """A compressed cache takes more tokens, and gives them all back."""
+    """Check that a compressed cache takes more tokens and returns all of them."""
     for layer in flat_caches(caches):
         assert layer.nbytes >= 0 and layer.size() >= 0
         if isinstance(layer, TurboQuantKVCache):
@@ -392,7 +392,7 @@ def assert_usable(caches) -> None:
 
 
 def changed_header(file: File, choose: random.Random) -> None:
-    """One change to the header, of the kind that bad tools and bad people make."""
+    """Make one change to the header, as a faulty or malicious tool might."""
     name = choose.choice(list(file.header))
     entry, metadata = file.header[name], file.header.get("__metadata__", {"": ""})
     change = choose.randrange(6)
@@ -417,7 +417,7 @@ def changed_header(file: File, choose: random.Random) -> None:
 
 @pytest.mark.parametrize("files", [500, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_files_with_random_faults_are_refused_or_usable(tmp_path, files):
-    """Their checksums are right, so that what the loader looks at behind them is tested."""
+    """Their checksums are valid, so that the checks after them are tested."""
     path = tmp_path / "cache.safetensors"
     model = tiny_model("llama")
     save_prompt_cache(path, small_mixed_caches(), model)

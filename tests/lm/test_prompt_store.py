@@ -1,4 +1,4 @@
-"""Prompts that are read once: what a store finds is right, whatever became of its files."""
+"""The prompt store: the prompts that it finds are right, whatever happened to its files."""
 
 import json
 import logging
@@ -135,8 +135,8 @@ def test_every_cache_is_found_only_for_those_of_its_own_settings(random_model, t
         random_model(mx.array([tokens]), cache=cache)
         store.keep(random_model, tokens, cache)
         store.close()
-    enable(random_model, 3)  # which says nothing about caches that are made without it
-    for settings in SETTINGS[:-1]:  # the last has another seed than the model now
+    enable(random_model, 3)  # this does not affect caches that are made without it
+    for settings in SETTINGS[:-1]:  # the last has another seed than the model
         cache = make_compressed_cache(random_model, **settings)
         found, known = store.find(random_model, [*tokens, 1], cache)
         assert known == 250 and settings_of(found) == settings_of(cache)
@@ -181,7 +181,7 @@ def test_a_recurrent_state_is_kept_and_found(tmp_path):
 
 
 class Words:
-    """Stands for a tokenizer where only people look at the text."""
+    """A stand-in for a tokenizer, whose text is for display only."""
 
     def decode(self, tokens: list[int]) -> str:
         return " ".join(map(str, tokens))
@@ -333,7 +333,7 @@ def test_only_the_owner_may_read_what_is_kept(model, tmp_path):
 
 
 def with_another_token(contents: bytes) -> bytes:
-    """As well-formed as before."""
+    """Change a token; the file stays well-formed."""
     place = contents.index(b'"0.tokens":"') + 20
     return contents[:place] + (b"B" if contents[place] != 66 else b"C") + contents[place + 1 :]
 
@@ -456,7 +456,7 @@ def test_an_entry_that_cannot_be_looked_at_is_passed_over(model, tmp_path, caplo
 
 
 class Store(RuleBasedStateMachine):
-    """Any operations, beside a plain list of what was kept."""
+    """Random operations, compared with a plain list of what was kept."""
 
     model = None  # shared by all runs: making one takes longer than a run
 
@@ -483,7 +483,7 @@ class Store(RuleBasedStateMachine):
         if len(tokens) >= LEAST:
             self.kept.append(tokens)
         if self.store.statistics()["bytes"] > self.size - LARGEST:
-            self.forget_what_went()  # to make room, perhaps
+            self.forget_what_went()  # the store may have made room
 
     @rule(seed=st.integers(0, 3), common=st.integers(0, 60), count=st.integers(1, 90))
     def finds(self, seed, common, count):
@@ -494,7 +494,7 @@ class Store(RuleBasedStateMachine):
         assert (found[1] if found else 0) == best
         if found:
             expected = next_logits(self.model, read(self.model, wanted[:best]), 5)
-            # Blocks were packed at other places where a longer text was cut.
+            # A longer text that was cut back has other block boundaries.
             difference = mx.abs(next_logits(self.model, found[0], 5) - expected).max()
             assert difference < 0.25 * mx.abs(expected).max()
 
@@ -511,7 +511,7 @@ class Store(RuleBasedStateMachine):
             entry.file.write_bytes(contents)
             lost = entry.tokens.tolist()
             self.kept = [each for each in self.kept if _alike(each, lost) < len(each)]
-            find(self.store, self.model, [*lost, 1])  # which removes it
+            find(self.store, self.model, [*lost, 1])  # this removes it
             self.reopened()
 
     @rule(size=st.sampled_from([2 * LARGEST, 4 * LARGEST, 10**9]))

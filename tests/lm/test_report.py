@@ -48,7 +48,7 @@ def test_the_report_counts_every_byte_of_the_cache(mixed):
 
 
 def test_a_cache_of_which_nothing_is_packed_yet_says_how_many_tokens_stay_exact():
-    """Four sinks, a window of 16, and a block of 32 that is not complete."""
+    """Four sinks, a window of 16, and an incomplete block of 32."""
     short = str(cache_size([filled(TurboQuantKVCache(4, 4, window=16), 51)]))
     assert short.startswith("51 tokens,") and "ratio" not in short
     assert short.endswith("MB (nothing is packed yet: the first 51 tokens stay exact)")

@@ -17,7 +17,7 @@ DIM = 64
 
 @pytest.mark.parametrize("bits", [3, 4, 5])
 def test_the_sensitivity_is_what_quantizing_keys_does_to_the_weights(bits):
-    """Averaged over rotations; of second order in the error, which is small but not nothing."""
+    """Averaged over rotations, to second order in the error, which is small but not zero."""
     queries, keys = normal((1, 4, 8, DIM)), normal((1, 2, 200, DIM), 1)
 
     def weights(keys):
@@ -37,7 +37,7 @@ def test_the_sensitivity_is_what_quantizing_keys_does_to_the_weights(bits):
 
 
 def test_a_common_offset_of_the_keys_is_nothing_and_larger_keys_are_more_sensitive():
-    """An offset is removed, if not exactly: the mean is that of the random keys as well."""
+    """The mean that is removed contains that of the random keys as well as the offset."""
     queries, keys = normal((1, 4, 8, DIM)), normal((1, 2, 200, DIM), 1)
     plain = key_sensitivity(queries, keys, 0.1).item()
     assert key_sensitivity(queries, keys + 30, 0.1).item() == pytest.approx(plain, rel=0.05)

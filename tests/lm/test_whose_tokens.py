@@ -1,4 +1,4 @@
-"""No cache is ever taken for that of other weights, other settings or another scope."""
+"""No cache is ever used with other weights, other settings or another scope."""
 
 import copy
 import os
@@ -32,7 +32,7 @@ SETTINGS = [
 
 
 class Owner(NamedTuple):
-    """Whose tokens a cache has: which base model, quantized or not, and with which adapter."""
+    """The model that computed a cache: its base, whether it is quantized, and its adapter."""
 
     base: int
     bits: int | None
@@ -47,7 +47,7 @@ class Held(NamedTuple):
 
 
 def text(seed: int, count: int) -> list[int]:
-    """Texts of one seed begin alike; so do the first 20 tokens of all."""
+    """Random tokens; texts of one seed share a prefix, and all share the first 20 tokens."""
     shared, own = random.Random(0), random.Random(seed)
     return [shared.randrange(128) for _ in range(20)] + [own.randrange(128) for _ in range(count)]
 
@@ -156,7 +156,7 @@ class Identities(RuleBasedStateMachine):
                 self.store.keep(self.model, held.tokens, held.cache, scope=scope)
             return
         self.store.keep(self.model, held.tokens, held.cache, scope=scope)
-        if data.draw(st.booleans()):  # before it is written
+        if data.draw(st.booleans()):  # before the prompt is written
             self.changes_the_adapter(data.draw(st.sampled_from([None, 0, 1])))
         self.store.close()
         self.store = PromptStore(self.folder / "store", delay=0)
@@ -184,9 +184,9 @@ class Identities(RuleBasedStateMachine):
             self.check(found[0], settings, wanted[:best])
 
     def check(self, cache: list, settings: Settings, tokens: list[int]) -> None:
-        """It continues as one does that this model has just read with these settings."""
+        """Check that it continues like a new cache of this model with these settings."""
         expected = next_logits(self.model, self.read(settings, tokens).cache)
-        # A longer text that was cut back had packed its blocks at other places.
+        # A longer text that was cut back has other block boundaries.
         difference = mx.abs(next_logits(self.model, cache) - expected).max()
         assert difference < 0.5 * mx.abs(expected).max()
 

@@ -1,4 +1,4 @@
-"""What is measured; how fast anything is, no test says."""
+"""What the benchmark measures; no test depends on speed."""
 
 import gc
 
@@ -19,7 +19,7 @@ def test_the_cache_is_that_of_all_tokens_and_all_that_is_held(random_model):
         mx.eval(PROMPTS)
         measured = measure(random_model, spec, PROMPTS, 20)
         cache = spec.make_cache(random_model)
-        # One token is the end of the prompt, and one the step that is ahead.
+        # One more token is the end of the prompt, and one the step in flight.
         for tokens in (PROMPTS[:, :599], *mx.split(PROMPTS[:, :22], 22, axis=1)):
             random_model(tokens, cache=cache)
             spec.after_chunk(cache)
@@ -35,7 +35,7 @@ def test_garbage_that_is_collected_in_between_is_not_missing_from_what_is_held(r
     garbage = [mx.zeros(1_000_000)]
     mx.eval(garbage)
     garbage.append(garbage)
-    del garbage  # which only the collector frees
+    del garbage  # only the garbage collector frees it
     measured = measure(random_model, EXACT, PROMPTS, 20, lambda tokens: gc.collect())
     assert measured.cache_nbytes <= measured.decode_active
 
@@ -47,7 +47,7 @@ def test_progress_counts_the_tokens_of_one_sequence(random_model):
 
 
 def test_a_prompt_is_read_with_one_dense_layer_at_a_time(random_model):
-    """The exact cache of 6 000 tokens is 6 MB a layer; what one chunk takes is the same for all."""
+    """The exact cache of 6,000 tokens has 6 MB per layer; a chunk takes the same for all caches."""
     prompt = mx.broadcast_to(PROMPTS[:1, :1], (1, 6000))
     exact, ours = (measure(random_model, spec, prompt, 10) for spec in (EXACT, preset("4")))
     layer = 6000 * 2 * 2 * 64 * 4

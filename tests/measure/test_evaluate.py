@@ -63,7 +63,7 @@ def test_fewer_bits_are_farther_away(random_model):
 
 
 def test_tokens_are_seen_quantized_as_soon_as_they_leave_the_window(random_model):
-    """A window that holds the whole text changes nothing; none does, from the first token on."""
+    """A window for the whole text changes nothing; without a window the first tokens change."""
     specs = [preset("2", Settings(window=window)) for window in (400, 0)]
     whole, none = compare(random_model, *specs)[1:]
     assert max(whole.divergences) < 1e-6 < min(none.divergences)
@@ -118,7 +118,7 @@ def test_a_code_is_found_with_four_bits_and_not_without_the_text(tiny_lm):
     comparison.needle(tokenizer, prompt[-20:], code, 20, 1)
     exact, ours = (scores.needles for scores in comparison.scores)
     assert exact == [Needle(500, 0.5, True), Needle(20, 1, False)]
-    assert ours == exact[:1]  # and where the exact cache finds nothing, none is asked
+    assert ours == exact[:1]  # if the exact cache finds nothing, no other is asked
 
 
 def test_a_question_in_a_chat_is_the_message_of_a_user(tiny_lm):
@@ -140,7 +140,7 @@ def test_a_question_in_a_chat_is_the_message_of_a_user(tiny_lm):
 def test_the_overlap_is_one_less_the_total_variation(random_model):
     exact, ours = compare(random_model, preset("K1V1", Settings(window=0)))
     assert exact.overlaps == pytest.approx([1.0] * 100, abs=1e-5)  # float32 sums of 128 numbers
-    # Pinsker's inequality: the total variation is at most the root of half of the divergence.
+    # Pinsker's inequality: the total variation is at most the root of half the divergence.
     bounds = [1 - (kl / 2) ** 0.5 for kl in ours.divergences]
     assert all(bound <= overlap < 1 for bound, overlap in zip(bounds, ours.overlaps))
     assert ours.summary()["overlap"] == pytest.approx(np.mean(ours.overlaps))
@@ -153,7 +153,7 @@ def test_what_a_cache_writes_is_scored_with_the_exact_one(random_model, is_sampl
     exact, eight, one = (scores.generations[0] for scores in comparison.scores)
     assert exact.departure is None and len(exact.tokens) == len(one.losses) == 50
     assert eight.tokens == exact.tokens
-    # Greedily, this model repeats a few tokens whatever the cache is.
+    # In greedy decoding this model repeats a few tokens with any cache.
     assert (one.tokens != exact.tokens) == is_sampled
     assert one.departure == next((i for i in range(50) if one.tokens[i] != exact.tokens[i]), None)
     logits = random_model(mx.array([TOKENS + one.tokens[:-1]]))[0, len(TOKENS) - 1 :]
@@ -165,12 +165,12 @@ def test_what_a_cache_writes_is_scored_with_the_exact_one(random_model, is_sampl
 
 
 def test_samples_follow_the_distribution_of_the_model(random_model):
-    """Of 128 tokens after the same one, with different random numbers."""
+    """The next tokens after the same one, out of 128, with different random numbers."""
     logits = random_model(mx.array([[5]]))[0, -1]
     first = [next(following_tokens(random_model, None, 5, seed)) for seed in range(400)]
     counts = np.bincount(first, minlength=128)
     expected = 400 * np.array(mx.softmax(logits))
-    # A chi-squared statistic of 127 degrees of freedom has a mean of 127 and a deviation of 16.
+    # A chi-squared statistic with 127 degrees of freedom: mean 127, standard deviation 16.
     assert ((counts - expected) ** 2 / expected).sum() < 127 + 5 * 16
 
 
@@ -214,14 +214,14 @@ def test_presets_of_other_codecs_have_no_budget_of_layers():
 
 
 def test_qjl_hurts_attention(tiny_lm):
-    """Keys alone, with values of our codec, at the same bits."""
+    """QJL is used for keys alone, with values of our codec at the same bits."""
     model, tokenizer = tiny_lm
     [tokens] = texts.contexts(tokenizer, texts.bundled_texts()[1:2], 600, 1)
     names = ("K3V3", "prod+turboquant:3", "qjl+turboquant:3")
     comparison = Comparison(model, [preset(name, SHORT) for name in names])
     comparison.text(tokens, 128)
     ours, prod, qjl = (scores.summary()["kl_mean"] for scores in comparison.scores[1:])
-    # The variances of a product are as 1 : 5.6 : 16, and so are the divergences to second order.
+    # The variances of a product, and to second order the divergences, are as 1 : 5.6 : 16.
     assert 2 * ours < prod < qjl / 1.5
     assert [scores.bits for scores in comparison.scores[1:]] == [3.125, 3.1875, 3.125]
 

@@ -18,7 +18,7 @@ def test_a_cache_takes_the_bytes_that_were_foreseen(random_model, spec, tokens):
     spec.after_chunk(cache)
     taken = sum(layer.nbytes for layer in cache)
     foreseen = footprint(random_model, spec).nbytes(tokens)
-    # Buffers grow by 256 tokens, those of 2 layers with 2 x 2 x 64 values of 4 bytes.
+    # Buffers of 2 layers grow by 256 tokens, each with 2 x 2 x 64 values of 4 bytes.
     assert taken - 256 * 2 * 1024 <= foreseen <= taken * 1.2
 
 

@@ -45,7 +45,7 @@ def test_a_seed_gives_the_same_prompt_again(seed):
 def test_the_depth_places_the_code_that_is_asked_for(depth):
     tokens, code = hide_codes(TOKENIZER, TEXT, 3000, depth=depth)
     place = TOKENIZER.decode(tokens).index(f"is {code}.")
-    # The other three lines and the question take some 250 characters.
+    # The other three lines and the question take about 250 characters.
     assert abs(place / 3000 - depth) < 0.1
 
 

@@ -32,7 +32,7 @@ PARAMETERS = {
     "gpt-oss-20b": 20.91,
     "qwen3.8-27b": 26.90,
     "muse-glimmer-30b": 27.9,
-    "hybrid-24-2": 34.41,  # by hand: no model was published
+    "hybrid-24-2": 34.41,  # computed by hand: there is no published model
 }
 NARROW = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 512, "num_hidden_layers": 4}
 FEW_EXPERTS = {"num_experts": 16, "moe_intermediate_size": 64}
@@ -60,7 +60,7 @@ def test_a_shape_has_the_parameters_of_its_model(name):
 def test_the_hybrid_of_24_on_2_heads_has_a_quarter_of_the_experts_of_qwen_3_8_flash_next():
     config = {**SHAPES["hybrid-24-2"], "num_experts": 512}
     parameters = [array for _, array in tree_flatten(unloaded_model(config).parameters())]
-    # 125 billions beside its table of n-grams.
+    # 125 billion without its table of n-grams.
     assert sum(array.size for array in parameters) / 1e9 == pytest.approx(125, rel=0.01)
 
 
@@ -80,7 +80,7 @@ def test_every_fourth_layer_is_compressed_where_others_have_a_state_or_a_window(
     cache = make_prompt_cache(model, 4)
     assert [type(layer) for layer in cache] == [*[others] * 3, TurboQuantKVCache] * compressed
     assert len(cache) == layers
-    logits = model(mx.zeros((1, 1), mx.int32), cache=cache)  # lazily
+    logits = model(mx.zeros((1, 1), mx.int32), cache=cache)  # lazy
     assert logits.shape == (1, 1, SHAPES[name]["vocab_size"])
     for place in compressible_caches(model):
         assert place.keys == place.values == Vectors(key_heads, dim)
@@ -113,7 +113,7 @@ def test_the_sizes_of_a_model_may_be_those_of_its_text_config():
 
 def test_random_weights_have_four_bits_and_are_not_evaluated():
     model = random_model(SHAPES["llama-3.3-70b"])
-    # 4.5 bits a weight and 16 for the few others.
+    # 4.5 bits per weight, and 16 for the few others.
     assert weight_nbytes(model) == pytest.approx(70.55e9 * 4.5 / 8, rel=0.01)
 
 

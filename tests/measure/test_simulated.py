@@ -44,7 +44,7 @@ def filled(sizes, codec: str, window: int = 16, sink_tokens: int = 4) -> Simulat
 
 @pytest.mark.parametrize("name", METHODS)
 def test_tokens_come_back_as_the_method_restores_them(name):
-    """Between the exact sinks and window; blocks of any length, numbers rounded to bfloat16."""
+    """They lie between the exact sinks and window; blocks have any length, numbers are bfloat16."""
     cache = filled([100, 1, 8, 150], name, sink_tokens=3)
     fetched = cache.update_and_fetch(*tokens(1, seed=1))
     rounded = cache.rounded
@@ -56,8 +56,8 @@ def test_tokens_come_back_as_the_method_restores_them(name):
         x = x[:, :, 3 : 3 + rounded]
         expected = method.dequantize(method.quantize(x))
         error = mx.linalg.norm(restored[:, :, 3 : 3 + rounded] - expected, axis=-1)
-        # Rounding to bfloat16 moves a number by 0.4 % at most, two of them by 0.8 %; QJL
-        # restores vectors that are longer than the original.
+        # bfloat16 rounds a number by at most 0.4 %, two of them by 0.8 %; QJL restores vectors
+        # that are longer than the original.
         assert (error < 0.012 * mx.linalg.norm(expected, axis=-1)).all()
 
 
@@ -128,7 +128,7 @@ def test_outlier_channels_are_those_of_the_first_tokens_of_each_head(monkeypatch
 
 
 def test_our_codec_simulated_is_our_cache(random_model, monkeypatch):
-    """But for the mean of keys, which methods leave to those that have one of their own."""
+    """Without the mean of keys, which simulated methods do not remove."""
     monkeypatch.setattr(storage, "removable_mean", lambda x, _: mx.zeros((*x.shape[:2], 1, DIM)))
     ours = make_prompt_cache(random_model, key_bits=3, value_bits=2, window=16)
     expected = logits(random_model, ours)
@@ -160,7 +160,7 @@ def test_a_copy_goes_on_by_itself():
 
 
 def test_all_layers_have_the_bits_that_were_asked_for(random_model):
-    """No budget: keys have one bit more at a half, and no layer has more than another."""
+    """There is no allocation: half bits give keys one more, and all layers are alike."""
     for name, bits in (("mse:3", (3, 3)), ("qjl+affine:2.5", (3, 2)), ("qjl:K4V1", (4, 1))):
         cache = preset(name).make_cache(random_model)
         assert [tuple(each.bits for each in layer.roundings) for layer in cache] == [bits] * 2
@@ -191,7 +191,7 @@ def test_keys_of_another_width_shared_layers_and_lists_of_caches_can_have_a_code
 
 
 def test_latent_attention_has_no_choice_of_codecs():
-    with pytest.raises(ValueError, match="Codec qjl is not for latent attention: leave it out"):
+    with pytest.raises(ValueError, match="Codec qjl does not support latent attention"):
         preset("qjl:4").make_cache(tiny_model("deepseek_v3"))
 
 

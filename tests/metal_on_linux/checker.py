@@ -1,4 +1,4 @@
-"""Type check: clang's verdict on the exact text MLX generates, plus rules that clang does not know.
+"""Type check: clang's verdict on the exact text MLX generates, plus rules that clang lacks.
 
 clang's C++-for-OpenCL mode accepts some things that Metal's compiler rejects. The lints below read
 clang's own view of the program (its AST dump and unoptimised LLVM IR), so that they see through
@@ -27,7 +27,7 @@ _WARNINGS = [
     *("-Wimplicit-float-conversion", "-Wuninitialized", "-Wsometimes-uninitialized"),
     *("-Warray-bounds", "-Wshift-count-overflow", "-Wreturn-type", "-Wpre-c++17-compat"),
 ]
-# Fine in Metal: `if constexpr`, narrowing to half, and to bfloat (which has a lint of its own).
+# Valid in Metal: `if constexpr`, narrowing to half, and to bfloat (which has a lint of its own).
 _HARMLESS = ("__bf16", "to 'half'", "constexpr if")
 
 # (pattern on one line of the AST dump, message)

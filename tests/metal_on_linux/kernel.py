@@ -29,7 +29,7 @@ from .signature import (
 # MLX puts these in front of every kernel.
 _PREAMBLE = '#include <metal_stdlib>\n#include "mlx/backend/metal/kernels/utils.h"\n'
 
-# MLX dtypes that numpy does not have, or stores otherwise -> MLX dtype with the same bytes.
+# MLX dtypes that numpy lacks or stores in another way -> MLX dtype with the same bytes.
 _STORED_AS = {mx.bfloat16: mx.uint16, mx.bool_: mx.uint8}
 
 _ALIGNMENT = 64
@@ -60,9 +60,9 @@ def metal_kernel(
 class Kernel:
     """What ``metal_kernel`` returns; it is called as MLX's kernels are.
 
-    To set before a call: ``memory_check`` (bool), ``order`` ("forward", "reverse" or "random"),
+    Set before a call: ``memory_check`` (bool), ``order`` ("forward", "reverse" or "random"),
     ``seed`` of the random order, ``workers`` (OS threads, 0 for one per CPU; the memory checker and
-    permuted orders use one), ``raise_on_report``. After a call ``reports`` lists what was found.
+    permuted orders use one), ``raise_on_report``. After a call ``reports`` lists the findings.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class Kernel:
 
 
 def _argument(index: int, parameter: Parameter) -> str:
-    """What the entry point passes for a parameter of the generated function."""
+    """The argument that the entry point passes for a parameter of the generated function."""
     if parameter.attribute:
         field = ATTRIBUTES[parameter.attribute][1]
         return f"_position->{field}" if field else "uint3{0, 0, 0}"

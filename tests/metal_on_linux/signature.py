@@ -52,7 +52,7 @@ ATTRIBUTES = {
     "threads_per_threadgroup": ("uint3", "group_size"),
 }
 
-# What MLX passes along with an input whose body asks for it: suffix -> (Metal type, * or &).
+# Metadata of an input that MLX passes if the body uses it: suffix -> (Metal type, * or &).
 METADATA = {
     "shape": ("const constant int", "*"),
     "strides": ("const constant int64_t", "*"),
@@ -105,7 +105,7 @@ def dtype_name(dtype: mx.Dtype) -> str:
 
 
 def metadata_names(name: str, source: str) -> list[str]:
-    """Which METADATA of an input the body uses: MLX looks for the substring."""
+    """The METADATA of an input that the body uses: MLX looks for the substring."""
     return [suffix for suffix in METADATA if f"{name}_{suffix}" in source]
 
 

@@ -58,7 +58,7 @@ def cache_directory() -> Path:
     if not path:
         path = os.path.join(tempfile.gettempdir(), f"metal-on-linux-{os.getuid()}")
     os.makedirs(path, mode=0o700, exist_ok=True)
-    if os.stat(path).st_uid != os.getuid():  # what others can write must not be loaded
+    if os.stat(path).st_uid != os.getuid():  # never load files that others can write
         path = tempfile.mkdtemp(prefix="metal-on-linux-")
     return Path(path)
 
@@ -81,7 +81,7 @@ def clang() -> list[str]:
 
 @functools.cache
 def compiler_version() -> str:
-    """What the clang driver prints about itself."""
+    """The version text of the clang driver."""
     return _run([*clang(), "--version"], "clang --version")
 
 
@@ -112,7 +112,7 @@ def compile_kernel(text: str, flags: list[str]) -> Path:
 
 
 def remember(produce: Callable[[], list[str]], *key: str) -> list[str]:
-    """What ``produce`` returned for this key, compiler and shim when it was first asked."""
+    """The result of ``produce``, cached for this key, compiler and shim."""
     path = cache_directory() / f"{_digest(*key, _fingerprint())}.json"
     if not path.exists():
         partial = Path(f"{path}.{os.getpid()}")
@@ -158,7 +158,7 @@ def _linker() -> list[str]:
 
 
 def _cxx() -> list[str]:
-    """The compiler of the runtime library. g++ first: zig builds its libc++ for a minute."""
+    """The compiler of the runtime library. g++ first: zig takes a minute to build its libc++."""
     if installed := shutil.which("c++") or shutil.which("g++"):
         return [installed]
     return [*clang()[:-1], "c++", "-fno-sanitize=all"] if _is_zig() else clang()
@@ -179,6 +179,6 @@ def _digest(*parts: object) -> str:
 
 @functools.cache
 def _fingerprint() -> str:
-    """Changes when the compiler, its flags or the shim headers change."""
+    """A hash of the compiler, its flags and the shim headers."""
     headers = (path.read_text() for path in sorted(_SHIM_DIRECTORY.iterdir()))
     return _digest(compiler_version(), LANGUAGE_FLAGS, *headers)

@@ -68,7 +68,7 @@ def _drop_constructor_qualifiers(text: str) -> str:
 
 
 def _opening_parenthesis(text: str, closing: int) -> int:
-    """Where the parenthesis opens that closes at ``closing``."""
+    """The position of the parenthesis that closes at ``closing``."""
     depth = 0
     for position in range(closing, -1, -1):
         depth += (text[position] == ")") - (text[position] == "(")
@@ -155,7 +155,7 @@ def _split_declaration(declaration: str) -> tuple[str, list[tuple[str, str]]] | 
 
 
 def _end_of_template_arguments(text: str, start: int) -> int:
-    """Where `<...>` ends that begins at ``start``, or ``start`` when there is none."""
+    """The end of the `<...>` that begins at ``start``, or ``start`` when there is none."""
     if not re.match(r"\s*<", text[start:]):
         return start
     depth = 0
