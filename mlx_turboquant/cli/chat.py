@@ -54,7 +54,9 @@ def main(arguments: list[str]) -> None:
     parser = setup_arg_parser()
     parser.prog, parser.description = "mlx_turboquant chat", __doc__
     parser.add_argument("-v", "--verbose", action="store_true", help="Show /stats after a reply")
-    parser.add_argument("--resume", metavar="NAME", help="Go on with a conversation of the store")
+    parser.add_argument(
+        "--resume", metavar="NAME", help="Name of a conversation of the store to continue"
+    )
     add_store_options(parser)
     args, settings = parse(parser, arguments, without_effect=("pipeline",))
     store = open_store(args)

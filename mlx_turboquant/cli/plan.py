@@ -67,10 +67,10 @@ def main(arguments: list[str]) -> None:
     name = "the exact cache" if best is EXACT else best.name
     goal = f"the {trained or 0:,} tokens that the model was trained for"
     if enough:
-        print(f"Use {name}, the most bits with which a prompt may have {goal}.")
+        print(f"Use {name}, the largest cache that holds {goal}.")
     else:
         part = f"{counts[four]:,} " + (f"of {goal}" if trained else "tokens")
-        print(f"Use {name}, with which a prompt may have {part}.")
+        print(f"Use {name}, which holds {part}.")
 
 
 def model_without_weights(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:

@@ -101,14 +101,14 @@ def test_plan_says_which_bits_to_use_and_why_caches_of_mlx_lm_hold_less():
     *_, why, advice = run(*PLAN, "16").stdout.splitlines()
     assert why.startswith("mlx-lm's quantized caches fit fewer tokens than their bytes suggest")
     assert advice == (
-        "Use 4.5 bits, the most bits with which a prompt may have the 131,072 tokens that the "
-        "model was trained for."
+        "Use 4.5 bits, the largest cache that holds the 131,072 tokens that the model was "
+        "trained for."
     )
     last = run(*PLAN, "64").stdout.splitlines()[-1]
-    assert last.startswith("Use the exact cache, the most bits with which")
+    assert last.startswith("Use the exact cache, the largest cache that holds")
     lines = run(*PLAN, "9", "--kv-bits", "8", "4").stdout.splitlines()
     reached = next(line.split()[3] for line in lines if line.startswith("4 bits"))
-    assert lines[-1].startswith(f"Use 4 bits, with which a prompt may have {reached} of the 131,07")
+    assert lines[-1].startswith(f"Use 4 bits, which holds {reached} of the 131,07")
 
 
 def test_plan_keeps_silent_about_workspace_where_all_caches_need_it():
