@@ -9,6 +9,7 @@ The text is the source of a module of Python's standard library, with four lines
 import argparse
 import re
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def main() -> None:
     prepare_for_device(model)
     text = standard_library_tokens(tokenizer, args.tokens)
     prompt, code = hide_codes(tokenizer, text, args.tokens, seed=args.seed)
-    specs = [EXACT, MLX_LM[1], ours._replace(name=f"mlx_turboquant {ours.name}")]
+    specs = [EXACT, MLX_LM[1], replace(ours, name=f"mlx_turboquant {ours.name}")]
     print(f"Reading {len(prompt):,} tokens of Python, in which four codes are hidden ...")
     print(f"The last line: {tokenizer.decode(prompt).splitlines()[-1]}", flush=True)
 

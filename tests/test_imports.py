@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import mlx_turboquant
-from mlx_turboquant import methods, search
+from mlx_turboquant import search
 
 ROOT = Path(mlx_turboquant.__file__).parent
 # For each folder or top-level module of the package, the others that it imports.
@@ -17,12 +17,11 @@ ARROWS = {
     "stored_arrays": set(),
     "files": {"stored_arrays"},
     "kernels": {"codec", "files"},
-    "methods": {"codec"},
     "search": {"codec", "kernels", "files", "stored_arrays"},
     "cache": {"codec", "kernels"},
     "lm": {"codec", "kernels", "cache", "files", "stored_arrays"},
-    "measure": {"codec", "kernels", "cache", "files", "lm", "methods"},
-    "cli": {"codec", "kernels", "cache", "files", "lm", "methods", "measure", "__version__"},
+    "measure": {"codec", "kernels", "cache", "files", "lm"},
+    "cli": {"codec", "kernels", "cache", "files", "lm", "measure", "__version__"},
     "__main__": {"cli"},
     "__init__": {"cache", "codec", "lm", "search"},
 }
@@ -40,8 +39,7 @@ def imported(file: Path) -> Iterator[str]:
 
 
 def test_public_names_are_there():
-    for module in (mlx_turboquant, methods):
-        assert [name for name in module.__all__ if not hasattr(module, name)] == []
+    assert [name for name in mlx_turboquant.__all__ if not hasattr(mlx_turboquant, name)] == []
     assert mlx_turboquant.VectorIndex is search.VectorIndex
     assert mlx_turboquant.SearchResult is search.SearchResult and len(search.METRICS) == 3
 

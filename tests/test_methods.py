@@ -13,13 +13,7 @@ from channel_split import ChannelSplit, largest_channels, qjl_with_outliers, tur
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvarn import KVarN
-from mlx.utils import tree_flatten
-from other_methods import ALL_METHODS
-from polar_quant import PolarQuant, angle_levels
-from tokens import normal, unit_vectors
-
-from mlx_turboquant.codec.codebook import distortion, lloyd_max_levels
-from mlx_turboquant.methods import (
+from methods import (
     QJL,
     Affine,
     TurboQuantProd,
@@ -31,6 +25,12 @@ from mlx_turboquant.methods import (
     norm_corrected,
     turboquant_mse,
 )
+from mlx.utils import tree_flatten
+from other_methods import ALL_METHODS
+from polar_quant import PolarQuant, angle_levels
+from tokens import normal, unit_vectors
+
+from mlx_turboquant.codec.codebook import distortion, lloyd_max_levels
 
 SEED = 7
 COUNT = 20_000

@@ -5,11 +5,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+from methods.common import Method
+from methods.presets import turboquant_mse
+from methods.qjl import QJL
 
 from mlx_turboquant.codec.constants import constant
-from mlx_turboquant.methods.common import Method
-from mlx_turboquant.methods.presets import turboquant_mse
-from mlx_turboquant.methods.qjl import QJL
 
 # The paper splits off 32 of 128 channels.
 _SHARE = 4

@@ -19,6 +19,7 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 from kvarn import KVarN
+from simulated import MethodRounding, Rounding, SimulatedCache
 from tqdm import tqdm
 
 from mlx_turboquant.kernels.storage import VALUE_MEAN_ENERGY, removable_mean
@@ -27,7 +28,6 @@ from mlx_turboquant.lm.compression import compression_of
 from mlx_turboquant.lm.loading import prepare_for_device
 from mlx_turboquant.measure.cache_specs import CHUNK, EXACT, preset
 from mlx_turboquant.measure.evaluate import divergence, log_probabilities, read_prompt
-from mlx_turboquant.measure.simulated import MethodRounding, Rounding, SimulatedCache
 
 WINDOW, SINKS, BLOCK = 128, 4, 128
 

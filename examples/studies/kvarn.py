@@ -8,11 +8,11 @@ token by token, to even steps between the smallest and the largest value.
 from typing import NamedTuple
 
 import mlx.core as mx
+from methods.common import Method
 
 from mlx_turboquant.codec.codebook import check_bits
 from mlx_turboquant.codec.packing import pack, unpack, words_per_vector
 from mlx_turboquant.codec.rotation import Rotation
-from mlx_turboquant.methods.common import Method
 
 _ROUNDS = 16
 _LEAST_DEVIATION = 1e-6

@@ -1,16 +1,19 @@
-"""Run commands with methods that are only compared: PolarQuant and splits of outlier channels.
+"""Compare caches of other methods, which are simulated, with ours.
 
-    python examples/studies/other_methods.py evaluate --model MODEL --kv-bits polar:4 split:2
+    python examples/studies/other_methods.py evaluate --model MODEL --kv-bits 4 mse:4 qjl+mse:3
 
-runs ``mlx_turboquant`` with these names in addition to those of ``mlx_turboquant.methods``.
+runs ``mlx_turboquant``. A name before the bits is one of ``ALL_METHODS``, or one for keys and one
+for values.
 """
 
 import mlx.core as mx
 from channel_split import qjl_with_outliers, turboquant_split
+from methods import METHODS
 from polar_quant import PolarQuant
+from simulated import simulated_preset
 
 from mlx_turboquant import cli
-from mlx_turboquant.methods import METHODS
+from mlx_turboquant.cli import evaluate
 
 
 def _polar(x: mx.array, bits: int, seed: int) -> PolarQuant:
@@ -29,4 +32,5 @@ ALL_METHODS = {
 
 if __name__ == "__main__":
     METHODS.update(ALL_METHODS)
+    evaluate.preset = simulated_preset
     cli.main()

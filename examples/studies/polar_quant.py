@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
+from methods.common import Method, polar_form
 
 from mlx_turboquant.codec.codebook import MAX_DIM, check_dim
 from mlx_turboquant.codec.constants import constant
 from mlx_turboquant.codec.packing import pack, unpack
 from mlx_turboquant.codec.quantizer import LARGEST_SCALE
 from mlx_turboquant.codec.rotation import Rotation
-from mlx_turboquant.methods.common import Method, polar_form
 
 BLOCK = 16
 LEVELS = 4

@@ -25,10 +25,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..lm.enable import make_prompt_cache
 from ..lm.prompt_cache import load_prompt_cache, save_prompt_cache
-from ..lm.prompt_store import Progress, PromptStore, named, reading, seen_tokens
+from ..lm.prompt_store import Progress, PromptStore, named, reading, saved_settings, seen_tokens
 from ..lm.report import cache_report, cache_size
 from ..lm.settings import Settings
-from ..stored_arrays import read_header
 from .loading import load_ready
 from .options import add_store_options, given_settings, open_store, parse
 from .store import age
@@ -63,7 +62,7 @@ def main(arguments: list[str]) -> None:
     if args.resume is not None:
         if store is None:
             raise ValueError("--resume needs the folder of conversations: add --prompt-store DIR.")
-        saved = _saved_settings(named(store.sessions(), args.resume).file)
+        saved = saved_settings(named(store.sessions(), args.resume).file)
         if any(saved.get(name, given) != given for name, given in given_settings(args).items()):
             raise ValueError(
                 f"The conversation {args.resume} has settings of its own: "
@@ -95,13 +94,6 @@ def main(arguments: list[str]) -> None:
         if store is not None:
             with signals_held(signal.SIGINT, *ENDINGS):  # a closing terminal hangs up twice
                 store.close()
-
-
-def _saved_settings(file: Path) -> dict[str, Any]:
-    """Those of a conversation; none of a file that cannot be read, which is refused later."""
-    with suppress(ValueError, LookupError, TypeError):
-        return json.loads(read_header(file)["__metadata__"]["0.chat"])["settings"]
-    return {}
 
 
 def _leave(number: int, frame: object) -> None:

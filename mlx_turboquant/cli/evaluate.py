@@ -14,7 +14,6 @@ from ..lm.compressible import check_compressible, compressible_caches
 from ..lm.loading import check_memory, prepare_for_device
 from ..measure.cache_specs import MLX_LM, preset
 from ..measure.evaluate import REPLY_TOKENS, Comparison, passkey_prompt
-from ..methods import METHODS
 from .loading import MODEL_HELP, ensure_profile, load_lazily
 from .options import add_comparison_options, add_count, add_out, check_least, settings_of
 from .results import drawing_tools, machine, write_results
@@ -72,12 +71,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mlx_turboquant evaluate",
-        description=__doc__,
-        epilog="--kv-bits prod:4 qjl+affine:K3V2 simulates caches of other codecs: "
-        f"{', '.join(METHODS)}.",
-    )
+    parser = argparse.ArgumentParser(prog="mlx_turboquant evaluate", description=__doc__)
     add, count = parser.add_argument, partial(add_count, parser)
     add("--model", required=True, help=MODEL_HELP)
     add_comparison_options(parser, "4", "3.5", "3", "2.5", "2")

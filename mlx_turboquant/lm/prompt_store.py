@@ -462,6 +462,13 @@ def named(entries: list[Entry], name: str) -> Entry:
     raise ValueError(f"There is no {name!r} in this prompt store: use one of its names ({names}).")
 
 
+def saved_settings(file: Path) -> dict[str, Any]:
+    """The settings of a conversation; none if the file cannot be read, which loading it reports."""
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        return json.loads(read_header(file)["__metadata__"]["0.chat"])["settings"]
+    return {}
+
+
 def version_of(folder: Path) -> int | None:
     """The version of the prompt store in a folder; None if there is none."""
     try:

@@ -1,9 +1,9 @@
-"""The caches that are compared: the exact one, mlx-lm's, ours, and simulated ones."""
+"""The caches that are compared: the exact one, mlx-lm's and ours."""
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,7 +13,6 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache
 from ..lm.compressible import flat_caches, plain_caches
 from ..lm.enable import make_prompt_cache
 from ..lm.settings import Settings
-from .simulated import method_roundings, simulated_prompt_cache
 
 # The chunks of mlx-lm's prefill, in tokens, and the groups of its quantized cache, in values.
 CHUNK = 2048
@@ -29,17 +28,16 @@ def ignore(tokens: int) -> None:
     """Ignore the progress."""
 
 
-class CacheSpec(NamedTuple):
+@dataclass(frozen=True)
+class CacheSpec:
     """A cache to compare; with a ``name`` alone, the exact one.
 
-    ``mlx_lm_bits`` selects mlx-lm's quantized cache, ``settings`` selects ours. ``settings`` with
-    a ``codec``, one or two of :data:`.methods.METHODS`, selects a simulated one.
+    ``mlx_lm_bits`` selects mlx-lm's quantized cache, ``settings`` selects ours.
     """
 
     name: str
     mlx_lm_bits: int | None = None
     settings: Settings | None = None
-    codec: str | None = None
 
     @property
     def needs_profile(self) -> bool:
@@ -54,9 +52,7 @@ class CacheSpec(NamedTuple):
         """
         if self.settings is None:
             return plain_caches(model)
-        if self.codec is None:
-            return make_prompt_cache(model, self.settings)
-        return simulated_prompt_cache(model, self.codec, self.settings)
+        return make_prompt_cache(model, self.settings)
 
     def after_chunk(self, cache: list[Any]) -> None:
         """Quantize mlx-lm's own cache, as mlx-lm does after every chunk of a prompt."""
@@ -80,34 +76,20 @@ MLX_LM = (CacheSpec("mlx-lm 8 bits", 8), CacheSpec("mlx-lm 4 bits", 4))
 
 
 def preset(name: str, settings: Settings = _DEFAULTS) -> CacheSpec:
-    """The cache of a name: ours for ``4``, ``3.5`` (bits) or ``K5V3`` (bits of keys and values).
+    """Our cache with bits like ``4`` or ``3.5``, or bits of keys and values like ``K5V3``.
 
-    A name with methods, like ``prod:4`` or ``qjl+affine:K3V2``, gives a simulated cache. All its
-    layers have the same bits; half bits give keys one more. All else is as in ``settings``.
+    All else is as in ``settings``.
 
     Raises:
         ValueError: a name of another form, or invalid bits.
     """
-    codec, colon, bits_name = name.rpartition(":")
-    split = re.fullmatch(r"[Kk](\d)[Vv](\d)", bits_name)
-    if not split and not re.fullmatch(r"\d(\.\d*)?", bits_name):
-        raise ValueError(
-            f"{name!r} is not a preset: use bits like 4 or 3.5, a split like K5V3, "
-            "or another codec and its bits like prod:4."
-        )
-    label = bits_name.upper() if split else f"{bits_name} bits"
-    if not split and not colon:
-        return CacheSpec(label, settings=replace(settings, bits=float(bits_name)))
-    if split:
+    if split := re.fullmatch(r"[Kk](\d)[Vv](\d)", name):
         key_bits, value_bits = map(int, split.groups())
-    else:
-        key_bits, value_bits = int(float(bits_name) + 0.5), int(float(bits_name))
-    settings = replace(settings, key_bits=key_bits, value_bits=value_bits)
-    if not colon:
-        return CacheSpec(label, settings=settings)
-    settings = replace(settings, uniform=False)
-    method_roundings(codec, settings)  # refuses what no model supports
-    return CacheSpec(f"{codec} {label}", settings=settings, codec=codec)
+        settings = replace(settings, key_bits=key_bits, value_bits=value_bits)
+        return CacheSpec(name.upper(), settings=settings)
+    if not re.fullmatch(r"\d(\.\d*)?", name):
+        raise ValueError(f"{name!r} is not a preset: use bits like 4 or 3.5, or a split like K5V3.")
+    return CacheSpec(f"{name} bits", settings=replace(settings, bits=float(name)))
 
 
 def token_size(cache: list[Any]) -> tuple[int, float]:

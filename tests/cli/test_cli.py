@@ -680,14 +680,14 @@ SHORT = ("--context", "300", "--samples", "1", "--scored", "40", "--greedy", "4"
 def test_evaluate_prints_a_table_and_writes_json_and_pictures(tmp_path):
     text, out = tmp_path / "text", tmp_path / "new" / "folder"
     text.write_text("import os\nx = os.getcwd()\n" * 200)
-    options = ("--kv-bits", "4", "K3V2", "prod:4", "--needle-depths", "2", "--text", str(text))
+    options = ("--kv-bits", "4", "K3V2", "--needle-depths", "2", "--text", str(text))
     result = run(*EVALUATE, *SHORT, *options, "--out", str(out))
     assert result.returncode == 0, result.stderr
     lines = [re.split(r"  +", line.strip()) for line in result.stdout.splitlines()]
     table = {line[0]: line[1:] for line in lines if len(line) == 11}
-    names = ["exact", "mlx-lm 8 bits", "mlx-lm 4 bits", "4 bits", "K3V2", "prod 4 bits"]
+    names = ["exact", "mlx-lm 8 bits", "mlx-lm 4 bits", "4 bits", "K3V2"]
     assert list(table) == ["cache", *names]
-    bits = ["16.00", "8.50", "4.50", "4.12", "2.62", "4.25"]
+    bits = ["16.00", "8.50", "4.50", "4.12", "2.62"]
     assert [row[0] for row in table.values()][1:] == bits
     # One head of 128 in four layers: 1,024 values per token.
     assert [row[1] for row in table.values()][1:5] == ["2,048", "1,088", "576", "528"]
@@ -712,8 +712,7 @@ def test_evaluate_prints_a_table_and_writes_json_and_pictures(tmp_path):
     [
         (("--kv-bits", "4", "five"), "'five' is not a preset: use bits like 4"),
         (("--kv-bits", "K9V4"), "9 bits per value are not supported"),
-        (("--kv-bits", "4", "quip:4"), "Codec 'quip' is not known: use one of affine"),
-        (("--kv-bits", "prod:1", "--model", "missing"), "with 1 bit has no first stage"),
+        (("--kv-bits", "prod:4"), "'prod:4' is not a preset: use bits like 4"),
         (("--kv-window", "-1"), "A window of -1 is not possible"),
         (("--context", "10000000"), "tokens and 10,000,001 are needed: give a longer text"),
         (("--context", "100"), "256 scored tokens are not fewer than the context of 100"),

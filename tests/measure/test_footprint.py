@@ -52,8 +52,3 @@ def test_the_longest_context_is_the_last_that_fits(random_model):
 def test_fewer_bits_fit_more(random_model):
     longest = [footprint(variant(random_model), spec).longest(1e9) for spec in SPECS]
     assert longest[0] < longest[3] < longest[4]
-
-
-def test_a_simulated_cache_has_no_footprint(random_model):
-    with pytest.raises(ValueError, match="prod 4 bits is only simulated, by dense arrays: use"):
-        footprint(random_model, preset("prod:4"))

@@ -5,21 +5,24 @@ import pytest
 from conftest import logits, variant
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from methods import METHODS, make_method
 from other_methods import ALL_METHODS
+from simulated import (
+    MethodRounding,
+    SimulatedCache,
+    method_roundings,
+    simulated_preset,
+)
 from tiny_families import tiny_model
 
 from mlx_turboquant import cache_report, make_prompt_cache, save_prompt_cache
 from mlx_turboquant.kernels import storage
 from mlx_turboquant.kernels.tokens import BLOCK
+from mlx_turboquant.lm import texts
 from mlx_turboquant.lm.compressible import flat_caches, plain_caches
 from mlx_turboquant.lm.settings import Settings
-from mlx_turboquant.measure.cache_specs import preset, token_size
-from mlx_turboquant.measure.simulated import (
-    MethodRounding,
-    SimulatedCache,
-    method_roundings,
-)
-from mlx_turboquant.methods import METHODS, make_method
+from mlx_turboquant.measure.cache_specs import token_size
+from mlx_turboquant.measure.evaluate import Comparison
 
 HEADS, DIM = 2, 64
 
@@ -107,7 +110,7 @@ def test_a_vector_takes_what_the_method_would_store_with_numbers_in_16_bits(name
 
 
 def test_a_token_takes_the_bytes_of_its_key_and_its_value(random_model):
-    cache = preset("qjl+affine:2").make_cache(random_model)
+    cache = simulated_preset("qjl+affine:2").make_cache(random_model)
     logits(random_model, cache)
     # A norm for the 64 values of a key, a scale and an offset for those of a value.
     bits = (2 + 16 / 64 + 2 + 32 / 64) / 2
@@ -132,7 +135,7 @@ def test_our_codec_simulated_is_our_cache(random_model, monkeypatch):
     monkeypatch.setattr(storage, "removable_mean", lambda x, _: mx.zeros((*x.shape[:2], 1, DIM)))
     ours = make_prompt_cache(random_model, key_bits=3, value_bits=2, window=16)
     expected = logits(random_model, ours)
-    cache = preset("turboquant:K3V2", Settings(window=16)).make_cache(random_model)
+    cache = simulated_preset("turboquant:K3V2", Settings(window=16)).make_cache(random_model)
     measured = logits(random_model, cache)
     assert [type(layer) for layer in cache] == [SimulatedCache] * 2
     assert cache[0].rounded == ours[0].packed_tokens > 100
@@ -162,7 +165,7 @@ def test_a_copy_goes_on_by_itself():
 def test_all_layers_have_the_bits_that_were_asked_for(random_model):
     """There is no allocation: half bits give keys one more, and all layers are alike."""
     for name, bits in (("mse:3", (3, 3)), ("qjl+affine:2.5", (3, 2)), ("qjl:K4V1", (4, 1))):
-        cache = preset(name).make_cache(random_model)
+        cache = simulated_preset(name).make_cache(random_model)
         assert [tuple(each.bits for each in layer.roundings) for layer in cache] == [bits] * 2
 
 
@@ -170,14 +173,14 @@ def test_all_layers_have_the_bits_that_were_asked_for(random_model):
 def test_a_head_dim_that_a_codec_cannot_have_is_refused_before_anything_runs(random_model, name):
     model = variant(random_model, head_dim=40)
     with pytest.raises(ValueError, match="40 values"):
-        preset(name).make_cache(model)
+        simulated_preset(name).make_cache(model)
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "gemma3n", "falcon_h1"])
 def test_keys_of_another_width_shared_layers_and_lists_of_caches_can_have_a_codec(family):
     model = tiny_model(family)
     prompt = mx.random.randint(0, 500, (1, 101), key=mx.random.key(1))
-    cache = preset("turboquant:8", Settings(window=0, sink_tokens=0)).make_cache(model)
+    cache = simulated_preset("turboquant:8", Settings(window=0, sink_tokens=0)).make_cache(model)
     simulated = [part for part in flat_caches(cache) if isinstance(part, SimulatedCache)]
     assert simulated
     outputs = []
@@ -192,19 +195,46 @@ def test_keys_of_another_width_shared_layers_and_lists_of_caches_can_have_a_code
 
 def test_latent_attention_has_no_choice_of_codecs():
     with pytest.raises(ValueError, match="Codec qjl does not support latent attention"):
-        preset("qjl:4").make_cache(tiny_model("deepseek_v3"))
+        simulated_preset("qjl:4").make_cache(tiny_model("deepseek_v3"))
 
 
 def test_a_model_without_a_layer_that_could_be_compressed_is_refused():
     with pytest.raises(ValueError, match="No layer of this model can be compressed"):
-        preset("qjl:4").make_cache(tiny_model("deepseek_v32"))
+        simulated_preset("qjl:4").make_cache(tiny_model("deepseek_v32"))
 
 
 def test_such_a_cache_is_neither_batched_nor_saved_nor_called_compressed(random_model, tmp_path):
-    cache = preset("qjl:4").make_cache(random_model)
+    cache = simulated_preset("qjl:4").make_cache(random_model)
     assert not hasattr(cache[0], "merge")
     with pytest.raises(ValueError, match="SimulatedCache is not a kind of cache that is saved"):
         save_prompt_cache(tmp_path / "cache", cache, random_model)
     assert list(tmp_path.iterdir()) == []
     logits(random_model, cache)
     assert cache_report(cache).compressed_layers == 0
+
+
+@pytest.mark.parametrize(
+    "name", [":4", "prod:", "quip:4", "prod:K1V1", "affine:K7V4", "prod:auto", "prod+:4"]
+)
+def test_unknown_methods_and_bits_are_refused(name):
+    with pytest.raises(ValueError, match="use "):
+        simulated_preset(name)
+
+
+def test_presets_of_other_codecs_have_no_budget_of_layers():
+    spec = simulated_preset("qjl+affine:k3v2", Settings(uniform=True, window=16))
+    assert (spec.name, spec.codec) == ("qjl+affine K3V2", "qjl+affine")
+    assert spec.settings == Settings(key_bits=3, value_bits=2, window=16)
+
+
+def test_qjl_hurts_attention(tiny_lm):
+    """QJL is used for keys alone, with values of our codec at the same bits."""
+    model, tokenizer = tiny_lm
+    [tokens] = texts.contexts(tokenizer, texts.bundled_texts()[1:2], 600, 1)
+    names = ("K3V3", "prod+turboquant:3", "qjl+turboquant:3")
+    comparison = Comparison(model, [simulated_preset(name, Settings(window=16)) for name in names])
+    comparison.text(tokens, 128)
+    ours, prod, qjl = (scores.summary()["kl_mean"] for scores in comparison.scores[1:])
+    # The variances of a product, and to second order the divergences, are as 1 : 5.6 : 16.
+    assert 2 * ours < prod < qjl / 1.5
+    assert [scores.bits for scores in comparison.scores[1:]] == [3.125, 3.1875, 3.125]

@@ -1,19 +1,22 @@
 """Dense caches whose tokens are rounded as any codec would, for study: they save no memory."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from methods import Method, make_method
+from methods.common import map_arrays
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 
-from ..kernels.tokens import BLOCK
-from ..lm.compressible import check_compressible, compressible_caches, plain_caches
-from ..lm.settings import Settings
-from ..methods import Method, make_method
-from ..methods.common import map_arrays
+from mlx_turboquant.kernels.tokens import BLOCK
+from mlx_turboquant.lm.compressible import check_compressible, compressible_caches, plain_caches
+from mlx_turboquant.lm.settings import Settings
+from mlx_turboquant.measure.cache_specs import CacheSpec, preset
 
+_DEFAULTS = Settings()
 Rounding = Callable[[mx.array], mx.array]
 
 
@@ -109,6 +112,36 @@ def method_roundings(
     keys, plus, values = codec.partition("+")
     names, bits = (keys, values if plus else keys), (settings.key_bits, settings.value_bits)
     return [MethodRounding(*each, settings.seed) for each in zip(names, bits, dims)]
+
+
+@dataclass(frozen=True)
+class SimulatedSpec(CacheSpec):
+    """A simulated cache to compare: ``codec`` names one or two methods."""
+
+    codec: str = ""
+
+    def make_cache(self, model: nn.Module) -> list[Any]:
+        """As in :func:`simulated_prompt_cache`."""
+        return simulated_prompt_cache(model, self.codec, self.settings)
+
+
+def simulated_preset(name: str, settings: Settings = _DEFAULTS) -> CacheSpec:
+    """A simulated cache for a name like ``prod:4`` or ``qjl+affine:K3V2``; others as in ``preset``.
+
+    All its layers have the same bits; half bits give keys one more.
+
+    Raises:
+        ValueError: a name of another form, or bits that a method does not support.
+    """
+    codec, colon, bits = name.rpartition(":")
+    spec = preset(bits, settings)
+    if not colon:
+        return spec
+    key_bits = spec.settings.key_bits or int(spec.settings.bits + 0.5)
+    value_bits = spec.settings.value_bits or int(spec.settings.bits)
+    settings = replace(settings, uniform=False, key_bits=key_bits, value_bits=value_bits)
+    method_roundings(codec, settings)  # refuses what no model supports
+    return SimulatedSpec(f"{codec} {spec.name}", settings=settings, codec=codec)
 
 
 def simulated_prompt_cache(model: nn.Module, codec: str, settings: Settings) -> list[Any]:

@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..codec.codebook import check_dim
+from mlx_turboquant.codec.codebook import check_dim
+
 from .common import Method
 
 

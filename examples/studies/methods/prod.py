@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..codec.codebook import MAX_BITS, check_bits
-from ..codec.quantizer import QuantizedVectors
+from mlx_turboquant.codec.codebook import MAX_BITS, check_bits
+from mlx_turboquant.codec.quantizer import QuantizedVectors
+
 from .common import Method
 from .presets import turboquant_mse
 from .qjl import QJL, SignVectors

@@ -19,7 +19,7 @@ TurboQuant_mse is Algorithm 1 of arXiv 2504.19874, EDEN is arXiv 2108.08842. DRI
 
 from functools import partial
 
-from ..codec.quantizer import TurboQuantizer
+from mlx_turboquant.codec.quantizer import TurboQuantizer
 
 turboquant_mse = partial(TurboQuantizer, scale="none", gain_search=False)
 eden = partial(TurboQuantizer, scale="unbiased", gain_search=False)

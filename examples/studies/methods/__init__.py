@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from ..codec.quantizer import TurboQuantizer
+from mlx_turboquant.codec.quantizer import TurboQuantizer
+
 from .affine import Affine
 from .common import Method
 from .presets import drive, drive_biased, eden, eden_biased, norm_corrected, turboquant_mse

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from ..codec.quantizer import LARGEST_SCALE, check_vectors
+from mlx_turboquant.codec.quantizer import LARGEST_SCALE, check_vectors
 
 
 class Method(Protocol):

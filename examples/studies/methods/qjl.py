@@ -7,10 +7,11 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from ..codec.codebook import check_bits, check_dim
-from ..codec.constants import constant
-from ..codec.packing import pack, unpack, words_per_vector
-from ..codec.rotation import Rotation, gaussian_matrix
+from mlx_turboquant.codec.codebook import check_bits, check_dim
+from mlx_turboquant.codec.constants import constant
+from mlx_turboquant.codec.packing import pack, unpack, words_per_vector
+from mlx_turboquant.codec.rotation import Rotation, gaussian_matrix
+
 from .common import Method, polar_form
 
 PROJECTIONS = ("gaussian", "orthogonal")
