@@ -77,9 +77,11 @@ def paired(
 
 def _design_effect(differences: np.ndarray, passages: Sequence[Hashable] | None) -> float:
     """How many prompts say as much as one of a passage of its own (Kish, "Survey Sampling")."""
-    if passages is None or (several := len(set(passages))) < 2 or not differences.std():
+    numbers = {passage: i for i, passage in enumerate(dict.fromkeys(passages or ()))}
+    several = len(numbers)
+    if several < 2 or not differences.std():  # all alike
         return 1.0
-    _, index = np.unique(np.array(passages, dtype=str), return_inverse=True)
+    index = [numbers[passage] for passage in passages]
     sums = np.bincount(index, differences - differences.mean())
     alone = len(differences) * differences.var()
     return max(1.0, several / (several - 1) * float((sums**2).sum()) / alone)

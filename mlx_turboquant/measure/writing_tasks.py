@@ -1,8 +1,10 @@
 """Tasks of writing: arithmetic in steps, calls of tools, and functions repeated from far back."""
 
+import itertools
 import json
 import random
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from .needle import FIRST_WORDS, SECOND_WORDS, random_names
@@ -128,15 +130,10 @@ def renaming(rng: random.Random, length: int, prose: list[str], is_easy: bool) -
 def _functions(rng: random.Random, prose: list[str], is_easy: bool, is_renamed: bool) -> Passage:
     """Functions of five statements among others; easy: of two, in prose."""
     names = [name.replace(" ", "_") for name in random_names(16 * QUESTIONS, rng)]
-    words, verbs = rng.sample(SECOND_WORDS, 64), rng.sample(FIRST_WORDS, 64)
-    functions = []
-    for i, name in enumerate(names):
-        count = 2 if is_easy else 5
-        own = [
-            (words[(i * (count + 1) + j) % 64], verbs[(i * count + j) % 64])
-            for j in range(count + 1)
-        ]
-        functions.append(_function(rng, name, own))
+    words = itertools.cycle(rng.sample(SECOND_WORDS, 64))
+    verbs = itertools.cycle(rng.sample(FIRST_WORDS, 64))
+    count = 2 if is_easy else 5
+    functions = [_function(rng, name, words, verbs, count) for name in names]
     questions = []
     for name, (code, variable) in zip(names[:QUESTIONS], functions):
         request = f"Write down the function {name}, exactly as it is above"
@@ -159,14 +156,16 @@ def _functions(rng: random.Random, prose: list[str], is_easy: bool, is_renamed: 
     return Passage(introduction, lines[:QUESTIONS], others, questions)
 
 
-def _function(rng: random.Random, name: str, words: list[tuple[str, str]]) -> tuple[str, str]:
-    """A function of nouns and verbs, and the variable that its first statement assigns to."""
-    (known, _), *rest = words
-    code = f"def {name}({known}):\n"
-    for word, verb in rest:
-        code += f"    {word} = {verb}({known}, {rng.randrange(2, 100)})\n"
-        known = word
-    return code + f"    return {known}", rest[0][0]
+def _function(
+    rng: random.Random, name: str, words: Iterator[str], verbs: Iterator[str], count: int
+) -> tuple[str, str]:
+    """A function of ``count`` statements, and the variable that the first of them assigns to."""
+    argument, *variables = itertools.islice(words, count + 1)
+    code, known = f"def {name}({argument}):\n", argument
+    for variable in variables:
+        code += f"    {variable} = {next(verbs)}({known}, {rng.randrange(2, 100)})\n"
+        known = variable
+    return code + f"    return {known}", variables[0]
 
 
 def read_code(reply: str) -> str:
