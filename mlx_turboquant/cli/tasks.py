@@ -45,9 +45,9 @@ def run_tasks(
     about = {"model": args.model, "version": __version__, "settings": asdict(settings)}
     passages = math.ceil(args.prompts / QUESTIONS)
     results, reasons = [], []
+    run = TaskRun(model, tokenizer, specs, prose, args.out / "tasks.jsonl", about)
     with tqdm(total=len(args.tasks) * passages * (1 + len(specs)), unit="passages") as bar:
-        file = args.out / "tasks.jsonl"
-        run = TaskRun(model, tokenizer, specs, prose, file, about, bar.update)
+        run.progress = bar.update
         for task in args.tasks:
             bar.set_description(task.name)
             try:

@@ -77,7 +77,8 @@ def paired(
 
 def _design_effect(differences: np.ndarray, passages: Sequence[Hashable] | None) -> float:
     """How many prompts say as much as one of a passage of its own (Kish, "Survey Sampling")."""
-    numbers = {passage: i for i, passage in enumerate(dict.fromkeys(passages or ()))}
+    passages = range(0) if passages is None else list(passages)
+    numbers = {passage: i for i, passage in enumerate(dict.fromkeys(passages))}
     several = len(numbers)
     if several < 2 or not differences.std():  # all alike
         return 1.0
