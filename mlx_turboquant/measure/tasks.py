@@ -227,19 +227,16 @@ class TaskRun:
 
 
 def _kept_replies(file: Path, about: dict[str, Any]) -> dict[tuple, list[Reply]]:
-    """The replies of a file, which is begun where there is none; a line cut off is no matter."""
+    """The replies of a file, which is begun where there is none; a line cut off is removed."""
+    start = json.dumps(about) + "\n"
     with write_errors(file):
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        if not lines:
-            file.write_text(json.dumps(about) + "\n", encoding="utf-8")
-            return {}
-    if lines[0] != json.dumps(about):
-        raise ValueError(f"{file} has the replies of another run: use another --out or delete it.")
-    kept = {}
-    for line in lines[1:]:
-        try:
-            key, replies = json.loads(line)
-        except ValueError:
-            continue
-        kept[tuple(key)] = [Reply(*reply) for reply in replies]
-    return kept
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        if text and not text.startswith(start):
+            raise ValueError(
+                f"{file} has the replies of another run: use another --out or delete it."
+            )
+        whole = text[: text.rfind("\n") + 1] or start
+        if whole != text:
+            file.write_text(whole, encoding="utf-8")
+    kept = map(json.loads, whole.splitlines()[1:])
+    return {tuple(key): [Reply(*reply) for reply in replies] for key, replies in kept}

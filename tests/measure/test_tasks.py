@@ -150,7 +150,7 @@ def test_a_second_start_asks_nothing_again(tiny_lm, tmp_path):
         args = model.args
 
     again = run((Unused(), tokenizer), tmp_path, "4").do(TASKS["keys"], 512, 1)
-    assert again == first
+    assert again == first and (tmp_path / "tasks.jsonl").read_text() == lines
     assert len(run(tiny_lm, tmp_path, "4").do(TASKS["keys"], 512, 2).questions) == 2 * QUESTIONS
 
 
