@@ -2,7 +2,7 @@
 
 The exact cache is asked first, of one passage for each length and difficulty, which is not counted.
 So the task is done where it has something to say: at the greatest length at which the exact cache
-solves a quarter of the easy questions, and with hard ones where it solves half of them.
+solves more than half of the easy questions, and with hard ones where it solves those as well.
 """
 
 import copy
@@ -38,7 +38,7 @@ _ALL = (
 TASKS = {task.name: task for task in _ALL}
 
 SHORTEST = 512
-_EASY_SHARE, _HARD_SHARE = 0.25, 0.5
+_ENOUGH = 0.5
 
 
 class Form(NamedTuple):
@@ -137,8 +137,8 @@ class TaskRun:
                 except ValueError as error:
                     reason = reason or str(error)
                     break
-                if share >= _EASY_SHARE:
-                    is_hard = share == 1 and self._share(task, Form(length, False)) >= _HARD_SHARE
+                if share > _ENOUGH:
+                    is_hard = share == 1 and self._share(task, Form(length, False)) > _ENOUGH
                     return Form(length, not is_hard)
                 reason = f"the exact cache solves {share:.0%} at {length:,} tokens"
             length //= 2

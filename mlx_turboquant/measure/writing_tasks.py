@@ -28,8 +28,8 @@ def steps(rng: random.Random, length: int, prose: list[str], is_easy: bool) -> P
 
 
 def _problem(rng: random.Random, is_easy: bool) -> tuple[str, str]:
-    """A problem, and its solution in steps."""
-    value = rng.randrange(3, 7) if is_easy else rng.randrange(40, 60)
+    """A problem, and its solution in steps, in which no number is negative."""
+    value = rng.randrange(6, 10) if is_easy else rng.randrange(40, 60)
     problem, solution = [f"start with {value}"], []
     for _ in range(2 if is_easy else 4):
         number = rng.randrange(1, 4 if is_easy else 10)

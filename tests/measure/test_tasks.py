@@ -55,12 +55,13 @@ def test_a_chain_of_variables_ends_in_its_number():
         assert TASKS["variables"].read(question.answer) == known[question.opening.split()[0]]
 
 
-def test_steps_are_right_arithmetic():
-    for question in made("steps", False).questions:
+@pytest.mark.parametrize("is_easy", [True, False])
+def test_steps_are_right_arithmetic(is_easy):
+    for question in made("steps", is_easy).questions:
         *steps, result = question.answer.removesuffix(".").replace(". ", ", ").split(", ")
         for step in steps:
             terms, value = step.split(" = ")
-            assert eval(terms) == int(value)
+            assert eval(terms) == int(value) >= 0
         assert result == f"The result is {value}"
 
 
@@ -169,7 +170,7 @@ def test_hard_questions_are_asked_where_those_are_solved(tiny_lm, tmp_path, is_s
         return passage._replace(questions=[Question("?", "It", " 000000.")] * QUESTIONS)
 
     task = Task("codes", make, finding_tasks.read_keys)
-    result = run(tiny_lm, tmp_path).do(task, 512, 1)
+    result = run(tiny_lm, tmp_path).do(task, 512, 1)  # tiny-lm finds all codes
     assert result.form == Form(512, is_easy=not is_solved)
 
 
