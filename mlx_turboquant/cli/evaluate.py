@@ -4,19 +4,24 @@ import argparse
 import itertools
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from tqdm import tqdm
 
 from ..files import make_folder
 from ..lm import texts
 from ..lm.compressible import check_compressible, compressible_caches
 from ..lm.loading import check_memory, prepare_for_device
-from ..measure.cache_specs import MLX_LM, preset
+from ..lm.settings import Settings
+from ..measure.cache_specs import MLX_LM, CacheSpec, preset
 from ..measure.evaluate import REPLY_TOKENS, Comparison, passkey_prompt
+from ..measure.tasks import SHORTEST, TASKS
 from .loading import MODEL_HELP, ensure_profile, load_lazily
 from .options import add_comparison_options, add_count, add_out, check_least, settings_of
 from .results import drawing_tools, machine, write_results
+from .tasks import run_tasks, tasks_of
 
 
 def main(arguments: list[str]) -> None:
@@ -26,6 +31,10 @@ def main(arguments: list[str]) -> None:
     settings = settings_of(args)
     specs = [preset(name, settings) for name in args.kv_bits]
     contents = texts.read_texts(args.text) if args.text else texts.bundled_texts()
+    if args.tasks is not None:
+        args.tasks = tasks_of(args.tasks)
+        _compare_answers(args, settings, specs, contents)
+        return
     with drawing_tools("evaluate"):
         from . import pictures
     model, tokenizer = load_lazily(args.model)
@@ -36,14 +45,7 @@ def main(arguments: list[str]) -> None:
     prompts = _passkey_prompts(tokenizer, contents, args)
     # Log-probabilities of the exact cache and of another one, and what is computed from both.
     check_memory(model, 12 * args.scored * tokenizer.vocab_size)
-    check_compressible(model, compressible_caches(model))  # before weights are read
-    make_folder(args.out)
-    prepare_for_device(model)
-    mx.eval(model.parameters())
-    if any(spec.needs_profile for spec in specs):
-        ensure_profile(model, tokenizer, args, settings)
-    for spec in specs:
-        spec.make_cache(model)  # refuses an unsupported model before anything is measured
+    _prepare(model, tokenizer, args, settings, specs)
     comparison = Comparison(model, [*MLX_LM, *specs])
     steps = sum(len(context) + args.greedy for context in contexts)
     steps += sum(len(prompt) + REPLY_TOKENS for prompt, *_ in prompts)
@@ -68,6 +70,33 @@ def main(arguments: list[str]) -> None:
     }
     pictures.print_table(result)
     write_results(args.out, "evaluation", result, pictures.draw)
+
+
+def _prepare(
+    model: nn.Module,
+    tokenizer: Any,
+    args: argparse.Namespace,
+    settings: Settings,
+    specs: list[CacheSpec],
+) -> None:
+    """Read the weights of a model that its caches can be made for, and calibrate it."""
+    check_compressible(model, compressible_caches(model))  # before weights are read
+    make_folder(args.out)
+    prepare_for_device(model)
+    mx.eval(model.parameters())
+    if any(spec.needs_profile for spec in specs):
+        ensure_profile(model, tokenizer, args, settings)
+    for spec in specs:
+        spec.make_cache(model)  # refuses what it cannot have before anything is measured
+
+
+def _compare_answers(
+    args: argparse.Namespace, settings: Settings, specs: list[CacheSpec], contents: list[str]
+) -> None:
+    model, tokenizer = load_lazily(args.model)
+    check_memory(model)
+    _prepare(model, tokenizer, args, settings, specs)
+    run_tasks(model, tokenizer, specs, settings, contents, args)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,7 +128,15 @@ def _parser() -> argparse.ArgumentParser:
     count("--needle-depths", 5, "Number of depths in a text at which a code is hidden")
     count("--needle-trials", 1, "Number of codes to ask for per length and depth")
     add("--chat", action="store_true", help="Ask for the codes through the chat template")
-    add_out(parser, "evaluation", "evaluation.json, kl.png and needles.png")
+    add(
+        "--tasks",
+        nargs="*",
+        metavar="TASK",
+        help="Compare answers to tasks instead, by name or all: " + ", ".join(TASKS),
+    )
+    count("--prompts", 40, "Number of prompts per task, in steps of 8")
+    count("--length", 2048, "Maximum number of tokens per prompt, halved while a task is too hard")
+    add_out(parser, "evaluation", "evaluation.json, kl.png and needles.png, or of tasks")
     return parser
 
 
@@ -107,7 +144,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
     if args.needle_lengths is None:
         args.needle_lengths = [args.context // 2, args.context]
     check_least(args, context=2, samples=1, scored=1, greedy=0, generate=0)
-    check_least(args, needle_depths=1, needle_trials=1)
+    check_least(args, needle_depths=1, needle_trials=1, prompts=1, length=SHORTEST)
     if args.scored >= args.context:
         raise ValueError(
             f"{args.scored} scored tokens are not fewer than the context of {args.context}: "

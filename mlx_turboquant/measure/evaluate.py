@@ -5,14 +5,14 @@ through the cache a few at a time. So they see quantized tokens as soon as these
 """
 
 import copy
-import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import RotatingKVCache, can_trim_prompt_cache, trim_prompt_cache
 
 from ..kernels.attention import MAX_DECODE_ROWS
 from ..lm.compressible import flat_caches, plain_caches
@@ -25,6 +25,8 @@ from .scores import Generation, Needle, Scores
 
 # A reply may begin with some words before the code.
 REPLY_TOKENS = 32
+# Of a chunk, so that queries are not compared with the many keys after them.
+PIECE = 512
 
 
 def read_prompt(model: nn.Module, spec: CacheSpec, tokens: mx.array) -> list[Any]:
@@ -43,7 +45,9 @@ def read_first_chunk(
     """
     chunk = tokens[None, :CHUNK]
     exact = plain_caches(model)
-    model(chunk, cache=exact)
+    for start in range(0, chunk.size, PIECE):
+        model(chunk[:, start : start + PIECE], cache=exact)
+        mx.eval([layer.state for layer in exact])
     caches = [spec.make_cache(model) for spec in specs]
     for cache in caches:
         for layer, own in zip(flat_caches(cache), flat_caches(exact)):
@@ -92,20 +96,42 @@ def token_losses(rows: mx.array, tokens: mx.array) -> list[float]:
 
 
 def following_tokens(
-    model: nn.Module, cache: list[Any], token: int, seed: int | None = None
+    model: nn.Module,
+    cache: list[Any],
+    token: int,
+    seed: int | None = None,
+    draft: Sequence[int] = (),
 ) -> Iterator[int]:
     """Yield tokens after ``token`` without end: the most probable ones, or samples.
 
     With a ``seed`` they are samples of the model's distribution, and the same for equal logits:
-    each has the largest logit after Gumbel noise is added.
+    each has the largest logit after Gumbel noise is added. As long as they equal those of a
+    ``draft``, the model computes several at once, if the cache can be trimmed.
     """
-    for step in itertools.count():
-        logits = model(mx.array([[token]]), cache=cache)[0, -1].astype(mx.float32)
+    written = 0
+    while True:
+        ahead = list(draft[: MAX_DECODE_ROWS - 1]) if draft and _can_cut_back(cache) else []
+        logits = model(mx.array([[token, *ahead]]), cache=cache)[0].astype(mx.float32)
         if seed is not None:
-            key = mx.random.key(seed * 2**20 + step)
-            logits += mx.random.gumbel(logits.shape, key=key)
-        token = logits.argmax().item()
-        yield token
+            keys = [mx.random.key(seed * 2**20 + written + i) for i in range(len(logits))]
+            logits += mx.stack([mx.random.gumbel(logits.shape[1:], key=key) for key in keys])
+        best = logits.argmax(axis=-1).tolist()
+        right = first_difference(best, ahead)
+        if right is None:
+            right = len(ahead)
+            draft = draft[right + 1 :] if best[-1:] == list(draft[right : right + 1]) else ()
+        else:
+            trim_prompt_cache(cache, len(ahead) - right)
+            draft = ()
+        yield from best[: right + 1]
+        written += right + 1
+        token = best[right]
+
+
+def _can_cut_back(cache: list[Any]) -> bool:
+    """Whether the last few tokens can be taken back, whatever they are."""
+    is_sliding = any(isinstance(layer, RotatingKVCache) for layer in flat_caches(cache))
+    return not is_sliding and can_trim_prompt_cache(cache)
 
 
 def first_difference(one: Iterable[int], other: Iterable[int]) -> int | None:

@@ -1,3 +1,5 @@
+from itertools import islice
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
@@ -17,6 +19,7 @@ from mlx_turboquant.measure.evaluate import (
     following_tokens,
     passkey_prompt,
     read_first_chunk,
+    read_prompt,
 )
 from mlx_turboquant.measure.scores import Needle, Scores
 
@@ -214,3 +217,30 @@ def test_a_first_chunk_that_is_read_once_for_all_caches_leaves_what_each_would_h
         expected, logits = (model(tokens[None, 80:], cache=cache) for cache in (alone, shared))
         assert mx.array_equal(logits, expected)
     disable(model)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("name", [None, "4"])
+def test_a_draft_changes_no_token(random_model, seed, name):
+    def written(draft):
+        spec = preset(name, SHORT) if name else EXACT
+        cache = read_prompt(random_model, spec, mx.array(TOKENS[:-1]))
+        return list(islice(following_tokens(random_model, cache, TOKENS[-1], seed, draft), 40))
+
+    expected = written([])
+    for right in (0, 5, 7, 8, 30, 40):
+        assert written(expected[:right] + [(expected[right - 1] + 1) % 128] * 10) == expected
+
+
+def test_a_right_draft_is_computed_several_tokens_at_once(random_model):
+    steps = []
+
+    def counting(tokens, cache):
+        steps.append(tokens.shape[1])
+        return random_model(tokens, cache=cache)
+
+    cache = read_prompt(random_model, EXACT, mx.array(TOKENS[:-1]))
+    expected = list(islice(following_tokens(random_model, cache, TOKENS[-1]), 20))
+    cache = read_prompt(random_model, EXACT, mx.array(TOKENS[:-1]))
+    drafted = following_tokens(counting, cache, TOKENS[-1], draft=expected)
+    assert list(islice(drafted, 20)) == expected and steps == [8, 8, 5]

@@ -1,0 +1,114 @@
+"""Long prompts with several questions each, for tasks that a machine makes and checks.
+
+A passage is an introduction and the lines that matter, scattered in their order among lines that do
+not. The answer to a question begins with an opening, as the model would begin it, and the model
+goes on from there.
+"""
+
+import os
+import random
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ..lm.texts import encode, start_tokens
+
+# Questions about one passage, which every cache reads once.
+QUESTIONS = 8
+
+
+class Question(NamedTuple):
+    """What is asked after a passage, how the answer begins, and how it rightly goes on."""
+
+    text: str
+    opening: str
+    answer: str
+
+
+class Passage(NamedTuple):
+    """The lines that matter, in order, and enough others to fill a prompt with."""
+
+    introduction: str
+    lines: list[str]
+    others: list[str]
+    questions: list[Question]
+
+
+class Task(NamedTuple):
+    """A kind of passage: ``make(rng, length, prose, is_easy)`` is one for ``length`` tokens.
+
+    ``prose`` are lines of text. A reply ends where the pattern ``stop`` is; it is right where
+    ``read`` finds in it what it finds in the answer. With ``is_sampled`` tokens are random.
+    """
+
+    name: str
+    make: Callable[[random.Random, int, list[str], bool], Passage]
+    read: Callable[[str], Any]
+    stop: str = "\n"
+    is_sampled: bool = False
+
+    def ended(self, reply: str) -> str:
+        """A reply up to its stop."""
+        return re.split(self.stop, reply.lstrip("\n"))[0]
+
+    def is_right(self, reply: str, answer: str) -> bool:
+        """Whether a reply says what the answer says."""
+        return self.read(self.ended(reply)) == self.read(self.ended(answer))
+
+
+class Prompts(NamedTuple):
+    """A passage in tokens: what all its prompts begin with, and what each goes on with.
+
+    ``drafts`` are the right answers, as far as tokens tell.
+    """
+
+    shared: list[int]
+    rests: list[list[int]]
+    drafts: list[list[int]]
+
+
+def prompts_of(tokenizer: Any, passage: Passage, length: int, rng: random.Random) -> Prompts:
+    """Prompts of at most ``length`` tokens, as messages of a user where there is a chat template.
+
+    Raises:
+        ValueError: the lines that matter take more tokens.
+    """
+    fixed = _whole(tokenizer, passage, passage.lines)
+    room = length - max(len(tokens) for tokens, _ in fixed)
+    if room < 0:
+        raise ValueError(f"its prompts need {length - room} tokens")
+    count = 0
+    for tokens in encode(tokenizer, [line + "\n" for line in passage.others]):
+        room -= len(tokens)
+        if room < 0:
+            break
+        count += 1
+    places = sorted(rng.sample(range(count + len(passage.lines)), len(passage.lines)))
+    lines = passage.others[:count]
+    for place, line in zip(places, passage.lines):
+        lines.insert(place, line)
+    whole = _whole(tokenizer, passage, lines)
+    prompts = [tokens for tokens, _ in whole]
+    shared = min(len(os.path.commonprefix([prompts[0], tokens])) for tokens in prompts)
+    shared = min(shared, min(map(len, prompts)) - 1)
+    drafts = [both[len(os.path.commonprefix([tokens, both])) :] for tokens, both in whole]
+    return Prompts(prompts[0][:shared], [tokens[shared:] for tokens in prompts], drafts)
+
+
+def _whole(tokenizer: Any, passage: Passage, lines: list[str]) -> list[tuple[list[int], list[int]]]:
+    """The tokens of each prompt, and of the prompt with its answer."""
+    body = "\n".join([passage.introduction, "", *lines, ""])
+    whole = []
+    for question in passage.questions:
+        text, start = f"{body}\n{question.text}", start_tokens(tokenizer)
+        if tokenizer.has_chat_template:
+            message = [{"role": "user", "content": text}]
+            options = {"add_generation_prompt": True, "enable_thinking": False}
+            text = tokenizer.apply_chat_template(message, tokenize=False, **options)
+            start = []  # the template writes it
+        else:
+            text += "\n"
+        prompt = text + question.opening
+        asked, answered = encode(tokenizer, [prompt, prompt + question.answer])
+        whole.append((start + asked, start + answered))
+    return whole

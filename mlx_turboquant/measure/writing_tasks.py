@@ -1,0 +1,173 @@
+"""Tasks of writing: arithmetic in steps, calls of tools, and functions repeated from far back."""
+
+import itertools
+import json
+import random
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from .needle import FIRST_WORDS, SECOND_WORDS, random_names
+from .passages import QUESTIONS, Passage, Question
+
+
+def steps(rng: random.Random, length: int, prose: list[str], is_easy: bool) -> Passage:
+    """Problems of four sums and differences (easy: two small ones), to be solved step by step."""
+    names = random_names(QUESTIONS + 3, rng)
+    problems = [_problem(rng, is_easy) for _ in names]
+    lines = [
+        f"Problem {name}: {problem}\nSolution of problem {name}: {solution}"
+        for name, (problem, solution) in zip(names[QUESTIONS:], problems[QUESTIONS:])
+    ]
+    questions = []
+    for name, (problem, solution) in zip(names[:QUESTIONS], problems):
+        opening = f"Solution of problem {name}:"
+        questions.append(Question(f"Problem {name}: {problem}", opening, f" {solution}"))
+    introduction = "Some lines of this text are problems with solutions, step by step."
+    return Passage(introduction, lines, prose, questions)
+
+
+def _problem(rng: random.Random, is_easy: bool) -> tuple[str, str]:
+    """A problem, and its solution in steps, in which no number is negative."""
+    value = rng.randrange(6, 10) if is_easy else rng.randrange(40, 60)
+    problem, solution = [f"start with {value}"], []
+    for _ in range(2 if is_easy else 4):
+        number = rng.randrange(1, 4 if is_easy else 10)
+        result, sign, words = rng.choice(
+            [(value + number, "+", "add"), (value - number, "-", "take away")]
+        )
+        problem.append(f"{words} {number}")
+        solution.append(f"{value} {sign} {number} = {result}")
+        value = result
+    return ", ".join(problem) + ".", ", ".join(solution) + f". The result is {value}."
+
+
+def read_steps(reply: str) -> str | None:
+    """The last number."""
+    return next(iter(re.findall(r"\d+", reply)[::-1]), None)
+
+
+_ACCOUNT = {"customer": {"type": "string"}, "account": {"type": "integer"}}
+_MONEY = {"amount": {"type": "integer"}, "currency": {"enum": ["USD", "EUR", "GBP"]}}
+_TOOLS = {
+    "open_account": {"customer": {"type": "string"}},
+    "close_account": _ACCOUNT,
+    "send_money": _ACCOUNT | _MONEY,
+}
+
+
+def tools(rng: random.Random, length: int, prose: list[str], is_easy: bool) -> Passage:
+    """Accounts opened in a long history of calls, and the next call with the number of one.
+
+    Easy calls close an account, others send money as well, and to more accounts.
+    """
+    count = length // (256 if is_easy else 128) + 2
+    names = random_names(count, rng)
+    accounts = {name: {"customer": name, "account": rng.randrange(10**5, 10**6)} for name in names}
+    lines = [_schema(name, properties) for name, properties in _TOOLS.items()]
+    for name, account in accounts.items():
+        call = _called("open_account", {"customer": name})
+        lines.append(
+            f"User: Open an account for {name}.\nCall:{call}\nResult: {json.dumps(account)}"
+        )
+    for name in rng.sample(names, 3):
+        request, call = _request(rng, accounts[name], is_easy)
+        lines.append(f"User: {request}\nCall:{call}\nResult: true")
+    asked = [_request(rng, accounts[rng.choice(names)], is_easy) for _ in range(QUESTIONS)]
+    questions = [Question(f"User: {request}", "Call:", call) for request, call in asked]
+    introduction = "Call one of these functions for every request of the user."
+    return Passage(introduction, lines, prose, questions)
+
+
+def _schema(name: str, properties: dict[str, Any]) -> str:
+    parameters = {"type": "object", "properties": properties, "required": list(properties)}
+    return json.dumps({"name": name, "parameters": parameters})
+
+
+def _called(name: str, arguments: dict[str, Any]) -> str:
+    return " " + json.dumps({"name": name, "arguments": arguments})
+
+
+def _request(rng: random.Random, account: dict[str, Any], is_easy: bool) -> tuple[str, str]:
+    """What a user asks for, and the call."""
+    owner = f"the account of {account['customer']}"
+    if is_easy or rng.random() < 0.5:
+        return f"Close {owner}.", _called("close_account", account)
+    money = {"amount": rng.randrange(10, 1000), "currency": rng.choice(["USD", "EUR", "GBP"])}
+    request = f"Send {money['amount']} {money['currency']} to {owner}."
+    return request, _called("send_money", account | money)
+
+
+def read_tools(reply: str) -> dict[str, Any] | None:
+    """The call, if it is one that the schemas allow."""
+    try:
+        call = json.loads(reply)
+        properties = _TOOLS[call["name"]]
+        is_complete = set(call) == {"name", "arguments"} and set(call["arguments"]) == set(
+            properties
+        )
+        fits = (_fits(value, properties[key]) for key, value in call["arguments"].items())
+        return call if is_complete and all(fits) else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _fits(value: Any, schema: dict[str, Any]) -> bool:
+    kind = {"integer": int, "string": str}.get(schema.get("type"), object)
+    return isinstance(value, kind) and value in schema.get("enum", [value])
+
+
+def copy(rng: random.Random, length: int, prose: list[str], is_easy: bool) -> Passage:
+    """Functions, each to be repeated word by word."""
+    return _functions(rng, prose, is_easy, is_renamed=False)
+
+
+def renaming(rng: random.Random, length: int, prose: list[str], is_easy: bool) -> Passage:
+    """Functions, each to be repeated with another name for one variable."""
+    return _functions(rng, prose, is_easy, is_renamed=True)
+
+
+def _functions(rng: random.Random, prose: list[str], is_easy: bool, is_renamed: bool) -> Passage:
+    """Functions of five statements among others; easy: of two, in prose."""
+    names = [name.replace(" ", "_") for name in random_names(16 * QUESTIONS, rng)]
+    words = itertools.cycle(rng.sample(SECOND_WORDS, 64))
+    verbs = itertools.cycle(rng.sample(FIRST_WORDS, 64))
+    count = 2 if is_easy else 5
+    functions = [_function(rng, name, words, verbs, count) for name in names]
+    questions = []
+    for name, (code, variable) in zip(names[:QUESTIONS], functions):
+        request = f"Write down the function {name}, exactly as it is above"
+        if is_renamed:
+            code = re.sub(rf"\b{variable}\b", "result", code)
+            request += f", but rename the variable {variable} to result"
+        first, rest = code.split("\n", 1)
+        opening = f"Here is the function `{name}`:\n\n```python\n{first}"
+        questions.append(Question(request + ".", opening, f"\n{rest}\n```"))
+    introduction = "Read the functions in this text."
+    if is_renamed:
+        code, variable = functions[-1]
+        renamed = re.sub(rf"\b{variable}\b", "result", code)
+        introduction += (
+            f" An example of renaming {variable} to result:\n```python\n{code}\n```\n"
+            f"becomes\n```python\n{renamed}\n```"
+        )
+    lines = [code + "\n" for code, _ in functions]
+    others = prose if is_easy else lines[QUESTIONS:-1]
+    return Passage(introduction, lines[:QUESTIONS], others, questions)
+
+
+def _function(
+    rng: random.Random, name: str, words: Iterator[str], verbs: Iterator[str], count: int
+) -> tuple[str, str]:
+    """A function of ``count`` statements, and the variable that the first of them assigns to."""
+    argument, *variables = itertools.islice(words, count + 1)
+    code, known = f"def {name}({argument}):\n", argument
+    for variable in variables:
+        code += f"    {variable} = {next(verbs)}({known}, {rng.randrange(2, 100)})\n"
+        known = variable
+    return code + f"    return {known}", variables[0]
+
+
+def read_code(reply: str) -> str:
+    """The lines of a function."""
+    return "\n".join(line.rstrip() for line in reply.strip().splitlines())

@@ -1,0 +1,198 @@
+import json
+import random
+
+import pytest
+
+from mlx_turboquant.lm.settings import Settings
+from mlx_turboquant.measure import finding_tasks
+from mlx_turboquant.measure.cache_specs import EXACT, MLX_LM, preset
+from mlx_turboquant.measure.passages import QUESTIONS, Passage, Question, Task, prompts_of
+from mlx_turboquant.measure.tasks import TASKS, Form, TaskRun, pair
+
+PROSE = [f"line {i} of a text in which nothing of any interest is ever said." for i in range(400)]
+ABOUT = {"model": "tiny-lm"}
+
+
+def made(name: str, is_easy: bool, seed: int = 0, length: int = 2048) -> Passage:
+    return TASKS[name].make(random.Random(seed), length, PROSE, is_easy)
+
+
+def run(tiny_lm, tmp_path, *presets, **options) -> TaskRun:
+    specs = [preset(name, Settings(uniform=True)) for name in presets]
+    return TaskRun(*tiny_lm, specs, PROSE, tmp_path / "tasks.jsonl", ABOUT, **options)
+
+
+@pytest.mark.parametrize("is_easy", [True, False])
+@pytest.mark.parametrize("name", TASKS)
+def test_only_its_own_answer_is_right_for_a_question(name, is_easy):
+    task, passage = TASKS[name], made(name, is_easy)
+    answers = [question.answer for question in passage.questions]
+    assert len(answers) == QUESTIONS
+    for i, answer in enumerate(answers):
+        rights = [task.is_right(reply, answer) for reply in answers]
+        assert rights[i] and not all(rights)
+        assert not task.is_right("", answer) and not task.is_right("I do not know 123.", answer)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_seed_is_a_passage(name):
+    assert made(name, True) == made(name, True) != made(name, True, seed=1)
+
+
+def test_keys_are_8_to_64_with_names_that_are_alike():
+    assert [len(made("keys", False, length=n).lines) for n in (512, 2048, 8192)] == [8, 32, 64]
+    words = {line.split(" is ")[0].split()[-1] for line in made("keys", False).lines}
+    assert len(words) <= 6  # for 32 names
+
+
+def test_a_chain_of_variables_ends_in_its_number():
+    passage = made("variables", False)
+    known = {}
+    for line in passage.lines:  # as a program would
+        name, value = line.split(" = ")
+        known[name] = known.get(value, value)
+    for question in passage.questions:
+        assert TASKS["variables"].read(question.answer) == known[question.opening.split()[0]]
+
+
+@pytest.mark.parametrize("is_easy", [True, False])
+def test_steps_are_right_arithmetic(is_easy):
+    for question in made("steps", is_easy).questions:
+        *steps, result = question.answer.removesuffix(".").replace(". ", ", ").split(", ")
+        for step in steps:
+            terms, value = step.split(" = ")
+            assert eval(terms) == int(value) >= 0
+        assert result == f"The result is {value}"
+
+
+def test_a_call_must_be_json_that_its_schema_allows():
+    read = TASKS["tools"].read
+    call = {"name": "close_account", "arguments": {"customer": "amber falcon", "account": 7}}
+    assert read(json.dumps(call)) == call
+    for wrong in (
+        json.dumps(call)[:-1],
+        json.dumps(call | {"name": "open"}),
+        json.dumps({**call, "arguments": {"account": 7}}),
+        json.dumps({**call, "arguments": {"customer": "amber falcon", "account": "7"}}),
+        "[]",
+    ):
+        assert read(wrong) is None
+
+
+def test_code_with_a_renamed_variable_is_other_code():
+    copied, renamed = made("copy", True).questions[0], made("renaming", True).questions[0]
+    assert "result" in renamed.answer and "result" not in copied.answer
+    assert copied.answer.count("\n") == renamed.answer.count("\n")
+    compile(copied.opening.split("python\n")[1] + copied.answer.removesuffix("```"), "", "exec")
+
+
+@pytest.mark.parametrize("length", [512, 1000])
+def test_prompts_fill_their_length_and_share_all_but_the_question(tiny_lm, length):
+    _, tokenizer = tiny_lm
+    passage = made("keys", True, length=length)
+    prompts = prompts_of(tokenizer, passage, length, random.Random(0))
+    for rest, question in zip(prompts.rests, passage.questions):
+        assert length - 40 < len(prompts.shared) + len(rest) <= length
+        text = tokenizer.decode(prompts.shared + rest)
+        assert text.endswith(question.opening) and all(line in text for line in passage.lines)
+    assert max(map(len, prompts.rests)) < 60
+
+
+def test_the_lines_that_matter_keep_their_order_in_a_prompt(tiny_lm):
+    _, tokenizer = tiny_lm
+    passage = made("variables", True)
+    prompts = prompts_of(tokenizer, passage, 1500, random.Random(0))
+    lines = tokenizer.decode(prompts.shared).splitlines()
+    assert [line for line in lines if line in passage.lines] == passage.lines
+
+
+def test_a_prompt_without_room_is_refused(tiny_lm):
+    passage = made("keys", True)
+    with pytest.raises(ValueError, match="its prompts need .* tokens"):
+        prompts_of(tiny_lm[1], passage, 100, random.Random(0))
+
+
+def test_a_question_is_the_message_of_a_user_where_there_is_a_template(tiny_lm):
+    _, tokenizer = tiny_lm
+
+    class Chat:
+        has_chat_template = True
+        encode = tokenizer.encode
+
+        def apply_chat_template(self, messages, tokenize, add_generation_prompt, enable_thinking):
+            assert add_generation_prompt and not tokenize and not enable_thinking
+            return "".join(f"<{m['role']}>{m['content']}<end>" for m in messages)
+
+    passage = Passage("Read.", ["a = 1"], [], [Question("What is a?", "It is", " 1.")] * 2)
+    prompts = prompts_of(Chat(), passage, 100, random.Random(0))
+    text = tokenizer.decode(prompts.shared + prompts.rests[0])
+    assert text == "<user>Read.\n\na = 1\n\nWhat is a?<end>It is"
+    assert tokenizer.decode(prompts.drafts[0]) == " 1."
+
+
+def test_four_bits_find_the_codes_and_one_bit_loses_some(tiny_lm, tmp_path):
+    counted = []
+    tasks = run(tiny_lm, tmp_path, "4", progress=counted.append)
+    tasks.specs.append(preset("K1V1", Settings(window=0, sink_tokens=0)))
+    result = tasks.do(TASKS["keys"], 512, 2)
+    four, one = (pair([result], name) for name in ("4 bits", "K1V1"))
+    assert sum(four[:4]) == 2 * QUESTIONS and four.both >= 12 and not four.is_different
+    assert one.only_exact > one.only_other and one.difference < 0
+    assert sum(counted) == 6  # passages read, by three caches
+
+
+def test_a_second_start_asks_nothing_again(tiny_lm, tmp_path):
+    first = run(tiny_lm, tmp_path, "4").do(TASKS["keys"], 512, 1)
+    lines = (tmp_path / "tasks.jsonl").read_text()
+    (tmp_path / "tasks.jsonl").write_text(lines + '[["keys", 512, tr')  # it was killed
+    model, tokenizer = tiny_lm
+
+    class Unused:
+        args = model.args
+
+    again = run((Unused(), tokenizer), tmp_path, "4").do(TASKS["keys"], 512, 1)
+    assert again == first and (tmp_path / "tasks.jsonl").read_text() == lines
+    assert len(run(tiny_lm, tmp_path, "4").do(TASKS["keys"], 512, 2).questions) == 2 * QUESTIONS
+
+
+def test_the_replies_of_another_run_are_refused(tiny_lm, tmp_path):
+    run(tiny_lm, tmp_path)
+    with pytest.raises(ValueError, match="has the replies of another run: use another --out"):
+        TaskRun(*tiny_lm, [], PROSE, tmp_path / "tasks.jsonl", {"model": "other"})
+
+
+@pytest.mark.parametrize("is_solved", [True, False])
+def test_hard_questions_are_asked_where_those_are_solved(tiny_lm, tmp_path, is_solved):
+    def make(rng, length, prose, is_easy):
+        passage = finding_tasks.keys(rng, length, prose, is_easy=True)
+        if is_easy or is_solved:
+            return passage
+        return passage._replace(questions=[Question("?", "It", " 000000.")] * QUESTIONS)
+
+    task = Task("codes", make, finding_tasks.read_keys)
+    result = run(tiny_lm, tmp_path).do(task, 512, 1)  # tiny-lm finds all codes
+    assert result.form == Form(512, is_easy=not is_solved)
+
+
+def test_a_task_that_the_model_does_not_solve_is_said_to_be_so(tiny_lm, tmp_path):
+    with pytest.raises(ValueError, match="the exact cache solves .*% at 512 tokens"):
+        run(tiny_lm, tmp_path).do(TASKS["variables"], 512, 1)
+
+
+def test_a_model_of_a_short_context_is_not_asked(tiny_lm, tmp_path):
+    model, tokenizer = tiny_lm
+
+    class Short:
+        class args:
+            max_position_embeddings = 256
+
+    with pytest.raises(ValueError, match="the model has a context of 256 tokens"):
+        run((Short, tokenizer), tmp_path).do(TASKS["keys"], 1024, 1)
+
+
+def test_a_cache_of_mlx_lm_that_fails_is_left_out(tiny_lm, tmp_path):
+    tasks = run(tiny_lm, tmp_path)
+    broken = MLX_LM[1]._replace(name="broken", mlx_lm_bits=7)
+    tasks.specs.append(broken)
+    result = tasks.do(TASKS["keys"], 512, 1)
+    assert list(result.replies) == [EXACT.name] and "broken" in tasks.failures
