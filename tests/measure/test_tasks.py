@@ -1,5 +1,6 @@
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -192,7 +193,7 @@ def test_a_model_of_a_short_context_is_not_asked(tiny_lm, tmp_path):
 
 def test_a_cache_of_mlx_lm_that_fails_is_left_out(tiny_lm, tmp_path):
     tasks = run(tiny_lm, tmp_path)
-    broken = MLX_LM[1]._replace(name="broken", mlx_lm_bits=7)
+    broken = replace(MLX_LM[1], name="broken", mlx_lm_bits=7)
     tasks.specs.append(broken)
     result = tasks.do(TASKS["keys"], 512, 1)
     assert list(result.replies) == [EXACT.name] and "broken" in tasks.failures
