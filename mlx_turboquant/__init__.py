@@ -1,26 +1,21 @@
-"""KV-cache compression for MLX: see the README for the commands and ``enable`` for the library."""
+"""KV-cache compression for MLX: see the README for the commands and ``enable`` for the library.
 
-from .cache.single import TurboQuantKVCache
-from .codec.quantizer import QuantizedVectors, TurboQuantizer
-from .lm.enable import disable, enable, make_prompt_cache
-from .lm.prompt_cache import load_prompt_cache, save_prompt_cache
-from .lm.report import CacheReport, CacheSize, cache_report, cache_size
-from .search import SearchResult, VectorIndex
+The library is imported with its first use: a command starts without MLX, so that Ctrl-C ends it
+quietly, and errors of its options take no second.
+"""
 
-__all__ = [
-    "CacheReport",
-    "CacheSize",
-    "QuantizedVectors",
-    "SearchResult",
-    "TurboQuantKVCache",
-    "TurboQuantizer",
-    "VectorIndex",
-    "cache_report",
-    "cache_size",
-    "disable",
-    "enable",
-    "load_prompt_cache",
-    "make_prompt_cache",
-    "save_prompt_cache",
-]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .library import *  # noqa: F403
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(importlib.import_module(".library", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*__getattr__("__all__"), "__version__"]

@@ -23,7 +23,8 @@ ARROWS = {
     "measure": {"codec", "kernels", "cache", "files", "lm"},
     "cli": {"codec", "kernels", "cache", "files", "lm", "measure", "__version__"},
     "__main__": {"cli"},
-    "__init__": {"cache", "codec", "lm", "search"},
+    "library": {"cache", "codec", "lm", "search"},
+    "__init__": {"library"},
 }
 
 

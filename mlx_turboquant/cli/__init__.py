@@ -53,7 +53,12 @@ def _run(command: str, arguments: list[str]) -> None:
     elif command == "--version":
         print(f"mlx_turboquant {__version__}")
     elif command in COMMANDS:
-        importlib.import_module(f".{command}", __name__).main(arguments)
+        interrupt = signal.getsignal(signal.SIGINT)
+        if interrupt is signal.default_int_handler:  # which makes any exception of an import
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        module = importlib.import_module(f".{command}", __name__)
+        signal.signal(signal.SIGINT, interrupt)
+        module.main(arguments)
     else:
         similar = difflib.get_close_matches(command, COMMANDS, 1)
         advice = f"did you mean {similar[0]}?" if similar else f"use one of {', '.join(COMMANDS)}."

@@ -87,13 +87,22 @@ def main(arguments: list[str]) -> None:
         xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
     )
     for number in ENDINGS:
-        signal.signal(number, _leave)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as after nohup
+            signal.signal(number, _leave)
     try:
         Chat(conversation, generation, args).run()
     finally:
         if store is not None:
             with signals_held(signal.SIGINT, *ENDINGS):  # a closing terminal hangs up twice
                 store.close()
+
+
+def _version(file: Path) -> tuple[int, int] | None:
+    """What tells a file from those that replace it; None if there is no file."""
+    with suppress(FileNotFoundError):
+        status = file.stat()
+        return status.st_ino, status.st_mtime_ns
+    return None
 
 
 def _leave(number: int, frame: object) -> None:
@@ -141,11 +150,7 @@ class Conversation:
             ValueError: the chat template has no place for it.
         """
         message = {"role": "system", "content": text}
-        try:
-            self._prompt([message, {"role": "user", "content": text}])
-        except Exception as error:  # whatever a template raises
-            remedy = "say it in a message."
-            raise ValueError(f"The template takes no system prompt ({error}): {remedy}") from error
+        self._prompt([message, {"role": "user", "content": text}])
         self.messages[: len(self.system_messages())] = [message]
 
     def undo(self) -> str:
@@ -159,7 +164,13 @@ class Conversation:
     def reply(
         self, text: str, progress: Progress = lambda *_: None, **generation: Any
     ) -> Iterator[GenerationResponse]:
-        """Answer ``text``; an answer that is stopped stays in the conversation as far as it got."""
+        """Answer ``text``; an answer that is stopped stays in the conversation as far as it got.
+
+        A question without any answer does not.
+
+        Raises:
+            ValueError: the chat template refuses the messages.
+        """
         question = {"role": "user", "content": text}
         prompt = self._prompt([*self.messages, question])
         known, tokens = self._reuse_cache(prompt), list(prompt)
@@ -174,7 +185,8 @@ class Conversation:
             finally:
                 ends = self.tokenizer.eos_token_ids
                 answer = self._text([x for x in tokens[len(prompt) :] if x not in ends])
-                self.messages += [question, {"role": "assistant", "content": answer}]
+                if len(tokens) > len(prompt):
+                    self.messages += [question, {"role": "assistant", "content": answer}]
                 self.tokens = tokens[: seen_tokens(self.cache)]
 
     def save(self, file: Path) -> Path:
@@ -212,9 +224,15 @@ class Conversation:
         if is_plain:
             text = "".join(f"{message['content']}\n" for message in messages)
         else:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
+            try:
+                text = self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True
+                )
+            except Exception as error:  # whatever a template raises
+                raise ValueError(
+                    f"The chat template refuses the messages ({error}): take one back with /undo, "
+                    "or say a system prompt in a message."
+                ) from error
         seen = self._text(self.tokens)
         if self.tokens and text.startswith(seen):
             rest = self.tokenizer.encode(text[len(seen) :], add_special_tokens=False)
@@ -250,12 +268,12 @@ class Chat:
     def __init__(self, conversation: Conversation, generation: dict[str, Any], args: Namespace):
         self.conversation, self.store = conversation, conversation.store
         self.generation, self.args = generation, args
-        self.name = args.resume or self._new_name()
         self.terminal = Terminal()
+        self._keep_as(args.resume or self._new_name())
 
     def run(self) -> None:
         """Talk until Ctrl-D."""
-        kept = "" if self.store else "\nnothing is kept: --prompt-store DIR keeps conversations"
+        kept = "" if self.store else "\nthis chat is not kept: --prompt-store DIR keeps chats"
         about = f"model {self.args.model}\ncache {self.conversation.settings}{kept}"
         self._note(f"{about}\n/help lists the commands")
         while True:
@@ -273,7 +291,7 @@ class Chat:
                 self._note("Ctrl-D leaves")
             except EOFError:
                 break
-        if self.store is not None and self.store.session_file(self.name).exists():
+        if self.version:
             self._note(f"To go on: mlx_turboquant chat --resume {self.name}, same model and store")
 
     def _command(self, name: str, argument: str = "") -> None:
@@ -287,7 +305,7 @@ class Chat:
                 show(_HELP)
             case "/reset":
                 conversation.reset()
-                self.name = self._new_name()
+                self._keep_as(self._new_name())
                 self._note("a new conversation begins")
             case "/undo":
                 self._note(f"taken back: {conversation.undo()[:60]}")
@@ -304,7 +322,7 @@ class Chat:
                 self._note(f"saved to {conversation.save(Path(argument).expanduser())}")
             case "/load":
                 conversation.load(Path(argument).expanduser())
-                self.name = self._new_name()
+                self._keep_as(self._new_name())
                 self._keep()
                 self._stats()
             case "/sessions":
@@ -337,18 +355,31 @@ class Chat:
                             break
                 self.terminal.write("")
             finally:
+                interrupts[:] = [number for number in interrupts if number != signal.SIGINT]
                 self._keep()
-            interrupts[:] = [number for number in interrupts if number != signal.SIGINT]
         speed = f"{response.generation_tps:.1f} tokens/s · " if response else ""
         self._note(f"{speed}cache {cache_size(self.conversation.cache)}")
         if self.args.verbose:
             self._stats()
 
     def _keep(self) -> None:
-        """Write the conversation to the store; signals wait until that is done."""
-        if self.store is not None and self.conversation.tokens:
-            with signals_held(signal.SIGINT, *ENDINGS), self.store.writing():
-                self.conversation.save(self.store.session_file(self.name)).chmod(0o600)
+        """Write the conversation to the store; signals wait until that is done.
+
+        A conversation that another chat has continued or deleted is kept under a name of its own.
+        """
+        if self.store is None or not self.conversation.tokens:
+            return
+        with signals_held(signal.SIGINT, *ENDINGS), self.store.writing():
+            if _version(self.store.session_file(self.name)) != self.version:
+                old, self.name = self.name, self._new_name()
+                self._note(f"another chat has changed {old}: this one is kept as {self.name}")
+            self.conversation.save(self.store.session_file(self.name)).chmod(0o600)
+            self._keep_as(self.name)
+
+    def _keep_as(self, name: str) -> None:
+        """Set the name under which turns are kept from here on."""
+        self.name = name
+        self.version = self.store and _version(self.store.session_file(name))
 
     def _new_name(self) -> str:
         """The time, and random digits because two chats may begin at once."""

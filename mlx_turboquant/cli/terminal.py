@@ -92,6 +92,10 @@ def signals_held(*numbers: int, then: Callable[[], None] = lambda: None) -> Iter
 class _History(FileHistory):
     """Earlier input, in a file that only the user can read, or nowhere if it cannot be written."""
 
+    def load_history_strings(self) -> Iterator[str]:
+        with suppress(OSError):
+            yield from super().load_history_strings()
+
     def store_string(self, string: str) -> None:
         with suppress(OSError):  # a chat works without history
             Path(self.filename).parent.mkdir(parents=True, exist_ok=True)

@@ -465,7 +465,7 @@ def named(entries: list[Entry], name: str) -> Entry:
 def saved_settings(file: Path) -> dict[str, Any]:
     """The settings of a conversation; none if the file cannot be read, which loading it reports."""
     with contextlib.suppress(ValueError, LookupError, TypeError):
-        return json.loads(read_header(file)["__metadata__"]["0.chat"])["settings"]
+        return dict(json.loads(read_header(file)["__metadata__"]["0.chat"])["settings"])
     return {}
 
 

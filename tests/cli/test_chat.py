@@ -170,9 +170,31 @@ def test_a_template_without_a_system_prompt_refuses_one_and_nothing_changes(tiny
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + PLAIN
     conversation = Conversation(model, with_template(tokenizer, refusing), Settings())
     answer(conversation, "import os")
-    with pytest.raises(ValueError, match="takes no system prompt .*: say it in a message"):
+    with pytest.raises(ValueError, match="refuses the messages .*: take one back with /undo"):
         conversation.set_system_prompt("Be brief.")
     assert [message["role"] for message in conversation.messages] == ["user", "assistant"]
+
+
+def test_a_template_that_refuses_messages_changes_nothing(tiny_lm):
+    model, tokenizer = tiny_lm
+    refusing = (
+        "{% if 'bad' in messages[-1].content %}{{ raise_exception('no') }}{% endif %}" + PLAIN
+    )
+    conversation = Conversation(model, with_template(tokenizer, refusing), Settings())
+    answer(conversation, "import os")
+    said = list(conversation.messages)
+    with pytest.raises(ValueError, match=r"refuses the messages \(no\)"):
+        answer(conversation, "bad")
+    assert conversation.messages == said
+
+
+def test_a_question_that_is_stopped_before_an_answer_is_no_turn(conversation):
+    def stop(*progress: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(conversation.reply("import os", stop))
+    assert conversation.messages == []
 
 
 def test_a_loaded_conversation_goes_on_as_the_saved_one(conversation, tiny_lm, tmp_path):

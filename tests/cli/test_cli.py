@@ -301,6 +301,10 @@ def pasted(lines: list[str]) -> str:
 def kept_messages(folder: Path) -> list[str]:
     """The messages of the only conversation in a store, which holds nothing else."""
     (file,) = (folder / "sessions").iterdir()
+    return messages_of(file)
+
+
+def messages_of(file: Path) -> list[str]:
     messages = json.loads(read_header(file)["__metadata__"]["0.chat"])["messages"]
     return [message["content"] for message in messages]
 
@@ -311,7 +315,7 @@ def piped_chat(text: str, *options: str) -> subprocess.CompletedProcess:
 
 def test_a_chat_streams_stops_saves_and_leaves(tmp_path):
     chat = chat_in_terminal("--max-tokens", "3000")
-    assert "4 bits per value" in chat.before and "nothing is kept" in chat.before
+    assert "4 bits per value" in chat.before and "this chat is not kept" in chat.before
     say(chat, "/help", "Alt-Enter +a new line")
     ask(chat, "def add(a, b):")
     chat.sendintr()
@@ -370,6 +374,39 @@ def test_a_history_that_cannot_be_written_does_not_hinder_a_chat(tmp_path):
     chat = chat_in_terminal("--max-tokens", "4", XDG_CACHE_HOME=str(tmp_path / "file"))
     say(chat, "import os", "tokens/s")
     assert "Error" not in leave(chat)
+
+
+def test_a_history_that_cannot_be_read_does_not_hinder_a_chat(tmp_path):
+    (tmp_path / "mlx_turboquant" / "chat_history").mkdir(parents=True)
+    chat = chat_in_terminal("--max-tokens", "4", XDG_CACHE_HOME=str(tmp_path))
+    say(chat, "import os", "tokens/s")
+    assert "Error" not in leave(chat)
+
+
+def test_two_chats_that_continue_one_conversation_both_keep_their_turns(tmp_path):
+    store = ("--prompt-store", str(tmp_path), "--max-tokens", "4")
+    name = re.search(r"--resume ([\da-f-]+),", piped_chat("import os\n", *store).stderr)[1]
+    one, two = (chat_in_terminal(*store, "--resume", name) for _ in range(2))
+    say(one, "a = 1", "tokens/s")
+    say(two, "b = 2", "another +chat +has +changed")
+    say(two, "c = 3", "tokens/s")
+    for chat in (one, two):
+        leave(chat)
+    entries = {entry.name: entry.file for entry in PromptStore(tmp_path).sessions()}
+    assert len(entries) == 2
+    said = [messages_of(file)[::2] for file in (entries.pop(name), *entries.values())]
+    assert said == [["import os", "a = 1"], ["import os", "b = 2", "c = 3"]]
+
+
+def test_a_chat_that_cannot_be_kept_says_so_also_after_ctrl_c(tmp_path):
+    chat = chat_in_terminal("--prompt-store", str(tmp_path), "--max-tokens", "3000")
+    ask(chat, "import os")
+    (tmp_path / "sessions").rmdir()
+    (tmp_path / "sessions").touch()  # a file in place of the folder
+    chat.sendintr()
+    chat.expect("sessions")
+    chat.expect(PROMPT_SIGN)
+    leave(chat)
 
 
 def test_a_chat_that_is_killed_in_a_reply_goes_on_with_the_turn_before(tmp_path):

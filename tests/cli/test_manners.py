@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 
 import pexpect
 import pytest
@@ -236,6 +237,17 @@ def test_closed_streams_are_no_files():
     command = f"{sys.executable} -m mlx_turboquant plan --shape llama-3.1-8b --memory 64 <&- >&-"
     result = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
     assert result.returncode == 0 and result.stderr == ""
+
+
+@pytest.mark.parametrize("seconds", [0.2, 0.5, 0.8])
+def test_ctrl_c_while_a_command_starts_says_nothing(seconds):
+    command = [sys.executable, "-m", "mlx_turboquant", "evaluate", "--model", "nothing"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        messages = process.stderr.read()
+    assert process.returncode in (-signal.SIGINT, 128 + signal.SIGINT)  # 130 in a shell
+    assert messages == ""
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a device that is full")
