@@ -41,7 +41,7 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(INSTALL) -e ".[$(EXTRAS)]"
 ifeq ($(shell uname),Linux)
-	folder=$$($(BIN)/python -c "import scipy_openblas32 as blas; print(blas.get_lib_dir())") && \
+	@folder=$$($(BIN)/python -c "import scipy_openblas32 as blas; print(blas.get_lib_dir())") && \
 	cc -O2 -shared -fPIC tests/openblas.c -o .venv/openblas.so \
 	  -L"$$folder" -lscipy_openblas -Wl,-rpath,"$$folder" \
 	  || echo "OpenBLAS is not used, for want of the extra or of a C compiler: products are slow."

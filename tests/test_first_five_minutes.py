@@ -124,7 +124,7 @@ def test_the_first_five_minutes_go_as_readme_says(session):
 
     session.run('echo "Why is the sky blue?" | mlx_turboquant chat --model MODEL > answer.txt')
     assert (session.checkout / "answer.txt").read_text().strip()
-    generate = "mlx_turboquant generate --model examples/tiny-lm --prompt - --kv-bits 4 < README.md"
+    generate = "mlx_turboquant generate --model examples/tiny-lm --prompt - --kv-bits 4 < LICENSE"
     assert re.search(r"Cache: [\d,]+ tokens, [\d.]+ MB \(fp16: ", session.run(generate))
 
     port = free_port()

@@ -276,6 +276,9 @@ class Chat:
         kept = "" if self.store else "\nthis chat is not kept: --prompt-store DIR keeps chats"
         about = f"model {self.args.model}\ncache {self.conversation.settings}{kept}"
         self._note(f"{about}\n/help lists the commands")
+        if self.args.resume and self.conversation.messages:
+            last = " ".join(self.conversation.messages[-1]["content"].split())[-60:]
+            self._note(f"{len(self.conversation.messages)} messages, the last ends: {last}")
         while True:
             try:
                 line = self.terminal.read()
