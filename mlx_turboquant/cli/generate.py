@@ -1,6 +1,8 @@
 """This command completes a prompt as mlx_lm.generate does, with a compressed cache."""
 
 import importlib
+import signal
+import sys
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +11,7 @@ from typing import Any
 from ..lm.compression import compression_of
 from ..lm.enable import make_prompt_cache
 from ..lm.prompt_cache import check_identity, load_prompt_cache
-from ..lm.prompt_store import PromptStore, reading
+from ..lm.prompt_store import SHOWN_TOKENS, PromptStore, reading
 from ..lm.report import cache_report
 from ..lm.settings import Settings
 from .loading import load_ready
@@ -18,6 +20,7 @@ from .replaced import replaced
 
 # The package mlx_lm hides the module behind the function of the same name.
 _mlx_lm_generate = importlib.import_module("mlx_lm.generate")
+_ENDINGS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 _load, _generate = _mlx_lm_generate.load, _mlx_lm_generate.generate
 
 
@@ -41,6 +44,10 @@ def main(arguments: list[str]) -> None:
                 "leave out the options of the compressed cache."
             )
         args.profile, args.calibrate = None, False  # the file fixes the bits
+    for number in _ENDINGS:
+        # Ctrl-C has an exception already; nohup leaves a hang-up ignored.
+        if store is not None and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     run = _Run(args, settings, store)
     with replaced(
         _mlx_lm_generate,
@@ -50,9 +57,13 @@ def main(arguments: list[str]) -> None:
         load_prompt_cache=run.load_prompt_cache,
         generate=run.generate,
     ):
-        _mlx_lm_generate.main()
-    if store is not None:
-        store.close()
+        try:
+            _mlx_lm_generate.main()
+        finally:
+            if store is not None:
+                for number in _ENDINGS:
+                    signal.signal(number, signal.SIG_IGN)
+                store.close()
 
 
 class _Run:
@@ -88,12 +99,20 @@ class _Run:
             if draft_model is not None:
                 prompt_cache += make_prompt_cache(draft_model, self.settings)
         name = Path(self.args.model or "").name
-        known_part = reading(store, model, tokenizer, list(prompt), prompt_cache, name=name)
+        tokens = list(prompt)
+
+        def keep_prompt(processed: int, total: int) -> None:
+            progress(processed, total)
+            if store is not None and processed == total:  # a signal may come before the end
+                text = tokenizer.decode(tokens[:SHOWN_TOKENS])
+                store.keep(model, tokens, prompt_cache, name, text)
+
+        known_part = reading(store, model, tokenizer, tokens, prompt_cache, name=name)
         with known_part as (prompt_cache, known, progress):
             if store is not None:
                 print(f"Prompt: {known:,} of {len(prompt):,} tokens from the store")
             keywords |= {"prompt_cache": prompt_cache, "draft_model": draft_model}
-            keywords["prompt_progress_callback"] = progress
+            keywords["prompt_progress_callback"] = keep_prompt
             text = _generate(model, tokenizer, prompt[known:], **keywords)
         if self.args.verbose:
             report = cache_report(prompt_cache, model)

@@ -50,12 +50,12 @@ def ensure_profile(
         return
     if settings.is_fixed or not args.calibrate or compression_of(model).profile is not None:
         return
-    # A server loads its models in a thread, which Ctrl-C does not reach.
+    # A server loads its models in a thread, which exceptions of signals do not reach.
     is_main = threading.current_thread() is threading.main_thread()
-    remedy = "Ctrl-C continues without it, " if is_main else ""
+    effect = "continues without it" if is_main else "ends the server and keeps what is measured"
     print(
         "This model is calibrated once, to find out which layers need more bits. "
-        f"{remedy}--no-calibrate skips it.",
+        f"Ctrl-C {effect}, --no-calibrate skips it.",
         file=sys.stderr,
     )
     try:

@@ -11,6 +11,7 @@ from ..lm.prompt_store import PromptStore
 from ..lm.settings import Settings
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+_TEXTS = ("prompt", "system_prompt", "prefill_response")
 # The seed of the rotation has no option: ``--seed`` is mlx-lm's, for sampling.
 _SETTINGS = ("bits", "key_bits", "value_bits", "uniform", "window", "sink_tokens", "max_size")
 
@@ -31,6 +32,9 @@ def parse(
     for each, text in [(parser, "description"), *((x, "help") for x in parser._actions)]:
         setattr(each, text, (getattr(each, text) or "").replace("`", ""))  # of mlx-lm
     args = parser.parse_args(arguments)
+    for name in _TEXTS:
+        if getattr(args, name, None) is not None:
+            setattr(args, name, _valid(getattr(args, name)))
     settings = settings_of(args)
     adapter = args.adapter_path
     if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
@@ -157,10 +161,11 @@ def parse_size(text: str) -> int:
 
 def given_prompt(prompt: str) -> io.StringIO:
     """The prompt ("-" reads standard input) as a stream for mlx-lm; ValueError if empty."""
+    sys.stdin.reconfigure(errors="surrogateescape")
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         raise ValueError("The prompt is empty: give a text as --prompt, or - to read stdin.")
-    return io.StringIO(text)
+    return io.StringIO(_valid(text))
 
 
 def add_presets_option(parser: argparse.ArgumentParser, *presets: str) -> None:
@@ -200,6 +205,11 @@ def check_least(args: argparse.Namespace, **least: int) -> None:
         smallest = min(given) if isinstance(given, list | tuple) else given
         if smallest < limit:
             raise ValueError(f"{_option(name)} is {smallest}: use {limit} or more.")
+
+
+def _valid(text: str) -> str:
+    """A text with "?" for each byte that is not UTF-8."""
+    return text.encode(errors="replace").decode()
 
 
 def _option(name: str) -> str:

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -37,6 +38,7 @@ from .stored_prompts import StoredPrompts
 _mlx_lm_server = importlib.import_module("mlx_lm.server")
 _WAITING_CONNECTIONS = 128
 
+_ENDINGS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 _log = logging.getLogger("mlx_turboquant")
@@ -45,22 +47,21 @@ _log = logging.getLogger("mlx_turboquant")
 def main(arguments: list[str]) -> None:
     """Run mlx-lm's own server with its parser, loader and prompt caches wrapped.
 
-    SIGINT and SIGTERM end it after the requests that are being answered.
+    A signal to end lets it answer the requests that it has begun; a second one ends it at once.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run = _Run(arguments)
     handler, generator = _mlx_lm_server.APIHandler, _mlx_lm_server.ResponseGenerator
     provider = _mlx_lm_server.ModelProvider
     get, post, complete = handler.do_GET, handler.do_POST, handler.handle_completion
     begin, tokenize = handler._set_completion_headers, generator._tokenize
     options, generate = handler.do_OPTIONS, generator.generate
-    serve, load_default = ThreadingHTTPServer.serve_forever, provider.load_default
+    load_default = provider.load_default
     with (
         replaced(
             ThreadingHTTPServer,
             # Python's default of 5 would reject some clients that connect at the same time.
             request_queue_size=_WAITING_CONNECTIONS,
-            serve_forever=lambda server: (run.listening.set(), serve(server)),
+            serve_forever=lambda server: run.serve(server),
             handle_error=lambda *_: _log.warning("Bad request: %s", place_of(sys.exception())),
         ),
         replaced(provider, load_default=lambda provider: run.load_default(load_default, provider)),
@@ -78,7 +79,7 @@ def main(arguments: list[str]) -> None:
             log_error=lambda handler, text, *values: _log.warning("Bad request: " + text, *values),
             do_OPTIONS=lambda handler: answer(handler, options),
             do_GET=lambda handler: answer(handler, partial(run.get, get)),
-            do_POST=lambda handler: answer(handler, partial(_post, post)),
+            do_POST=lambda handler: answer(handler, partial(run.post, post)),
             handle_completion=lambda *arguments: run.complete(complete, tokenize, *arguments),
             _set_completion_headers=lambda *arguments: begin_answer(begin, *arguments),
         ),
@@ -101,6 +102,9 @@ class _Run:
         self.store: PromptStore | None = None
         self.prompts: StoredPrompts | None = None
         self.listening = threading.Event()
+        self.signals: list[int] = []
+        self.answering: set[Any] = set()  # handlers of requests
+        self.is_loading = False
 
     def parser(self, **_) -> SimpleNamespace:
         """A stand-in for the parser to which mlx-lm adds its options."""
@@ -143,7 +147,10 @@ class _Run:
                     self.admission.room(unloaded_model(config))
         if mx.distributed.init().rank() == 0:
             # Fail on a taken port before mlx-lm starts its thread, which would keep running.
-            socket.create_server((args.host, args.port)).close()
+            _check_address(args.host, args.port)
+            for number in _ENDINGS:
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves a hang-up
+                    signal.signal(number, lambda number, _: self.signals.append(number))
         return args
 
     def load_default(self, load_default: Callable[..., None], provider: Any) -> None:
@@ -157,14 +164,50 @@ class _Run:
             model = Path(self.args.model).name
             weights = f", of which weights take {device_nbytes(provider.model) / 1e9:,.2f} GB"
         memory = f"{self.admission.limit / 1e9:,.2f} GB of memory{weights}"
-        address = f"http://{self.args.host}:{self.args.port}"
+        host = f"[{self.args.host}]" if ":" in self.args.host else self.args.host
+        address = f"http://{host}:{self.port}"
         _log.info("Ready at %s: %s, %s, %s", address, model, self.settings, memory)
+
+    def serve(self, server: ThreadingHTTPServer) -> NoReturn:
+        """Accept requests until a signal comes, and end as ``main`` says."""
+        self.port, server.timeout = server.server_port, 0.2
+        self.listening.set()
+        while not self.signals:
+            server.handle_request()
+        server.server_close()
+        if self.is_loading:
+            text = "The server ends before its model is loaded; calibrated layers are kept."
+            print(f"\n{text}", file=sys.stderr)  # below the bar
+            self.end(0)
+        if self.answering:
+            text = "The server ends after %d more answers, or at once with a second signal."
+            _log.info(text, len(self.answering))
+        # The thread keeps the cache of a request after it was answered.
+        while len(self.signals) == 1 and self.generator.generation_available():
+            self.generator._stop = not self.answering
+            time.sleep(0.1)
+        self.end(0)
+
+    def post(self, post: Callable[..., None], handler: Any) -> None:
+        """Check a POST request, and let mlx-lm answer it; a server that ends waits for it."""
+        body = read_request(handler)
+        handler.headers.replace_header("Content-Length", str(len(body)))
+        handler.rfile = io.BytesIO(body)
+        self.answering.add(handler)
+        try:
+            post(handler)
+        finally:
+            self.answering.remove(handler)
 
     def load(self, load: Callable[..., tuple], *positional, **keywords) -> tuple:
         """Load a model, of the options or of a request, and enable its compression."""
-        model, tokenizer, *rest = load_ready(
-            load, self.args, self.settings, *positional, **keywords
-        )
+        self.is_loading = True
+        try:
+            model, tokenizer, *rest = load_ready(
+                load, self.args, self.settings, *positional, **keywords
+            )
+        finally:
+            self.is_loading = False
         enable(model, self.settings)
         if "return_config" not in keywords:  # the draft model
             return (model, tokenizer, *rest)
@@ -252,6 +295,7 @@ class _Run:
 
     def generate(self, generator: Any) -> None:
         """Run mlx-lm's generation thread; if it fails, end the server, which could only refuse."""
+        self.generator = generator
         try:
             generator._generate()
         except BaseException as error:
@@ -279,12 +323,21 @@ def _counted(generate: Callable[..., tuple], generator: Any, request: Any, *othe
     return request.context, each()
 
 
-def _post(post: Callable[..., None], handler: Any) -> None:
-    """Check a POST request, and let mlx-lm answer it."""
-    body = read_request(handler)
-    handler.headers.replace_header("Content-Length", str(len(body)))
-    handler.rfile = io.BytesIO(body)
-    post(handler)
+def _check_address(host: str, port: int) -> None:
+    """Raise ValueError unless mlx-lm's server could listen at an address."""
+    if not 0 <= port <= 65535:
+        raise ValueError(f"--port is {port}: use 0 to 65535, where 0 takes any that is free.")
+    try:
+        flags = {"type": socket.SOCK_STREAM, "flags": socket.AI_PASSIVE}
+        family, *_, address = socket.getaddrinfo(host, port, **flags)[0]
+        with socket.socket(family) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except OSError as error:
+        raise ValueError(
+            f"The server cannot listen on {host} at port {port} ({error.strerror}): "
+            "use another --host or --port."
+        ) from error
 
 
 def _hub_models() -> Any:

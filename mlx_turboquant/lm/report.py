@@ -37,8 +37,10 @@ class CacheSize(NamedTuple):
         held = f"{self.tokens:,} tokens, {self.nbytes / 1e6:,.2f} MB"
         if self.unpacked:
             return f"{held} (nothing is packed yet: the first {self.unpacked} tokens stay exact)"
-        ratio = self.fp16_nbytes / max(self.nbytes, 1)
-        return f"{held} (fp16: {self.fp16_nbytes / 1e6:,.2f} MB, ratio {ratio:.2f})"
+        fp16, ratio = f"{self.fp16_nbytes / 1e6:,.2f} MB", self.fp16_nbytes / max(self.nbytes, 1)
+        if 0 < ratio < 1:
+            return f"{held} (more than {fp16} in fp16: exact tokens outweigh the packed ones)"
+        return f"{held} (fp16: {fp16}, ratio {ratio:.2f})"
 
 
 class LayerKind(NamedTuple):

@@ -1,5 +1,6 @@
 """The commands as a user runs them, in processes of their own."""
 
+import io
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from mlx_lm.models import llama
 from mlx_turboquant import disable, make_prompt_cache, save_prompt_cache
 from mlx_turboquant.cli.chat import Conversation
 from mlx_turboquant.cli.loading import ensure_profile
+from mlx_turboquant.cli.options import given_prompt
 from mlx_turboquant.lm import profile
 from mlx_turboquant.lm.compression import compression_of
 from mlx_turboquant.lm.prompt_store import PromptStore
@@ -62,6 +64,12 @@ def test_generate_reads_the_prompt_from_standard_input():
     tokens = int(re.search(r"Cache: ([\d,]+) tokens", result.stdout)[1].replace(",", ""))
     size = re.search(r"MB \(fp16: [\d.]+ MB, ratio ([\d.]+)\)", result.stdout)
     assert tokens > 1000 and float(size[1]) > 1.5
+
+
+def test_bytes_that_are_not_text_become_question_marks(monkeypatch):
+    assert generate("--prompt", "caf\udce9").returncode == 0
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8"))
+    assert given_prompt("-").read() == "caf?"
 
 
 def test_quiet_generate_prints_the_text_alone():
@@ -559,6 +567,25 @@ def test_a_prompt_that_was_generated_from_is_read_once(tmp_path):
     assert f"Prompt: {known:,} of {total} tokens from the store\n" in second.stdout
     answers = [result.stdout.split("==========")[1] for result in (first, second)]
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE])
+def test_a_generate_that_is_stopped_keeps_its_prompt(tmp_path, number):
+    options = ("--prompt", "import os\n" * 150, "--max-tokens", "9999")
+    command = [sys.executable, "-m", "mlx_turboquant", "generate", "--model", TINY_LM, *options]
+    command += ["--ignore-chat-template", "--prompt-store", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        while process.stdout.readline() != "==========\n":
+            assert process.poll() is None
+        assert process.stdout.readline()  # of the answer
+        if number == signal.SIGPIPE:
+            process.stdout.close()
+        else:
+            process.send_signal(number)
+            process.send_signal(number)
+        assert process.wait(60) == 128 + number
+    [entry] = PromptStore(tmp_path).entries()
+    assert len(entry.tokens) > 300
 
 
 def test_an_adapter_goes_on_with_no_prompt_of_its_base_and_with_its_own(tiny_lm, tmp_path):

@@ -6,13 +6,16 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
 import openai
 import pytest
+from commands import run
 from servers import (
     TINY_LM,
     client,
@@ -80,15 +83,44 @@ def test_requests_of_16_clients_get_the_answers_of_one_at_a_time(running, reques
     assert min(after - before for before, after in pairwise(resident)) < 30e6
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_server_ends_when_it_is_asked_to(number):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_server_that_is_asked_to_end_answers_what_it_has_begun(number):
     port = free_port()
     with server(port, "--log-level", "ERROR") as process:
-        complete(client(port), "def add(a, b):", 3)
+        stream = client(port).completions.create(
+            model="default_model", prompt="def add(a, b):", max_tokens=200, stream=True
+        )
+        next(iter(stream))
         process.send_signal(number)
+        *_, last = stream
+        assert last.choices[0].finish_reason == "length"
         assert process.wait(timeout=60) == 0
-        assert "Traceback" not in messages_of(process)
+        assert messages_of(process) == ""
     socket.create_server(("127.0.0.1", port)).close()
+
+
+def test_a_hang_up_that_nohup_ignores_does_not_end_a_server():
+    port = free_port()
+    ignore = partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
+    with server(port, "--log-level", "ERROR", prepare=ignore) as process:
+        process.send_signal(signal.SIGHUP)
+        assert complete(client(port), "def add(a, b):", 3)
+        process.terminate()
+        assert process.wait(timeout=60) == 0
+
+
+def test_a_server_that_calibrates_ends_when_it_is_asked_to_and_keeps_what_it_has(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with server(free_port()) as process:
+        wait_for_message(process, "step 3 of 5")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0
+        said = messages_of(process)
+    assert "Ctrl-C ends the server and keeps what is measured" in said
+    assert said.splitlines()[-1].startswith("The server ends before its model is loaded")
+    [file] = (tmp_path / "mlx_turboquant" / "profiles").glob("*.unfinished")
 
 
 def test_a_server_that_was_killed_while_it_answered_starts_again_on_its_port():
@@ -115,13 +147,14 @@ def test_a_server_that_was_killed_while_it_answered_starts_again_on_its_port():
         (["--kv-window", "-3"], "A window of -3 is not possible"),
         (["--memory-limit", "1MB"], "use a larger --memory-limit"),
         (["--memory-limit", "20 bananas"], "is not a size"),
+        (["--port", "99999"], "--port is 99999: use 0 to 65535"),
+        (["--host", "no.host.invalid"], "cannot listen on no.host.invalid at port 8080 ("),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(options, message):
-    command = [sys.executable, "-m", "mlx_turboquant", "server", "--model", TINY_LM, *options]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    result = run("server", "--model", TINY_LM, *options)
     assert result.returncode == 2
-    assert message in result.stderr and "Traceback" not in result.stderr
+    assert message in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_a_server_logs_that_it_is_ready_and_one_line_a_request():
@@ -158,10 +191,22 @@ def test_a_server_logs_that_it_is_ready_and_one_line_a_request():
 def test_a_port_that_is_taken_is_refused():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        command = [sys.executable, "-m", "mlx_turboquant", "server", "--model", TINY_LM]
-        result = subprocess.run([*command, "--port", port], capture_output=True, text=True)
-        assert result.returncode == 2
-        assert "Address already in use" in result.stderr
+        result = run("server", "--model", TINY_LM, "--port", port)
+    assert result.returncode == 2
+    message = f"cannot listen on 127.0.0.1 at port {port} (Address already in use): use another"
+    assert message in result.stderr
+
+
+def test_a_server_says_which_free_port_it_has_taken():
+    command = [sys.executable, "-m", "mlx_turboquant", "server", "--model", TINY_LM]
+    options = ("--host", "::1", "--port", "0")
+    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            ready = next(line for line in process.stderr if "Ready" in line)
+            address = re.search(r"Ready at (http://\[::1\]:[1-9]\d*): ", ready)[1]
+            assert urllib.request.urlopen(f"{address}/health", timeout=60).status == 200
+        finally:
+            process.kill()
 
 
 def test_limited_caches_are_served_in_batches():

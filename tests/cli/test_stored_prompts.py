@@ -114,6 +114,25 @@ def test_a_server_that_is_killed_in_the_middle_of_a_request_keeps_what_it_has_wr
         assert asked(port, prompts[1])[0]
 
 
+@pytest.mark.parametrize("numbers", [[signal.SIGINT] * 2, [signal.SIGTERM] * 3])
+def test_a_second_signal_ends_a_server_at_once_and_loses_no_prompt(tmp_path, numbers):
+    port = free_port()
+    with server(port, *STORED, str(tmp_path)) as process:
+        stream = client(port).completions.create(
+            model="default_model", prompt="def add(a, b):", max_tokens=10_000, stream=True
+        )
+        next(iter(stream))
+        asked(port, long_text())
+        for number in numbers:
+            process.send_signal(number)
+            time.sleep(0.2)
+        assert process.wait(30) == 0
+        *_, last = stream
+        assert last.choices[0].finish_reason is None
+        assert "The server ends after 1 more answers" in messages_of(process).splitlines()[-1]
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
 def unfinished(folder: Path) -> list[str]:
     """Files that are being written, or were when the process was killed."""
     return [name for name in os.listdir(folder) if name.startswith(".") and "-" in name]
