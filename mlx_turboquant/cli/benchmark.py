@@ -68,8 +68,7 @@ def main(arguments: list[str]) -> None:
             for spec in args.repeats * fitting:
                 run.attempt(spec, context, args.new_tokens)
     result = run.result()
-    benchmark_pictures.print_table(result)
-    write_results(args.out, "benchmark", result, benchmark_pictures.draw)
+    write_results(args.out, "benchmark", result, benchmark_pictures)
 
 
 class _Run:

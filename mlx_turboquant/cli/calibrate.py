@@ -5,8 +5,6 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
-from rich.box import SIMPLE
-from rich.table import Table
 
 from ..files import make_folder
 from ..kernels.storage import layouts_of
@@ -18,7 +16,7 @@ from ..lm.loading import check_memory, prepare_for_device
 from ..lm.profile import fingerprint, save_profile, unfinished_path
 from ..lm.texts import read_texts
 from .loading import MODEL_HELP, calibration_errors, load_lazily
-from .results import print_rich
+from .results import print_rows
 
 _BUDGETS = (8, 6, 5, 4, 3.5, 3, 2.5, 2)
 _MEANING = (
@@ -52,14 +50,14 @@ def main(arguments: list[str]) -> None:
     try:
         file = save_profile(profile, args.out)
     finally:  # results are printed even if the disk is full
-        print_rich(_table(give_profile(model, profile).plan()))
+        print_rows(_rows(give_profile(model, profile).plan()))
         print(_MEANING)
     print(f"{profile.tokens:,} tokens of {', '.join(profile.texts)} were scored. Wrote {file}")
 
 
-def _table(plan: BitPlan) -> Table:
+def _rows(plan: BitPlan) -> list[dict[str, str]]:
     """Bytes per token and expected divergence at each budget."""
-    table = Table("--kv-bits", "bytes a token", "expected divergence", "bits", box=SIMPLE)
+    rows = []
     for budget in _BUDGETS:
         bits = allocate(plan.layers, budget)
         nbytes = sum(
@@ -67,13 +65,10 @@ def _table(plan: BitPlan) -> Table:
             for side, b in chosen_sides(plan.layers, bits)
         )
         keys, values = zip(*bits)
-        table.add_row(
-            f"{budget:g}",
-            f"{nbytes:,}",
-            f"{expected_divergence(plan.expected, bits):.2g} nats",
-            f"keys {_span(keys)}, values {_span(values)}",
-        )
-    return table
+        row = {"--kv-bits": f"{budget:g}", "bytes a token": f"{nbytes:,}"}
+        row["divergence"] = f"{expected_divergence(plan.expected, bits):.2g} nats"
+        rows.append({**row, "keys": _span(keys), "values": _span(values)})
+    return rows
 
 
 def _span(bits: tuple[int, ...]) -> str:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx_lm import __version__ as mlx_lm_version
-from rich.table import Table
 from tqdm import tqdm
 
 from .. import __version__
@@ -30,7 +29,7 @@ from ..kernels.tuning import (
 )
 from ..lm.heads import Heads
 from ..measure.tune import LENGTHS, ratio
-from .results import print_rich
+from .results import print_rows
 from .tune import described
 
 _DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
@@ -103,12 +102,13 @@ def _print_settings() -> None:
 
 
 def _print_results(results: list[Checked]) -> None:
-    table = Table("kernel", "configuration", "worst error", "allowed", "seconds", "verdict")
+    rows = []
     for each in results:
-        errors = ("" if x is None else f"{x:.1e}" for x in (each.error, each.allowed))
-        row = (each.kernel, each.configuration, *errors, f"{each.seconds:.2f}", each.verdict)
-        table.add_row(*row)
-    print_rich(table)
+        row = {"kernel": each.kernel, "configuration": each.configuration}
+        for name, number in ("error", each.error), ("allowed", each.allowed):
+            row[name] = "" if number is None else f"{number:.1e}"
+        rows.append({**row, "verdict": each.verdict})
+    print_rows(rows, keys=2)
 
 
 def _report(results: list[Checked]) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def _configurations() -> Iterator[tuple[type[Kernel], tuple[Any, ...], str]]:
             (4, 4, "causal", False),
             (2, 8, "boolean", True),
         ):
-            label = f"{str(dtype)[9:]}, {group} query heads, {rows} rows, mask {mask}"
+            label = f"{str(dtype)[9:]}, {group} heads, {rows} rows, {mask}"
             configuration = Configuration(*quantizers, *[dtype] * 3, group, rows, mask, has_logits)
             yield DecodeAttention, (configuration,), label
     latents = (shared_quantizer(512, 4, 0),) * 2

@@ -68,6 +68,7 @@ def run_tasks(
 def _print_results(results: list[TaskResult], names: list[str]) -> None:
     print_rows(
         [_row(result, name) for result in results for name in names],
+        keys=2,
         title="Questions answered rightly by the exact cache and by others",
         caption="points: right answers more than with the exact cache, of a hundred, with 95 % "
         "confidence. length: mean tokens of a reply, and of the exact cache's.",

@@ -1,5 +1,6 @@
 """Help texts, messages about wrong input, and behaviour when a command is stopped."""
 
+import json
 import os
 import re
 import resource
@@ -168,18 +169,19 @@ def test_ctrl_c_ends_a_command_without_a_traceback(tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_no_color_leaves_no_escape_sequences_in_a_terminal(tmp_path):
+@pytest.mark.parametrize("columns, tables", [(80, 2), (40, 3)])
+def test_a_table_fits_into_a_terminal_with_every_number(tmp_path, columns, tables):
     arguments = ["-m", "mlx_turboquant", *EVALUATE, *SHORT, "--out", str(tmp_path)]
-    colors = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
-    colors["TERM"] = "xterm-256color"
-    outputs = []
-    for environment in (colors, {**colors, "NO_COLOR": "1"}):
-        terminal = pexpect.spawn(sys.executable, arguments, env=environment, timeout=60)
-        terminal.expect(pexpect.EOF)
-        outputs.append(terminal.before)
-        terminal.close()
-        assert terminal.exitstatus == 0
-    assert b"\x1b[" in outputs[0] and b"\x1b" not in outputs[1]
+    about = {"encoding": "utf-8", "timeout": 60, "dimensions": (24, columns)}
+    terminal = pexpect.spawn(sys.executable, arguments, **about)
+    terminal.expect(pexpect.EOF)
+    table = terminal.before.partition("1 text of 64 tokens")[2]
+    assert max(map(len, table.split("Still exact")[0].splitlines())) <= columns
+    rows = re.findall(r"^exact  +(.*\S)\s*$", table, flags=re.M)
+    assert len(rows) == tables and "\x1b" not in table
+    [codec, *_] = json.loads((tmp_path / "evaluation.json").read_text())["codecs"]
+    numbers = ["16.00", "2,048", *3 * ["0.00000"], f"{codec['perplexity']:.3f}", *2 * ["100.0%"]]
+    assert re.split("  +", "  ".join(rows)) == [*numbers, "> 2"]
 
 
 def no_space() -> None:
