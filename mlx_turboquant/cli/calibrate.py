@@ -6,7 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..files import make_folder
+from ..files import make_way
 from ..kernels.storage import layouts_of
 from ..lm.allocation import allocate, chosen_sides, expected_divergence
 from ..lm.bit_plan import BitPlan
@@ -32,9 +32,7 @@ def main(arguments: list[str]) -> None:
     if args.text:
         texts = dict(zip(map(str, args.text), read_texts(args.text)))
     if args.out is not None:
-        if args.out.is_dir():
-            raise ValueError(f"{args.out} is a folder: give the name of a file for the profile.")
-        make_folder(args.out.parent)
+        make_way(args.out, "fingerprint", "profile")
     model, tokenizer = load_lazily(args.model)
     check_memory(model)
     prepare_for_device(model)
@@ -44,8 +42,9 @@ def main(arguments: list[str]) -> None:
         with calibration_errors():
             profile = calibrate(model, tokenizer, texts, True, unfinished_path(own))
     except KeyboardInterrupt:
-        if texts is None:
-            print("Calibration was stopped: the next one continues from here.", file=sys.stderr)
+        is_kept = texts is None and unfinished_path(own).exists()
+        then = "the next one continues from here" if is_kept else "nothing is kept"
+        print(f"Calibration was stopped: {then}.", file=sys.stderr)
         raise
     try:
         file = save_profile(profile, args.out)

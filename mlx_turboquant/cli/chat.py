@@ -348,7 +348,7 @@ class Chat:
         """Write the conversation to the store; signals wait until that is done."""
         if self.store is not None and self.conversation.tokens:
             with signals_held(signal.SIGINT, *ENDINGS), self.store.writing():
-                self.conversation.save(self.store.session_file(self.name)).chmod(0o600)
+                self.conversation.save(self.store.session_file(self.name))
 
     def _new_name(self) -> str:
         """The time, and random digits because two chats may begin at once."""

@@ -14,7 +14,7 @@ from mlx_lm import __version__ as mlx_lm_version
 from tqdm import tqdm
 
 from .. import __version__
-from ..files import make_folder, write_json
+from ..files import make_way, write_json
 from ..kernels.attention import MAX_DECODE_ROWS, Configuration, DecodeAttention
 from ..kernels.quantize import Dequantize, InnerProduct, Quantize
 from ..kernels.runtime import Kernel, backend
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
     """Run the checks and print a table; exit status 1 if a kernel failed."""
     args = _parser().parse_args(arguments)
     if args.report is not None:
-        make_folder(args.report.parent)
+        make_way(args.report, "kernels", "report")
     configurations = [] if backend() == "reference" else list(_configurations())
     duration = "minutes, most of them to compile" if configurations else "a second"
     print(f"This compares all kernels on this machine with plain MLX, which takes {duration}.")
@@ -67,11 +67,14 @@ def main(arguments: list[str]) -> None:
     results = [
         _check(*each) for each in tqdm(configurations, leave=False, disable=not configurations)
     ]
-    if configurations:
-        _print_settings()
-        _print_results(results)
+    try:
+        if args.report is not None:
+            write_json(args.report, _report(results))
+    finally:  # results are printed even if the disk is full
+        if configurations:
+            _print_settings()
+            _print_results(results)
     if args.report is not None:
-        write_json(args.report, _report(results))
         print(f"The report is in {args.report}. It says nothing about you; please attach it.")
     right = sum(each.verdict == "ok" for each in results)
     verdict = "All is well" if right == len(results) else "Not all is well"

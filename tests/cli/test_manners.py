@@ -156,6 +156,7 @@ def test_a_table_that_nobody_reads_ends_a_command_quietly(tmp_path):
     os.close(writing)
     assert result.returncode == 128 + signal.SIGPIPE
     assert "Traceback" not in result.stderr and "Exception" not in result.stderr
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["evaluation.json", "kl.png"]
 
 
 def test_ctrl_c_ends_a_command_without_a_traceback(tmp_path):
@@ -202,6 +203,7 @@ def restricted(restrict, *arguments: str, **options) -> subprocess.CompletedProc
         ("benchmark", "--model", TINY_LM, "--uniform", "--out"),
         ("doctor", "--report"),
         ("calibrate", "--model", TINY_LM, "--out"),
+        ("cache_prompt", "--model", TINY_LM, "--prompt", "x", "--prompt-cache-file"),
         ("generate", "--model", TINY_LM, "--prompt", "x", "--prompt-store"),
     ],
 )
@@ -231,7 +233,6 @@ def test_a_calibration_whose_profile_cannot_be_written_prints_its_table_all_the_
     assert result.returncode == 2 and str(out) in result.stderr.splitlines()[-1]
     assert "Below 0.01 nats no one will notice" in result.stdout and "528" in result.stdout
     assert not list(tmp_path.iterdir())
-    assert_refused(run("calibrate", "--model", TINY_LM, "--out", str(tmp_path)), "is a folder")
 
 
 def test_closed_streams_are_no_files():
@@ -250,6 +251,30 @@ def test_a_full_disk_behind_the_output_is_one_sentence():
         )
     assert result.returncode == 2
     assert result.stderr == b"mlx_turboquant plan: [Errno 28] No space left on device\n"
+
+
+def test_doctor_refuses_to_replace_what_is_no_report_before_it_works(tmp_path):
+    environment = {**os.environ, "MLX_TURBOQUANT_BACKEND": "reference"}
+    result = run("doctor", "--report", str(tmp_path), env=environment)
+    assert_refused(result, f"{tmp_path} exists and is not a report: give another name.")
+    assert result.stdout == ""
+    for _ in range(2):
+        result = run("doctor", "--report", "report.json", env=environment, cwd=tmp_path)
+        assert result.returncode == 0 and (tmp_path / "report.json").exists()
+
+
+def test_the_report_of_doctor_is_there_before_anything_is_printed_of_it(monkeypatch, tmp_path):
+    def fail(*arguments):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(doctor, "backend", lambda: "metal")
+    monkeypatch.setattr(doctor, "_configurations", lambda: [()])
+    monkeypatch.setattr(doctor, "_check", lambda: doctor.Checked("k", "c", 0.0, 1.0, 0.1, "ok"))
+    monkeypatch.setattr(doctor, "_report", lambda results: {"kernels": "?"})
+    monkeypatch.setattr(doctor, "_print_settings", fail)
+    with pytest.raises(BrokenPipeError):
+        doctor.main(["--report", str(tmp_path / "report.json")])
+    assert (tmp_path / "report.json").exists()
 
 
 def test_doctor_says_what_it_does_and_ends_with_whether_all_is_well():

@@ -1,10 +1,11 @@
 """Tables of results."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from mlx_turboquant.cli.results import print_rows
+from mlx_turboquant.cli.results import print_rows, write_results
 
 ROWS = [
     {"context": context, "cache": cache, "bytes": "1,234,567 (0.25)", "loss": "0.12345"}
@@ -62,3 +63,18 @@ def test_a_row_may_lack_columns_and_a_table_may_lack_rows(capsys):
     assert capsys.readouterr().out == "\ncache  bits\n-----  ----\nexact    16\nnone\n\n"
     print_rows([], title="Nothing was measured")
     assert capsys.readouterr().out == "\nNothing was measured\n"
+
+
+def test_a_table_that_cannot_be_printed_loses_no_file_and_the_other_way_round(tmp_path, capsys):
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    def draw(result, folder):
+        (folder / "picture.png").touch()
+
+    with pytest.raises(OSError, match="No space"):
+        write_results(tmp_path, "result", {}, SimpleNamespace(draw=draw, print_table=fail))
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["picture.png", "result.json"]
+    with pytest.raises(OSError, match="No space left on device.: use a place with space"):
+        write_results(tmp_path, "result", {}, SimpleNamespace(draw=fail, print_table=print))
+    assert capsys.readouterr().out == "{}\n"
