@@ -15,10 +15,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
-from rich.box import SIMPLE
-from rich.table import Table
 
-from mlx_turboquant.cli.results import print_rich
+from mlx_turboquant.cli.results import print_rows
 from mlx_turboquant.lm.loading import prepare_for_device
 from mlx_turboquant.measure.cache_specs import EXACT, MLX_LM, preset, token_size
 from mlx_turboquant.measure.evaluate import following_tokens, read_first_chunk, read_on
@@ -58,8 +56,7 @@ def main() -> None:
     print(f"The last line: {tokenizer.decode(prompt).splitlines()[-1]}", flush=True)
 
     tokens = mx.array(prompt[:-1])
-    headers = ("cache", "bytes a token", "its answer", "is it right?", "as the exact cache")
-    table = Table(*headers, box=SIMPLE)
+    rows = []
     caches = read_first_chunk(model, specs, tokens)
     exact: list[int] = []
     for spec, cache in zip(specs, caches):
@@ -71,14 +68,10 @@ def main() -> None:
         differs = (one != other for one, other in zip(reply, exact))
         same = next((i for i, is_other in enumerate(differs) if is_other), len(reply))
         said = re.search(r"\d+", text.split("\n")[0])
-        table.add_row(
-            spec.name,
-            f"{token_size(cache)[1]:,.0f}",
-            said[0] if said else "no code",
-            "yes" if found else "no",
-            f"for {same} tokens",
-        )
-    print_rich(table, 100)
+        row = {"cache": spec.name, "bytes a token": f"{token_size(cache)[1]:,.0f}"}
+        row |= {"its answer": said[0] if said else "no code", "right?": "yes" if found else "no"}
+        rows.append({**row, "same as exact": f"for {same} tokens"})
+    print_rows(rows)
     print(f"The hidden code was {code}.")
     sys.exit(0 if found else 1)
 

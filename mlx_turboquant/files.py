@@ -17,6 +17,31 @@ def safetensors_path(file: str | Path) -> Path:
     return file if file.suffix == ".safetensors" else file.with_name(file.name + ".safetensors")
 
 
+@contextmanager
+def write_errors(place: Path) -> Iterator[None]:
+    """Add ``place`` and a remedy to an OSError that occurs while ``place`` is written."""
+    with _errors(place, "written", "use a place with space and permission"):
+        yield
+
+
+@contextmanager
+def read_errors(file: Path) -> Iterator[None]:
+    """Add ``file`` and a remedy to an OSError that occurs while ``file`` is read."""
+    with _errors(file, "read", "use a file that exists and that you may read"):
+        yield
+
+
+@contextmanager
+def _errors(place: Path, what: str, remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # an inner block has already added them
+            raise
+        reason = f"{place} cannot be {what} ({error.strerror}): {remedy}."
+        raise type(error)(reason) from error
+
+
 def write_whole(file: Path, write: Callable[[Path], None], key: str) -> None:
     """Write ``file`` atomically: under a temporary name, which is then renamed.
 
@@ -26,7 +51,10 @@ def write_whole(file: Path, write: Callable[[Path], None], key: str) -> None:
     Raises:
         OSError: the file cannot be written completely, for example because the disk is full.
     """
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}-") as folder:
+    with (
+        write_errors(file),
+        tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}-") as folder,
+    ):
         complete = Path(folder) / file.name
         try:
             write(complete)
@@ -39,19 +67,6 @@ def write_whole(file: Path, write: Callable[[Path], None], key: str) -> None:
             parent = os.open(file.parent, os.O_RDONLY)
             os.fsync(parent)  # otherwise a power cut could undo the rename
             os.close(parent)
-
-
-@contextmanager
-def write_errors(place: Path) -> Iterator[None]:
-    """Add ``place`` and a remedy to an OSError that occurs while ``place`` is written."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:  # an inner block has already added them
-            raise
-        raise OSError(
-            f"{place} cannot be written ({error.strerror}): use a place with space and permission."
-        ) from error
 
 
 def make_folder(folder: Path) -> None:
@@ -77,17 +92,38 @@ def write_json(file: Path, contents: dict[str, Any]) -> None:
         os.replace(complete, file)
 
 
+def make_way(file: Path, key: str, what: str) -> None:
+    """Create the folder of a JSON file that will be written.
+
+    Raises:
+        ValueError: the file exists and is not a ``what``, because it has no ``key``.
+        OSError: the folder cannot be created or written to.
+    """
+    with read_errors(file):
+        is_own = file.is_file() and f'"{key}":'.encode() in file.read_bytes()
+        if file.exists() and not is_own:
+            raise ValueError(f"{file} exists and is not a {what}: give another name.")
+    make_folder(file.parent)
+
+
 def check_target(file: str | Path, key: str, what: str) -> Path:
-    """The path to save a file at; ValueError if it cannot be saved there.
+    """The path to save a file at.
 
     An existing file must have ``key`` in its metadata, which shows that this package wrote it.
     The error message calls such a file a ``what``.
+
+    Raises:
+        ValueError: there is another file, or no folder.
+        OSError: the folder cannot be written to.
     """
     file = safetensors_path(file)
     if not file.parent.is_dir():
         raise ValueError(f"{file.parent} is not a folder: save to a folder that exists.")
-    if file.exists() and key not in read_header(file)["__metadata__"]:
+    with read_errors(file):
+        is_other = file.exists() and key not in read_header(file)["__metadata__"]
+    if is_other:
         raise ValueError(f"{file} exists and is not a {what} of mlx_turboquant: use another name.")
+    make_folder(file.parent)
     return file
 
 

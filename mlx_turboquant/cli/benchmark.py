@@ -68,8 +68,7 @@ def main(arguments: list[str]) -> None:
             for spec in args.repeats * fitting:
                 run.attempt(spec, context, args.new_tokens)
     result = run.result()
-    benchmark_pictures.print_table(result)
-    write_results(args.out, "benchmark", result, benchmark_pictures.draw)
+    write_results(args.out, "benchmark", result, benchmark_pictures)
 
 
 class _Run:
@@ -176,8 +175,9 @@ def shape_config(shape: str) -> dict[str, Any]:
             raise ValueError("it has no model_type")
         return config
     except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"{shape!r} is not a shape ({error}): use the config.json of a model of mlx-lm, "
+            f"{shape!r} is not a shape ({reason}): use the config.json of a model of mlx-lm, "
             f"or one of {', '.join(SHAPES)}."
         ) from error
 

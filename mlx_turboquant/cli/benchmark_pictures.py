@@ -17,10 +17,11 @@ def print_table(result: dict[str, Any]) -> None:
     print_rows(
         [_row(run, exact.get(run["context"]), result["batch"]) for run in measured],
         width=150,
+        keys=2,
         title=f"{result['model']} on {result['device']}{sequences}, weights "
         f"{result['weights'] / 1e6:,.0f} MB",
-        caption="In brackets: ratio to the exact cache. Peak memory excludes the weights; graph is "
-        "the time in which Python builds one step.",
+        caption="In brackets: ratio to the exact cache. Peaks of memory are in MB and exclude the "
+        "weights. graph: the time in which Python builds one step.",
     )
     for cache, reason in result["failures"].items():
         print(f"{cache} does not support this model: {reason}")
@@ -41,14 +42,14 @@ def _row(run: dict[str, Any], exact: dict[str, Any] | None, batch: int) -> dict[
     still_exact = f"{run['cache_nbytes'] / 1e6:,.0f} (still exact)"
     prefill, decode = (_per_second(run, name, batch) for name in ("prefill", "decode"))
     return {
-        "context": f"{run['context']:,}",
+        "context": f"{run['context']:7,}",
         "cache": run["cache"],
         "prefill tok/s": with_ratio(f"{prefill:,.0f}", "prefill", faster=True),
         "first token s": f"{run['first_token']:.2f}",
         "decode tok/s": with_ratio(f"{decode:,.1f}", "decode", faster=True),
         "cache MB": still_exact if run["unpacked"] else megabytes("cache_nbytes"),
-        "peak MB, prefill": megabytes("prefill_peak"),
-        "peak MB, decode": megabytes("decode_peak"),
+        "prefill peak": megabytes("prefill_peak"),
+        "decode peak": megabytes("decode_peak"),
         "graph ms": with_ratio(f"{run['graph'] * 1e3:.2f}", "graph"),
     }
 

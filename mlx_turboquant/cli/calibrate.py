@@ -5,10 +5,8 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
-from rich.box import SIMPLE
-from rich.table import Table
 
-from ..files import make_folder
+from ..files import make_way
 from ..kernels.storage import layouts_of
 from ..lm.allocation import allocate, chosen_sides, expected_divergence
 from ..lm.bit_plan import BitPlan
@@ -18,7 +16,7 @@ from ..lm.loading import check_memory, prepare_for_device
 from ..lm.profile import fingerprint, save_profile, unfinished_path
 from ..lm.texts import read_texts
 from .loading import MODEL_HELP, calibration_errors, load_lazily
-from .results import print_rich
+from .results import print_rows
 
 _BUDGETS = (8, 6, 5, 4, 3.5, 3, 2.5, 2)
 _MEANING = (
@@ -34,9 +32,7 @@ def main(arguments: list[str]) -> None:
     if args.text:
         texts = dict(zip(map(str, args.text), read_texts(args.text)))
     if args.out is not None:
-        if args.out.is_dir():
-            raise ValueError(f"{args.out} is a folder: give the name of a file for the profile.")
-        make_folder(args.out.parent)
+        make_way(args.out, "fingerprint", "profile")
     model, tokenizer = load_lazily(args.model)
     check_memory(model)
     prepare_for_device(model)
@@ -46,20 +42,21 @@ def main(arguments: list[str]) -> None:
         with calibration_errors():
             profile = calibrate(model, tokenizer, texts, True, unfinished_path(own))
     except KeyboardInterrupt:
-        if texts is None:
-            print("Calibration was stopped: the next one continues from here.", file=sys.stderr)
+        is_kept = texts is None and unfinished_path(own).exists()
+        then = "the next one continues from here" if is_kept else "nothing is kept"
+        print(f"Calibration was stopped: {then}.", file=sys.stderr)
         raise
     try:
         file = save_profile(profile, args.out)
     finally:  # results are printed even if the disk is full
-        print_rich(_table(give_profile(model, profile).plan()))
+        print_rows(_rows(give_profile(model, profile).plan()))
         print(_MEANING)
     print(f"{profile.tokens:,} tokens of {', '.join(profile.texts)} were scored. Wrote {file}")
 
 
-def _table(plan: BitPlan) -> Table:
+def _rows(plan: BitPlan) -> list[dict[str, str]]:
     """Bytes per token and expected divergence at each budget."""
-    table = Table("--kv-bits", "bytes a token", "expected divergence", "bits", box=SIMPLE)
+    rows = []
     for budget in _BUDGETS:
         bits = allocate(plan.layers, budget)
         nbytes = sum(
@@ -67,13 +64,10 @@ def _table(plan: BitPlan) -> Table:
             for side, b in chosen_sides(plan.layers, bits)
         )
         keys, values = zip(*bits)
-        table.add_row(
-            f"{budget:g}",
-            f"{nbytes:,}",
-            f"{expected_divergence(plan.expected, bits):.2g} nats",
-            f"keys {_span(keys)}, values {_span(values)}",
-        )
-    return table
+        row = {"--kv-bits": f"{budget:g}", "bytes a token": f"{nbytes:,}"}
+        row["divergence"] = f"{expected_divergence(plan.expected, bits):.2g} nats"
+        rows.append({**row, "keys": _span(keys), "values": _span(values)})
+    return rows
 
 
 def _span(bits: tuple[int, ...]) -> str:

@@ -376,7 +376,7 @@ class Chat:
             if _version(self.store.session_file(self.name)) != self.version:
                 old, self.name = self.name, self._new_name()
                 self._note(f"another chat has changed {old}: this one is kept as {self.name}")
-            self.conversation.save(self.store.session_file(self.name)).chmod(0o600)
+            self.conversation.save(self.store.session_file(self.name))
             self._keep_as(self.name)
 
     def _keep_as(self, name: str) -> None:

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx_lm import __version__ as mlx_lm_version
-from rich.table import Table
 from tqdm import tqdm
 
 from .. import __version__
-from ..files import make_folder, write_json
+from ..files import make_way, write_json
 from ..kernels.attention import MAX_DECODE_ROWS, Configuration, DecodeAttention
 from ..kernels.quantize import Dequantize, InnerProduct, Quantize
 from ..kernels.runtime import Kernel, backend
@@ -30,7 +29,7 @@ from ..kernels.tuning import (
 )
 from ..lm.heads import Heads
 from ..measure.tune import LENGTHS, ratio
-from .results import print_rich
+from .results import print_rows
 from .tune import described
 
 _DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
@@ -59,7 +58,7 @@ def main(arguments: list[str]) -> None:
     """Run the checks and print a table; exit status 1 if a kernel failed."""
     args = _parser().parse_args(arguments)
     if args.report is not None:
-        make_folder(args.report.parent)
+        make_way(args.report, "kernels", "report")
     configurations = [] if backend() == "reference" else list(_configurations())
     duration = "minutes, most of them to compile" if configurations else "a second"
     print(f"This compares all kernels on this machine with plain MLX, which takes {duration}.")
@@ -68,11 +67,14 @@ def main(arguments: list[str]) -> None:
     results = [
         _check(*each) for each in tqdm(configurations, leave=False, disable=not configurations)
     ]
-    if configurations:
-        _print_settings()
-        _print_results(results)
+    try:
+        if args.report is not None:
+            write_json(args.report, _report(results))
+    finally:  # results are printed even if the disk is full
+        if configurations:
+            _print_settings()
+            _print_results(results)
     if args.report is not None:
-        write_json(args.report, _report(results))
         print(f"The report is in {args.report}. It says nothing about you; please attach it.")
     right = sum(each.verdict == "ok" for each in results)
     verdict = "All is well" if right == len(results) else "Not all is well"
@@ -103,12 +105,13 @@ def _print_settings() -> None:
 
 
 def _print_results(results: list[Checked]) -> None:
-    table = Table("kernel", "configuration", "worst error", "allowed", "seconds", "verdict")
+    rows = []
     for each in results:
-        errors = ("" if x is None else f"{x:.1e}" for x in (each.error, each.allowed))
-        row = (each.kernel, each.configuration, *errors, f"{each.seconds:.2f}", each.verdict)
-        table.add_row(*row)
-    print_rich(table)
+        row = {"kernel": each.kernel, "configuration": each.configuration}
+        for name, number in ("error", each.error), ("allowed", each.allowed):
+            row[name] = "" if number is None else f"{number:.1e}"
+        rows.append({**row, "verdict": each.verdict})
+    print_rows(rows, keys=2)
 
 
 def _report(results: list[Checked]) -> dict[str, Any]:
@@ -192,7 +195,7 @@ def _configurations() -> Iterator[tuple[type[Kernel], tuple[Any, ...], str]]:
             (4, 4, "causal", False),
             (2, 8, "boolean", True),
         ):
-            label = f"{str(dtype)[9:]}, {group} query heads, {rows} rows, mask {mask}"
+            label = f"{str(dtype)[9:]}, {group} heads, {rows} rows, {mask}"
             configuration = Configuration(*quantizers, *[dtype] * 3, group, rows, mask, has_logits)
             yield DecodeAttention, (configuration,), label
     latents = (shared_quantizer(512, 4, 0),) * 2

@@ -68,8 +68,7 @@ def main(arguments: list[str]) -> None:
         "greedy": args.greedy,
         "codecs": [{**each.summary(), "by_position": each.by_position()} for each in scores],
     }
-    pictures.print_table(result)
-    write_results(args.out, "evaluation", result, pictures.draw)
+    write_results(args.out, "evaluation", result, pictures)
 
 
 def _prepare(

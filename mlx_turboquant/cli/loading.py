@@ -10,10 +10,11 @@ from typing import Any
 import mlx.nn as nn
 import mlx_lm
 
+from ..files import read_errors
 from ..lm.calibrate import calibrated
 from ..lm.compression import compression_of, give_profile
 from ..lm.loading import model_errors, prepare_for_device, reason_of
-from ..lm.profile import fingerprints, load_profile
+from ..lm.profile import fingerprints, load_profile, unfinished_path
 from ..lm.settings import Settings
 
 MODEL_HELP = "Folder of an mlx-lm model, or its name on the Hugging Face hub"
@@ -46,7 +47,8 @@ def ensure_profile(
 ) -> None:
     """Give a model the profile of ``--profile``, or calibrate it if it has none and needs one."""
     if args.profile is not None:
-        give_profile(model, load_profile(args.profile, fingerprints(model)))
+        with read_errors(args.profile):
+            give_profile(model, load_profile(args.profile, fingerprints(model)))
         return
     if settings.is_fixed or not args.calibrate or compression_of(model).profile is not None:
         return
@@ -62,11 +64,9 @@ def ensure_profile(
         with calibration_errors():
             give_profile(model, calibrated(model, tokenizer))
     except KeyboardInterrupt:
-        print(
-            "Calibration was stopped: bits are chosen without a profile. The next start continues "
-            "from here.",
-            file=sys.stderr,
-        )
+        is_kept = unfinished_path(fingerprints(model)[0]).exists()
+        then = " The next start continues from here." if is_kept else ""
+        print(f"Calibration was stopped: bits are chosen without a profile.{then}", file=sys.stderr)
     except ValueError as error:
         print(f"Bits are chosen without a profile: {error}", file=sys.stderr)
 

@@ -16,8 +16,8 @@ def print_table(result: dict[str, Any]) -> None:
     failed = [codec for codec in result["codecs"] if codec["failure"] is not None]
     print_rows(
         [_row(codec, result["greedy"]) for codec in result["codecs"]],
-        title=f"{result['texts']} texts of {result['context']:,} tokens, "
-        f"the last {result['scored']} decoded; KL in nats",
+        title=f"{result['texts']} {'texts' if result['texts'] > 1 else 'text'} of "
+        f"{result['context']:,} tokens, the last {result['scored']} decoded; KL in nats",
         caption="bits: per value, bytes: per token, scales included. top-1: same most probable "
         "token. overlap: 1 - total variation. departs: first greedy token that differs from that "
         "of the exact cache.",
@@ -39,7 +39,7 @@ def _row(codec: dict[str, Any], greedy: int) -> dict[str, str]:
         return {"cache": codec["codec"], "bits": "-"}
     departures = [d for d in codec["departures"] if d is not None]
     found = codec.get("needles_found")
-    return {
+    row = {
         "cache": codec["codec"],
         "bits": f"{codec['bits_per_value']:.2f}",
         "bytes": f"{codec['token_nbytes']:,.0f}",
@@ -50,8 +50,8 @@ def _row(codec: dict[str, Any], greedy: int) -> dict[str, str]:
         "top-1": f"{codec['top1_agreement']:.1%}",
         "overlap": f"{codec['overlap']:.1%}",
         "departs": f"{min(departures)}" if departures else f"> {greedy}",
-        "codes": "" if found is None else f"{found} of {len(codec['needles'])}",
     }
+    return row if found is None else {**row, "codes": f"{found} of {len(codec['needles'])}"}
 
 
 def _generation_row(name: str, written: dict[str, Any]) -> dict[str, str]:

@@ -1,19 +1,21 @@
 """Shared parts of the measuring commands: optional libraries, tables and files of results."""
 
+import itertools
 import json
 import os
 import platform
+import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import textwrap
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm import __version__ as mlx_lm_version
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
 
 from .. import __version__
 from ..files import write_errors
@@ -43,49 +45,60 @@ def machine() -> dict[str, Any]:
     }
 
 
-def print_rows(rows: list[dict[str, str]], width: int = 120, **options: Any) -> None:
-    """Print a table with the keys of the first row as columns; rich's Table takes ``options``.
-
-    A line separates rows of different ``context``.
-    """
-    table = Table(box=SIMPLE, **options)
-    for column in rows[0] if rows else ():
-        is_name = column == "cache"
-        table.add_column(column, justify="left" if is_name else "right", no_wrap=is_name)
-    for row, following in zip(rows, [*rows[1:], *rows[-1:]]):
-        is_last = row.get("context") != following.get("context")
-        table.add_row(*row.values(), end_section=is_last)
-    print_rich(table, width)
-
-
-class _Console(Console):
-    """A console that raises BrokenPipeError instead of ending the process."""
-
-    def on_broken_pipe(self) -> None:
-        raise  # the error that rich has caught
-
-
-def print_rich(table: Table, width: int = 120) -> None:
-    """Print a table, with ``width`` columns of text into a file or a pipe."""
-    # Without colors rich would still write in italics and bold.
-    console = _Console(color_system=None if os.environ.get("NO_COLOR") else "auto")
-    if not console.is_terminal:
-        console.width = width
-    console.print(table)
-
-
-def write_results(
-    folder: Path, name: str, result: dict[str, Any], draw: Callable[[dict[str, Any], Path], None]
+def print_rows(
+    rows: list[dict[str, str]], width: int = 120, keys: int = 1, title: str = "", caption: str = ""
 ) -> None:
-    """Write NAME.json and the pictures of ``draw(result, folder)`` atomically; print the paths."""
-    with (
-        write_errors(folder),
-        tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-") as temporary,
-    ):
-        (Path(temporary) / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-        draw(result, Path(temporary))
-        written = sorted(Path(temporary).iterdir())
-        for file in written:
-            os.replace(file, folder / file.name)
+    """Print a table with the keys of the first row as columns, no wider than the terminal.
+
+    A file or a pipe gets at most ``width`` columns of text. Columns for which there is no room
+    follow in a table below, which repeats the first ``keys`` columns. If not even one of them fits
+    beside these, each row becomes a list. A blank line separates rows of different ``context``.
+    """
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+    names = list(rows[0]) if rows else []
+    widths = {name: max(len(name), *(len(row.get(name, "")) for row in rows)) for name in names}
+    repeated, left = names[:keys], names[keys:]
+
+    def fits(*more: str) -> bool:
+        return sum(2 + widths[name] for name in (*repeated, *more)) - 2 <= width
+
+    def line(row: dict[str, str], columns: list[str]) -> str:
+        sides = zip(columns, "<" * keys + ">" * len(columns))
+        return "  ".join(f"{row.get(x, ''):{side}{widths[x]}}" for x, side in sides).rstrip()
+
+    print(f"\n{textwrap.fill(title, width)}".rstrip())
+    if not all(map(fits, left)):
+        for row in rows:
+            print("\n".join(f"{name}: {text}" for name, text in row.items()), end="\n\n")
+        left = []
+    while left:
+        count = max(n for n in range(1, 1 + len(left)) if fits(*left[:n]))
+        columns, left = [*repeated, *left[:count]], left[count:]
+        print(line(dict(zip(names, names)), columns))
+        print(line({x: "-" * widths[x] for x in columns}, columns))
+        for _, group in itertools.groupby(rows, key=lambda row: row.get("context")):
+            print(*(line(row, columns) for row in group), sep="\n", end="\n\n")
+    if caption:
+        print(textwrap.fill(caption, width))
+
+
+def write_results(folder: Path, name: str, result: dict[str, Any], pictures: ModuleType) -> None:
+    """Write NAME.json and the pictures of a result atomically; print its table and the paths.
+
+    The table is printed even if the files cannot be written, and they are written before it.
+    """
+    try:
+        with (
+            write_errors(folder),
+            tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-") as temporary,
+        ):
+            (Path(temporary) / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+            pictures.draw(result, Path(temporary))
+            written = sorted(Path(temporary).iterdir())
+            for file in written:
+                os.replace(file, folder / file.name)
+    finally:
+        pictures.print_table(result)
     for file in written:
         print(f"Wrote {folder / file.name}")

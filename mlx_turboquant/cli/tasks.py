@@ -59,15 +59,20 @@ def run_tasks(
         reasons.append("The model has no chat template: prompts are plain text.")
     reasons += [f"{name} is not possible: {why}" for name, why in run.failures.items()]
     names = [spec.name for spec in specs if spec.name not in run.failures]
-    if results:
-        _print_results(results, names)
-    print("\n".join(reasons + [pair(results, name).verdict(name) for name in names if results]))
-    _write_cases(args.out / "cases.txt", results, names)
+    try:
+        _write_cases(args.out / "cases.txt", results, names)
+    finally:
+        if results:
+            _print_results(results, names)
+        verdicts = [pair(results, name).verdict(name) for name in names if results]
+        print("\n".join(reasons + verdicts))
+    print(f"Wrote {args.out / 'cases.txt'}")
 
 
 def _print_results(results: list[TaskResult], names: list[str]) -> None:
     print_rows(
         [_row(result, name) for result in results for name in names],
+        keys=2,
         title="Questions answered rightly by the exact cache and by others",
         caption="points: right answers more than with the exact cache, of a hundred, with 95 % "
         "confidence. length: mean tokens of a reply, and of the exact cache's.",
@@ -111,4 +116,3 @@ def _write_cases(file: Path, results: Iterable[TaskResult], names: list[str]) ->
                 ]
     with write_errors(file):
         file.write_text("\n".join([*lines, ""]), encoding="utf-8")
-    print(f"Wrote {file}")

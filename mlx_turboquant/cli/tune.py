@@ -2,15 +2,13 @@
 
 import argparse
 
-from rich.table import Table
-
 from ..kernels.runtime import backend
 from ..kernels.tuning import Tuning, device_name, reset_tunings, tuning_path
 from ..lm.heads import Heads, attention_heads
 from ..measure.tune import tune
 from .benchmark import add_model_options
 from .plan import model_without_weights
-from .results import print_rich
+from .results import print_rows
 
 
 def main(arguments: list[str]) -> None:
@@ -25,14 +23,16 @@ def main(arguments: list[str]) -> None:
         parser.error("--model, --shape or --reset is needed")
     if backend() == "reference":
         raise ValueError("The kernels do not run without a GPU: tune on a Mac or with CUDA.")
-    table = Table("heads", "tokens", "default", "best", "settings")
+    rows = []
     print(f"Device: {device_name()}. Time of attention relative to MLX's own in bfloat16:")
     for heads in attention_heads(model_without_weights(args)[0]):
         for measured in tune(heads):
-            ratios = (f"{x / measured.exact:.2f}x" for x in (measured.table, measured.best))
+            row = {"heads": _label(heads), "tokens": f"{measured.tokens:,}"}
+            for name, seconds in ("default", measured.table), ("best", measured.best):
+                row[name] = f"{seconds / measured.exact:.2f}x"
             setting = "default" if measured.is_table else described(measured.tuning)
-            table.add_row(_label(heads), f"{measured.tokens:,}", *ratios, setting)
-    print_rich(table)
+            rows.append({**row, "settings": setting})
+    print_rows(rows, keys=2)
     print(f"The best settings are saved in {tuning_path()}; later runs use them.")
 
 

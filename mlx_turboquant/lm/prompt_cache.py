@@ -59,7 +59,8 @@ def save_prompt_cache(
     Raises:
         ValueError: the folder does not exist, the file exists and is not a prompt cache, or the
             weights of the model have changed since the cache was made.
-        OSError: the file cannot be written completely, for example because the disk is full.
+        OSError: the folder cannot be written to, or the file not completely, for example because
+            the disk is full.
     """
     own = {"identity": identity_of(model, cache), "made_by": description(model)}
     return write_prompt_cache(file, cache, {**(metadata or {}), **own})
@@ -88,6 +89,8 @@ def write_prompt_cache(file: str | Path, cache: list[Any], metadata: dict[str, s
 
     def write(path: Path) -> None:
         mlx_lm_cache.save_prompt_cache(str(path), cache, {**metadata, **own})
+        if "key" in metadata or "chat" in metadata:  # of a prompt store, or a conversation
+            path.chmod(0o600)
 
     files.write_whole(file, write, _CHECKSUMS_KEY)
     return file
@@ -113,7 +116,8 @@ def load_prompt_cache(
     if tokens is not None and tokens < 1:
         raise ValueError(f"The first {tokens} tokens cannot be loaded alone: load 1 or more.")
     file = files.safetensors_path(file)
-    stored = StoredFile(file, _CHECKSUMS_KEY)
+    with files.read_errors(file):
+        stored = StoredFile(file, _CHECKSUMS_KEY)
     texts = stored.metadata.items()
     saved = {key.removeprefix("0."): text for key, text in texts if key.startswith("0.")}
     if "codec" not in saved:
@@ -151,7 +155,7 @@ def load_prompt_cache(
 
 
 def check_target(file: str | Path) -> Path:
-    """The path to save a prompt cache at; ValueError if it cannot be saved there."""
+    """The path to save a prompt cache at; ValueError or OSError if it cannot be saved there."""
     return files.check_target(file, "0.codec", "prompt cache")
 
 

@@ -28,7 +28,7 @@ import numpy as np
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
 from ..cache.single import TurboQuantKVCache
-from ..files import write_errors, write_json
+from ..files import read_errors, write_errors, write_json
 from ..stored_arrays import Damaged, read_header
 from .compressible import flat_caches
 from .identity import description
@@ -161,13 +161,17 @@ class PromptStore:
         """All conversations in the folder, latest first, including damaged ones."""
         found = []
         for file in (self.folder / _SESSIONS).glob(f"*{_SUFFIX}"):
-            status, tokens, model = file.stat(), [], ""
+            tokens, model = [], ""
+            try:
+                status = file.stat()
+            except OSError:  # another process has deleted it, or it is a link to nothing
+                continue
             try:
                 texts = read_header(file)["__metadata__"]
                 chat = json.loads(texts["0.chat"])
                 tokens, model = chat["tokens"], _label(chat["model"], texts)
                 text = next((x["content"] for x in chat["messages"] if x["role"] == "user"), "")
-            except (ValueError, LookupError, TypeError) as error:
+            except (ValueError, OSError, LookupError, TypeError) as error:
                 text = f"cannot be read: {error}"
             about = status.st_size, status.st_mtime, model, text
             found.append(Entry(file, "", np.asarray(tokens, np.uint32), False, *about))
@@ -176,7 +180,8 @@ class PromptStore:
     def session_file(self, name: str) -> Path:
         """The file of the conversation with this name."""
         folder = self.folder / _SESSIONS
-        folder.mkdir(mode=0o700, exist_ok=True)
+        with write_errors(folder):
+            folder.mkdir(mode=0o700, exist_ok=True)
         return folder / f"{name}{_SUFFIX}"
 
     def writing(self) -> contextlib.AbstractContextManager[None]:
@@ -217,7 +222,7 @@ class PromptStore:
         except (Damaged, KeyError) as error:
             self._remove_damaged(entry.file, error)
         except (OSError, ValueError) as error:
-            _log.warning("%s cannot be read (%s): its prompt is prefilled.", entry.file, error)
+            _log.warning("A stored prompt cannot be used: %s", error)
         return None
 
     def keep(
@@ -296,7 +301,6 @@ class PromptStore:
         file = self.folder / f"{uuid.uuid4().hex}{_SUFFIX}"
         with self.writing():
             write_prompt_cache(file, pending.cache, pending.metadata)
-            file.chmod(0o600)
             self._counts["written"] += 1
             self._counts["written_bytes"] += file.stat().st_size
         with _locked(self.folder):
@@ -321,7 +325,7 @@ class PromptStore:
 
     def delete(self, entry: Entry) -> None:
         """Remove a prompt, or a conversation and all prompts that are beginnings of it."""
-        entry.file.unlink()
+        entry.file.unlink(missing_ok=True)
         if entry.file.parent.name == _SESSIONS:
             for other in self.entries():
                 if _common(other.tokens, entry.tokens) == len(other.tokens):
@@ -339,6 +343,9 @@ class PromptStore:
                 yield True
             except ValueError as error:
                 self._remove_damaged(file, error)
+                yield False
+            except OSError as error:
+                _log.warning("A stored prompt cannot be used: %s", error)
                 yield False
         for entry in self.sessions():
             try:
@@ -464,7 +471,7 @@ def named(entries: list[Entry], name: str) -> Entry:
 
 def saved_settings(file: Path) -> dict[str, Any]:
     """The settings of a conversation; none if the file cannot be read, which loading it reports."""
-    with contextlib.suppress(ValueError, LookupError, TypeError):
+    with contextlib.suppress(ValueError, OSError, LookupError, TypeError):
         return dict(json.loads(read_header(file)["__metadata__"]["0.chat"])["settings"])
     return {}
 
@@ -472,7 +479,8 @@ def saved_settings(file: Path) -> dict[str, Any]:
 def version_of(folder: Path) -> int | None:
     """The version of the prompt store in a folder; None if there is none."""
     try:
-        about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+        with read_errors(folder / _ABOUT):
+            about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
         version, maker = about["format"], about.get("made_by")
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, LookupError):
         return None
@@ -484,7 +492,9 @@ def version_of(folder: Path) -> int | None:
 @contextlib.contextmanager
 def _locked(folder: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
     """Lock a store among processes: shared by all that write files, or for one that removes."""
-    with (folder / _LOCK).open("w") as lock:
+    with write_errors(folder):
+        lock = (folder / _LOCK).open("w")
+    with lock:
         fcntl.flock(lock, kind)
         yield
 

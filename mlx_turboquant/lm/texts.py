@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from ..files import read_errors
+
 _MODULES = ("argparse", "tarfile", "typing", "pickle")
 
 
@@ -24,7 +26,8 @@ def read_texts(paths: Iterable[Path]) -> list[str]:
     texts = []
     for path in paths:
         try:
-            texts.append(path.read_text(encoding="utf-8"))
+            with read_errors(path):
+                texts.append(path.read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text: convert it to UTF-8.") from error
     return texts

@@ -23,6 +23,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
 from mlx_turboquant import disable, make_prompt_cache, save_prompt_cache
+from mlx_turboquant.cli import calibrate, loading
 from mlx_turboquant.cli.chat import Conversation
 from mlx_turboquant.cli.loading import ensure_profile
 from mlx_turboquant.cli.options import given_prompt
@@ -224,7 +225,7 @@ def test_calibrate_prints_what_to_expect_of_budgets_and_writes_the_profile(tmp_p
     result = run(*arguments, "--text", str(text))
     assert result.returncode == 0, result.stderr
     rows = [line.split() for line in result.stdout.splitlines()]
-    budgets = {row[0]: row for row in rows if len(row) > 7 and row[3] == "nats"}
+    budgets = {row[0]: row for row in rows if len(row) > 5 and row[3] == "nats"}
     assert list(budgets) == ["8", "6", "5", "4", "3.5", "3", "2.5", "2"]
     assert int(budgets["4"][1]) == 528  # 1,024 values of 4 bits and 8 scales of 16
     divergences = [float(row[2]) for row in budgets.values()]
@@ -238,8 +239,11 @@ def test_calibrate_refuses_bad_input_and_writes_nothing(tmp_path):
     text.write_text("import os\n")
     arguments = ("calibrate", "--model", TINY_LM, "--out", str(out))
     assert_refused(run(*arguments, "--text", str(text)), "short.txt has 3 tokens")
-    assert_refused(run(*arguments, "--text", "missing"), "No such file or directory: 'missing'")
+    assert_refused(run(*arguments, "--text", "missing"), "missing cannot be read (No such file")
     assert not out.exists()
+    assert_refused(run(*arguments[:-1], str(text)), "short.txt exists and is not a profile: give")
+    assert text.read_text() == "import os\n"
+    assert_refused(run(*arguments[:-1], str(tmp_path)), "exists and is not a profile: give another")
     foreign = tmp_path / "foreign.json"
     foreign.write_text('{"format": "1", "codec": "?", "fingerprint": "?"}')
     assert_refused(generate("--profile", str(foreign)), "calibrate the model again")
@@ -265,6 +269,35 @@ def test_what_cannot_be_calibrated_or_kept_is_named_and_the_command_goes_on(
     assert "The profile cannot be kept in " in caplog.text
     assert "(Not a directory): use a place with space" in caplog.text
     assert compression_of(model).expected is not None
+
+
+def test_a_stopped_calibration_says_whether_it_goes_on_from_there(
+    tiny_lm, monkeypatch, capsys, tmp_path
+):
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(loading, "calibrated", stopped)
+    monkeypatch.setattr(calibrate, "calibrate", stopped)
+    (tmp_path / "text").write_text("x = 1")
+    model, tokenizer = tiny_lm
+    disable(model)
+    unfinished = profile.unfinished_path(profile.fingerprint(model))
+    unfinished.parent.mkdir(parents=True)
+    said = []
+    for _ in range(2):
+        ensure_profile(model, tokenizer, Namespace(profile=None, calibrate=True), Settings())
+        for options in ((), ("--text", str(tmp_path / "text"))):
+            with pytest.raises(KeyboardInterrupt):
+                calibrate.main(["--model", TINY_LM, *options])
+        said += [x for x in capsys.readouterr().err.splitlines() if "was stopped" in x]
+        unfinished.touch()
+    lost = "Calibration was stopped: nothing is kept."
+    kept = "Calibration was stopped: the next one continues from here."
+    without = "Calibration was stopped: bits are chosen without a profile."
+    then = " The next start continues from here."
+    assert said == [without, lost, lost, without + then, kept, lost]
 
 
 PROMPT_SIGN = ">\x08"  # as prompt_toolkit draws the empty prompt
@@ -673,6 +706,8 @@ def test_conversations_are_listed_kept_when_prompts_are_pruned_and_cleared(tiny_
     file = with_conversation(store, "monday", tiny_lm, "def add(a, b):\n" * 20)
     damaged = with_conversation(store, "2026-01-02-120000", tiny_lm, "x = 1")
     damaged.write_bytes(damaged.read_bytes()[:100])
+    nothing = file.parent / "nothing.safetensors"
+    nothing.symlink_to("nowhere")  # as good as deleted meanwhile
     unfinished = file.parent / ".monday-abc" / "monday.safetensors"
     unfinished.parent.mkdir()
     shutil.copy(file, unfinished)
@@ -686,6 +721,7 @@ def test_conversations_are_listed_kept_when_prompts_are_pruned_and_cleared(tiny_
     assert checked.returncode == 1 and "2 of 3 prompts and conversations are" in checked.stdout
     assert "The conversation 2026-01-02-120000 cannot be continued" in checked.stderr
     assert damaged.exists()
+    nothing.unlink()
     pruned = run("store", "prune", str(tmp_path), "--size", "1KB")
     assert pruned.stdout == "1 removed, 0 prompts and 2 conversations left.\n"
     cleared = run("store", "clear", str(tmp_path))
@@ -748,7 +784,7 @@ def test_evaluate_prints_a_table_and_writes_json_and_pictures(tmp_path):
     result = run(*EVALUATE, *SHORT, *options, "--out", str(out))
     assert result.returncode == 0, result.stderr
     lines = [re.split(r"  +", line.strip()) for line in result.stdout.splitlines()]
-    table = {line[0]: line[1:] for line in lines if len(line) == 11}
+    table = {line[0]: line[1:] for line in lines if len(line) == 11 and "--" not in line[0]}
     names = ["exact", "mlx-lm 8 bits", "mlx-lm 4 bits", "4 bits", "K3V2"]
     assert list(table) == ["cache", *names]
     bits = ["16.00", "8.50", "4.50", "4.12", "2.62"]
@@ -782,7 +818,10 @@ def test_evaluate_prints_a_table_and_writes_json_and_pictures(tmp_path):
         (("--context", "100"), "256 scored tokens are not fewer than the context of 100"),
         (("--samples", "0"), "--samples is 0: use 1 or more."),
         (("--needle-lengths", "40"), "ask for a longer prompt"),
-        (("--text", "missing.txt"), "No such file or directory: 'missing.txt'"),
+        (
+            ("--text", "missing.txt"),
+            "missing.txt cannot be read (No such file or directory): ",
+        ),
         (("--chat",), "has no chat template: leave out --chat."),
         (("--model", "missing"), "missing is not a folder, and "),
     ],

@@ -1,5 +1,6 @@
 """Help texts, messages about wrong input, and behaviour when a command is stopped."""
 
+import json
 import os
 import re
 import resource
@@ -156,6 +157,7 @@ def test_a_table_that_nobody_reads_ends_a_command_quietly(tmp_path):
     os.close(writing)
     assert result.returncode == 128 + signal.SIGPIPE
     assert "Traceback" not in result.stderr and "Exception" not in result.stderr
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["evaluation.json", "kl.png"]
 
 
 def test_ctrl_c_ends_a_command_without_a_traceback(tmp_path):
@@ -169,18 +171,19 @@ def test_ctrl_c_ends_a_command_without_a_traceback(tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_no_color_leaves_no_escape_sequences_in_a_terminal(tmp_path):
+@pytest.mark.parametrize("columns, tables", [(80, 2), (40, 3)])
+def test_a_table_fits_into_a_terminal_with_every_number(tmp_path, columns, tables):
     arguments = ["-m", "mlx_turboquant", *EVALUATE, *SHORT, "--out", str(tmp_path)]
-    colors = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
-    colors["TERM"] = "xterm-256color"
-    outputs = []
-    for environment in (colors, {**colors, "NO_COLOR": "1"}):
-        terminal = pexpect.spawn(sys.executable, arguments, env=environment, timeout=60)
-        terminal.expect(pexpect.EOF)
-        outputs.append(terminal.before)
-        terminal.close()
-        assert terminal.exitstatus == 0
-    assert b"\x1b[" in outputs[0] and b"\x1b" not in outputs[1]
+    about = {"encoding": "utf-8", "timeout": 60, "dimensions": (24, columns)}
+    terminal = pexpect.spawn(sys.executable, arguments, **about)
+    terminal.expect(pexpect.EOF)
+    table = terminal.before.partition("1 text of 64 tokens")[2]
+    assert max(map(len, table.split("Still exact")[0].splitlines())) <= columns
+    rows = re.findall(r"^exact  +(.*\S)\s*$", table, flags=re.M)
+    assert len(rows) == tables and "\x1b" not in table
+    [codec, *_] = json.loads((tmp_path / "evaluation.json").read_text())["codecs"]
+    numbers = ["16.00", "2,048", *3 * ["0.00000"], f"{codec['perplexity']:.3f}", *2 * ["100.0%"]]
+    assert re.split("  +", "  ".join(rows)) == [*numbers, "> 2"]
 
 
 def no_space() -> None:
@@ -201,6 +204,7 @@ def restricted(restrict, *arguments: str, **options) -> subprocess.CompletedProc
         ("benchmark", "--model", TINY_LM, "--uniform", "--out"),
         ("doctor", "--report"),
         ("calibrate", "--model", TINY_LM, "--out"),
+        ("cache_prompt", "--model", TINY_LM, "--prompt", "x", "--prompt-cache-file"),
         ("generate", "--model", TINY_LM, "--prompt", "x", "--prompt-store"),
     ],
 )
@@ -230,7 +234,6 @@ def test_a_calibration_whose_profile_cannot_be_written_prints_its_table_all_the_
     assert result.returncode == 2 and str(out) in result.stderr.splitlines()[-1]
     assert "Below 0.01 nats no one will notice" in result.stdout and "528" in result.stdout
     assert not list(tmp_path.iterdir())
-    assert_refused(run("calibrate", "--model", TINY_LM, "--out", str(tmp_path)), "is a folder")
 
 
 def test_closed_streams_are_no_files():
@@ -260,6 +263,30 @@ def test_a_full_disk_behind_the_output_is_one_sentence():
         )
     assert result.returncode == 2
     assert result.stderr == b"mlx_turboquant plan: [Errno 28] No space left on device\n"
+
+
+def test_doctor_refuses_to_replace_what_is_no_report_before_it_works(tmp_path):
+    environment = {**os.environ, "MLX_TURBOQUANT_BACKEND": "reference"}
+    result = run("doctor", "--report", str(tmp_path), env=environment)
+    assert_refused(result, f"{tmp_path} exists and is not a report: give another name.")
+    assert result.stdout == ""
+    for _ in range(2):
+        result = run("doctor", "--report", "report.json", env=environment, cwd=tmp_path)
+        assert result.returncode == 0 and (tmp_path / "report.json").exists()
+
+
+def test_the_report_of_doctor_is_there_before_anything_is_printed_of_it(monkeypatch, tmp_path):
+    def fail(*arguments):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(doctor, "backend", lambda: "metal")
+    monkeypatch.setattr(doctor, "_configurations", lambda: [()])
+    monkeypatch.setattr(doctor, "_check", lambda: doctor.Checked("k", "c", 0.0, 1.0, 0.1, "ok"))
+    monkeypatch.setattr(doctor, "_report", lambda results: {"kernels": "?"})
+    monkeypatch.setattr(doctor, "_print_settings", fail)
+    with pytest.raises(BrokenPipeError):
+        doctor.main(["--report", str(tmp_path / "report.json")])
+    assert (tmp_path / "report.json").exists()
 
 
 def test_doctor_says_what_it_does_and_ends_with_whether_all_is_well():

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import random
 import shutil
 import tempfile
@@ -19,7 +20,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from tiny_families import tiny_model
 
-from mlx_turboquant import enable
+from mlx_turboquant import enable, save_prompt_cache
 from mlx_turboquant import make_prompt_cache as make_compressed_cache
 from mlx_turboquant.lm import prompt_store
 from mlx_turboquant.lm.prompt_store import FORMAT_VERSION, PromptStore, clear, reading, version_of
@@ -326,10 +327,18 @@ def test_what_alone_is_larger_than_the_limit_is_not_written(model, tmp_path):
     assert keep(tmp_path, model, text(0, 100), size=1000).entries() == []
 
 
-def test_only_the_owner_may_read_what_is_kept(model, tmp_path):
+def test_only_the_owner_may_ever_read_what_is_kept(model, tmp_path, monkeypatch):
+    modes, replace = [], os.replace
+    monkeypatch.setattr(
+        os, "replace", lambda old, new: [modes.append(old.stat().st_mode), replace(old, new)]
+    )
     store = keep(tmp_path / "store", model, text(0, 100))
     assert store.folder.stat().st_mode & 0o077 == 0
-    assert store.entries()[0].file.stat().st_mode & 0o077 == 0
+    cache = make_prompt_cache(model)
+    save_prompt_cache(tmp_path / "chat", cache, model, {"chat": "{}"})
+    assert [mode & 0o077 for mode in modes[-2:]] == [0, 0]
+    save_prompt_cache(tmp_path / "prompt", cache, model)
+    assert modes[-1] & 0o077
 
 
 def with_another_token(contents: bytes) -> bytes:
