@@ -8,15 +8,14 @@ import math
 import random
 import re
 
-from .needle import SECOND_WORDS, random_code, random_names
-from .passages import QUESTIONS, Passage, Question
+from .passages import QUESTIONS, SECOND_WORDS, Passage, Question, random_names
 
 
 def keys(rng: random.Random, length: int, prose: list[str], is_easy: bool) -> Passage:
     """8 to 64 codes with names that are alike, two asked at once; easy: names unlike, one asked."""
     count = min(max(length // 64, 8), 64)
     names = random_names(count, rng, words=60 if is_easy else math.isqrt(count) + 1)
-    codes = {name: random_code(rng) for name in names}
+    codes = {name: f"{rng.randrange(10**6):06d}" for name in names}
     questions = []
     for _ in range(QUESTIONS):
         one, other = rng.sample(names, 2)

@@ -7,8 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from .needle import FIRST_WORDS, SECOND_WORDS, random_names
-from .passages import QUESTIONS, Passage, Question
+from .passages import FIRST_WORDS, QUESTIONS, SECOND_WORDS, Passage, Question, random_names
 
 
 def steps(rng: random.Random, length: int, prose: list[str], is_easy: bool) -> Passage:

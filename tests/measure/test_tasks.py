@@ -7,7 +7,14 @@ import pytest
 from mlx_turboquant.lm.settings import Settings
 from mlx_turboquant.measure import finding_tasks
 from mlx_turboquant.measure.cache_specs import EXACT, MLX_LM, preset
-from mlx_turboquant.measure.passages import QUESTIONS, Passage, Question, Task, prompts_of
+from mlx_turboquant.measure.passages import (
+    QUESTIONS,
+    Passage,
+    Question,
+    Task,
+    prompts_of,
+    random_names,
+)
 from mlx_turboquant.measure.tasks import TASKS, Form, TaskRun, pair
 
 PROSE = [f"line {i} of a text in which nothing of any interest is ever said." for i in range(400)]
@@ -38,6 +45,12 @@ def test_only_its_own_answer_is_right_for_a_question(name, is_easy):
 @pytest.mark.parametrize("name", TASKS)
 def test_a_seed_is_a_passage(name):
     assert made(name, True) == made(name, True) != made(name, True, seed=1)
+
+
+@pytest.mark.parametrize("count, words", [(1, 8), (64, 8), (64, 64), (4096, 64)])
+def test_names_are_different(count, words):
+    names = random_names(count, random.Random(0), words=words)
+    assert len(set(names)) == len(names)
 
 
 def test_keys_are_8_to_64_with_names_that_are_alike():
