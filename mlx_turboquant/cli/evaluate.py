@@ -20,7 +20,7 @@ from ..measure.tasks import SHORTEST, TASKS
 from .loading import MODEL_HELP, ensure_profile, load_lazily
 from .options import add_comparison_options, add_count, add_out, check_least, settings_of
 from .results import drawing_tools, machine, write_results
-from .tasks import run_tasks, tasks_of
+from .tasks import check_tasks, run_tasks
 
 
 def main(arguments: list[str]) -> None:
@@ -31,8 +31,11 @@ def main(arguments: list[str]) -> None:
     specs = [preset(name, settings) for name in args.kv_bits]
     contents = texts.read_texts(args.text) if args.text else texts.bundled_texts()
     if args.tasks is not None:
-        args.tasks = tasks_of(args.tasks)
-        _compare_answers(args, settings, specs, contents)
+        check_tasks(args.tasks)
+        model, tokenizer = load_lazily(args.model)
+        check_memory(model)
+        _prepare(model, tokenizer, args, settings, specs)
+        run_tasks(model, tokenizer, specs, settings, contents, args)
         return
     with drawing_tools("evaluate"):
         from . import pictures
@@ -83,15 +86,6 @@ def _prepare(
         spec.make_cache(model)  # refuses what it cannot have before anything is measured
 
 
-def _compare_answers(
-    args: argparse.Namespace, settings: Settings, specs: list[CacheSpec], contents: list[str]
-) -> None:
-    model, tokenizer = load_lazily(args.model)
-    check_memory(model)
-    _prepare(model, tokenizer, args, settings, specs)
-    run_tasks(model, tokenizer, specs, settings, contents, args)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlx_turboquant evaluate", description=__doc__)
     add, count = parser.add_argument, partial(add_count, parser)
@@ -102,14 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     count("--samples", 4, "Number of texts")
     count("--scored", 256, "Number of last tokens of a text to decode and compare")
     count("--greedy", 64, "Number of greedy tokens after a text to compare with the exact cache's")
-    add(
-        "--generate",
-        type=int,
-        default=0,
-        metavar="TOKENS",
-        help="Number of tokens to generate after the first text, greedily and sampled, and to "
-        "score with the exact cache (default: 0)",
-    )
+    count("--generate", 0, "Number of tokens to generate after a text, greedily and sampled")
     add(
         "--tasks",
         nargs="*",

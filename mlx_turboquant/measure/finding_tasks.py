@@ -6,7 +6,6 @@ What's the Real Context Size of Your Long-Context Language Models?", arXiv 2404.
 
 import math
 import random
-import re
 
 from .passages import QUESTIONS, SECOND_WORDS, Passage, Question, random_names
 
@@ -32,11 +31,6 @@ def keys(rng: random.Random, length: int, prose: list[str], is_easy: bool) -> Pa
     return Passage("Remember the secret codes in this text.", lines, prose, questions)
 
 
-def read_keys(reply: str) -> list[str]:
-    """The first two codes."""
-    return re.findall(r"\d{6}", reply)[:2]
-
-
 def variables(rng: random.Random, length: int, prose: list[str], is_easy: bool) -> Passage:
     """Chains of four assignments (easy: two), all mixed, each to be followed to its number."""
     count = 2 if is_easy else 4
@@ -56,12 +50,6 @@ def variables(rng: random.Random, length: int, prose: list[str], is_easy: bool) 
     return Passage(introduction, lines, prose, questions[:-1])
 
 
-def read_variables(reply: str) -> str | None:
-    """The first number."""
-    found = re.search(r"\b\d+", reply)
-    return found and found[0]
-
-
 def counting(rng: random.Random, length: int, prose: list[str], is_easy: bool) -> Passage:
     """Some words occur many times in a text: which of six does (easy: five others occur once)."""
     words = rng.sample(SECOND_WORDS, QUESTIONS + 24)
@@ -78,9 +66,3 @@ def counting(rng: random.Random, length: int, prose: list[str], is_easy: bool) -
         questions.append(Question(text, "The word that occurs most often is", f" {word}."))
     lines = ["Words: " + " ".join(listed[i : i + 8]) for i in range(0, len(listed), 8)]
     return Passage("Count the words in this text.", lines, prose, questions)
-
-
-def read_counting(reply: str) -> str | None:
-    """The first word."""
-    found = re.search(r"\w+", reply)
-    return found and found[0].lower()
