@@ -15,12 +15,12 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
+from hidden_codes import answer, hide_codes
 
 from mlx_turboquant.cli.results import print_rows
 from mlx_turboquant.lm.loading import prepare_for_device
 from mlx_turboquant.measure.cache_specs import EXACT, MLX_LM, preset, token_size
 from mlx_turboquant.measure.evaluate import following_tokens, read_first_chunk, read_on
-from mlx_turboquant.measure.needle import answer, hide_codes
 
 TINY_LM = Path(__file__).parent / "tiny-lm"
 # Tokens that every cache generates after the question.

@@ -15,8 +15,9 @@ from contextlib import contextmanager, suppress
 import openai
 import pytest
 from conftest import REPOSITORY
+from hidden_codes import answer, code_line, question, random_code
 
-from mlx_turboquant.measure.needle import answer, code_line, question, random_code, random_names
+from mlx_turboquant.measure.passages import random_names
 
 TINY_LM = str(REPOSITORY / "examples" / "tiny-lm")
 START_SECONDS = 60

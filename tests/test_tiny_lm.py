@@ -3,11 +3,11 @@
 import mlx_lm
 import pytest
 from find_code import standard_library_tokens
+from hidden_codes import answer, hide_codes
 from mlx_lm.models.cache import make_prompt_cache as make_exact_cache
 from tokens import continuation
 
 from mlx_turboquant import cache_size, make_prompt_cache
-from mlx_turboquant.measure.needle import answer, hide_codes
 
 
 def test_eight_bits_write_the_same_200_tokens(tiny_lm):

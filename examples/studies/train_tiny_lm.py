@@ -3,7 +3,7 @@
     python examples/studies/train_tiny_lm.py --out my-tiny-lm
 
 The text is Python source code, by default this interpreter's standard library. Some sequences hide
-passkeys (see mlx_turboquant/measure/needle.py) and end with questions about them. Short contexts,
+passkeys (see examples/hidden_codes.py) and end with questions about them. Short contexts,
 in which the lookup is learned quickly, come first. The model is quantized to 8 bits, saved in
 mlx-lm's format, loaded again and evaluated. An H200 takes eight minutes. To try all on a CPU:
 ``--steps 6 --scale 0.02 --passkey-prompts 1 --held-out-tokens 8192``.
@@ -15,6 +15,7 @@ import json
 import random
 import re
 import shutil
+import sys
 import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,11 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import dequantize_model, load, quantize_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mlx_turboquant.measure import needle
+sys.path.insert(0, str(Path(__file__).parent.parent))  # of the examples
+
+import hidden_codes
+
+from mlx_turboquant.measure.passages import random_names
 
 CONFIG = dict(
     model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=4096, hidden_size=320,
@@ -157,17 +162,17 @@ def passkey_row(encoder, text, context, rng):
     """Tokens and weights, ``context + 1`` each: text with hidden codes, then all the questions."""
     count = rng.randint(1, min(8, context // 96))
     # In every other row names share words, so both words of a name must be looked up.
-    names = needle.random_names(count, rng, words=rng.choice((3, 64)))
-    codes = [needle.random_code(rng) for _ in names]
-    lines = [needle.code_line(*pair) for pair in zip(names, codes, strict=True)]
+    names = random_names(count, rng, words=rng.choice((3, 64)))
+    codes = [hidden_codes.random_code(rng) for _ in names]
+    lines = [hidden_codes.code_line(*pair) for pair in zip(names, codes, strict=True)]
     tail, weights = [], []
     for name, code in rng.sample(list(zip(names, codes, strict=True)), count):
-        asked = encoder.encode("\n" + needle.question(name))
-        answered = encoder.encode(needle.answer(code)) + [0]
+        asked = encoder.encode("\n" + hidden_codes.question(name))
+        answered = encoder.encode(hidden_codes.answer(code)) + [0]
         tail += asked + answered
         weights += [1.0] * len(asked) + [ANSWER_WEIGHT] * len(answered)
     length = context + 1 - len(tail)
-    body = needle.hide_lines(encoder, text, length, lines, rng)
+    body = hidden_codes.hide_lines(encoder, text, length, lines, rng)
     return body + tail, [1.0] * length + weights
 
 
@@ -342,9 +347,9 @@ def evaluate(folder, held_out, seeds, prompts, limit):
                 number = seed * prompts + i
                 start = random.Random(number).randrange(len(held_out) - length)
                 text = held_out[start : start + length].tolist()
-                prompt, code = needle.hide_codes(tokenizer, text, length, seed=number)
+                prompt, code = hidden_codes.hide_codes(tokenizer, text, length, seed=number)
                 reply = tokenizer.decode(continue_greedily(model, prompt, 8))
-                right += reply.startswith(needle.answer(code))
+                right += reply.startswith(hidden_codes.answer(code))
             print(f"passkeys at {length} tokens, seed {seed}: {right}/{prompts}", flush=True)
 
 

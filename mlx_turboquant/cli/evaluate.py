@@ -1,7 +1,6 @@
 """This command measures how a compressed cache changes the output of a model."""
 
 import argparse
-import itertools
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,12 @@ from ..lm.compressible import check_compressible, compressible_caches
 from ..lm.loading import check_memory, prepare_for_device
 from ..lm.settings import Settings
 from ..measure.cache_specs import MLX_LM, CacheSpec, preset
-from ..measure.evaluate import REPLY_TOKENS, Comparison, passkey_prompt
+from ..measure.evaluate import Comparison
 from ..measure.tasks import SHORTEST, TASKS
 from .loading import MODEL_HELP, ensure_profile, load_lazily
 from .options import add_comparison_options, add_count, add_out, check_least, settings_of
 from .results import drawing_tools, machine, write_results
-from .tasks import run_tasks, tasks_of
+from .tasks import check_tasks, run_tasks
 
 
 def main(arguments: list[str]) -> None:
@@ -32,30 +31,27 @@ def main(arguments: list[str]) -> None:
     specs = [preset(name, settings) for name in args.kv_bits]
     contents = texts.read_texts(args.text) if args.text else texts.bundled_texts()
     if args.tasks is not None:
-        args.tasks = tasks_of(args.tasks)
-        _compare_answers(args, settings, specs, contents)
+        check_tasks(args.tasks)
+        model, tokenizer = load_lazily(args.model)
+        check_memory(model)
+        _prepare(model, tokenizer, args, settings, specs)
+        run_tasks(model, tokenizer, specs, settings, contents, args)
         return
     with drawing_tools("evaluate"):
         from . import pictures
     model, tokenizer = load_lazily(args.model)
-    if args.chat and not tokenizer.has_chat_template:
-        raise ValueError(f"The tokenizer of {args.model} has no chat template: leave out --chat.")
     name = ", ".join(map(str, args.text)) if args.text else "The bundled text"
     contexts = texts.contexts(tokenizer, contents, args.context + 1, args.samples, name)
-    prompts = _passkey_prompts(tokenizer, contents, args)
     # Log-probabilities of the exact cache and of another one, and what is computed from both.
     check_memory(model, 12 * args.scored * tokenizer.vocab_size)
     _prepare(model, tokenizer, args, settings, specs)
     comparison = Comparison(model, [*MLX_LM, *specs])
     steps = sum(len(context) + args.greedy for context in contexts)
-    steps += sum(len(prompt) + REPLY_TOKENS for prompt, *_ in prompts)
     steps += 2 * (len(contexts[0]) + args.generate) if args.generate else 0
     with tqdm(total=steps * len(comparison.scores), unit="tokens", unit_scale=True) as bar:
         comparison.progress = bar.update
         for context in contexts:
             comparison.text(context, args.scored, args.greedy)
-        for prompt in prompts:
-            comparison.needle(tokenizer, *prompt)
         for seed in (None, 0) if args.generate else ():
             comparison.generation(contexts[0], args.generate, seed)
     scores = comparison.scores
@@ -89,15 +85,6 @@ def _prepare(
         spec.make_cache(model)  # refuses what it cannot have before anything is measured
 
 
-def _compare_answers(
-    args: argparse.Namespace, settings: Settings, specs: list[CacheSpec], contents: list[str]
-) -> None:
-    model, tokenizer = load_lazily(args.model)
-    check_memory(model)
-    _prepare(model, tokenizer, args, settings, specs)
-    run_tasks(model, tokenizer, specs, settings, contents, args)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlx_turboquant evaluate", description=__doc__)
     add, count = parser.add_argument, partial(add_count, parser)
@@ -108,25 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     count("--samples", 4, "Number of texts")
     count("--scored", 256, "Number of last tokens of a text to decode and compare")
     count("--greedy", 64, "Number of greedy tokens after a text to compare with the exact cache's")
-    add(
-        "--generate",
-        type=int,
-        default=0,
-        metavar="TOKENS",
-        help="Number of tokens to generate after the first text, greedily and sampled, and to "
-        "score with the exact cache (default: 0)",
-    )
-    add(
-        "--needle-lengths",
-        type=int,
-        nargs="*",
-        metavar="TOKENS",
-        help="Lengths in tokens of the texts in which a code is hidden; none if no length is given "
-        "(default: half and all of --context)",
-    )
-    count("--needle-depths", 5, "Number of depths in a text at which a code is hidden")
-    count("--needle-trials", 1, "Number of codes to ask for per length and depth")
-    add("--chat", action="store_true", help="Ask for the codes through the chat template")
+    count("--generate", 0, "Number of tokens to generate after a text, greedily and sampled")
     add(
         "--tasks",
         nargs="*",
@@ -135,28 +104,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     count("--prompts", 40, "Number of prompts per task, in steps of 8")
     count("--length", 2048, "Maximum number of tokens per prompt, halved while a task is too hard")
-    add_out(parser, "evaluation", "evaluation.json, kl.png and needles.png, or of tasks")
+    add_out(parser, "evaluation", "evaluation.json and kl.png, or of tasks")
     return parser
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    if args.needle_lengths is None:
-        args.needle_lengths = [args.context // 2, args.context]
     check_least(args, context=2, samples=1, scored=1, greedy=0, generate=0)
-    check_least(args, needle_depths=1, needle_trials=1, prompts=1, length=SHORTEST)
+    check_least(args, prompts=1, length=SHORTEST)
     if args.scored >= args.context:
         raise ValueError(
             f"{args.scored} scored tokens are not fewer than the context of {args.context}: "
             "use a smaller --scored or a larger --context."
         )
-
-
-def _passkey_prompts(tokenizer, contents: list[str], args: argparse.Namespace) -> list[tuple]:
-    """(prompt, code, length, depth) for each question."""
-    text = [token for tokens in texts.encode(tokenizer, contents) for token in tokens]
-    depths = [i / max(args.needle_depths - 1, 1) for i in range(args.needle_depths)]
-    places = itertools.product(args.needle_lengths, depths, range(args.needle_trials))
-    return [
-        (*passkey_prompt(tokenizer, text, length, depth, seed, args.chat), length, depth)
-        for seed, (length, depth, _) in enumerate(places)
-    ]

@@ -1,7 +1,5 @@
-"""The table and the pictures of an evaluation."""
+"""The tables and the picture of an evaluation."""
 
-import itertools
-import math
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +36,7 @@ def _row(codec: dict[str, Any], greedy: int) -> dict[str, str]:
     if codec["failure"] is not None:
         return {"cache": codec["codec"], "bits": "-"}
     departures = [d for d in codec["departures"] if d is not None]
-    found = codec.get("needles_found")
-    row = {
+    return {
         "cache": codec["codec"],
         "bits": f"{codec['bits_per_value']:.2f}",
         "bytes": f"{codec['token_nbytes']:,.0f}",
@@ -51,7 +48,6 @@ def _row(codec: dict[str, Any], greedy: int) -> dict[str, str]:
         "overlap": f"{codec['overlap']:.1%}",
         "departs": f"{min(departures)}" if departures else f"> {greedy}",
     }
-    return row if found is None else {**row, "codes": f"{found} of {len(codec['needles'])}"}
 
 
 def _generation_row(name: str, written: dict[str, Any]) -> dict[str, str]:
@@ -63,11 +59,9 @@ def _generation_row(name: str, written: dict[str, Any]) -> dict[str, str]:
 
 
 def draw(result: dict[str, Any], folder: Path) -> None:
-    """Write kl.png and, if codes were hidden, needles.png."""
+    """Write kl.png."""
     codecs = [codec for codec in result["codecs"] if codec["failure"] is None]
     _divergences(result, codecs[1:]).savefig(folder / "kl.png", dpi=110)
-    if "needles" in codecs[0]:
-        _needles(codecs).savefig(folder / "needles.png", dpi=110)
 
 
 def _divergences(result: dict[str, Any], codecs: list[dict[str, Any]]) -> Figure:
@@ -92,38 +86,3 @@ def _divergences(result: dict[str, Any], codecs: list[dict[str, Any]]) -> Figure
     axis.grid(alpha=0.3)
     axis.legend()
     return figure
-
-
-def _needles(codecs: list[dict[str, Any]]) -> Figure:
-    """Share of codes found by length and depth, a panel for each cache."""
-    columns = min(4, len(codecs))
-    rows = -(-len(codecs) // columns)
-    # The exact cache has an entry for every question, the others where it found the code.
-    lengths, depths = (
-        sorted({n[key] for n in codecs[0]["needles"]}) for key in ("length", "depth")
-    )
-    figure = Figure(figsize=(2.6 * columns + 0.8, 2.4 * rows + 0.4), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat[len(codecs) :]:
-        axis.axis("off")
-    for axis, codec in zip(axes.flat, codecs):
-        needles = codec["needles"]
-        grid = [[_share(needles, length, depth) for length in lengths] for depth in depths]
-        image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        for row, column in itertools.product(range(len(depths)), range(len(lengths))):
-            share = grid[row][column]
-            label = "" if math.isnan(share) else f"{share:.0%}"
-            axis.text(column, row, label, ha="center", va="center", fontsize=7)
-        axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=7)
-        axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=7)
-        axis.set_title(codec["codec"], fontsize=9)
-    figure.supxlabel("tokens", fontsize=9)
-    figure.supylabel("depth of the code", fontsize=9)
-    figure.colorbar(image, ax=axes, label="codes found", shrink=0.8)
-    return figure
-
-
-def _share(needles: list[dict[str, Any]], length: int, depth: float) -> float:
-    """Share of codes found; NaN where none was asked for."""
-    found = [n["found"] for n in needles if (n["length"], n["depth"]) == (length, depth)]
-    return sum(found) / len(found) if found else math.nan

@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Iterable
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from .. import __version__
 from ..files import write_errors
 from ..lm.settings import Settings
 from ..measure.cache_specs import EXACT, MLX_LM, CacheSpec
-from ..measure.passages import QUESTIONS, Task
+from ..measure.passages import QUESTIONS
 from ..measure.tasks import TASKS, TaskResult, TaskRun, pair
 from .results import print_rows
 
@@ -23,12 +23,11 @@ from .results import print_rows
 _CASES = 5
 
 
-def tasks_of(names: list[str]) -> list[Task]:
-    """The tasks of these names, or all; ValueError if there is none of a name."""
+def check_tasks(names: list[str]) -> None:
+    """Raise ValueError if there is no task of a name."""
     for name in names:
         if name not in TASKS:
             raise ValueError(f"{name!r} is not a task: use one of {', '.join(TASKS)}.")
-    return [TASKS[name] for name in names or TASKS]
 
 
 def run_tasks(
@@ -42,41 +41,41 @@ def run_tasks(
     """Let the caches do the tasks of the command line, print what they did, and write the cases."""
     specs = [MLX_LM[1], *specs]
     prose = [line for text in contents for line in text.splitlines() if line.strip()]
-    about = {"model": args.model, "version": __version__, "settings": asdict(settings)}
+    about = {
+        "version": __version__,
+        "model": args.model,
+        "text": zlib.crc32("\n".join(prose).encode()),
+        "settings": asdict(settings),
+    }
     passages = math.ceil(args.prompts / QUESTIONS)
-    results, reasons = [], []
+    tasks = args.tasks or list(TASKS)
+    results, remarks = [], []
     run = TaskRun(model, tokenizer, specs, prose, args.out / "tasks.jsonl", about)
-    with tqdm(total=len(args.tasks) * passages * (1 + len(specs)), unit="passages") as bar:
+    with tqdm(total=len(tasks) * passages * (1 + len(specs)), unit="passages") as bar:
         run.progress = bar.update
-        for task in args.tasks:
-            bar.set_description(task.name)
+        for name in tasks:
+            bar.set_description(name)
             try:
-                results.append(run.do(task, args.length, passages))
+                results.append(run.do(TASKS[name], args.length, passages))
             except ValueError as error:
-                reasons.append(f"{task.name} is not reported: {error}.")
+                remarks.append(f"{name} is not reported: {error}.")
                 bar.update(passages * (1 + len(specs)))
     if not tokenizer.has_chat_template:
-        reasons.append("The model has no chat template: prompts are plain text.")
-    reasons += [f"{name} is not possible: {why}" for name, why in run.failures.items()]
-    names = [spec.name for spec in specs if spec.name not in run.failures]
-    try:
+        remarks.append("The model has no chat template: prompts are plain text.")
+    remarks += [f"{name} is not possible: {why}" for name, why in run.failures.items()]
+    if results:
+        names = [spec.name for spec in specs if spec.name not in run.failures]
         _write_cases(args.out / "cases.txt", results, names)
-    finally:
-        if results:
-            _print_results(results, names)
-        verdicts = [pair(results, name).verdict(name) for name in names if results]
-        print("\n".join(reasons + verdicts))
-    print(f"Wrote {args.out / 'cases.txt'}")
-
-
-def _print_results(results: list[TaskResult], names: list[str]) -> None:
-    print_rows(
-        [_row(result, name) for result in results for name in names],
-        keys=2,
-        title="Questions answered rightly by the exact cache and by others",
-        caption="points: right answers more than with the exact cache, of a hundred, with 95 % "
-        "confidence. length: mean tokens of a reply, and of the exact cache's.",
-    )
+        print_rows(
+            [_row(result, name) for result in results for name in names],
+            keys=2,
+            title="Questions answered rightly by the exact cache and by others",
+            caption="points: right answers more than with the exact cache, of a hundred, with 95 % "
+            "confidence. length: mean tokens of a reply, and of the exact cache's.",
+        )
+        remarks += [pair(results, name).verdict(name) for name in names]
+        remarks.append(f"Wrote {args.out / 'cases.txt'}")
+    print("\n".join(remarks))
 
 
 def _row(result: TaskResult, name: str) -> dict[str, str]:
@@ -89,7 +88,6 @@ def _row(result: TaskResult, name: str) -> dict[str, str]:
         "cache": name,
         "task": result.task.name + (", easy" if result.form.is_easy else ""),
         "context": f"{result.form.length:,}",
-        "prompts": f"{len(result.questions)}",
         "both": f"{both.both}",
         "only exact": f"{both.only_exact}",
         "only this": f"{both.only_other}",
@@ -99,20 +97,17 @@ def _row(result: TaskResult, name: str) -> dict[str, str]:
     }
 
 
-def _write_cases(file: Path, results: Iterable[TaskResult], names: list[str]) -> None:
+def _write_cases(file: Path, results: list[TaskResult], names: list[str]) -> None:
     """Write the first cases in which only one of two caches is right."""
-    lines = []
+    text = ""
     for result in results:
         for name in names:
             cases = zip(result.questions, result.replies[EXACT.name], result.replies[name])
             differing = [case for case in cases if case[1].is_right != case[2].is_right]
             for question, exact, other in differing[:_CASES]:
-                lines += [
-                    f"{result.task.name}, {result.form.length:,} tokens, {name}",
-                    f"  asked: {question.text!r}",
-                    f"  right: {question.opening + question.answer!r}",
-                    f"  exact: {question.opening + exact.text!r}",
-                    f"  {name}: {question.opening + other.text!r}",
-                ]
+                text += f"{result.task.name}, {result.form.length:,} tokens: {question.text!r}\n"
+                said = {"right": question.answer, "exact": exact.text, name: other.text}
+                for who, answer in said.items():
+                    text += f"  {who}: {question.opening + answer!r}\n"
     with write_errors(file):
-        file.write_text("\n".join([*lines, ""]), encoding="utf-8")
+        file.write_text(text, encoding="utf-8")

@@ -5,7 +5,6 @@ through the cache a few at a time. So they see quantized tokens as soon as these
 """
 
 import copy
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -18,13 +17,9 @@ from ..kernels.attention import MAX_DECODE_ROWS
 from ..lm.compressible import flat_caches, plain_caches
 from ..lm.loading import reason_of
 from ..lm.report import cache_size
-from ..lm.texts import start_tokens
 from .cache_specs import CHUNK, EXACT, CacheSpec, Progress, ignore, token_size
-from .needle import hide_codes
-from .scores import Generation, Needle, Scores
+from .scores import Generation, Scores
 
-# A reply may begin with some words before the code.
-REPLY_TOKENS = 32
 # Of a chunk, so that queries are not compared with the many keys after them.
 PIECE = 512
 
@@ -180,10 +175,7 @@ class Comparison:
         self._each(mx.array(tokens)[: first - 1], measure)
 
     def _each(self, tokens: mx.array, measure: Callable[[Scores, list[Any]], Any]) -> None:
-        """Prefill every cache that has not failed with the tokens, and measure it.
-
-        A true result of ``measure`` ends the loop.
-        """
+        """Prefill every cache that has not failed with the tokens, and measure it."""
         working = [scores for scores in self.scores if scores.failure is None]
         specs = [scores.spec for scores in working]
         caches = read_first_chunk(self.model, specs, tokens, self.progress)
@@ -191,8 +183,7 @@ class Comparison:
             scores, cache = working.pop(0), caches.pop(0)
             try:
                 read_on(self.model, scores.spec, cache, tokens, self.progress)
-                if measure(scores, cache):
-                    return
+                measure(scores, cache)
             except Exception as error:  # mlx-lm's caches may raise anything
                 if scores.spec.mlx_lm_bits is None:
                     raise
@@ -233,25 +224,6 @@ class Comparison:
 
         self._each(mx.array(prompt[:-1]), measure)
 
-    def needle(self, tokenizer, prompt: list[int], code: str, length: int, depth: float) -> None:
-        """Continue a passkey prompt with every cache; the first six digits must be the code.
-
-        If the exact cache does not find it, the others are not asked.
-        """
-
-        def measure(scores: Scores, cache: list[Any]) -> bool:
-            continuation = following_tokens(self.model, cache, prompt[-1])
-            found = _first_code(tokenizer, islice(continuation, REPLY_TOKENS)) == code
-            scores.needles.append(Needle(length, depth, found))
-            self.progress(REPLY_TOKENS)
-            is_lost = scores.spec is EXACT and not found
-            if is_lost:
-                unread = max(len(prompt) - 1 - CHUNK, 0) + REPLY_TOKENS
-                self.progress((len(self.scores) - 1) * unread)
-            return is_lost
-
-        self._each(mx.array(prompt[:-1]), measure)
-
 
 def exact_losses(model: nn.Module, prompt: list[int], following: list[int]) -> list[float]:
     """The losses of tokens after a prompt, in nats, with the exact cache."""
@@ -261,29 +233,3 @@ def exact_losses(model: nn.Module, prompt: list[int], following: list[int]) -> l
     for rows in log_probabilities(model, cache, tokens[start - 1 : -1]):
         losses += token_losses(rows, tokens[start + len(losses) :][: len(rows)])
     return losses
-
-
-def passkey_prompt(
-    tokenizer, text: list[int], length: int, depth: float, seed: int, chat: bool
-) -> tuple[list[int], str]:
-    """A prompt of ``length`` tokens that ends with a question, and the code that answers it.
-
-    With ``chat`` it is the message of a user in the chat template, and a little longer.
-    """
-    start = start_tokens(tokenizer)
-    prompt, code = hide_codes(tokenizer, text, length - len(start), depth=depth, seed=seed)
-    if chat:
-        message = {"role": "user", "content": tokenizer.decode(prompt) + " which six digits?"}
-        options = {"add_generation_prompt": True, "enable_thinking": False}
-        return list(tokenizer.apply_chat_template([message], **options)), code
-    return start + prompt, code
-
-
-def _first_code(tokenizer, tokens: Iterable[int]) -> str | None:
-    """The first six digits of a reply, which is generated only that far."""
-    reply = []
-    for token in tokens:
-        reply.append(token)
-        if digits := re.search(r"\d{6}", tokenizer.decode(reply)):
-            return digits[0]
-    return None

@@ -6,17 +6,15 @@ What's the Real Context Size of Your Long-Context Language Models?", arXiv 2404.
 
 import math
 import random
-import re
 
-from .needle import SECOND_WORDS, random_code, random_names
-from .passages import QUESTIONS, Passage, Question
+from .passages import QUESTIONS, SECOND_WORDS, Passage, Question, random_names
 
 
 def keys(rng: random.Random, length: int, prose: list[str], is_easy: bool) -> Passage:
     """8 to 64 codes with names that are alike, two asked at once; easy: names unlike, one asked."""
     count = min(max(length // 64, 8), 64)
     names = random_names(count, rng, words=60 if is_easy else math.isqrt(count) + 1)
-    codes = {name: random_code(rng) for name in names}
+    codes = {name: f"{rng.randrange(10**6):06d}" for name in names}
     questions = []
     for _ in range(QUESTIONS):
         one, other = rng.sample(names, 2)
@@ -31,11 +29,6 @@ def keys(rng: random.Random, length: int, prose: list[str], is_easy: bool) -> Pa
         questions.append(question)
     lines = [f"The secret code for {name} is {code}." for name, code in codes.items()]
     return Passage("Remember the secret codes in this text.", lines, prose, questions)
-
-
-def read_keys(reply: str) -> list[str]:
-    """The first two codes."""
-    return re.findall(r"\d{6}", reply)[:2]
 
 
 def variables(rng: random.Random, length: int, prose: list[str], is_easy: bool) -> Passage:
@@ -57,12 +50,6 @@ def variables(rng: random.Random, length: int, prose: list[str], is_easy: bool) 
     return Passage(introduction, lines, prose, questions[:-1])
 
 
-def read_variables(reply: str) -> str | None:
-    """The first number."""
-    found = re.search(r"\b\d+", reply)
-    return found and found[0]
-
-
 def counting(rng: random.Random, length: int, prose: list[str], is_easy: bool) -> Passage:
     """Some words occur many times in a text: which of six does (easy: five others occur once)."""
     words = rng.sample(SECOND_WORDS, QUESTIONS + 24)
@@ -79,9 +66,3 @@ def counting(rng: random.Random, length: int, prose: list[str], is_easy: bool) -
         questions.append(Question(text, "The word that occurs most often is", f" {word}."))
     lines = ["Words: " + " ".join(listed[i : i + 8]) for i in range(0, len(listed), 8)]
     return Passage("Count the words in this text.", lines, prose, questions)
-
-
-def read_counting(reply: str) -> str | None:
-    """The first word."""
-    found = re.search(r"\w+", reply)
-    return found and found[0].lower()

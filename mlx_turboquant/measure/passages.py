@@ -9,12 +9,33 @@ import os
 import random
 import re
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from ..lm.texts import encode, start_tokens
 
 # Questions about one passage, which every cache reads once.
 QUESTIONS = 8
+FIRST_WORDS = (
+    "amber ancient bitter blue bold brave bright broken bronze calm careful clever cold copper "
+    "coral crimson curious dark deep distant dusty eager early empty fierce final frozen gentle "
+    "golden green happy heavy hidden hollow humble ivory jolly kind late light lonely lucky "
+    "marble misty narrow noble orange patient plain proud purple quiet rapid rough royal rusty "
+    "scarlet secret silent silver small steady sunny velvet"
+).split()
+SECOND_WORDS = (
+    "anchor apple arrow badger basket beacon bridge button candle canyon castle cherry cloud "
+    "compass crown desert dragon eagle engine falcon feather forest fountain garden glacier hammer "
+    "harbor island jacket kettle ladder lantern lemon lion meadow mirror mountain needle ocean "
+    "orchard otter panther pepper pillow planet pocket rabbit ribbon river rocket saddle salmon "
+    "shadow spider statue temple thunder tiger tower tunnel turtle violin walnut window"
+).split()
+
+
+def random_names(count: int, rng: random.Random, words: int = 64) -> list[str]:
+    """``count`` different pairs of words; the fewer ``words``, the more alike they are."""
+    first, second = rng.sample(FIRST_WORDS, words), rng.sample(SECOND_WORDS, words)
+    return [f"{first[i // words]} {second[i % words]}" for i in rng.sample(range(words**2), count)]
 
 
 class Question(NamedTuple):
@@ -56,59 +77,38 @@ class Task(NamedTuple):
         return self.read(self.ended(reply)) == self.read(self.ended(answer))
 
 
-class Prompts(NamedTuple):
-    """A passage in tokens: what all its prompts begin with, and what each goes on with.
-
-    ``drafts`` are the right answers, as far as tokens tell.
-    """
-
-    shared: list[int]
-    rests: list[list[int]]
-    drafts: list[list[int]]
-
-
-def prompts_of(tokenizer: Any, passage: Passage, length: int, rng: random.Random) -> Prompts:
-    """Prompts of at most ``length`` tokens, as messages of a user where there is a chat template.
+def prompts_of(
+    tokenizer: Any, passage: Passage, length: int, rng: random.Random
+) -> tuple[list[int], list[list[int]]]:
+    """What all prompts of at most ``length`` tokens begin with, and what each goes on with.
 
     Raises:
         ValueError: the lines that matter take more tokens.
     """
-    fixed = _whole(tokenizer, passage, passage.lines)
-    room = length - max(len(tokens) for tokens, _ in fixed)
+    room = length - max(map(len, _prompts(tokenizer, passage, passage.lines)))
     if room < 0:
         raise ValueError(f"its prompts need {length - room} tokens")
-    count = 0
-    for tokens in encode(tokenizer, [line + "\n" for line in passage.others]):
-        room -= len(tokens)
-        if room < 0:
-            break
-        count += 1
-    places = sorted(rng.sample(range(count + len(passage.lines)), len(passage.lines)))
-    lines = passage.others[:count]
-    for place, line in zip(places, passage.lines):
+    sizes = map(len, encode(tokenizer, [line + "\n" for line in passage.others]))
+    lines = passage.others[: sum(size <= room for size in accumulate(sizes))]
+    places = rng.sample(range(len(lines) + len(passage.lines)), len(passage.lines))
+    for place, line in zip(sorted(places), passage.lines):
         lines.insert(place, line)
-    whole = _whole(tokenizer, passage, lines)
-    prompts = [tokens for tokens, _ in whole]
-    shared = min(len(os.path.commonprefix([prompts[0], tokens])) for tokens in prompts)
-    shared = min(shared, min(map(len, prompts)) - 1)
-    drafts = [both[len(os.path.commonprefix([tokens, both])) :] for tokens, both in whole]
-    return Prompts(prompts[0][:shared], [tokens[shared:] for tokens in prompts], drafts)
+    prompts = _prompts(tokenizer, passage, lines)
+    shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+    return prompts[0][:shared], [tokens[shared:] for tokens in prompts]
 
 
-def _whole(tokenizer: Any, passage: Passage, lines: list[str]) -> list[tuple[list[int], list[int]]]:
-    """The tokens of each prompt, and of the prompt with its answer."""
-    body = "\n".join([passage.introduction, "", *lines, ""])
-    whole = []
+def _prompts(tokenizer: Any, passage: Passage, lines: list[str]) -> list[list[int]]:
+    """The tokens of each prompt: the message of a user where there is a chat template."""
+    texts = []
     for question in passage.questions:
-        text, start = f"{body}\n{question.text}", start_tokens(tokenizer)
+        text = "\n".join([passage.introduction, "", *lines, "", question.text])
         if tokenizer.has_chat_template:
             message = [{"role": "user", "content": text}]
             options = {"add_generation_prompt": True, "enable_thinking": False}
             text = tokenizer.apply_chat_template(message, tokenize=False, **options)
-            start = []  # the template writes it
         else:
             text += "\n"
-        prompt = text + question.opening
-        asked, answered = encode(tokenizer, [prompt, prompt + question.answer])
-        whole.append((start + asked, start + answered))
-    return whole
+        texts.append(text + question.opening)
+    start = [] if tokenizer.has_chat_template else start_tokens(tokenizer)
+    return [start + tokens for tokens in encode(tokenizer, texts)]

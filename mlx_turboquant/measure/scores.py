@@ -8,14 +8,6 @@ import numpy as np
 from .cache_specs import CacheSpec
 
 
-class Needle(NamedTuple):
-    """One question about a code hidden at ``depth`` (0 to 1) of ``length`` tokens."""
-
-    length: int
-    depth: float
-    found: bool
-
-
 class Generation(NamedTuple):
     """Tokens generated after a prompt, greedily or with random numbers that all caches share.
 
@@ -63,7 +55,6 @@ class Scores:
     agreements: list[bool] = field(default_factory=list)
     overlaps: list[float] = field(default_factory=list)
     departures: list[int | None] = field(default_factory=list)
-    needles: list[Needle] = field(default_factory=list)
     generations: list[Generation] = field(default_factory=list)
     failure: str | None = None
 
@@ -90,9 +81,6 @@ class Scores:
                 "top1_agreement": float(np.mean(self.agreements)),
                 "overlap": float(np.mean(self.overlaps)),
             }
-        if self.needles:
-            measured["needles_found"] = sum(needle.found for needle in self.needles)
-            measured["needles"] = [needle._asdict() for needle in self.needles]
         if self.generations:
             measured["generations"] = [each.summary() for each in self.generations]
         return measured

@@ -8,7 +8,9 @@ solves more than half of the easy questions, and with hard ones where it solves 
 import copy
 import json
 import random
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,23 +19,31 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..files import write_errors
+from ..lm.compression import compression_of
 from ..lm.loading import reason_of
+from ..lm.texts import encode
 from . import finding_tasks, writing_tasks
 from .cache_specs import EXACT, CacheSpec, Progress, ignore
 from .evaluate import following_tokens, read_first_chunk, read_on
 from .paired import Paired, paired
-from .passages import QUESTIONS, Passage, Prompts, Question, Task, prompts_of
+from .passages import QUESTIONS, Question, Task, prompts_of
 
 _CODE_ENDS = r"\n\n|```"
+_renaming = partial(writing_tasks.functions, is_renamed=True)
+_codes = re.compile(r"\d{6}").findall
+_first_word = re.compile(r"\A\W*(\w+)").findall
+_first_number = re.compile(r"\A\D*(\d+)").findall
+_last_number = re.compile(r"\d+(?=\D*\Z)").findall
+_lines = re.compile(r"^.*\S", re.MULTILINE).findall
 _ALL = (
-    Task("keys", finding_tasks.keys, finding_tasks.read_keys),
-    Task("variables", finding_tasks.variables, finding_tasks.read_variables, "\n\n"),
-    Task("counting", finding_tasks.counting, finding_tasks.read_counting),
-    Task("steps", writing_tasks.steps, writing_tasks.read_steps),
-    Task("sampled-steps", writing_tasks.steps, writing_tasks.read_steps, is_sampled=True),
-    Task("tools", writing_tasks.tools, writing_tasks.read_tools),
-    Task("copy", writing_tasks.copy, writing_tasks.read_code, _CODE_ENDS),
-    Task("renaming", writing_tasks.renaming, writing_tasks.read_code, _CODE_ENDS),
+    Task("keys", finding_tasks.keys, _codes, r"\n|\."),
+    Task("variables", finding_tasks.variables, _first_number, "\n\n"),
+    Task("counting", finding_tasks.counting, _first_word),
+    Task("steps", writing_tasks.steps, _last_number),
+    Task("sampled-steps", writing_tasks.steps, _last_number, is_sampled=True),
+    Task("tools", writing_tasks.tools, writing_tasks.read_call),
+    Task("copy", writing_tasks.functions, _lines, _CODE_ENDS),
+    Task("renaming", _renaming, _lines, _CODE_ENDS),
 )
 TASKS = {task.name: task for task in _ALL}
 
@@ -57,15 +67,11 @@ class Reply(NamedTuple):
 
 
 class TaskResult(NamedTuple):
-    """A task in the form in which it was done.
-
-    ``questions`` are about ``passages``; the ``replies`` to them are those of each cache by name.
-    """
+    """A task in the form in which it was done: questions, and each cache's replies by its name."""
 
     task: Task
     form: Form
     questions: list[Question]
-    passages: list[int]
     replies: dict[str, list[Reply]]
 
 
@@ -75,16 +81,16 @@ def pair(results: Iterable[TaskResult], name: str) -> Paired:
     for result in results:
         exact += [reply.is_right for reply in result.replies[EXACT.name]]
         other += [reply.is_right for reply in result.replies[name]]
-        passages += [(result.task.name, passage) for passage in result.passages]
+        passages += [f"{result.task.name} {i // QUESTIONS}" for i in range(len(result.questions))]
     return paired(exact, other, passages)
 
 
 class TaskRun:
     """Does tasks, and keeps the replies in a file, from which a second start goes on.
 
-    ``prose`` are lines to fill prompts with, and ``about`` says what else replies depend on. The
-    ``failures`` are those of caches of mlx-lm that the model does not support, by name. Progress
-    counts passages that a cache has read and answered.
+    ``prose`` are lines to fill prompts with, and ``about`` says what all replies depend on; those
+    of a cache are kept with the bits of its layers. The ``failures`` are those of caches of mlx-lm
+    that the model does not support, by name. Progress counts passages that a cache has answered.
 
     Raises:
         ValueError: the file is of another run.
@@ -115,11 +121,10 @@ class TaskRun:
             ValueError: why the model cannot do the task, as half a sentence.
         """
         form = self._form(task, length)
-        result = TaskResult(task, form, [], [], {spec.name: [] for spec in self.specs})
+        result = TaskResult(task, form, [], {spec.name: [] for spec in self.specs})
         for seed in range(1, passages + 1):
             questions, replies = self._ask(task, form, seed, self.specs)
             result.questions.extend(questions)
-            result.passages.extend([seed] * len(questions))
             for name, given in replies.items():
                 result.replies[name].extend(given)
         for name in self.failures:
@@ -129,20 +134,15 @@ class TaskRun:
     def _form(self, task: Task, length: int) -> Form:
         """The form in which the exact cache solves enough of a passage."""
         limit = getattr(self.model.args, "max_position_embeddings", None) or length
-        reason = ""
-        while length >= SHORTEST:
-            if length <= limit:
-                try:
-                    share = self._share(task, Form(length, True))
-                except ValueError as error:
-                    reason = reason or str(error)
-                    break
+        reason = f"the model has a context of {limit:,} tokens"
+        for size in (length >> halvings for halvings in range(length.bit_length())):
+            if SHORTEST <= size <= limit:
+                share = self._share(task, Form(size, True))
                 if share > _ENOUGH:
-                    is_hard = share == 1 and self._share(task, Form(length, False)) > _ENOUGH
-                    return Form(length, not is_hard)
-                reason = f"the exact cache solves {share:.0%} at {length:,} tokens"
-            length //= 2
-        raise ValueError(reason or f"the model has a context of {limit:,} tokens")
+                    is_hard = share == 1 and self._share(task, Form(size, False)) > _ENOUGH
+                    return Form(size, not is_hard)
+                reason = f"the exact cache solves {share:.0%} at {size:,} tokens"
+        raise ValueError(reason)
 
     def _share(self, task: Task, form: Form) -> float:
         """The share of a passage that the exact cache solves."""
@@ -157,73 +157,66 @@ class TaskRun:
         start = rng.randrange(len(self.prose))
         prose = self.prose[start:] + self.prose[:start]
         passage = task.make(rng, form.length, prose, form.is_easy)
-        prompts = prompts_of(self.tokenizer, passage, form.length, rng)
-        keys = {spec.name: (task.name, *form, seed, spec.name) for spec in specs}
-        asked = [spec for spec in specs if keys[spec.name] not in self._kept]
-        asked = [spec for spec in asked if spec.name not in self.failures]
-        shared = mx.array(prompts.shared)
-        caches = read_first_chunk(self.model, asked, shared) if asked else []
-        drafts = prompts.drafts
+        shared, rests = prompts_of(self.tokenizer, passage, form.length, rng)
+        specs = [spec for spec in specs if spec.name not in self.failures]
+        keys = {spec: (task.name, *form, seed, spec.name, self._bits(spec)) for spec in specs}
+        asked = [spec for spec in specs if keys[spec] not in self._kept]
+        caches = read_first_chunk(self.model, asked, mx.array(shared)) if asked else []
+        replies: dict[str, list[Reply]] = {}
         for spec in specs:
             if spec in asked:
+                cache = caches.pop(0)
+                # What the exact cache says is the best guess of what the others will say.
+                guesses = [reply.tokens for reply in replies.get(EXACT.name, [])]
+                given = []
                 try:
-                    written = self._write(task, spec, caches.pop(0), prompts, drafts, seed)
+                    read_on(self.model, spec, cache, mx.array(shared))
+                    for i, (rest, question) in enumerate(zip(rests, passage.questions)):
+                        noise = seed * QUESTIONS + i if task.is_sampled else None
+                        guess = guesses[i] if guesses else None
+                        own = copy.deepcopy(cache)
+                        given.append(self._reply(task, own, rest, question, guess, noise))
                 except Exception as error:  # whatever mlx-lm's cache raises with a model
                     if spec.mlx_lm_bits is None:
                         raise
                     self.failures[spec.name] = reason_of(error)
                     continue
-                self._keep(keys[spec.name], passage, written, task)
-            if spec is EXACT:  # which is the best guess of what the others will say
-                drafts = [reply.tokens for reply in self._kept[keys[spec.name]]]
+                self._kept[keys[spec]] = given
+                with write_errors(self._file), self._file.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps([keys[spec], given]) + "\n")
+                mx.clear_cache()
+            replies[spec.name] = self._kept[keys[spec]]
             self.progress(seed > 0)
-        replies = {name: self._kept[key] for name, key in keys.items() if key in self._kept}
         return passage.questions, replies
 
-    def _write(
+    def _bits(self, spec: CacheSpec) -> str:
+        """The bits of keys and values of each layer, which depend on the profile."""
+        return str(spec.settings and compression_of(self.model).bits(spec.settings))
+
+    def _reply(
         self,
         task: Task,
-        spec: CacheSpec,
         cache: list[Any],
-        prompts: Prompts,
-        drafts: list[list[int]],
-        seed: int,
-    ) -> list[tuple[str, list[int]]]:
-        """The text and tokens of each reply of a cache that has read the first chunk."""
-        read_on(self.model, spec, cache, mx.array(prompts.shared))
-        replies = []
-        for i, (rest, draft, right) in enumerate(zip(prompts.rests, drafts, prompts.drafts)):
-            own = copy.deepcopy(cache)
-            if rest[:-1]:
-                self.model(mx.array([rest[:-1]]), cache=own)
-            noise = seed * QUESTIONS + i if task.is_sampled else None
-            tokens = following_tokens(self.model, own, rest[-1], noise, draft)
-            replies.append(self._until_stop(task, tokens, 2 * len(right) + 16))
-        mx.clear_cache()
-        return replies
-
-    def _until_stop(self, task: Task, tokens: Iterator[int], most: int) -> tuple[str, list[int]]:
-        written: list[int] = []
+        prompt: list[int],
+        question: Question,
+        guess: list[int] | None,
+        seed: int | None,
+    ) -> Reply:
+        """What a cache replies that has read all but the rest of a prompt."""
+        if prompt[:-1]:
+            self.model(mx.array([prompt[:-1]]), cache=cache)
+        [right] = encode(self.tokenizer, [question.answer])
+        following = following_tokens(self.model, cache, prompt[-1], seed, guess or right)
+        tokens: list[int] = []
         text = ""
-        for token in islice(tokens, most):
-            written.append(token)
+        for token in islice(following, 2 * len(right) + 16):
+            tokens.append(token)
             if token in self.tokenizer.eos_token_ids:
                 break
-            text = self.tokenizer.decode(written)
+            text = self.tokenizer.decode(tokens)
             if task.ended(text) != text.lstrip("\n"):
                 break
-        return task.ended(text), written
-
-    def _keep(
-        self, key: tuple, passage: Passage, written: list[tuple[str, list[int]]], task: Task
-    ) -> None:
-        """Judge replies, and add them to the file."""
-        self._kept[key] = [
-            Reply(text, tokens, task.is_right(text, question.answer))
-            for (text, tokens), question in zip(written, passage.questions)
-        ]
-        with write_errors(self._file), self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([key, self._kept[key]]) + "\n")
+        return Reply(task.ended(text), tokens, task.is_right(text, question.answer))
 
 
 def _kept_replies(file: Path, about: dict[str, Any]) -> dict[tuple, list[Reply]]:

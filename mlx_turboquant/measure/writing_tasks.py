@@ -7,8 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from .needle import FIRST_WORDS, SECOND_WORDS, random_names
-from .passages import QUESTIONS, Passage, Question
+from .passages import FIRST_WORDS, QUESTIONS, SECOND_WORDS, Passage, Question, random_names
 
 
 def steps(rng: random.Random, length: int, prose: list[str], is_easy: bool) -> Passage:
@@ -40,11 +39,6 @@ def _problem(rng: random.Random, is_easy: bool) -> tuple[str, str]:
         solution.append(f"{value} {sign} {number} = {result}")
         value = result
     return ", ".join(problem) + ".", ", ".join(solution) + f". The result is {value}."
-
-
-def read_steps(reply: str) -> str | None:
-    """The last number."""
-    return next(iter(re.findall(r"\d+", reply)[::-1]), None)
 
 
 _ACCOUNT = {"customer": {"type": "string"}, "account": {"type": "integer"}}
@@ -98,76 +92,54 @@ def _request(rng: random.Random, account: dict[str, Any], is_easy: bool) -> tupl
     return request, _called("send_money", account | money)
 
 
-def read_tools(reply: str) -> dict[str, Any] | None:
-    """The call, if it is one that the schemas allow."""
+def read_call(reply: str) -> Any:
+    """What a reply says in JSON; None if it is none."""
     try:
-        call = json.loads(reply)
-        properties = _TOOLS[call["name"]]
-        is_complete = set(call) == {"name", "arguments"} and set(call["arguments"]) == set(
-            properties
-        )
-        fits = (_fits(value, properties[key]) for key, value in call["arguments"].items())
-        return call if is_complete and all(fits) else None
-    except (ValueError, KeyError, TypeError):
+        return json.loads(reply)
+    except ValueError:
         return None
 
 
-def _fits(value: Any, schema: dict[str, Any]) -> bool:
-    kind = {"integer": int, "string": str}.get(schema.get("type"), object)
-    return isinstance(value, kind) and value in schema.get("enum", [value])
+def functions(
+    rng: random.Random, length: int, prose: list[str], is_easy: bool, is_renamed: bool = False
+) -> Passage:
+    """Functions of five statements among others (easy: of two, in prose), each to be repeated.
 
-
-def copy(rng: random.Random, length: int, prose: list[str], is_easy: bool) -> Passage:
-    """Functions, each to be repeated word by word."""
-    return _functions(rng, prose, is_easy, is_renamed=False)
-
-
-def renaming(rng: random.Random, length: int, prose: list[str], is_easy: bool) -> Passage:
-    """Functions, each to be repeated with another name for one variable."""
-    return _functions(rng, prose, is_easy, is_renamed=True)
-
-
-def _functions(rng: random.Random, prose: list[str], is_easy: bool, is_renamed: bool) -> Passage:
-    """Functions of five statements among others; easy: of two, in prose."""
+    Word by word, or with another name for one variable.
+    """
     names = [name.replace(" ", "_") for name in random_names(16 * QUESTIONS, rng)]
     words = itertools.cycle(rng.sample(SECOND_WORDS, 64))
     verbs = itertools.cycle(rng.sample(FIRST_WORDS, 64))
     count = 2 if is_easy else 5
-    functions = [_function(rng, name, words, verbs, count) for name in names]
+    written = [_function(rng, name, words, verbs, count) for name in names]
     questions = []
-    for name, (code, variable) in zip(names[:QUESTIONS], functions):
+    for name, (code, variable, renamed) in zip(names[:QUESTIONS], written):
+        first, rest = (renamed if is_renamed else code).split("\n", 1)
         request = f"Write down the function {name}, exactly as it is above"
         if is_renamed:
-            code = re.sub(rf"\b{variable}\b", "result", code)
             request += f", but rename the variable {variable} to result"
-        first, rest = code.split("\n", 1)
         opening = f"Here is the function `{name}`:\n\n```python\n{first}"
         questions.append(Question(request + ".", opening, f"\n{rest}\n```"))
     introduction = "Read the functions in this text."
     if is_renamed:
-        code, variable = functions[-1]
-        renamed = re.sub(rf"\b{variable}\b", "result", code)
+        code, variable, renamed = written[-1]
         introduction += (
             f" An example of renaming {variable} to result:\n```python\n{code}\n```\n"
             f"becomes\n```python\n{renamed}\n```"
         )
-    lines = [code + "\n" for code, _ in functions]
+    lines = [code + "\n" for code, *_ in written]
     others = prose if is_easy else lines[QUESTIONS:-1]
     return Passage(introduction, lines[:QUESTIONS], others, questions)
 
 
 def _function(
     rng: random.Random, name: str, words: Iterator[str], verbs: Iterator[str], count: int
-) -> tuple[str, str]:
-    """A function of ``count`` statements, and the variable that the first of them assigns to."""
+) -> tuple[str, str, str]:
+    """A function of ``count`` statements, its first variable, and it with another name for that."""
     argument, *variables = itertools.islice(words, count + 1)
     code, known = f"def {name}({argument}):\n", argument
     for variable in variables:
         code += f"    {variable} = {next(verbs)}({known}, {rng.randrange(2, 100)})\n"
         known = variable
-    return code + f"    return {known}", variables[0]
-
-
-def read_code(reply: str) -> str:
-    """The lines of a function."""
-    return "\n".join(line.rstrip() for line in reply.strip().splitlines())
+    code += f"    return {known}"
+    return code, variables[0], re.sub(rf"\b{variables[0]}\b", "result", code)

@@ -21,7 +21,7 @@ from mlx_turboquant.cli.options import parse_size
 from mlx_turboquant.lm.loading import model_errors
 
 PLAN = ("plan", "--shape", "llama-3.1-8b", "--memory")
-EVALUATE = ("evaluate", "--model", TINY_LM, "--uniform", "--needle-lengths", "--kv-bits", "4")
+EVALUATE = ("evaluate", "--model", TINY_LM, "--uniform", "--kv-bits", "4")
 SHORT = ("--context", "64", "--samples", "1", "--scored", "16", "--greedy", "2")
 
 

@@ -41,7 +41,7 @@ from mlx_turboquant.cli.admission import Admission, KeptPrompts
 from mlx_turboquant.cli.scopes import ScopedTokens
 from mlx_turboquant.cli.stored_prompts import StoredPrompts
 from mlx_turboquant.lm.prompt_store import PromptStore
-from mlx_turboquant.measure.needle import random_names
+from mlx_turboquant.measure.passages import random_names
 
 
 def long_text() -> str:

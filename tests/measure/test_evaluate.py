@@ -13,15 +13,13 @@ from mlx_turboquant import disable
 from mlx_turboquant.lm.settings import Settings
 from mlx_turboquant.measure.cache_specs import EXACT, MLX_LM, preset
 from mlx_turboquant.measure.evaluate import (
-    REPLY_TOKENS,
     Comparison,
     divergence,
     following_tokens,
-    passkey_prompt,
     read_first_chunk,
     read_prompt,
 )
-from mlx_turboquant.measure.scores import Needle, Scores
+from mlx_turboquant.measure.scores import Scores
 
 TOKENS = random_tokens(301, seed=5).tolist()
 SHORT = Settings(window=16)
@@ -111,34 +109,6 @@ def test_stretches_of_positions_cover_what_was_scored():
     ]
 
 
-def test_a_code_is_found_with_four_bits_and_not_without_the_text(tiny_lm):
-    model, tokenizer = tiny_lm
-    text = tokenizer.encode("import os\nx = os.getcwd()\n" * 100)
-    prompt, code = passkey_prompt(tokenizer, text, 500, 0.5, 0, chat=False)
-    comparison = Comparison(model, [preset("4")])
-    comparison.needle(tokenizer, prompt, code, 500, 0.5)
-    comparison.needle(tokenizer, prompt[-20:], code, 20, 1)
-    exact, ours = (scores.needles for scores in comparison.scores)
-    assert exact == [Needle(500, 0.5, True), Needle(20, 1, False)]
-    assert ours == exact[:1]  # if the exact cache finds nothing, no other is asked
-
-
-def test_a_question_in_a_chat_is_the_message_of_a_user(tiny_lm):
-    _, tokenizer = tiny_lm
-    text = tokenizer.encode("import os\nx = os.getcwd()\n" * 100)
-
-    class Chat:
-        encode, decode = tokenizer.encode, tokenizer.decode
-
-        def apply_chat_template(self, messages, add_generation_prompt, enable_thinking):
-            assert add_generation_prompt and not enable_thinking
-            return tokenizer.encode("".join(f"<{m['role']}>{m['content']}" for m in messages))
-
-    prompt, code = passkey_prompt(Chat(), text, 500, 0.5, 0, chat=True)
-    message = tokenizer.decode(prompt)
-    assert message.startswith("<user>") and f"is {code}." in message and message.endswith("?")
-
-
 def test_the_overlap_is_one_less_the_total_variation(random_model):
     exact, ours = compare(random_model, preset("K1V1", Settings(window=0)))
     assert exact.overlaps == pytest.approx([1.0] * 100, abs=1e-5)  # float32 sums of 128 numbers
@@ -181,14 +151,6 @@ def test_progress_counts_every_token_of_a_text(random_model):
     comparison = Comparison(random_model, [preset("4")], counted.append)
     comparison.text(TOKENS, 100, 7)
     assert sum(counted) == 2 * (len(TOKENS) - 1 + 7)
-
-
-def test_progress_counts_a_code_that_the_exact_cache_does_not_find(tiny_lm):
-    model, tokenizer = tiny_lm
-    counted = []
-    comparison = Comparison(model, [preset("4"), preset("2")], counted.append)
-    comparison.needle(tokenizer, tokenizer.encode("import os\n"), "123456", 5, 0)
-    assert sum(counted) == 3 * (len(tokenizer.encode("import os\n")) - 1 + REPLY_TOKENS)
 
 
 @pytest.mark.parametrize(

@@ -9,26 +9,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-FIRST_WORDS = (
-    "amber ancient bitter blue bold brave bright broken bronze calm careful clever cold copper "
-    "coral crimson curious dark deep distant dusty eager early empty fierce final frozen gentle "
-    "golden green happy heavy hidden hollow humble ivory jolly kind late light lonely lucky "
-    "marble misty narrow noble orange patient plain proud purple quiet rapid rough royal rusty "
-    "scarlet secret silent silver small steady sunny velvet"
-).split()
-SECOND_WORDS = (
-    "anchor apple arrow badger basket beacon bridge button candle canyon castle cherry cloud "
-    "compass crown desert dragon eagle engine falcon feather forest fountain garden glacier hammer "
-    "harbor island jacket kettle ladder lantern lemon lion meadow mirror mountain needle ocean "
-    "orchard otter panther pepper pillow planet pocket rabbit ribbon river rocket saddle salmon "
-    "shadow spider statue temple thunder tiger tower tunnel turtle violin walnut window"
-).split()
-
-
-def random_names(count: int, rng: random.Random, words: int = 64) -> list[str]:
-    """``count`` different pairs of words; the fewer ``words``, the more alike they are."""
-    first, second = rng.sample(FIRST_WORDS, words), rng.sample(SECOND_WORDS, words)
-    return [f"{first[i // words]} {second[i % words]}" for i in rng.sample(range(words**2), count)]
+from mlx_turboquant.measure.passages import random_names
 
 
 def random_code(rng: random.Random) -> str:

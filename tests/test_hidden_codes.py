@@ -1,10 +1,7 @@
-import random
-
 import pytest
+from hidden_codes import answer, code_line, hide_codes, question
 from hypothesis import given
 from hypothesis import strategies as st
-
-from mlx_turboquant.measure.needle import answer, code_line, hide_codes, question, random_names
 
 
 class Characters:
@@ -47,12 +44,6 @@ def test_the_depth_places_the_code_that_is_asked_for(depth):
     place = TOKENIZER.decode(tokens).index(f"is {code}.")
     # The other three lines and the question take about 250 characters.
     assert abs(place / 3000 - depth) < 0.1
-
-
-@given(st.integers(1, 64), st.sampled_from([8, 64]))
-def test_names_are_different(count, words):
-    names = random_names(min(count, words**2), random.Random(0), words=words)
-    assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize(
