@@ -784,11 +784,7 @@ def test_evaluate_prints_a_table_and_writes_json_and_pictures(tmp_path):
     result = run(*EVALUATE, *SHORT, *options, "--out", str(out))
     assert result.returncode == 0, result.stderr
     lines = [re.split(r"  +", line.strip()) for line in result.stdout.splitlines()]
-<<<<<<< HEAD
-    table = {line[0]: line[1:] for line in lines if len(line) == 11 and "--" not in line[0]}
-=======
-    table = {line[0]: line[1:] for line in lines if len(line) == 10}
->>>>>>> tasks2
+    table = {line[0]: line[1:] for line in lines if len(line) == 10 and "--" not in line[0]}
     names = ["exact", "mlx-lm 8 bits", "mlx-lm 4 bits", "4 bits", "K3V2"]
     assert list(table) == ["cache", *names]
     bits = ["16.00", "8.50", "4.50", "4.12", "2.62"]
@@ -814,16 +810,10 @@ def test_evaluate_prints_a_table_and_writes_json_and_pictures(tmp_path):
         (("--context", "10000000"), "tokens and 10,000,001 are needed: give a longer text"),
         (("--context", "100"), "256 scored tokens are not fewer than the context of 100"),
         (("--samples", "0"), "--samples is 0: use 1 or more."),
-<<<<<<< HEAD
-        (("--needle-lengths", "40"), "ask for a longer prompt"),
         (
             ("--text", "missing.txt"),
             "missing.txt cannot be read (No such file or directory): ",
         ),
-        (("--chat",), "has no chat template: leave out --chat."),
-=======
-        (("--text", "missing.txt"), "No such file or directory: 'missing.txt'"),
->>>>>>> tasks2
         (("--model", "missing"), "missing is not a folder, and "),
     ],
 )
