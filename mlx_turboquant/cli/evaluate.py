@@ -20,18 +20,17 @@ from ..measure.tasks import SHORTEST, TASKS
 from .loading import MODEL_HELP, ensure_profile, load_lazily
 from .options import add_comparison_options, add_count, add_out, check_least, settings_of
 from .results import drawing_tools, machine, write_results
-from .tasks import check_tasks, run_tasks
+from .tasks import run_tasks
 
 
 def main(arguments: list[str]) -> None:
     """Compare caches on a model; print a table and write JSON and PNG."""
     args = _parser().parse_args(arguments)
-    _check_numbers(args)
+    _check_options(args)
     settings = settings_of(args)
     specs = [preset(name, settings) for name in args.kv_bits]
     contents = texts.read_texts(args.text) if args.text else texts.bundled_texts()
     if args.tasks is not None:
-        check_tasks(args.tasks)
         model, tokenizer = load_lazily(args.model)
         check_memory(model)
         _prepare(model, tokenizer, args, settings, specs)
@@ -46,14 +45,15 @@ def main(arguments: list[str]) -> None:
     check_memory(model, 12 * args.scored * tokenizer.vocab_size)
     _prepare(model, tokenizer, args, settings, specs)
     comparison = Comparison(model, [*MLX_LM, *specs])
-    steps = sum(len(context) + args.greedy for context in contexts)
-    steps += 2 * (len(contexts[0]) + args.generate) if args.generate else 0
-    with tqdm(total=steps * len(comparison.scores), unit="tokens", unit_scale=True) as bar:
+    caches = len(comparison.scores)
+    steps = caches * sum(len(context) + args.greedy for context in contexts)
+    steps += 2 * (caches + 1) * (len(contexts[0]) + args.generate) if args.generate else 0
+    with tqdm(total=steps, unit="tokens", unit_scale=True) as bar:
         comparison.progress = bar.update
         for context in contexts:
             comparison.text(context, args.scored, args.greedy)
         for seed in (None, 0) if args.generate else ():
-            comparison.generation(contexts[0], args.generate, seed)
+            comparison.generation(contexts[0], args.generate, seed, tokenizer.eos_token_ids)
     scores = comparison.scores
     result = {
         **machine(),
@@ -64,6 +64,8 @@ def main(arguments: list[str]) -> None:
         "greedy": args.greedy,
         "codecs": [{**each.summary(), "by_position": each.by_position()} for each in scores],
     }
+    if args.generate:
+        result["noise"] = comparison.noise.summary()
     pictures.print_table(result)
     write_results(args.out, "evaluation", result, pictures.draw)
 
@@ -109,9 +111,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check_numbers(args: argparse.Namespace) -> None:
+def _check_options(args: argparse.Namespace) -> None:
     check_least(args, context=2, samples=1, scored=1, greedy=0, generate=0)
     check_least(args, prompts=1, length=SHORTEST)
+    for name in args.tasks or ():
+        if name not in TASKS:
+            raise ValueError(f"{name!r} is not a task: use one of {', '.join(TASKS)}.")
     if args.scored >= args.context:
         raise ValueError(
             f"{args.scored} scored tokens are not fewer than the context of {args.context}: "

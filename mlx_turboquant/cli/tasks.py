@@ -23,13 +23,6 @@ from .results import print_rows
 _CASES = 5
 
 
-def check_tasks(names: list[str]) -> None:
-    """Raise ValueError if there is no task of a name."""
-    for name in names:
-        if name not in TASKS:
-            raise ValueError(f"{name!r} is not a task: use one of {', '.join(TASKS)}.")
-
-
 def run_tasks(
     model: nn.Module,
     tokenizer: Any,
@@ -78,10 +71,10 @@ def run_tasks(
 
 def _row(result: TaskResult, name: str) -> dict[str, str]:
     both = pair([result], name)
-    lengths = [
+    own, exact = (
         np.mean([len(reply.tokens) for reply in result.replies[each]])
         for each in (name, EXACT.name)
-    ]
+    )
     return {
         "cache": name,
         "task": result.task.name + (", easy" if result.form.is_easy else ""),
@@ -91,7 +84,7 @@ def _row(result: TaskResult, name: str) -> dict[str, str]:
         "only this": f"{both.only_other}",
         "neither": f"{both.neither}",
         "points": f"{both.difference:+.1f} ({both.low:+.1f} to {both.high:+.1f})",
-        "length": f"{lengths[0]:.1f} ({lengths[1]:.1f})",
+        "length": f"{own:.1f} ({exact:.1f})",
     }
 
 

@@ -121,15 +121,10 @@ class TaskRun:
             ValueError: why the model cannot do the task, as half a sentence.
         """
         form = self._form(task, length)
-        result = TaskResult(task, form, [], {spec.name: [] for spec in self.specs})
-        for seed in range(1, passages + 1):
-            questions, replies = self._ask(task, form, seed, self.specs)
-            result.questions.extend(questions)
-            for name, given in replies.items():
-                result.replies[name].extend(given)
-        for name in self.failures:
-            result.replies.pop(name, None)
-        return result
+        asked = [self._ask(task, form, seed, self.specs) for seed in range(1, passages + 1)]
+        names = [spec.name for spec in self.specs if spec.name not in self.failures]
+        replies = {name: [reply for _, each in asked for reply in each[name]] for name in names}
+        return TaskResult(task, form, [one for each, _ in asked for one in each], replies)
 
     def _form(self, task: Task, length: int) -> Form:
         """The form in which the exact cache solves enough of a passage."""
@@ -146,8 +141,8 @@ class TaskRun:
 
     def _share(self, task: Task, form: Form) -> float:
         """The share of a passage that the exact cache solves."""
-        _, replies = self._ask(task, form, 0, [EXACT])
-        return sum(reply.is_right for reply in replies[EXACT.name]) / QUESTIONS
+        [replies] = self._ask(task, form, 0, [EXACT])[1].values()
+        return sum(reply.is_right for reply in replies) / QUESTIONS
 
     def _ask(
         self, task: Task, form: Form, seed: int, specs: list[CacheSpec]
@@ -165,17 +160,22 @@ class TaskRun:
         replies: dict[str, list[Reply]] = {}
         for spec in specs:
             if spec in asked:
-                cache = caches.pop(0)
                 # What the exact cache says is the best guess of what the others will say.
                 guesses = [reply.tokens for reply in replies.get(EXACT.name, [])]
                 given = []
                 try:
+                    cache = caches.pop(0)
                     read_on(self.model, spec, cache, mx.array(shared))
-                    for i, (rest, question) in enumerate(zip(rests, passage.questions)):
+                    for i, question in enumerate(passage.questions):
+                        [right] = encode(self.tokenizer, [question.answer])
                         noise = seed * QUESTIONS + i if task.is_sampled else None
-                        guess = guesses[i] if guesses else None
-                        own = copy.deepcopy(cache)
-                        given.append(self._reply(task, own, rest, question, guess, noise))
+                        own, guess = copy.deepcopy(cache), guesses[i] if guesses else right
+                        if rests[i][:-1]:
+                            self.model(mx.array([rests[i][:-1]]), cache=own)
+                        following = following_tokens(self.model, own, rests[i][-1], noise, guess)
+                        most = 2 * len(right) + 16
+                        text, tokens = self._written(task, islice(following, most))
+                        given.append(Reply(text, tokens, task.is_right(text, question.answer)))
                 except Exception as error:  # whatever mlx-lm's cache raises with a model
                     if spec.mlx_lm_bits is None:
                         raise
@@ -193,30 +193,18 @@ class TaskRun:
         """The bits of keys and values of each layer, which depend on the profile."""
         return str(spec.settings and compression_of(self.model).bits(spec.settings))
 
-    def _reply(
-        self,
-        task: Task,
-        cache: list[Any],
-        prompt: list[int],
-        question: Question,
-        guess: list[int] | None,
-        seed: int | None,
-    ) -> Reply:
-        """What a cache replies that has read all but the rest of a prompt."""
-        if prompt[:-1]:
-            self.model(mx.array([prompt[:-1]]), cache=cache)
-        [right] = encode(self.tokenizer, [question.answer])
-        following = following_tokens(self.model, cache, prompt[-1], seed, guess or right)
+    def _written(self, task: Task, following: Iterable[int]) -> tuple[str, list[int]]:
+        """The text of a reply, and its tokens."""
         tokens: list[int] = []
         text = ""
-        for token in islice(following, 2 * len(right) + 16):
+        for token in following:
             tokens.append(token)
             if token in self.tokenizer.eos_token_ids:
                 break
             text = self.tokenizer.decode(tokens)
             if task.ended(text) != text.lstrip("\n"):
                 break
-        return Reply(task.ended(text), tokens, task.is_right(text, question.answer))
+        return task.ended(text), tokens
 
 
 def _kept_replies(file: Path, about: dict[str, Any]) -> dict[tuple, list[Reply]]:

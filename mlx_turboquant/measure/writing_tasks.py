@@ -42,11 +42,11 @@ def _problem(rng: random.Random, is_easy: bool) -> tuple[str, str]:
 
 
 _ACCOUNT = {"customer": {"type": "string"}, "account": {"type": "integer"}}
-_MONEY = {"amount": {"type": "integer"}, "currency": {"enum": ["USD", "EUR", "GBP"]}}
+_CURRENCIES = ["USD", "EUR", "GBP"]
 _TOOLS = {
     "open_account": {"customer": {"type": "string"}},
     "close_account": _ACCOUNT,
-    "send_money": _ACCOUNT | _MONEY,
+    "send_money": {**_ACCOUNT, "amount": {"type": "integer"}, "currency": {"enum": _CURRENCIES}},
 }
 
 
@@ -55,41 +55,36 @@ def tools(rng: random.Random, length: int, prose: list[str], is_easy: bool) -> P
 
     Easy calls close an account, others send money as well, and to more accounts.
     """
-    count = length // (256 if is_easy else 128) + 2
-    names = random_names(count, rng)
-    accounts = {name: {"customer": name, "account": rng.randrange(10**5, 10**6)} for name in names}
-    lines = [_schema(name, properties) for name, properties in _TOOLS.items()]
-    for name, account in accounts.items():
+
+    def request(account: dict[str, Any]) -> tuple[str, str]:
+        owner = f"the account of {account['customer']}"
+        if is_easy or rng.random() < 0.5:
+            return f"User: Close {owner}.", _called("close_account", account)
+        money = {"amount": rng.randrange(10, 1000), "currency": rng.choice(_CURRENCIES)}
+        text = f"User: Send {money['amount']} {money['currency']} to {owner}."
+        return text, _called("send_money", account | money)
+
+    names = random_names(length // (256 if is_easy else 128) + 2, rng)
+    accounts = [{"customer": name, "account": rng.randrange(10**5, 10**6)} for name in names]
+    lines = []
+    for name, properties in _TOOLS.items():
+        parameters = {"type": "object", "properties": properties, "required": list(properties)}
+        lines.append(json.dumps({"name": name, "parameters": parameters}))
+    for account in accounts:
+        name = account["customer"]
         call = _called("open_account", {"customer": name})
-        lines.append(
-            f"User: Open an account for {name}.\nCall:{call}\nResult: {json.dumps(account)}"
-        )
-    for name in rng.sample(names, 3):
-        request, call = _request(rng, accounts[name], is_easy)
-        lines.append(f"User: {request}\nCall:{call}\nResult: true")
-    asked = [_request(rng, accounts[rng.choice(names)], is_easy) for _ in range(QUESTIONS)]
-    questions = [Question(f"User: {request}", "Call:", call) for request, call in asked]
+        result = json.dumps(account)
+        lines.append(f"User: Open an account for {name}.\nCall:{call}\nResult: {result}")
+    for account in rng.sample(accounts, 3):
+        lines.append("{}\nCall:{}\nResult: true".format(*request(account)))
+    asked = [request(rng.choice(accounts)) for _ in range(QUESTIONS)]
+    questions = [Question(text, "Call:", call) for text, call in asked]
     introduction = "Call one of these functions for every request of the user."
     return Passage(introduction, lines, prose, questions)
 
 
-def _schema(name: str, properties: dict[str, Any]) -> str:
-    parameters = {"type": "object", "properties": properties, "required": list(properties)}
-    return json.dumps({"name": name, "parameters": parameters})
-
-
 def _called(name: str, arguments: dict[str, Any]) -> str:
     return " " + json.dumps({"name": name, "arguments": arguments})
-
-
-def _request(rng: random.Random, account: dict[str, Any], is_easy: bool) -> tuple[str, str]:
-    """What a user asks for, and the call."""
-    owner = f"the account of {account['customer']}"
-    if is_easy or rng.random() < 0.5:
-        return f"Close {owner}.", _called("close_account", account)
-    money = {"amount": rng.randrange(10, 1000), "currency": rng.choice(["USD", "EUR", "GBP"])}
-    request = f"Send {money['amount']} {money['currency']} to {owner}."
-    return request, _called("send_money", account | money)
 
 
 def read_call(reply: str) -> Any:

@@ -181,6 +181,18 @@ def test_a_second_start_asks_nothing_again(tiny_lm, tmp_path):
     assert len(run(tiny_lm, tmp_path, "4").do(TASKS["keys"], 512, 2).questions) == 2 * QUESTIONS
 
 
+def test_replies_with_other_bits_in_a_layer_are_others(tiny_lm, tmp_path):
+    first = run(tiny_lm, tmp_path, "4")
+    first.do(TASKS["keys"], 512, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        other = [(3, 5)] * 4  # as by another profile
+        patch.setattr("mlx_turboquant.lm.compression.Compression.bits", lambda *_: other)
+        run(tiny_lm, tmp_path, "4").do(TASKS["keys"], 512, 1)
+    _, *lines = map(json.loads, (tmp_path / "tasks.jsonl").read_text().splitlines())
+    bits = [key[-1] for key, _ in lines if key[-2] == "4 bits"]
+    assert bits == [str([(5, 3)] * 4), str(other)]
+
+
 def test_the_replies_of_another_run_are_refused(tiny_lm, tmp_path):
     run(tiny_lm, tmp_path)
     with pytest.raises(ValueError, match="has the replies of another run: use another --out"):
