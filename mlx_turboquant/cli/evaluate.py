@@ -3,18 +3,15 @@
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from tqdm import tqdm
 
 from ..files import make_folder
 from ..lm import texts
 from ..lm.compressible import check_compressible, compressible_caches
 from ..lm.loading import check_memory, prepare_for_device
-from ..lm.settings import Settings
-from ..measure.cache_specs import MLX_LM, CacheSpec, preset
+from ..measure.cache_specs import MLX_LM, preset
 from ..measure.evaluate import Comparison
 from ..measure.tasks import SHORTEST, TASKS
 from .loading import MODEL_HELP, ensure_profile, load_lazily
@@ -30,20 +27,28 @@ def main(arguments: list[str]) -> None:
     settings = settings_of(args)
     specs = [preset(name, settings) for name in args.kv_bits]
     contents = texts.read_texts(args.text) if args.text else texts.bundled_texts()
+    contexts, nbytes = [], 0
+    if args.tasks is None:
+        with drawing_tools("evaluate"):
+            from . import pictures
+    model, tokenizer = load_lazily(args.model)
+    if args.tasks is None:
+        name = ", ".join(map(str, args.text)) if args.text else "The bundled text"
+        contexts = texts.contexts(tokenizer, contents, args.context + 1, args.samples, name)
+        # Log-probabilities of the exact cache and of another one, and what is computed from both.
+        nbytes = 12 * args.scored * tokenizer.vocab_size
+    check_memory(model, nbytes)
+    check_compressible(model, compressible_caches(model))  # before weights are read
+    make_folder(args.out)
+    prepare_for_device(model)
+    mx.eval(model.parameters())
+    if any(spec.needs_profile for spec in specs):
+        ensure_profile(model, tokenizer, args, settings)
+    for spec in specs:
+        spec.make_cache(model)  # refuses what it cannot have before anything is measured
     if args.tasks is not None:
-        model, tokenizer = load_lazily(args.model)
-        check_memory(model)
-        _prepare(model, tokenizer, args, settings, specs)
         run_tasks(model, tokenizer, specs, settings, contents, args)
         return
-    with drawing_tools("evaluate"):
-        from . import pictures
-    model, tokenizer = load_lazily(args.model)
-    name = ", ".join(map(str, args.text)) if args.text else "The bundled text"
-    contexts = texts.contexts(tokenizer, contents, args.context + 1, args.samples, name)
-    # Log-probabilities of the exact cache and of another one, and what is computed from both.
-    check_memory(model, 12 * args.scored * tokenizer.vocab_size)
-    _prepare(model, tokenizer, args, settings, specs)
     comparison = Comparison(model, [*MLX_LM, *specs])
     caches = len(comparison.scores)
     steps = caches * sum(len(context) + args.greedy for context in contexts)
@@ -68,24 +73,6 @@ def main(arguments: list[str]) -> None:
         result["noise"] = comparison.noise.summary()
     pictures.print_table(result)
     write_results(args.out, "evaluation", result, pictures.draw)
-
-
-def _prepare(
-    model: nn.Module,
-    tokenizer: Any,
-    args: argparse.Namespace,
-    settings: Settings,
-    specs: list[CacheSpec],
-) -> None:
-    """Read the weights of a model that its caches can be made for, and calibrate it."""
-    check_compressible(model, compressible_caches(model))  # before weights are read
-    make_folder(args.out)
-    prepare_for_device(model)
-    mx.eval(model.parameters())
-    if any(spec.needs_profile for spec in specs):
-        ensure_profile(model, tokenizer, args, settings)
-    for spec in specs:
-        spec.make_cache(model)  # refuses what it cannot have before anything is measured
 
 
 def _parser() -> argparse.ArgumentParser:

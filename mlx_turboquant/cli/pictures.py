@@ -67,13 +67,8 @@ def _generation_row(name: str, written: dict[str, Any]) -> dict[str, str]:
 
 
 def draw(result: dict[str, Any], folder: Path) -> None:
-    """Write kl.png."""
-    codecs = [codec for codec in result["codecs"] if codec["failure"] is None]
-    _divergences(result, codecs[1:]).savefig(folder / "kl.png", dpi=110)
-
-
-def _divergences(result: dict[str, Any], codecs: list[dict[str, Any]]) -> Figure:
-    """Mean divergence against bits per value."""
+    """Write kl.png: mean divergence against bits per value."""
+    codecs = [codec for codec in result["codecs"][1:] if codec["failure"] is None]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     for ours in (False, True):
@@ -93,4 +88,4 @@ def _divergences(result: dict[str, Any], codecs: list[dict[str, Any]]) -> Figure
     axis.margins(x=0.12)
     axis.grid(alpha=0.3)
     axis.legend()
-    return figure
+    figure.savefig(folder / "kl.png", dpi=110)

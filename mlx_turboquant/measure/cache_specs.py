@@ -59,16 +59,11 @@ class CacheSpec:
         maybe_quantize_kv_cache(cache, 0, GROUP_SIZE, self.mlx_lm_bits)
 
     def read(
-        self,
-        model: nn.Module,
-        cache: list[Any],
-        tokens: mx.array,
-        progress: Progress = ignore,
-        size: int = CHUNK,
+        self, model: nn.Module, cache: list[Any], tokens: mx.array, progress: Progress = ignore
     ) -> None:
-        """Prefill a cache with tokens (B, n) in chunks of a size, as mlx-lm does."""
-        for start in range(0, tokens.shape[1], size):
-            chunk = tokens[:, start : start + size]
+        """Prefill a cache with tokens (B, n) in chunks, as mlx-lm does."""
+        for start in range(0, tokens.shape[1], CHUNK):
+            chunk = tokens[:, start : start + CHUNK]
             model(chunk, cache=cache)
             self.after_chunk(cache)
             mx.eval([layer.state for layer in cache])

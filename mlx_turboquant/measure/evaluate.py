@@ -231,7 +231,10 @@ class Comparison:
 
         self._each(tokens, measure)
         cache = EXACT.make_cache(self.model)
-        EXACT.read(self.model, cache, tokens[None], self.progress, _OTHER_CHUNK)
+        for start in range(0, len(tokens), _OTHER_CHUNK):
+            self.model(tokens[None, start : start + _OTHER_CHUNK], cache=cache)
+            mx.eval([layer.state for layer in cache])
+        self.progress(len(tokens))
         measure(self.noise, cache)
 
 

@@ -12,18 +12,14 @@ from .passages import FIRST_WORDS, QUESTIONS, SECOND_WORDS, Passage, Question, r
 
 def steps(rng: random.Random, length: int, prose: list[str], is_easy: bool) -> Passage:
     """Problems of four sums and differences (easy: two small ones), to be solved step by step."""
-    names = random_names(QUESTIONS + 3, rng)
-    problems = [_problem(rng, is_easy) for _ in names]
-    lines = [
-        f"Problem {name}: {problem}\nSolution of problem {name}: {solution}"
-        for name, (problem, solution) in zip(names[QUESTIONS:], problems[QUESTIONS:])
-    ]
-    questions = []
-    for name, (problem, solution) in zip(names[:QUESTIONS], problems):
-        opening = f"Solution of problem {name}:"
-        questions.append(Question(f"Problem {name}: {problem}", opening, f" {solution}"))
+    solved = []
+    for name in random_names(QUESTIONS + 3, rng):
+        problem, solution = _problem(rng, is_easy)
+        text, opening = f"Problem {name}: {problem}", f"Solution of problem {name}:"
+        solved.append(Question(text, opening, f" {solution}"))
+    lines = [f"{text}\n{opening}{solution}" for text, opening, solution in solved[QUESTIONS:]]
     introduction = "Some lines of this text are problems with solutions, step by step."
-    return Passage(introduction, lines, prose, questions)
+    return Passage(introduction, lines, prose, solved[:QUESTIONS])
 
 
 def _problem(rng: random.Random, is_easy: bool) -> tuple[str, str]:
@@ -32,12 +28,10 @@ def _problem(rng: random.Random, is_easy: bool) -> tuple[str, str]:
     problem, solution = [f"start with {value}"], []
     for _ in range(2 if is_easy else 4):
         number = rng.randrange(1, 4 if is_easy else 10)
-        result, sign, words = rng.choice(
-            [(value + number, "+", "add"), (value - number, "-", "take away")]
-        )
-        problem.append(f"{words} {number}")
-        solution.append(f"{value} {sign} {number} = {result}")
-        value = result
+        word, sign, change = rng.choice([("add", "+", number), ("take away", "-", -number)])
+        problem.append(f"{word} {number}")
+        solution.append(f"{value} {sign} {number} = {value + change}")
+        value += change
     return ", ".join(problem) + ".", ", ".join(solution) + f". The result is {value}."
 
 
@@ -71,14 +65,13 @@ def tools(rng: random.Random, length: int, prose: list[str], is_easy: bool) -> P
         parameters = {"type": "object", "properties": properties, "required": list(properties)}
         lines.append(json.dumps({"name": name, "parameters": parameters}))
     for account in accounts:
-        name = account["customer"]
-        call = _called("open_account", {"customer": name})
-        result = json.dumps(account)
-        lines.append(f"User: Open an account for {name}.\nCall:{call}\nResult: {result}")
+        asked = f"User: Open an account for {account['customer']}."
+        call = _called("open_account", {"customer": account["customer"]})
+        lines.append(f"{asked}\nCall:{call}\nResult: {json.dumps(account)}")
     for account in rng.sample(accounts, 3):
         lines.append("{}\nCall:{}\nResult: true".format(*request(account)))
-    asked = [request(rng.choice(accounts)) for _ in range(QUESTIONS)]
-    questions = [Question(text, "Call:", call) for text, call in asked]
+    following = (request(rng.choice(accounts)) for _ in range(QUESTIONS))
+    questions = [Question(text, "Call:", call) for text, call in following]
     introduction = "Call one of these functions for every request of the user."
     return Passage(introduction, lines, prose, questions)
 
@@ -98,10 +91,7 @@ def read_call(reply: str) -> Any:
 def functions(
     rng: random.Random, length: int, prose: list[str], is_easy: bool, is_renamed: bool = False
 ) -> Passage:
-    """Functions of five statements among others (easy: of two, in prose), each to be repeated.
-
-    Word by word, or with another name for one variable.
-    """
+    """Functions of five statements (easy: of two, in prose) to repeat, or to repeat renamed."""
     names = [name.replace(" ", "_") for name in random_names(16 * QUESTIONS, rng)]
     words = itertools.cycle(rng.sample(SECOND_WORDS, 64))
     verbs = itertools.cycle(rng.sample(FIRST_WORDS, 64))
