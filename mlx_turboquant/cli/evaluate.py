@@ -3,57 +3,62 @@
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from tqdm import tqdm
 
 from ..files import make_folder
 from ..lm import texts
 from ..lm.compressible import check_compressible, compressible_caches
 from ..lm.loading import check_memory, prepare_for_device
-from ..lm.settings import Settings
-from ..measure.cache_specs import MLX_LM, CacheSpec, preset
+from ..measure.cache_specs import MLX_LM, preset
 from ..measure.evaluate import Comparison
 from ..measure.tasks import SHORTEST, TASKS
 from .loading import MODEL_HELP, ensure_profile, load_lazily
 from .options import add_comparison_options, add_count, add_out, check_least, settings_of
 from .results import drawing_tools, machine, write_results
-from .tasks import check_tasks, run_tasks
+from .tasks import run_tasks
 
 
 def main(arguments: list[str]) -> None:
     """Compare caches on a model; print a table and write JSON and PNG."""
     args = _parser().parse_args(arguments)
-    _check_numbers(args)
+    _check_options(args)
     settings = settings_of(args)
     specs = [preset(name, settings) for name in args.kv_bits]
     contents = texts.read_texts(args.text) if args.text else texts.bundled_texts()
+    contexts, nbytes = [], 0
+    if args.tasks is None:
+        with drawing_tools("evaluate"):
+            from . import pictures
+    model, tokenizer = load_lazily(args.model)
+    if args.tasks is None:
+        name = ", ".join(map(str, args.text)) if args.text else "The bundled text"
+        contexts = texts.contexts(tokenizer, contents, args.context + 1, args.samples, name)
+        # Log-probabilities of the exact cache and of another one, and what is computed from both.
+        nbytes = 12 * args.scored * tokenizer.vocab_size
+    check_memory(model, nbytes)
+    check_compressible(model, compressible_caches(model))  # before weights are read
+    make_folder(args.out)
+    prepare_for_device(model)
+    mx.eval(model.parameters())
+    if any(spec.needs_profile for spec in specs):
+        ensure_profile(model, tokenizer, args, settings)
+    for spec in specs:
+        spec.make_cache(model)  # refuses what it cannot have before anything is measured
     if args.tasks is not None:
-        check_tasks(args.tasks)
-        model, tokenizer = load_lazily(args.model)
-        check_memory(model)
-        _prepare(model, tokenizer, args, settings, specs)
         run_tasks(model, tokenizer, specs, settings, contents, args)
         return
-    with drawing_tools("evaluate"):
-        from . import pictures
-    model, tokenizer = load_lazily(args.model)
-    name = ", ".join(map(str, args.text)) if args.text else "The bundled text"
-    contexts = texts.contexts(tokenizer, contents, args.context + 1, args.samples, name)
-    # Log-probabilities of the exact cache and of another one, and what is computed from both.
-    check_memory(model, 12 * args.scored * tokenizer.vocab_size)
-    _prepare(model, tokenizer, args, settings, specs)
     comparison = Comparison(model, [*MLX_LM, *specs])
-    steps = sum(len(context) + args.greedy for context in contexts)
-    steps += 2 * (len(contexts[0]) + args.generate) if args.generate else 0
-    with tqdm(total=steps * len(comparison.scores), unit="tokens", unit_scale=True) as bar:
+    caches = len(comparison.scores)
+    steps = caches * sum(len(context) + args.greedy for context in contexts)
+    steps += 2 * (caches + 1) * (len(contexts[0]) + args.generate) if args.generate else 0
+    with tqdm(total=steps, unit="tokens", unit_scale=True) as bar:
         comparison.progress = bar.update
         for context in contexts:
             comparison.text(context, args.scored, args.greedy)
         for seed in (None, 0) if args.generate else ():
-            comparison.generation(contexts[0], args.generate, seed)
+            comparison.generation(contexts[0], args.generate, seed, tokenizer.eos_token_ids)
     scores = comparison.scores
     result = {
         **machine(),
@@ -64,25 +69,9 @@ def main(arguments: list[str]) -> None:
         "greedy": args.greedy,
         "codecs": [{**each.summary(), "by_position": each.by_position()} for each in scores],
     }
+    if args.generate:
+        result["noise"] = comparison.noise.summary()
     write_results(args.out, "evaluation", result, pictures)
-
-
-def _prepare(
-    model: nn.Module,
-    tokenizer: Any,
-    args: argparse.Namespace,
-    settings: Settings,
-    specs: list[CacheSpec],
-) -> None:
-    """Read the weights of a model that its caches can be made for, and calibrate it."""
-    check_compressible(model, compressible_caches(model))  # before weights are read
-    make_folder(args.out)
-    prepare_for_device(model)
-    mx.eval(model.parameters())
-    if any(spec.needs_profile for spec in specs):
-        ensure_profile(model, tokenizer, args, settings)
-    for spec in specs:
-        spec.make_cache(model)  # refuses what it cannot have before anything is measured
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,9 +97,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check_numbers(args: argparse.Namespace) -> None:
+def _check_options(args: argparse.Namespace) -> None:
     check_least(args, context=2, samples=1, scored=1, greedy=0, generate=0)
     check_least(args, prompts=1, length=SHORTEST)
+    for name in args.tasks or ():
+        if name not in TASKS:
+            raise ValueError(f"{name!r} is not a task: use one of {', '.join(TASKS)}.")
     if args.scored >= args.context:
         raise ValueError(
             f"{args.scored} scored tokens are not fewer than the context of {args.context}: "

@@ -26,9 +26,12 @@ def print_table(result: dict[str, Any]) -> None:
         print(f"{codec['codec']} does not support this model: {codec['failure']}")
     for i, exact in enumerate(codecs[0].get("generations", [])):
         kind = "Sampled" if exact["sampled"] else "Greedy"
+        writers = [codecs[0], result["noise"], *codecs[1:]]
         print_rows(
-            [_generation_row(codec["codec"], codec["generations"][i]) for codec in codecs],
+            [_generation_row(codec["codec"], codec["generations"][i]) for codec in writers],
             title=f"{kind}: {exact['tokens']:,} tokens; their loss under the exact cache, in nats",
+            caption="ends: first token that ends a text. repeats: share of runs of four tokens, up "
+            "to the end, that were written before.",
         )
 
 
@@ -41,8 +44,9 @@ def _row(codec: dict[str, Any], greedy: int) -> dict[str, str]:
         "bits": f"{codec['bits_per_value']:.2f}",
         "bytes": f"{codec['token_nbytes']:,.0f}",
         "KL mean": f"{codec['kl_mean']:.5f}",
-        "median": f"{codec['kl_median']:.5f}",
-        "99 %": f"{codec['kl_p99']:.5f}",
+        "99 %": f"{codec['kl_p99']:.4f}",
+        "99.9 %": f"{codec['kl_p999']:.4f}",
+        "max": f"{codec['kl_max']:.3f}",
         "ppl": f"{codec['perplexity']:.3f}",
         "top-1": f"{codec['top1_agreement']:.1%}",
         "overlap": f"{codec['overlap']:.1%}",
@@ -52,20 +56,19 @@ def _row(codec: dict[str, Any], greedy: int) -> dict[str, str]:
 
 def _generation_row(name: str, written: dict[str, Any]) -> dict[str, str]:
     """The loss of generated tokens with the exact cache, averaged over each stretch."""
-    departure = "never" if written["departure"] is None else str(written["departure"])
+    places = {"departs": written["departure"], "ends": written["end"]}
     losses = written["losses"]
-    stretches = {f"{i}/{len(losses)}": f"{loss:.2f}" for i, loss in enumerate(losses, 1)}
-    return {"cache": name, "departs": departure, **stretches}
+    return {
+        "cache": name,
+        **{key: "never" if place is None else f"{place}" for key, place in places.items()},
+        "repeats": f"{written['repetition']:.0%}",
+        **{f"{i}/{len(losses)}": f"{loss:.2f}" for i, loss in enumerate(losses, 1)},
+    }
 
 
 def draw(result: dict[str, Any], folder: Path) -> None:
-    """Write kl.png."""
-    codecs = [codec for codec in result["codecs"] if codec["failure"] is None]
-    _divergences(result, codecs[1:]).savefig(folder / "kl.png", dpi=110)
-
-
-def _divergences(result: dict[str, Any], codecs: list[dict[str, Any]]) -> Figure:
-    """Mean divergence against bits per value."""
+    """Write kl.png: mean divergence against bits per value."""
+    codecs = [codec for codec in result["codecs"][1:] if codec["failure"] is None]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     for ours in (False, True):
@@ -85,4 +88,4 @@ def _divergences(result: dict[str, Any], codecs: list[dict[str, Any]]) -> Figure
     axis.margins(x=0.12)
     axis.grid(alpha=0.3)
     axis.legend()
-    return figure
+    figure.savefig(folder / "kl.png", dpi=110)

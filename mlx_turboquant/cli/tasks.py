@@ -4,7 +4,6 @@ import argparse
 import math
 import zlib
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
@@ -12,22 +11,12 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import __version__
-from ..files import write_errors
+from ..files import write_json
 from ..lm.settings import Settings
 from ..measure.cache_specs import EXACT, MLX_LM, CacheSpec
 from ..measure.passages import QUESTIONS
 from ..measure.tasks import TASKS, TaskResult, TaskRun, pair
-from .results import print_rows
-
-# Differing replies in a file, of a task and a cache.
-_CASES = 5
-
-
-def check_tasks(names: list[str]) -> None:
-    """Raise ValueError if there is no task of a name."""
-    for name in names:
-        if name not in TASKS:
-            raise ValueError(f"{name!r} is not a task: use one of {', '.join(TASKS)}.")
+from .results import machine, print_rows
 
 
 def run_tasks(
@@ -38,7 +27,7 @@ def run_tasks(
     contents: list[str],
     args: argparse.Namespace,
 ) -> None:
-    """Let the caches do the tasks of the command line, print what they did, and write the cases."""
+    """Let the caches do the tasks of the command line; print a table and write it with cases."""
     specs = [MLX_LM[1], *specs]
     prose = [line for text in contents for line in text.splitlines() if line.strip()]
     about = {
@@ -65,49 +54,47 @@ def run_tasks(
     remarks += [f"{name} is not possible: {why}" for name, why in run.failures.items()]
     if results:
         names = [spec.name for spec in specs if spec.name not in run.failures]
-        _write_cases(args.out / "cases.txt", results, names)
+        rows = [_row(result, name) for result in results for name in names]
+        remarks += [pair(results, name).verdict(name) for name in names]
+        cases = [case for result in results for name in names for case in _cases(result, name)]
+        result = {**machine(), **about, "table": rows, "remarks": remarks, "cases": cases}
+        write_json(args.out / "tasks.json", result)
         print_rows(
-            [_row(result, name) for result in results for name in names],
+            rows,
             keys=2,
             title="Questions answered rightly by the exact cache and by others",
             caption="points: right answers more than with the exact cache, of a hundred, with 95 % "
             "confidence. length: mean tokens of a reply, and of the exact cache's.",
         )
-        remarks += [pair(results, name).verdict(name) for name in names]
-        remarks.append(f"Wrote {args.out / 'cases.txt'}")
+        remarks.append(f"Wrote {args.out / 'tasks.json'}")
     print("\n".join(remarks))
 
 
 def _row(result: TaskResult, name: str) -> dict[str, str]:
     both = pair([result], name)
-    lengths = [
+    own, exact = (
         np.mean([len(reply.tokens) for reply in result.replies[each]])
         for each in (name, EXACT.name)
-    ]
+    )
     return {
         "cache": name,
-        "task": result.task.name + (", easy" if result.form.is_easy else ""),
-        "context": f"{result.form.length:,}",
+        "task": result.task.name + (", easy" if result.is_easy else ""),
+        "context": f"{result.length:,}",
         "both": f"{both.both}",
         "only exact": f"{both.only_exact}",
         "only this": f"{both.only_other}",
         "neither": f"{both.neither}",
         "points": f"{both.difference:+.1f} ({both.low:+.1f} to {both.high:+.1f})",
-        "length": f"{lengths[0]:.1f} ({lengths[1]:.1f})",
+        "length": f"{own:.1f} ({exact:.1f})",
     }
 
 
-def _write_cases(file: Path, results: list[TaskResult], names: list[str]) -> None:
-    """Write the first cases in which only one of two caches is right."""
-    text = ""
-    for result in results:
-        for name in names:
-            cases = zip(result.questions, result.replies[EXACT.name], result.replies[name])
-            differing = [case for case in cases if case[1].is_right != case[2].is_right]
-            for question, exact, other in differing[:_CASES]:
-                text += f"{result.task.name}, {result.form.length:,} tokens: {question.text!r}\n"
-                said = {"right": question.answer, "exact": exact.text, name: other.text}
-                for who, answer in said.items():
-                    text += f"  {who}: {question.opening + answer!r}\n"
-    with write_errors(file):
-        file.write_text(text, encoding="utf-8")
+def _cases(result: TaskResult, name: str) -> list[dict[str, str]]:
+    """The first five cases in which only one of two caches is right."""
+    answers = zip(result.questions, result.replies[EXACT.name], result.replies[name])
+    return [
+        {"task": result.task.name, "asked": question.text, "opening": question.opening}
+        | {"right": question.answer, "exact": exact.text, name: other.text}
+        for question, exact, other in answers
+        if exact.is_right != other.is_right
+    ][:5]

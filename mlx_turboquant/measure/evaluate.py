@@ -22,6 +22,8 @@ from .scores import Generation, Scores
 
 # Of a chunk, so that queries are not compared with the many keys after them.
 PIECE = 512
+# In which a prompt is read again, for sums in another order.
+_OTHER_CHUNK = 384
 
 
 def read_prompt(model: nn.Module, spec: CacheSpec, tokens: mx.array) -> list[Any]:
@@ -140,13 +142,15 @@ class Comparison:
 
     Memory holds the model, one cache, the first chunk of the others, and the exact
     log-probabilities of the scored tokens of one text. If an mlx-lm cache does not support the
-    model, its scores have a ``failure``.
+    model, its scores have a ``failure``. ``noise`` has what the exact cache generates after it has
+    read a prompt in other chunks: texts differ as much by the order of sums alone.
     """
 
     def __init__(self, model: nn.Module, specs: list[CacheSpec], progress: Progress = ignore):
         self.model = model
         self.progress = progress
         self.scores = [Scores(spec) for spec in (EXACT, *specs)]
+        self.noise = Scores(CacheSpec("exact, other chunks"))
 
     def text(self, tokens: list[int], scored: int, greedy: int = 0) -> None:
         """Score the predictions of the last ``scored`` tokens.
@@ -205,12 +209,14 @@ class Comparison:
             scores.agreements += agreements.tolist()
             scores.overlaps += overlaps.tolist()
 
-    def generation(self, prompt: list[int], count: int, seed: int | None = None) -> None:
+    def generation(
+        self, prompt: list[int], count: int, seed: int | None = None, ends: Iterable[int] = ()
+    ) -> None:
         """Generate ``count`` tokens after a prompt with every cache; score them with the exact one.
 
-        :func:`following_tokens` chooses them.
+        :func:`following_tokens` chooses them, beyond the ``ends`` of a text.
         """
-        exact: list[int] = []
+        tokens, exact = mx.array(prompt[:-1]), []
 
         def measure(scores: Scores, cache: list[Any]) -> None:
             following = following_tokens(self.model, cache, prompt[-1], seed)
@@ -219,10 +225,17 @@ class Comparison:
                 exact.extend(written)
             losses = exact_losses(self.model, prompt, written)
             departure = first_difference(exact, written)
-            scores.generations.append(Generation(seed is not None, written, losses, departure))
+            end = next((i for i, token in enumerate(written) if token in ends), None)
+            scores.generations.append(Generation(seed is not None, written, losses, departure, end))
             self.progress(count)
 
-        self._each(mx.array(prompt[:-1]), measure)
+        self._each(tokens, measure)
+        cache = EXACT.make_cache(self.model)
+        for start in range(0, len(tokens), _OTHER_CHUNK):
+            self.model(tokens[None, start : start + _OTHER_CHUNK], cache=cache)
+            mx.eval([layer.state for layer in cache])
+        self.progress(len(tokens))
+        measure(self.noise, cache)
 
 
 def exact_losses(model: nn.Module, prompt: list[int], following: list[int]) -> list[float]:

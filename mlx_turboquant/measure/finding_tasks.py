@@ -18,15 +18,12 @@ def keys(rng: random.Random, length: int, prose: list[str], is_easy: bool) -> Pa
     questions = []
     for _ in range(QUESTIONS):
         one, other = rng.sample(names, 2)
-        question = Question(
-            f"What are the secret codes for {one} and for {other}?",
-            f"The secret codes for {one} and for {other} are",
-            f" {codes[one]} and {codes[other]}.",
-        )
-        if is_easy:
-            text = f"What is the secret code for {one}?"
-            question = Question(text, f"The secret code for {one} is", f" {codes[one]}.")
-        questions.append(question)
+        verb, asked, answer = "is", f"code for {one}", codes[one]
+        if not is_easy:
+            verb, asked = "are", f"codes for {one} and for {other}"
+            answer += f" and {codes[other]}"
+        text, opening = f"What {verb} the secret {asked}?", f"The secret {asked} {verb}"
+        questions.append(Question(text, opening, f" {answer}."))
     lines = [f"The secret code for {name} is {code}." for name, code in codes.items()]
     return Passage("Remember the secret codes in this text.", lines, prose, questions)
 
@@ -38,16 +35,14 @@ def variables(rng: random.Random, length: int, prose: list[str], is_easy: bool) 
     chains, questions = [], []
     for i in range(QUESTIONS + 1):
         chain = [*names[i :: QUESTIONS + 1], str(rng.randrange(10**4, 10**5))]
-        steps = [f"{name} = {value}" for name, value in zip(chain, chain[1:])]
-        chains.append(steps)
-        opening = f"{chain[0]} ="
+        chains.append([f"{name} = {value}" for name, value in zip(chain, chain[1:])])
         text = f"Follow the variable {chain[0]} to its number, line by line."
-        questions.append(Question(text, opening, "\n".join(steps).removeprefix(opening)))
+        opening = f"{chain[0]} ="
+        questions.append(Question(text, opening, "\n".join(chains[i]).removeprefix(opening)))
     example = "\n".join(chains.pop())
     order = rng.sample([chain for chain in chains for _ in chain], count * QUESTIONS)
-    lines = [chain.pop() for chain in order]
     introduction = f"Follow the variables in this text to their numbers, as here:\n{example}"
-    return Passage(introduction, lines, prose, questions[:-1])
+    return Passage(introduction, [chain.pop() for chain in order], prose, questions[:-1])
 
 
 def counting(rng: random.Random, length: int, prose: list[str], is_easy: bool) -> Passage:

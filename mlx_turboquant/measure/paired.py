@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-_QUANTILE = 1.959964  # the normal one, of 97.5 %
-
 
 class Paired(NamedTuple):
     """Counts of prompts by who answered right, and the difference in points.
@@ -52,7 +50,7 @@ def paired(
     size = count / _design_effect(differences, passages)
     lost, won = ((size / count * only + 1) / (size + 2) for only in (only_exact, only_other))
     middle = won - lost
-    margin = _QUANTILE * math.sqrt((lost + won - middle**2) / (size + 2))
+    margin = 1.959964 * math.sqrt((lost + won - middle**2) / (size + 2))  # the quantile of 97.5 %
     return Paired(
         both,
         only_exact,

@@ -12,21 +12,30 @@ class Generation(NamedTuple):
     """Tokens generated after a prompt, greedily or with random numbers that all caches share.
 
     ``losses`` are their losses with the exact cache, in nats; they rise if errors accumulate.
-    ``departure`` is the index of the first token that differs from the exact cache's, or None.
+    ``departure`` is the index of the first token that differs from the exact cache's, or None, and
+    ``end`` that of the first token that ends a text.
     """
 
     is_sampled: bool
     tokens: list[int]
     losses: list[float]
     departure: int | None
+    end: int | None
 
     def summary(self, bins: int = 10) -> dict[str, Any]:
-        """Numbers for a file, with the mean loss of each stretch of the tokens."""
+        """Numbers for a file, with the mean loss of each stretch of the tokens.
+
+        The repetition is the share of runs of four tokens, up to the end, that were written before
+        (Welleck et al., "Neural Text Generation with Unlikelihood Training", arXiv 1908.04319).
+        """
         parts = np.array_split(np.array(self.losses), bins)
+        runs = list(zip(*(self.tokens[i : self.end] for i in range(4))))
         return {
             "sampled": self.is_sampled,
             "tokens": len(self.tokens),
             "departure": self.departure,
+            "end": self.end,
+            "repetition": 1 - len(set(runs)) / len(runs) if runs else 0.0,
             "losses": [float(part.mean()) for part in parts if part.size],
         }
 
@@ -72,11 +81,13 @@ class Scores:
         if self.failure is not None:
             return measured
         if self.divergences:
-            median, p99 = np.percentile(self.divergences, (50, 99))
+            median, p99, p999 = np.percentile(self.divergences, (50, 99, 99.9))
             measured |= {
                 "kl_mean": float(np.mean(self.divergences)),
                 "kl_median": float(median),
                 "kl_p99": float(p99),
+                "kl_p999": float(p999),
+                "kl_max": max(self.divergences),
                 "perplexity": float(np.exp(np.mean(self.losses))),
                 "top1_agreement": float(np.mean(self.agreements)),
                 "overlap": float(np.mean(self.overlaps)),

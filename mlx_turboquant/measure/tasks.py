@@ -35,27 +35,21 @@ _first_word = re.compile(r"\A\W*(\w+)").findall
 _first_number = re.compile(r"\A\D*(\d+)").findall
 _last_number = re.compile(r"\d+(?=\D*\Z)").findall
 _lines = re.compile(r"^.*\S", re.MULTILINE).findall
-_ALL = (
-    Task("keys", finding_tasks.keys, _codes, r"\n|\."),
-    Task("variables", finding_tasks.variables, _first_number, "\n\n"),
-    Task("counting", finding_tasks.counting, _first_word),
-    Task("steps", writing_tasks.steps, _last_number),
-    Task("sampled-steps", writing_tasks.steps, _last_number, is_sampled=True),
-    Task("tools", writing_tasks.tools, writing_tasks.read_call),
-    Task("copy", writing_tasks.functions, _lines, _CODE_ENDS),
-    Task("renaming", _renaming, _lines, _CODE_ENDS),
-)
-TASKS = {task.name: task for task in _ALL}
-
+TASKS = {
+    task.name: task
+    for task in (
+        Task("keys", finding_tasks.keys, _codes, r"\n|\."),
+        Task("variables", finding_tasks.variables, _first_number, "\n\n"),
+        Task("counting", finding_tasks.counting, _first_word),
+        Task("steps", writing_tasks.steps, _last_number),
+        Task("sampled-steps", writing_tasks.steps, _last_number, is_sampled=True),
+        Task("tools", writing_tasks.tools, writing_tasks.read_call),
+        Task("copy", writing_tasks.functions, _lines, _CODE_ENDS),
+        Task("renaming", _renaming, _lines, _CODE_ENDS),
+    )
+}
 SHORTEST = 512
 _ENOUGH = 0.5
-
-
-class Form(NamedTuple):
-    """The length of prompts in tokens, and whether the questions are the easy ones."""
-
-    length: int
-    is_easy: bool
 
 
 class Reply(NamedTuple):
@@ -67,10 +61,11 @@ class Reply(NamedTuple):
 
 
 class TaskResult(NamedTuple):
-    """A task in the form in which it was done: questions, and each cache's replies by its name."""
+    """Questions of a task, for prompts of a length, and the replies of each cache by its name."""
 
     task: Task
-    form: Form
+    length: int
+    is_easy: bool
     questions: list[Question]
     replies: dict[str, list[Reply]]
 
@@ -105,11 +100,10 @@ class TaskRun:
         prose: list[str],
         file: Path,
         about: dict[str, Any],
-        progress: Progress = ignore,
     ):
         self.model, self.tokenizer, self.prose = model, tokenizer, prose
         self.specs = [EXACT, *specs]
-        self.progress = progress
+        self.progress: Progress = ignore
         self.failures: dict[str, str] = {}
         self._file = file
         self._kept = _kept_replies(file, about)
@@ -121,61 +115,64 @@ class TaskRun:
             ValueError: why the model cannot do the task, as half a sentence.
         """
         form = self._form(task, length)
-        result = TaskResult(task, form, [], {spec.name: [] for spec in self.specs})
-        for seed in range(1, passages + 1):
-            questions, replies = self._ask(task, form, seed, self.specs)
-            result.questions.extend(questions)
-            for name, given in replies.items():
-                result.replies[name].extend(given)
-        for name in self.failures:
-            result.replies.pop(name, None)
-        return result
+        asked = [self._ask(task, *form, seed, self.specs) for seed in range(1, passages + 1)]
+        names = [spec.name for spec in self.specs if spec.name not in self.failures]
+        replies = {name: [reply for _, each in asked for reply in each[name]] for name in names}
+        return TaskResult(task, *form, [one for each, _ in asked for one in each], replies)
 
-    def _form(self, task: Task, length: int) -> Form:
-        """The form in which the exact cache solves enough of a passage."""
+    def _form(self, task: Task, length: int) -> tuple[int, bool]:
+        """The length and the ease with which the exact cache solves enough of a passage."""
         limit = getattr(self.model.args, "max_position_embeddings", None) or length
         reason = f"the model has a context of {limit:,} tokens"
         for size in (length >> halvings for halvings in range(length.bit_length())):
             if SHORTEST <= size <= limit:
-                share = self._share(task, Form(size, True))
+                share = self._share(task, size, True)
                 if share > _ENOUGH:
-                    is_hard = share == 1 and self._share(task, Form(size, False)) > _ENOUGH
-                    return Form(size, not is_hard)
+                    is_hard = share == 1 and self._share(task, size, False) > _ENOUGH
+                    return size, not is_hard
                 reason = f"the exact cache solves {share:.0%} at {size:,} tokens"
         raise ValueError(reason)
 
-    def _share(self, task: Task, form: Form) -> float:
+    def _share(self, task: Task, length: int, is_easy: bool) -> float:
         """The share of a passage that the exact cache solves."""
-        _, replies = self._ask(task, form, 0, [EXACT])
-        return sum(reply.is_right for reply in replies[EXACT.name]) / QUESTIONS
+        [replies] = self._ask(task, length, is_easy, 0, [EXACT])[1].values()
+        return sum(reply.is_right for reply in replies) / QUESTIONS
 
     def _ask(
-        self, task: Task, form: Form, seed: int, specs: list[CacheSpec]
+        self, task: Task, length: int, is_easy: bool, seed: int, specs: list[CacheSpec]
     ) -> tuple[list[Question], dict[str, list[Reply]]]:
         """Questions, and what each cache replies; those in the file are not asked again."""
         rng = random.Random(f"{task.name} {seed}")
         start = rng.randrange(len(self.prose))
         prose = self.prose[start:] + self.prose[:start]
-        passage = task.make(rng, form.length, prose, form.is_easy)
-        shared, rests = prompts_of(self.tokenizer, passage, form.length, rng)
+        passage = task.make(rng, length, prose, is_easy)
+        shared, rests = prompts_of(self.tokenizer, passage, length, rng)
         specs = [spec for spec in specs if spec.name not in self.failures]
-        keys = {spec: (task.name, *form, seed, spec.name, self._bits(spec)) for spec in specs}
+        # The bits of each layer depend on the profile.
+        bits = [spec.settings and compression_of(self.model).bits(spec.settings) for spec in specs]
+        form = (task.name, length, is_easy, seed)
+        keys = {spec: (*form, spec.name, f"{each}") for spec, each in zip(specs, bits)}
         asked = [spec for spec in specs if keys[spec] not in self._kept]
         caches = read_first_chunk(self.model, asked, mx.array(shared)) if asked else []
         replies: dict[str, list[Reply]] = {}
         for spec in specs:
             if spec in asked:
-                cache = caches.pop(0)
                 # What the exact cache says is the best guess of what the others will say.
                 guesses = [reply.tokens for reply in replies.get(EXACT.name, [])]
                 given = []
                 try:
+                    cache = caches.pop(0)
                     read_on(self.model, spec, cache, mx.array(shared))
-                    for i, (rest, question) in enumerate(zip(rests, passage.questions)):
+                    for i, question in enumerate(passage.questions):
+                        [right] = encode(self.tokenizer, [question.answer])
                         noise = seed * QUESTIONS + i if task.is_sampled else None
-                        guess = guesses[i] if guesses else None
-                        own = copy.deepcopy(cache)
-                        given.append(self._reply(task, own, rest, question, guess, noise))
+                        own, guess = copy.deepcopy(cache), guesses[i] if guesses else right
+                        if rests[i][:-1]:
+                            self.model(mx.array([rests[i][:-1]]), cache=own)
+                        following = following_tokens(self.model, own, rests[i][-1], noise, guess)
+                        most = 2 * len(right) + 16
+                        text, tokens = self._written(task, islice(following, most))
+                        given.append(Reply(text, tokens, task.is_right(text, question.answer)))
                 except Exception as error:  # whatever mlx-lm's cache raises with a model
                     if spec.mlx_lm_bits is None:
                         raise
@@ -189,34 +186,17 @@ class TaskRun:
             self.progress(seed > 0)
         return passage.questions, replies
 
-    def _bits(self, spec: CacheSpec) -> str:
-        """The bits of keys and values of each layer, which depend on the profile."""
-        return str(spec.settings and compression_of(self.model).bits(spec.settings))
-
-    def _reply(
-        self,
-        task: Task,
-        cache: list[Any],
-        prompt: list[int],
-        question: Question,
-        guess: list[int] | None,
-        seed: int | None,
-    ) -> Reply:
-        """What a cache replies that has read all but the rest of a prompt."""
-        if prompt[:-1]:
-            self.model(mx.array([prompt[:-1]]), cache=cache)
-        [right] = encode(self.tokenizer, [question.answer])
-        following = following_tokens(self.model, cache, prompt[-1], seed, guess or right)
-        tokens: list[int] = []
-        text = ""
-        for token in islice(following, 2 * len(right) + 16):
+    def _written(self, task: Task, following: Iterable[int]) -> tuple[str, list[int]]:
+        """The text of a reply, and its tokens."""
+        tokens, text = [], ""
+        for token in following:
             tokens.append(token)
             if token in self.tokenizer.eos_token_ids:
                 break
             text = self.tokenizer.decode(tokens)
             if task.ended(text) != text.lstrip("\n"):
                 break
-        return Reply(task.ended(text), tokens, task.is_right(text, question.answer))
+        return task.ended(text), tokens
 
 
 def _kept_replies(file: Path, about: dict[str, Any]) -> dict[tuple, list[Reply]]:

@@ -12,18 +12,14 @@ from .passages import FIRST_WORDS, QUESTIONS, SECOND_WORDS, Passage, Question, r
 
 def steps(rng: random.Random, length: int, prose: list[str], is_easy: bool) -> Passage:
     """Problems of four sums and differences (easy: two small ones), to be solved step by step."""
-    names = random_names(QUESTIONS + 3, rng)
-    problems = [_problem(rng, is_easy) for _ in names]
-    lines = [
-        f"Problem {name}: {problem}\nSolution of problem {name}: {solution}"
-        for name, (problem, solution) in zip(names[QUESTIONS:], problems[QUESTIONS:])
-    ]
-    questions = []
-    for name, (problem, solution) in zip(names[:QUESTIONS], problems):
-        opening = f"Solution of problem {name}:"
-        questions.append(Question(f"Problem {name}: {problem}", opening, f" {solution}"))
+    solved = []
+    for name in random_names(QUESTIONS + 3, rng):
+        problem, solution = _problem(rng, is_easy)
+        text, opening = f"Problem {name}: {problem}", f"Solution of problem {name}:"
+        solved.append(Question(text, opening, f" {solution}"))
+    lines = [f"{text}\n{opening}{solution}" for text, opening, solution in solved[QUESTIONS:]]
     introduction = "Some lines of this text are problems with solutions, step by step."
-    return Passage(introduction, lines, prose, questions)
+    return Passage(introduction, lines, prose, solved[:QUESTIONS])
 
 
 def _problem(rng: random.Random, is_easy: bool) -> tuple[str, str]:
@@ -32,21 +28,19 @@ def _problem(rng: random.Random, is_easy: bool) -> tuple[str, str]:
     problem, solution = [f"start with {value}"], []
     for _ in range(2 if is_easy else 4):
         number = rng.randrange(1, 4 if is_easy else 10)
-        result, sign, words = rng.choice(
-            [(value + number, "+", "add"), (value - number, "-", "take away")]
-        )
-        problem.append(f"{words} {number}")
-        solution.append(f"{value} {sign} {number} = {result}")
-        value = result
+        word, sign, change = rng.choice([("add", "+", number), ("take away", "-", -number)])
+        problem.append(f"{word} {number}")
+        solution.append(f"{value} {sign} {number} = {value + change}")
+        value += change
     return ", ".join(problem) + ".", ", ".join(solution) + f". The result is {value}."
 
 
 _ACCOUNT = {"customer": {"type": "string"}, "account": {"type": "integer"}}
-_MONEY = {"amount": {"type": "integer"}, "currency": {"enum": ["USD", "EUR", "GBP"]}}
+_CURRENCIES = ["USD", "EUR", "GBP"]
 _TOOLS = {
     "open_account": {"customer": {"type": "string"}},
     "close_account": _ACCOUNT,
-    "send_money": _ACCOUNT | _MONEY,
+    "send_money": {**_ACCOUNT, "amount": {"type": "integer"}, "currency": {"enum": _CURRENCIES}},
 }
 
 
@@ -55,41 +49,35 @@ def tools(rng: random.Random, length: int, prose: list[str], is_easy: bool) -> P
 
     Easy calls close an account, others send money as well, and to more accounts.
     """
-    count = length // (256 if is_easy else 128) + 2
-    names = random_names(count, rng)
-    accounts = {name: {"customer": name, "account": rng.randrange(10**5, 10**6)} for name in names}
-    lines = [_schema(name, properties) for name, properties in _TOOLS.items()]
-    for name, account in accounts.items():
-        call = _called("open_account", {"customer": name})
-        lines.append(
-            f"User: Open an account for {name}.\nCall:{call}\nResult: {json.dumps(account)}"
-        )
-    for name in rng.sample(names, 3):
-        request, call = _request(rng, accounts[name], is_easy)
-        lines.append(f"User: {request}\nCall:{call}\nResult: true")
-    asked = [_request(rng, accounts[rng.choice(names)], is_easy) for _ in range(QUESTIONS)]
-    questions = [Question(f"User: {request}", "Call:", call) for request, call in asked]
+
+    def request(account: dict[str, Any]) -> tuple[str, str]:
+        owner = f"the account of {account['customer']}"
+        if is_easy or rng.random() < 0.5:
+            return f"User: Close {owner}.", _called("close_account", account)
+        money = {"amount": rng.randrange(10, 1000), "currency": rng.choice(_CURRENCIES)}
+        text = f"User: Send {money['amount']} {money['currency']} to {owner}."
+        return text, _called("send_money", account | money)
+
+    names = random_names(length // (256 if is_easy else 128) + 2, rng)
+    accounts = [{"customer": name, "account": rng.randrange(10**5, 10**6)} for name in names]
+    lines = []
+    for name, properties in _TOOLS.items():
+        parameters = {"type": "object", "properties": properties, "required": list(properties)}
+        lines.append(json.dumps({"name": name, "parameters": parameters}))
+    for account in accounts:
+        asked = f"User: Open an account for {account['customer']}."
+        call = _called("open_account", {"customer": account["customer"]})
+        lines.append(f"{asked}\nCall:{call}\nResult: {json.dumps(account)}")
+    for account in rng.sample(accounts, 3):
+        lines.append("{}\nCall:{}\nResult: true".format(*request(account)))
+    following = (request(rng.choice(accounts)) for _ in range(QUESTIONS))
+    questions = [Question(text, "Call:", call) for text, call in following]
     introduction = "Call one of these functions for every request of the user."
     return Passage(introduction, lines, prose, questions)
 
 
-def _schema(name: str, properties: dict[str, Any]) -> str:
-    parameters = {"type": "object", "properties": properties, "required": list(properties)}
-    return json.dumps({"name": name, "parameters": parameters})
-
-
 def _called(name: str, arguments: dict[str, Any]) -> str:
     return " " + json.dumps({"name": name, "arguments": arguments})
-
-
-def _request(rng: random.Random, account: dict[str, Any], is_easy: bool) -> tuple[str, str]:
-    """What a user asks for, and the call."""
-    owner = f"the account of {account['customer']}"
-    if is_easy or rng.random() < 0.5:
-        return f"Close {owner}.", _called("close_account", account)
-    money = {"amount": rng.randrange(10, 1000), "currency": rng.choice(["USD", "EUR", "GBP"])}
-    request = f"Send {money['amount']} {money['currency']} to {owner}."
-    return request, _called("send_money", account | money)
 
 
 def read_call(reply: str) -> Any:
@@ -103,10 +91,7 @@ def read_call(reply: str) -> Any:
 def functions(
     rng: random.Random, length: int, prose: list[str], is_easy: bool, is_renamed: bool = False
 ) -> Passage:
-    """Functions of five statements among others (easy: of two, in prose), each to be repeated.
-
-    Word by word, or with another name for one variable.
-    """
+    """Functions of five statements (easy: of two, in prose) to repeat, or to repeat renamed."""
     names = [name.replace(" ", "_") for name in random_names(16 * QUESTIONS, rng)]
     words = itertools.cycle(rng.sample(SECOND_WORDS, 64))
     verbs = itertools.cycle(rng.sample(FIRST_WORDS, 64))

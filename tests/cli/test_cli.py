@@ -784,7 +784,7 @@ def test_evaluate_prints_a_table_and_writes_json_and_pictures(tmp_path):
     result = run(*EVALUATE, *SHORT, *options, "--out", str(out))
     assert result.returncode == 0, result.stderr
     lines = [re.split(r"  +", line.strip()) for line in result.stdout.splitlines()]
-    table = {line[0]: line[1:] for line in lines if len(line) == 10 and "--" not in line[0]}
+    table = {line[0]: line[1:] for line in lines if len(line) == 11 and "--" not in line[0]}
     names = ["exact", "mlx-lm 8 bits", "mlx-lm 4 bits", "4 bits", "K3V2"]
     assert list(table) == ["cache", *names]
     bits = ["16.00", "8.50", "4.50", "4.12", "2.62"]
@@ -794,7 +794,9 @@ def test_evaluate_prints_a_table_and_writes_json_and_pictures(tmp_path):
     assert "100%" in result.stderr  # the progress bar
     written = json.loads((out / "evaluation.json").read_text())
     for codec in written["codecs"]:
-        assert table[codec["codec"]][2] == f"{codec['kl_mean']:.5f}"
+        tail = (f"{codec[key]:.4f}" for key in ("kl_p99", "kl_p999"))
+        numbers = [f"{codec['kl_mean']:.5f}", *tail, f"{codec['kl_max']:.3f}"]
+        assert table[codec["codec"]][2:6] == numbers
         assert [codec["by_position"][i]["first"] for i in (0, -1)] == [261, 296]
     assert (out / "kl.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(file.name for file in out.iterdir()) == ["evaluation.json", "kl.png"]
@@ -821,6 +823,22 @@ def test_evaluate_refuses_bad_input_before_it_begins(options, message, tmp_path)
     result = run(*EVALUATE, *options, cwd=tmp_path)
     assert_refused(result, message)
     assert "tokens/s" not in result.stderr
+
+
+def test_evaluate_generates_with_every_cache_and_with_an_exact_one_again(tmp_path):
+    options = ("--uniform", "--kv-bits", "4", "--generate", "12", "--out", str(tmp_path))
+    result = run(*EVALUATE, *SHORT, *options)
+    assert result.returncode == 0, result.stderr
+    assert "100%" in result.stderr
+    written = json.loads((tmp_path / "evaluation.json").read_text())
+    lines = [re.split(r"  +", line.strip()) for line in result.stdout.splitlines()]
+    for codec in (*written["codecs"], written["noise"]):
+        rows = [line for line in lines if line[0] == codec["codec"] and len(line) == 14]
+        for row, generation in zip(rows, codec["generations"], strict=True):
+            places = [
+                "never" if x is None else f"{x}" for x in map(generation.get, ("departure", "end"))
+            ]
+            assert row[1:4] == [*places, f"{generation['repetition']:.0%}"]
 
 
 def test_evaluate_names_a_text_that_is_too_short(tmp_path):

@@ -28,7 +28,13 @@ def test_tasks_have_a_table_a_verdict_and_files(tmp_path):
     assert "tools is not reported: its prompts need " in result.stdout
     assert "The model has no chat template: prompts are plain text.\n" in result.stdout
     assert "\n4 bits: no difference found, at most " in result.stdout
-    assert (tmp_path / "cases.txt").exists()
+    written = json.loads((tmp_path / "tasks.json").read_text())
+    assert [row["cache"] for row in written["table"]] == ["mlx-lm 4 bits", "4 bits"]
+    for case in written["cases"]:
+        name = next(name for name in ("4 bits", "mlx-lm 4 bits") if name in case)
+        rights = [TASKS["keys"].is_right(case[who], case["right"]) for who in ("exact", name)]
+        assert sorted(rights) == [False, True]
+    assert len(written["cases"]) <= 5 * 2
     about, *replies = map(json.loads, (tmp_path / "tasks.jsonl").read_text().splitlines())
     assert about["model"] == TINY_LM and len(replies) == 5  # the exact cache does two passages
     again = run(*EVALUATE, *options)

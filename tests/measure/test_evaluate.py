@@ -19,7 +19,7 @@ from mlx_turboquant.measure.evaluate import (
     read_first_chunk,
     read_prompt,
 )
-from mlx_turboquant.measure.scores import Scores
+from mlx_turboquant.measure.scores import Generation, Scores
 
 TOKENS = random_tokens(301, seed=5).tolist()
 SHORT = Settings(window=16)
@@ -100,6 +100,13 @@ def test_the_first_departure_is_where_generation_differs(tiny_lm):
     assert exact.departures == [None] and ours.departures == [expected]
 
 
+def test_the_tail_of_divergences_is_that_of_the_scored_tokens():
+    scores = Scores(preset("4"), divergences=[0.0] * 999 + [2.0] * 2, losses=[0.0])
+    scores.agreements, scores.overlaps = [True], [1.0]
+    summary = scores.summary()
+    assert summary["kl_p99"] == 0 and summary["kl_p999"] == summary["kl_max"] == 2
+
+
 def test_stretches_of_positions_cover_what_was_scored():
     scores = Scores(preset("4"), positions=[10, 11, 12, 13] * 2)
     scores.divergences, scores.losses = [1, 1, 3, 3] * 2, [0.0] * 8
@@ -134,6 +141,32 @@ def test_what_a_cache_writes_is_scored_with_the_exact_one(random_model, is_sampl
     assert one.summary(bins=5)["losses"] == pytest.approx(
         losses.reshape(5, 10).mean(1).tolist(), 1e-3
     )
+
+
+def test_a_second_exact_run_shows_what_the_order_of_sums_changes(random_model):
+    counted = []
+    comparison = Comparison(random_model, [preset("8")], counted.append)
+    comparison.generation(TOKENS, 50)
+    exact, [noise] = comparison.scores[0].generations[0], comparison.noise.generations
+    assert noise.losses == pytest.approx(exact.losses, abs=1e-3)  # float32
+    assert sum(counted) == 3 * (len(TOKENS) - 1 + 50)
+
+
+def test_a_generated_text_has_an_end_and_a_share_that_repeats():
+    written = Generation(False, [1, 2, 3, 4, 1, 2, 3, 4, 0, 1, 2, 3, 4], [0.0], None, end=8)
+    summary = written.summary()
+    assert summary["end"] == 8 and summary["repetition"] == pytest.approx(1 / 5)
+    assert written._replace(end=None).summary()["repetition"] == pytest.approx(2 / 10)
+    assert written._replace(tokens=[1, 2, 3]).summary()["repetition"] == 0
+
+
+def test_the_end_is_the_first_token_that_ends_a_text(random_model):
+    comparison = Comparison(random_model, [])
+    comparison.generation(TOKENS, 10)
+    [unending] = comparison.scores[0].generations
+    comparison.generation(TOKENS, 10, ends=[unending.tokens[6]])
+    written = comparison.scores[0].generations[1]
+    assert unending.end is None and written.end == written.tokens.index(unending.tokens[6])
 
 
 def test_samples_follow_the_distribution_of_the_model(random_model):

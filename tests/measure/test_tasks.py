@@ -14,7 +14,7 @@ from mlx_turboquant.measure.passages import (
     prompts_of,
     random_names,
 )
-from mlx_turboquant.measure.tasks import TASKS, Form, TaskRun, pair
+from mlx_turboquant.measure.tasks import TASKS, TaskRun, pair
 
 PROSE = [f"line {i} of a text in which nothing of any interest is ever said." for i in range(400)]
 ABOUT = {"model": "tiny-lm"}
@@ -24,9 +24,9 @@ def made(name: str, is_easy: bool, seed: int = 0, length: int = 2048) -> Passage
     return TASKS[name].make(random.Random(seed), length, PROSE, is_easy)
 
 
-def run(tiny_lm, tmp_path, *presets, **options) -> TaskRun:
+def run(tiny_lm, tmp_path, *presets) -> TaskRun:
     specs = [preset(name, Settings(uniform=True)) for name in presets]
-    return TaskRun(*tiny_lm, specs, PROSE, tmp_path / "tasks.jsonl", ABOUT, **options)
+    return TaskRun(*tiny_lm, specs, PROSE, tmp_path / "tasks.jsonl", ABOUT)
 
 
 @pytest.mark.parametrize("is_easy", [True, False])
@@ -161,7 +161,8 @@ def test_a_question_is_the_message_of_a_user_where_there_is_a_template(tiny_lm):
 
 def test_four_bits_find_the_codes_and_one_bit_loses_some(tiny_lm, tmp_path):
     counted = []
-    tasks = run(tiny_lm, tmp_path, "4", progress=counted.append)
+    tasks = run(tiny_lm, tmp_path, "4")
+    tasks.progress = counted.append
     tasks.specs.append(preset("K1V1", Settings(window=0, sink_tokens=0)))
     result = tasks.do(TASKS["keys"], 512, 2)
     four, one = (pair([result], name) for name in ("4 bits", "K1V1"))
@@ -181,6 +182,18 @@ def test_a_second_start_asks_nothing_again(tiny_lm, tmp_path):
     assert len(run(tiny_lm, tmp_path, "4").do(TASKS["keys"], 512, 2).questions) == 2 * QUESTIONS
 
 
+def test_replies_with_other_bits_in_a_layer_are_others(tiny_lm, tmp_path):
+    first = run(tiny_lm, tmp_path, "4")
+    first.do(TASKS["keys"], 512, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        other = [(3, 5)] * 4  # as by another profile
+        patch.setattr("mlx_turboquant.lm.compression.Compression.bits", lambda *_: other)
+        run(tiny_lm, tmp_path, "4").do(TASKS["keys"], 512, 1)
+    _, *lines = map(json.loads, (tmp_path / "tasks.jsonl").read_text().splitlines())
+    bits = [key[-1] for key, _ in lines if key[-2] == "4 bits"]
+    assert bits == [str([(5, 3)] * 4), str(other)]
+
+
 def test_the_replies_of_another_run_are_refused(tiny_lm, tmp_path):
     run(tiny_lm, tmp_path)
     with pytest.raises(ValueError, match="has the replies of another run: use another --out"):
@@ -197,7 +210,7 @@ def test_hard_questions_are_asked_where_those_are_solved(tiny_lm, tmp_path, is_s
 
     task = TASKS["keys"]._replace(make=make)
     result = run(tiny_lm, tmp_path).do(task, 512, 1)  # tiny-lm finds all codes
-    assert result.form == Form(512, is_easy=not is_solved)
+    assert result.length == 512 and result.is_easy is not is_solved
 
 
 def test_a_task_that_the_model_does_not_solve_is_said_to_be_so(tiny_lm, tmp_path):
