@@ -174,7 +174,8 @@ def test_ctrl_c_ends_a_command_without_a_traceback(tmp_path):
 @pytest.mark.parametrize("columns, tables", [(80, 2), (40, 3)])
 def test_a_table_fits_into_a_terminal_with_every_number(tmp_path, columns, tables):
     arguments = ["-m", "mlx_turboquant", *EVALUATE, *SHORT, "--out", str(tmp_path)]
-    about = {"encoding": "utf-8", "timeout": 60, "dimensions": (24, columns)}
+    # Without an ``env``, the command would get the COLUMNS that pytest's readline sets.
+    about = {"encoding": "utf-8", "timeout": 60, "env": os.environ, "dimensions": (24, columns)}
     terminal = pexpect.spawn(sys.executable, arguments, **about)
     terminal.expect(pexpect.EOF)
     table = terminal.before.partition("1 text of 64 tokens")[2]
