@@ -251,9 +251,9 @@ def test_ctrl_c_while_a_command_is_imported_says_nothing(module):
         "    def find_spec(self, name, *_):\n"
         f"        if name == '{module}': os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.meta_path.insert(0, CtrlC())\n"
-        "from mlx_turboquant import cli\n"
+        "from mlx_turboquant.cli import main\n"
         "sys.argv = ['mlx_turboquant', 'evaluate', '--model', 'nothing']\n"
-        "cli.main()"
+        "main()"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (-signal.SIGINT, "")  # 130 in a shell
