@@ -102,17 +102,17 @@ class _Run:
         tokens = list(prompt)
 
         def keep_prompt(processed: int, total: int) -> None:
-            progress(processed, total)
             if store is not None and processed == total:  # a signal may come before the end
                 text = tokenizer.decode(tokens[:SHOWN_TOKENS])
                 store.keep(model, tokens, prompt_cache, name, text)
 
-        known_part = reading(store, model, tokenizer, tokens, prompt_cache, name=name)
+        about = {"name": name, "progress": keep_prompt}
+        known_part = reading(store, model, tokenizer, tokens, prompt_cache, **about)
         with known_part as (prompt_cache, known, progress):
             if store is not None:
                 print(f"Prompt: {known:,} of {len(prompt):,} tokens from the store")
             keywords |= {"prompt_cache": prompt_cache, "draft_model": draft_model}
-            keywords["prompt_progress_callback"] = keep_prompt
+            keywords["prompt_progress_callback"] = progress
             text = _generate(model, tokenizer, prompt[known:], **keywords)
         if self.args.verbose:
             report = cache_report(prompt_cache, model)
