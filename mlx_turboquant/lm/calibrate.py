@@ -1,10 +1,11 @@
 """Calibration: how much quantized keys or values of one layer change the output of a model.
 
-The first part of each text is prefilled exactly, once. The second part is scored exactly, and again
-for every compressed layer, with its keys or its values quantized at two numbers of bits. The KL
-divergence of the output is the divergence of that side at these bits. One batch holds every text in
-all four combinations of side and bits. Layers below the quantized one are not computed again,
-because their output is the same.
+The first part of each text is prefilled exactly, once. The second part is scored exactly. Then
+every compressed layer is computed again, alone, with its keys or its values quantized at two
+numbers of bits. One batch holds every text in all four combinations of side and bits. Gradients
+tell how much this change of a layer's output changes that of the model: its KL divergence is the
+divergence of that side at these bits. Where a model has no gradients, the layers above are computed
+as well.
 """
 
 import copy
@@ -41,12 +42,12 @@ _SINKS = 4
 # window of a cache does: its errors would hide those of the other tokens.
 _PREFIX_TOKENS = 512
 _EXACT_PART = 1 / 8
-# The number of scored tokens is chosen so that all passes together have about this many.
-_PASSED_TOKENS = 12_000
-_LEAST_SCORED, _MOST_SCORED = 24, 128
+_SCORED_TOKENS = 48
 _LEAST_TOKENS = 64
 # Texts in a batch.
 _TEXTS = 4
+# Random vectors of the logits from which the divergence of a small change is estimated.
+_DIRECTIONS = 4
 _ROWS = [(side, bits) for side, measured in MEASURED_BITS.items() for bits in measured]
 # The exponential of a larger rise would overflow; such an output is unusable anyway.
 _MOST_RISE = 80.0
@@ -123,10 +124,7 @@ def calibrate(
                 "give a longer text."
             )
     batches = [tokens[i : i + _TEXTS] for i in range(0, len(tokens), _TEXTS)]
-    # On average, a pass computes half of the layers.
-    wanted = int(_PASSED_TOKENS / (len(tokens) * len(places) * len(_ROWS) / 2)) // 8 * 8
-    most = min(max(wanted, _LEAST_SCORED), _MOST_SCORED)
-    counts = [min(most, *(len(part) // 2 for part in batch)) for batch in batches]
+    counts = [min(_SCORED_TOKENS, *(len(part) // 2 for part in batch)) for batch in batches]
     scored = sum(len(batch) * count for batch, count in zip(batches, counts))
     nothing = Profile(fingerprint(model), tuple(texts), scored, (), ())
     begun = nothing if unfinished is None else _begun(unfinished, nothing)
@@ -197,9 +195,12 @@ class _Rows:
         recorders = [_StandIn(layer) for layer in self.layers]
         self.exact = self._logits(recorders)
         self.probabilities = mx.softmax(self.exact, axis=-1)
-        self.inputs = [each.input for each in recorders if each.input is not None]
-        mx.eval(self.exact, self.probabilities, *self.inputs)
+        recorders = [each for each in recorders if each.input is not None]
+        self.inputs = [each.input for each in recorders]
+        self.outputs = [each.output for each in recorders]
+        mx.eval(self.exact, self.probabilities, self.inputs, self.outputs)
         self.can_skip = self._skipping_changes_nothing()
+        self.gradients = self._gradients() if self.can_skip else []
         self.scored = _repeated(self.scored)
         self.inputs = [_repeated(x) for x in self.inputs]
         for cache in self.caches:
@@ -218,14 +219,56 @@ class _Rows:
                 for name, bits in _ROWS
             ]
             setattr(cache, side, mx.stack(rows, axis=1).flatten(0, 1))
-        logits = self._logits(self._skipped(place.layer if self.can_skip else 0), caches)
+        find = self._estimated if self.gradients else self._computed
+        return mx.maximum(find(place.layer, caches), LEAST_DIVERGENCE).T.tolist()
+
+    def _estimated(self, layer: int, caches: list[Any]) -> mx.array:
+        """The divergences (texts, rows) to second order in the change of what a layer returns."""
+        replaced = [_StandIn(each, self.inputs[layer]) for each in self.layers]
+        replaced[layer] = _StandIn(self.layers[layer])
+        self._logits(replaced, caches)  # lazy: the output of the model is never computed
+        rows = mx.unflatten(replaced[layer].output, 0, (-1, len(_ROWS))).astype(mx.float32)
+        change = rows - self.outputs[layer][:, None]
+        along = [(gradients[layer][:, None] * change).sum(axis=-1) for gradients in self.gradients]
+        return mx.square(mx.stack(along)).mean(axis=(0, -1)) / 2
+
+    def _computed(self, layer: int, caches: list[Any]) -> mx.array:
+        """The divergences (texts, rows) of the output, computed from the changed ``layer`` on."""
+        logits = self._logits(self._skipped(layer if self.can_skip else 0), caches)
         probabilities = self.probabilities[:, None]
         rise = mx.unflatten(logits, 0, (-1, len(_ROWS))) - self.exact[:, None]
         # A shift of all logits changes nothing. Without it the growth is never negative.
         rise = rise - (probabilities * rise).sum(axis=-1, keepdims=True)
         growth = (probabilities * mx.expm1(mx.minimum(rise, _MOST_RISE))).sum(axis=-1)
-        found = mx.log1p(mx.maximum(growth, 0)).mean(axis=-1)
-        return mx.maximum(found, LEAST_DIVERGENCE).T.tolist()
+        return mx.log1p(mx.maximum(growth, 0)).mean(axis=-1)
+
+    def _gradients(self) -> list[list[mx.array]]:
+        """For each random direction, the gradients (texts, tokens, hidden) of all layers' outputs.
+
+        To second order, a change z of the logits has the divergence z^T F z / 2, where
+        F = diag(p) - p p^T is the Fisher information of the softmax p. That is the mean of
+        (c^T z)^2 / 2 over random vectors c with covariance F (Hutchinson's estimator). A gradient
+        of c^T z gives it for a change of any layer.
+
+        A model with operations that have no gradients gets an empty list.
+        """
+
+        def logits(*shifts: mx.array) -> list[mx.array]:
+            pairs = zip(self.layers, shifts)
+            return [self._logits([_StandIn(layer, shift=shift) for layer, shift in pairs])]
+
+        roots, found = mx.sqrt(self.probabilities), []
+        try:
+            zeros = [mx.zeros_like(x) for x in self.outputs]
+            for seed in range(_DIRECTIONS):
+                signs = mx.random.bernoulli(shape=roots.shape[1:], key=mx.random.key(seed))
+                signed = mx.where(signs, roots, -roots)
+                vectors = signed - self.probabilities * signed.sum(axis=-1, keepdims=True)
+                found.append(mx.vjp(logits, zeros, [vectors])[1])
+                mx.eval(found[-1])
+        except Exception:  # an operation without a gradient may raise anything
+            return []
+        return found
 
     def _skipped(self, layer: int) -> list["_StandIn"]:
         """Stand-ins for all layers below a ``layer``, which gets its recorded input."""
@@ -271,20 +314,27 @@ def _quantized(x: mx.array, count: int, bits: int, are_keys: bool) -> mx.array:
 
 
 class _StandIn:
-    """Replaces a layer: keeps its input, and returns ``output`` instead of calling it if given."""
+    """Replaces a layer, and keeps its input and output.
+
+    It returns ``output`` if that is given, and else what the layer returns plus ``shift``.
+    """
 
     input: mx.array | None = None
 
-    def __init__(self, layer: nn.Module, output: mx.array | None = None):
-        self.layer = layer
-        self.output = output
+    def __init__(
+        self, layer: nn.Module, output: mx.array | None = None, shift: mx.array | None = None
+    ):
+        self.layer, self.output, self.shift = layer, output, shift
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.layer, name)
 
     def __call__(self, x: mx.array, *arguments: Any, **keywords: Any) -> Any:
         self.input = x
-        return self.layer(x, *arguments, **keywords) if self.output is None else self.output
+        if self.output is None:
+            output = self.layer(x, *arguments, **keywords)
+            self.output = output if self.shift is None else output + self.shift
+        return self.output
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

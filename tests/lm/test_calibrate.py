@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from conftest import variant
 from mlx.utils import tree_flatten
+from mlx_lm.models.llama import TransformerBlock
 from tiny_families import FAMILIES, tiny_model
 from tokens import random_tokens
 
@@ -63,12 +64,43 @@ def test_layers_below_are_skipped_only_where_that_changes_nothing(family):
         return
     text = _Rows(model, [[4 * token % 512 for token in TOKENS]] * 2, scored=24)
     # Gemma 3n and 4 hand more from layer to layer than their first argument.
-    assert text.can_skip == (family not in ("gemma3n", "gemma4"))
+    assert text.can_skip == bool(text.gradients) == (family not in ("gemma3n", "gemma4"))
+    text.gradients = []
     skipping = [text.divergences(place) for place in places]
     text.can_skip = False
     computing = [text.divergences(place) for place in places]
     assert np.allclose(skipping, computing, rtol=1e-3, atol=1e-6)
     assert np.array(computing).shape == (len(places), 4, 2) and np.max(computing) > 1e-9
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "deepseek_v2", "qwen3_next"])
+def test_a_divergence_is_estimated_from_gradients(family):
+    """Within a factor of two: four random directions and 48 tokens are a small sample."""
+    model = tiny_model(family)
+    text = _Rows(model, [[4 * token % 512 for token in TOKENS]] * 2, scored=24)
+    places = compressible_caches(model)
+    estimated = np.array([text.divergences(place) for place in places])
+    text.gradients = []
+    computed = np.array([text.divergences(place) for place in places])
+    assert np.allclose(np.log2(estimated / computed), 0, atol=1)
+    assert np.log2(estimated / computed).mean() == pytest.approx(0, abs=0.4)
+
+
+def test_the_layers_above_are_computed_where_one_has_no_gradient(random_model):
+    class Layer(TransformerBlock):
+        def __call__(self, x: mx.array, *arguments, **keywords) -> mx.array:
+            _, triangle = mx.linalg.qr(x[0, :2, :2], stream=mx.cpu)  # has no gradient
+            return super().__call__(x, *arguments, **keywords) + 0 * triangle.sum()
+
+    model = variant(random_model)
+    places = compressible_caches(model)
+    plain = _Rows(model, [TOKENS], scored=24)
+    plain.gradients = []
+    model.layers[1].__class__ = Layer
+    rows = _Rows(model, [TOKENS], scored=24)
+    assert rows.can_skip and not rows.gradients
+    for place in places:
+        assert np.allclose(rows.divergences(place), plain.divergences(place), rtol=1e-3)
 
 
 def test_calibrating_changes_nothing_of_the_model(random_model):
@@ -83,7 +115,7 @@ def test_a_profile_has_both_sides_of_all_layers_for_every_text(random_model):
     texts = {"one": "a text of the caller " * 20, "other": "another one " * 10}
     profile = calibrate(random_model, Numbers(), texts, lambda *progress: seen.append(progress))
     assert profile.fingerprint == fingerprint(random_model)
-    assert profile.texts == ("one", "other") and profile.tokens == 60 + 60
+    assert profile.texts == ("one", "other") and profile.tokens == 48 + 48
     assert len(profile.keys) == len(profile.values) == 2
     for keys, values in zip(profile.keys, profile.values):
         # One more bit lowers the squared error, and so the divergence, by a factor of 3 to 4.
