@@ -21,7 +21,6 @@ FORMAT_VERSION = "2"
 
 _KIND = "vector_index"
 _VERSIONS = {_KIND: FORMAT_VERSION, "codec": CODEC_VERSION}
-_CHECKSUMS_KEY = "checksums"
 # The products and squares of two lengths up to this one are finite in float32.
 _LONGEST = 1e18
 # The square of this length is not rounded to zero, so the vector has a direction.
@@ -211,10 +210,8 @@ class VectorIndex:
         metadata |= {"metric": self.metric, "next_id": str(self._next_id)}
         arrays = {name: self._used(name) for name in self._buffers}
         room = room_for_checksums(sum(x.nbytes for x in arrays.values()))
-        metadata |= _VERSIONS | {_CHECKSUMS_KEY: room}
-        files.write_whole(
-            file, lambda path: mx.save_safetensors(str(path), arrays, metadata), _CHECKSUMS_KEY
-        )
+        metadata |= _VERSIONS | {"checksums": room}
+        files.write_whole(file, lambda path: mx.save_safetensors(str(path), arrays, metadata))
         return file
 
     @classmethod
@@ -226,7 +223,7 @@ class VectorIndex:
             OSError: the file cannot be read.
         """
         file = files.safetensors_path(file)
-        stored = StoredFile(file, _CHECKSUMS_KEY)
+        stored = StoredFile(file)
         saved = stored.metadata
         if _KIND not in saved:
             raise ValueError(

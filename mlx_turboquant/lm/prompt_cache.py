@@ -44,8 +44,6 @@ mlx_lm_cache.TurboQuantKVCache = TurboQuantKVCache
 mlx_lm_cache.TurboQuantLatentCache = TurboQuantLatentCache
 
 _MAX_DEPTH = 32
-# mlx-lm writes metadata of the caller with the prefix "0.".
-_CHECKSUMS_KEY = "0.checksums"
 
 
 def save_prompt_cache(
@@ -92,7 +90,7 @@ def write_prompt_cache(file: str | Path, cache: list[Any], metadata: dict[str, s
         if "key" in metadata or "chat" in metadata:  # of a prompt store, or a conversation
             path.chmod(0o600)
 
-    files.write_whole(file, write, _CHECKSUMS_KEY)
+    files.write_whole(file, write)
     return file
 
 
@@ -117,7 +115,7 @@ def load_prompt_cache(
         raise ValueError(f"The first {tokens} tokens cannot be loaded alone: load 1 or more.")
     file = files.safetensors_path(file)
     with files.read_errors(file):
-        stored = StoredFile(file, _CHECKSUMS_KEY)
+        stored = StoredFile(file)
     texts = stored.metadata.items()
     saved = {key.removeprefix("0."): text for key, text in texts if key.startswith("0.")}
     if "codec" not in saved:

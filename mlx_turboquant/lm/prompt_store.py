@@ -29,7 +29,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
 from ..cache.single import TurboQuantKVCache
 from ..files import read_errors, write_errors, write_json
-from ..stored_arrays import Damaged, read_header
+from ..stored_arrays import Damaged, StoredFile
 from .compressible import flat_caches
 from .identity import description
 from .prompt_cache import identity_of, load_prompt_cache, write_prompt_cache
@@ -167,7 +167,7 @@ class PromptStore:
             except OSError:  # another process has deleted it, or it is a link to nothing
                 continue
             try:
-                texts = read_header(file)["__metadata__"]
+                texts = StoredFile(file).metadata
                 chat = json.loads(texts["0.chat"])
                 tokens, model = chat["tokens"], _label(chat["model"], texts)
                 text = next((x["content"] for x in chat["messages"] if x["role"] == "user"), "")
@@ -438,7 +438,7 @@ def _remove_unfinished(folder: Path) -> None:
 def _is_conversation(file: Path) -> bool:
     """Whether a file is a conversation, judged by its name if it is damaged."""
     try:
-        return "0.chat" in read_header(file)["__metadata__"]
+        return "0.chat" in StoredFile(file).metadata
     except (ValueError, OSError, LookupError):
         return re.fullmatch(r"\d{4}-\d\d-\d\d-\d{6}(-[0-9a-f]{4})?", file.stem) is not None
 
@@ -472,7 +472,7 @@ def named(entries: list[Entry], name: str) -> Entry:
 def saved_settings(file: Path) -> dict[str, Any]:
     """The settings of a conversation; none if the file cannot be read, which loading it reports."""
     with contextlib.suppress(ValueError, OSError, LookupError, TypeError):
-        return dict(json.loads(read_header(file)["__metadata__"]["0.chat"])["settings"])
+        return dict(json.loads(StoredFile(file).metadata["0.chat"])["settings"])
     return {}
 
 
@@ -501,7 +501,7 @@ def _locked(folder: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
 
 def _read_entry(file: Path) -> Entry:
     """The entry that the header of a file describes; ValueError if it is not an entry."""
-    texts = read_header(file)["__metadata__"]
+    texts = StoredFile(file).metadata
     try:
         told = texts["0.key"], _tokens(texts["0.tokens"]), texts["0.can_trim"] == "1"
         return Entry(file, *told, 0, 0.0, _label(texts["0.name"], texts), texts["0.text"])
