@@ -14,13 +14,7 @@ from ..files import make_folder
 from ..lm import texts
 from ..lm.compressible import text_arguments
 from ..lm.compression import treat_layers_alike
-from ..lm.loading import (
-    check_memory,
-    device_nbytes,
-    memory_nbytes,
-    prepare_for_device,
-    reason_of,
-)
+from ..lm.loading import check_memory, device_nbytes, memory_nbytes, prepare_for_device, reason_of
 from ..measure.benchmark import LEAST_NEW_TOKENS, Measurement, measure, median
 from ..measure.cache_specs import EXACT, MLX_LM, CacheSpec, preset
 from ..measure.footprint import chunk_nbytes, footprint

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import sys
 import time
 import uuid
 from argparse import Namespace
@@ -30,8 +29,9 @@ from ..lm.report import cache_report, cache_size
 from ..lm.settings import Settings
 from .loading import load_ready
 from .options import add_store_options, given_settings, open_store, parse
+from .signals import ENDINGS, signals_held, stored_at_the_end
 from .store import age
-from .terminal import ENDINGS, Terminal, signals_held
+from .terminal import Terminal
 
 _HELP = """\
 /help         this list
@@ -86,15 +86,8 @@ def main(arguments: list[str]) -> None:
         xtc_probability=args.xtc_probability,
         xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
     )
-    for number in ENDINGS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as after nohup
-            signal.signal(number, _leave)
-    try:
+    with stored_at_the_end(store):
         Chat(conversation, generation, args).run()
-    finally:
-        if store is not None:
-            with signals_held(signal.SIGINT, *ENDINGS):  # a closing terminal hangs up twice
-                store.close()
 
 
 def _version(file: Path) -> tuple[int, int] | None:
@@ -103,13 +96,6 @@ def _version(file: Path) -> tuple[int, int] | None:
         status = file.stat()
         return status.st_ino, status.st_mtime_ns
     return None
-
-
-def _leave(number: int, frame: object) -> None:
-    """End the chat and ignore a second signal, as a closing terminal and its shell send."""
-    for ending in ENDINGS:
-        signal.signal(ending, signal.SIG_IGN)
-    sys.exit(128 + number)
 
 
 class Conversation:

@@ -1,7 +1,7 @@
 """Running a command of mlx-lm with some of its functions replaced."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -17,3 +17,13 @@ def replaced(owner: ModuleType | type, **replacements: Any) -> Iterator[None]:
     finally:
         for name, value in originals.items():
             setattr(owner, name, value)
+
+
+def wrapped(owner: ModuleType | type, **wrappers: Callable) -> AbstractContextManager[None]:
+    """Put wrappers around functions; each is called with the function that it wraps in front."""
+
+    def around(wrapper: Callable, function: Callable) -> Callable:
+        return lambda *arguments, **keywords: wrapper(function, *arguments, **keywords)
+
+    functions = {name: around(each, getattr(owner, name)) for name, each in wrappers.items()}
+    return replaced(owner, **functions)

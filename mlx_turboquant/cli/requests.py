@@ -47,7 +47,7 @@ class BadRequest(ValueError):
         handler.wfile.write(body)
 
 
-def answer(handler: BaseHTTPRequestHandler, reply: Callable[..., None]) -> None:
+def answer(reply: Callable[..., None], handler: BaseHTTPRequestHandler) -> None:
     """Let ``reply`` answer a request; send its errors to the client and log one line."""
     begin, level, problem = time.perf_counter(), logging.INFO, ""
     try:

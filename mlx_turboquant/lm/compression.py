@@ -76,10 +76,6 @@ class Compression:
         elif before is not None and before.profile is None and before.weights() is self._weights:
             self._plan = self._plan or before._plan
 
-    def is_of(self, model: nn.Module) -> bool:
-        """Whether this is the compression of ``model`` itself."""
-        return self._model() is model
-
     def __deepcopy__(self, memo: dict) -> "Compression":
         copied = copy.copy(self)
         # The copy of the model is not complete, and has no modules to be hooked.
@@ -168,7 +164,7 @@ class Compression:
 def known_compression(model: nn.Module) -> Compression | None:
     """The compression of a model, or None; a shallow copy's attribute is that of its original."""
     compression = getattr(model, ATTRIBUTE, None)
-    return compression if compression is not None and compression.is_of(model) else None
+    return compression if compression is not None and compression._model() is model else None
 
 
 def compression_of(model: nn.Module) -> Compression:

@@ -9,13 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.models import cache as mlx_lm_cache
-from mlx_lm.models.cache import (
-    ArraysCache,
-    CacheList,
-    ChunkedKVCache,
-    KVCache,
-    RotatingKVCache,
-)
+from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache
 
 from .. import files
 from ..cache.latent import TurboQuantLatentCache
@@ -25,7 +19,7 @@ from ..kernels.storage import check_state, check_vectors
 from ..stored_arrays import Damaged, StoredArray, StoredFile, room_for_checksums
 from .compressible import cut_back, flat_caches, plain_caches
 from .compression import compression_of
-from .identity import CHANGED, KnownWeights, description
+from .identity import CHANGED, Weights, description
 
 # Changes whenever the stored form of a cache's state changes.
 FORMAT_VERSION = "5"
@@ -148,7 +142,7 @@ def load_prompt_cache(
     else:
         for layer in flat_caches(cache):
             if isinstance(layer, TurboQuantKVCache):
-                layer.link.weights = KnownWeights(saved.get("identity", ""))
+                layer.link.weights = Weights(None, saved.get("identity", ""))
     return (cache, saved) if return_metadata else cache
 
 

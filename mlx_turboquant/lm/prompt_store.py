@@ -139,21 +139,13 @@ class PromptStore:
         """
         found, known = [], {}
         for file in self.files():
-            try:
+            with self._without_damaged(file):
                 status = file.stat()
                 identity = (file.name, status.st_ino, status.st_size)
-                entry = self._known.get(identity) or _read_entry(file)
-            except ValueError as error:
-                self._remove_damaged(file, error)
-                continue
-            except OSError as error:
-                if not isinstance(error, FileNotFoundError):
-                    _log.warning("%s cannot be read: %s", file, error)
-                continue
-            known[identity] = entry
-            # A time in the future comes from a wrong clock.
-            used = status.st_mtime if status.st_mtime <= time.time() else 0.0
-            found.append(entry._replace(nbytes=status.st_size, used=used))
+                entry = known[identity] = self._known.get(identity) or _read_entry(file)
+                # A time in the future comes from a wrong clock.
+                used = status.st_mtime if status.st_mtime <= time.time() else 0.0
+                found.append(entry._replace(nbytes=status.st_size, used=used))
         self._known = known
         return sorted(found, key=lambda entry: entry.used, reverse=True)
 
@@ -212,17 +204,13 @@ class PromptStore:
     def _load(self, entry: Entry, model: nn.Module, count: int) -> list[Any] | None:
         """The cache of the first ``count`` tokens of an entry, or None if it cannot be read."""
         tokens = count if count < len(entry.tokens) else None
-        try:
+        with self._without_damaged(entry.file, Damaged):
             cache, metadata = load_prompt_cache(entry.file, model, True, tokens)
-            if _tokens(metadata["tokens"]).tolist() != entry.tokens.tolist():
+            if _tokens(metadata.get("tokens", "")).tolist() != entry.tokens.tolist():
                 raise Damaged(entry.file, "it has changed since its header was read")
             with contextlib.suppress(OSError):  # a failure only makes the entry seem older
                 os.utime(entry.file)
             return cache
-        except (Damaged, KeyError) as error:
-            self._remove_damaged(entry.file, error)
-        except (OSError, ValueError) as error:
-            _log.warning("A stored prompt cannot be used: %s", error)
         return None
 
     def keep(
@@ -337,16 +325,12 @@ class PromptStore:
         A damaged prompt is removed. A damaged conversation stays. Both log a warning.
         """
         for file in self.files():
-            try:
+            is_right = False
+            with self._without_damaged(file):
                 _read_entry(file)
                 load_prompt_cache(file)
-                yield True
-            except ValueError as error:
-                self._remove_damaged(file, error)
-                yield False
-            except OSError as error:
-                _log.warning("A stored prompt cannot be used: %s", error)
-                yield False
+                is_right = True
+            yield is_right
         for entry in self.sessions():
             try:
                 load_prompt_cache(entry.file)
@@ -365,11 +349,20 @@ class PromptStore:
         held = {"entries": len(sizes), "bytes": sum(sizes), "size": self.size}
         return {**held, "pending": len(self._pending), **self._counts}
 
-    def _remove_damaged(self, file: Path, error: Exception) -> None:
-        if file.exists():  # another process may have removed it
-            _log.warning("%s is removed from the store: %s", file.name, error)
-            with contextlib.suppress(OSError):
-                file.unlink(missing_ok=True)
+    @contextlib.contextmanager
+    def _without_damaged(self, file: Path, damage: type = ValueError) -> Iterator[None]:
+        """Warn if a file cannot be used, and remove it if an error of this type tells why."""
+        try:
+            yield
+        except FileNotFoundError:
+            pass  # another process has removed it
+        except (ValueError, OSError) as error:
+            if not isinstance(error, damage):
+                _log.warning("A stored prompt cannot be used: %s", error)
+            elif file.exists():
+                _log.warning("%s is removed from the store: %s", file.name, error)
+                with contextlib.suppress(OSError):
+                    file.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -386,9 +379,9 @@ def reading(
     """Look up ``tokens`` in a store before their prefill, and keep their cache afterwards.
 
     Yields the cache to use, the number of tokens in it (``known`` at least), and a callback for the
-    ``prompt_progress_callback`` of mlx-lm. It calls ``progress``, then keeps a cache that cannot be
-    cut back every 4,096 tokens. Generated tokens may have been added to ``tokens`` at the end.
-    Without a store, the arguments are yielded unchanged.
+    ``prompt_progress_callback`` of mlx-lm. It calls ``progress``, then keeps the whole prompt, and
+    every 4,096 tokens of it if a cache cannot be cut back. Generated tokens may have been added to
+    ``tokens`` at the end. Without a store, the arguments are yielded unchanged.
     """
     if store is None:
         yield cache, known, progress
@@ -397,17 +390,17 @@ def reading(
     about = {"name": name, "text": tokenizer.decode(tokens[:SHOWN_TOKENS])}
     kept = known
 
-    def keep_checkpoints(processed: int, total: int) -> None:
+    def keep_prompt(processed: int, total: int) -> None:
         nonlocal kept
         progress(processed, total)
         count = known + processed
-        is_due = processed < total and count - kept >= CHECKPOINT_TOKENS
-        if is_due and not can_trim_prompt_cache(cache):
+        is_due = count - kept >= CHECKPOINT_TOKENS and not can_trim_prompt_cache(cache)
+        if is_due or processed == total:  # a signal may come before the end
             store.keep(model, tokens[:count], cache, **about)
             kept = count
 
     try:
-        yield cache, known, keep_checkpoints
+        yield cache, known, keep_prompt
     except GeneratorExit:  # raised between two tokens; other exceptions may come from a layer
         store.keep(model, tokens, cache, **about)
         raise

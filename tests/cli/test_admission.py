@@ -13,7 +13,8 @@ from tiny_families import FAMILIES, tiny_model
 from tokens import random_tokens
 
 from mlx_turboquant import enable
-from mlx_turboquant.cli.admission import Admission, DoesNotFit, KeptPrompts
+from mlx_turboquant.cli.admission import Admission, DoesNotFit
+from mlx_turboquant.cli.kept_prompts import KeptPrompts
 from mlx_turboquant.cli.scopes import ScopedTokens
 from mlx_turboquant.lm.compressible import compressible_caches
 from mlx_turboquant.lm.loading import device_nbytes
