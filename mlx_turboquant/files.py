@@ -4,7 +4,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,14 @@ def safetensors_path(file: str | Path) -> Path:
     return file if file.suffix == ".safetensors" else file.with_name(file.name + ".safetensors")
 
 
-@contextmanager
-def write_errors(place: Path) -> Iterator[None]:
+def write_errors(place: Path) -> AbstractContextManager[None]:
     """Add ``place`` and a remedy to an OSError that occurs while ``place`` is written."""
-    with _errors(place, "written", "use a place with space and permission"):
-        yield
+    return _errors(place, "written", "use a place with space and permission")
 
 
-@contextmanager
-def read_errors(file: Path) -> Iterator[None]:
+def read_errors(file: Path) -> AbstractContextManager[None]:
     """Add ``file`` and a remedy to an OSError that occurs while ``file`` is read."""
-    with _errors(file, "read", "use a file that exists and that you may read"):
-        yield
+    return _errors(file, "read", "use a file that exists and that you may read")
 
 
 @contextmanager

@@ -81,12 +81,12 @@ def compressed_caches(
         cache_class = TurboQuantLatentCache if place.values is None else TurboQuantKVCache
         flat[place.place] = cache_class(**settings.of_layer(*pair)._asdict())
     parts = iter(flat)
-    return [
-        mlx_lm_cache.CacheList(*islice(parts, len(x.caches)))
-        if hasattr(x, "caches")
-        else next(parts)
-        for x in caches
-    ]
+    for i, cache in enumerate(caches):
+        if hasattr(cache, "caches"):
+            caches[i] = mlx_lm_cache.CacheList(*islice(parts, len(cache.caches)))
+        else:
+            caches[i] = next(parts)
+    return caches
 
 
 def link_caches(cache: list[Any], link: Link) -> None:

@@ -35,13 +35,10 @@ from .identity import description
 from .prompt_cache import identity_of, load_prompt_cache, write_prompt_cache
 
 FORMAT_VERSION = 3
-DEFAULT_SIZE = 20 * 10**9
 # Prefill of fewer tokens is faster than finding them.
 LEAST_TOKENS = 256
 # Tokens between the caches that are kept of one prompt if a cache cannot be cut back.
 CHECKPOINT_TOKENS = 4096
-# Seconds from a request to the writing of its cache, unless one that covers it follows.
-WRITE_DELAY = 5.0
 # Tokens of a prompt that a listing shows.
 SHOWN_TOKENS = 24
 _ABOUT = "store.json"
@@ -63,6 +60,7 @@ class Entry(NamedTuple):
 
     ``key`` identifies model, settings and scope. An entry that ``can_trim`` also serves prompts
     that share only its beginning. ``used`` is the last write or use in seconds, 0 if unknown.
+    ``settings`` are those of a conversation.
     """
 
     file: Path
@@ -73,6 +71,7 @@ class Entry(NamedTuple):
     used: float
     model: str
     beginning: str
+    settings: dict[str, Any] = {}
 
     @property
     def name(self) -> str:
@@ -95,15 +94,16 @@ class _Pending(NamedTuple):
 class PromptStore:
     """The prompts in a folder, of at most ``size`` bytes; the least recently used are evicted.
 
-    A thread writes each cache ``delay`` seconds after it is kept. The folder also holds
-    conversations. They do not count towards ``size``, and are removed only on request.
+    A thread writes each cache ``delay`` seconds after it is kept, unless one that covers it is kept
+    meanwhile. The folder also holds conversations. They do not count towards ``size``, and are
+    removed only on request.
 
     Raises:
         ValueError: a path that is not a folder, a size of 0 or less, or a store of another version.
         OSError: the folder cannot be made or written to.
     """
 
-    def __init__(self, folder: str | Path, size: int = DEFAULT_SIZE, delay: float = WRITE_DELAY):
+    def __init__(self, folder: str | Path, size: int = 20 * 10**9, delay: float = 5.0):
         if size <= 0:
             raise ValueError(f"A store of {size} bytes holds nothing: use a size such as 20GB.")
         self.folder = folder = Path(folder).expanduser()
@@ -153,7 +153,7 @@ class PromptStore:
         """All conversations in the folder, latest first, including damaged ones."""
         found = []
         for file in (self.folder / _SESSIONS).glob(f"*{_SUFFIX}"):
-            tokens, model = [], ""
+            tokens, model, settings = [], "", {}
             try:
                 status = file.stat()
             except OSError:  # another process has deleted it, or it is a link to nothing
@@ -162,10 +162,11 @@ class PromptStore:
                 texts = StoredFile(file).metadata
                 chat = json.loads(texts["0.chat"])
                 tokens, model = chat["tokens"], _label(chat["model"], texts)
+                settings = dict(chat["settings"])
                 text = next((x["content"] for x in chat["messages"] if x["role"] == "user"), "")
             except (ValueError, OSError, LookupError, TypeError) as error:
                 text = f"cannot be read: {error}"
-            about = status.st_size, status.st_mtime, model, text
+            about = status.st_size, status.st_mtime, model, text, settings
             found.append(Entry(file, "", np.asarray(tokens, np.uint32), False, *about))
         return sorted(found, key=lambda entry: entry.used, reverse=True)
 
@@ -460,13 +461,6 @@ def named(entries: list[Entry], name: str) -> Entry:
             return entry
     names = ", ".join(entry.name for entry in entries) or "it has none"
     raise ValueError(f"There is no {name!r} in this prompt store: use one of its names ({names}).")
-
-
-def saved_settings(file: Path) -> dict[str, Any]:
-    """The settings of a conversation; none if the file cannot be read, which loading it reports."""
-    with contextlib.suppress(ValueError, OSError, LookupError, TypeError):
-        return dict(json.loads(StoredFile(file).metadata["0.chat"])["settings"])
-    return {}
 
 
 def version_of(folder: Path) -> int | None:
