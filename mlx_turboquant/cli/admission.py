@@ -14,10 +14,6 @@ from ..measure.footprint import Footprint, chunk_nbytes, footprint
 from .requests import BadRequest
 
 
-class DoesNotFit(BadRequest):
-    """A request that does not fit into memory even alone."""
-
-
 class Admission:
     """Admits requests in order while they and the model fit into ``limit`` bytes.
 
@@ -71,7 +67,7 @@ class Admission:
         """Wait until a request of ``tokens`` tokens, new ones included, fits.
 
         Raises:
-            DoesNotFit: it cannot fit with the current model, which may change during the wait.
+            BadRequest: it cannot fit with the current model, which may change during the wait.
         """
         ticket = object()
         with self._changed:
@@ -92,7 +88,7 @@ class Admission:
     def _may_enter(self, ticket: object, tokens: int) -> bool:
         alone = self._nbytes([tokens])
         if alone > self._room:
-            raise DoesNotFit(
+            raise BadRequest(
                 f"A request of {tokens:,} tokens, new ones included, needs {alone / 1e9:,.2f} GB, "
                 "more than is left beside the model: ask for less, or use a larger --memory-limit.",
                 "max_tokens",

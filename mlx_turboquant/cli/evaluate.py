@@ -28,11 +28,10 @@ def main(arguments: list[str]) -> None:
     specs = [preset(name, settings) for name in args.kv_bits]
     contents = texts.read_texts(args.text) if args.text else texts.bundled_texts()
     contexts, nbytes = [], 0
+    model, tokenizer = load_lazily(args.model)
     if args.tasks is None:
         with drawing_tools("evaluate"):
             from . import pictures
-    model, tokenizer = load_lazily(args.model)
-    if args.tasks is None:
         name = ", ".join(map(str, args.text)) if args.text else "The bundled text"
         contexts = texts.contexts(tokenizer, contents, args.context + 1, args.samples, name)
         # Log-probabilities of the exact cache and of another one, and what is computed from both.
@@ -50,7 +49,7 @@ def main(arguments: list[str]) -> None:
         run_tasks(model, tokenizer, specs, settings, contents, args)
         return
     comparison = Comparison(model, [*MLX_LM, *specs])
-    caches = len(comparison.scores)
+    scores, caches = comparison.scores, len(comparison.scores)
     steps = caches * sum(len(context) + args.greedy for context in contexts)
     steps += 2 * (caches + 1) * (len(contexts[0]) + args.generate) if args.generate else 0
     with tqdm(total=steps, unit="tokens", unit_scale=True) as bar:
@@ -59,7 +58,6 @@ def main(arguments: list[str]) -> None:
             comparison.text(context, args.scored, args.greedy)
         for seed in (None, 0) if args.generate else ():
             comparison.generation(contexts[0], args.generate, seed, tokenizer.eos_token_ids)
-    scores = comparison.scores
     result = {
         **machine(),
         "model": args.model,
@@ -85,12 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     count("--scored", 256, "Number of last tokens of a text to decode and compare")
     count("--greedy", 64, "Number of greedy tokens after a text to compare with the exact cache's")
     count("--generate", 0, "Number of tokens to generate after a text, greedily and sampled")
-    add(
-        "--tasks",
-        nargs="*",
-        metavar="TASK",
-        help="Compare answers to tasks instead, by name or all: " + ", ".join(TASKS),
-    )
+    text = "Compare answers to tasks instead, by name or all: " + ", ".join(TASKS)
+    add("--tasks", nargs="*", metavar="TASK", help=text)
     count("--prompts", 40, "Number of prompts per task, in steps of 8")
     count("--length", 2048, "Maximum number of tokens per prompt, halved while a task is too hard")
     add_out(parser, "evaluation", "evaluation.json and kl.png, or of tasks")

@@ -14,7 +14,7 @@ from ..lm.report import cache_report
 from ..lm.settings import Settings
 from .loading import load_ready
 from .options import add_store_options, given_prompt, given_settings, open_store, parse
-from .replaced import replaced
+from .replaced import replace
 from .signals import stored_at_the_end
 
 # The package mlx_lm hides the module behind the function of the same name.
@@ -26,9 +26,8 @@ def main(arguments: list[str]) -> None:
     """Run mlx-lm's own command with its parser, loader and generation wrapped."""
     parser = _mlx_lm_generate.setup_arg_parser()
     parser.prog, parser.description = "mlx_turboquant generate", __doc__
-    parser.add_argument(
-        "-v", dest="report", action="store_true", help="Show the cache of each kind of layer"
-    )
+    text = "Show the cache of each kind of layer"
+    parser.add_argument("-v", dest="report", action="store_true", help=text)
     add_store_options(parser)
     args, settings = parse(parser, arguments)
     if args.draft_model is not None and settings.max_size is not None:
@@ -43,17 +42,15 @@ def main(arguments: list[str]) -> None:
             )
         args.profile, args.calibrate = None, False  # the file fixes the bits
     run = _Run(args, settings, store)
-    with (
-        stored_at_the_end(store),
-        replaced(
-            _mlx_lm_generate,
-            sys=SimpleNamespace(stdin=prompt),
-            setup_arg_parser=lambda: SimpleNamespace(parse_args=lambda: args),
-            load=run.load,
-            load_prompt_cache=run.load_prompt_cache,
-            generate=run.generate,
-        ),
-    ):
+    replace(
+        _mlx_lm_generate,
+        sys=SimpleNamespace(stdin=prompt),
+        setup_arg_parser=lambda: SimpleNamespace(parse_args=lambda: args),
+        load=run.load,
+        load_prompt_cache=run.load_prompt_cache,
+        generate=run.generate,
+    )
+    with stored_at_the_end(store):
         _mlx_lm_generate.main()
 
 

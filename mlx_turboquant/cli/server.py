@@ -31,7 +31,7 @@ from .admission import Admission
 from .kept_prompts import KeptPrompts
 from .loading import load_ready
 from .options import add_store_options, open_store, parse, parse_size
-from .replaced import replaced, wrapped
+from .replaced import replace, wrap
 from .requests import BadRequest, answer, begin_answer, check_tokens, place_of, read_request
 from .scopes import SCOPES, ScopedTokens, scope_of
 
@@ -52,37 +52,29 @@ def main(arguments: list[str]) -> None:
     A signal to end lets it answer the requests that it has begun; a second one ends it at once.
     """
     run = _Run(arguments)
-    with (
-        replaced(
-            ThreadingHTTPServer,
-            # Python's default of 5 would reject some clients that connect at the same time.
-            request_queue_size=_WAITING_CONNECTIONS,
-            serve_forever=lambda server: run.serve(server),
-            handle_error=lambda *_: _log.warning("Bad request: %s", place_of(sys.exception())),
-        ),
-        replaced(
-            _mlx_lm_server,
-            argparse=SimpleNamespace(ArgumentParser=run.parser),
-            LRUPromptCache=run.prompt_caches,
-        ),
-        replaced(
-            _Handler,
-            log_request=lambda handler, status, *_: setattr(handler, "status", int(status)),
-            log_error=lambda handler, text, *values: _log.warning("Bad request: " + text, *values),
-        ),
-        wrapped(_mlx_lm_server.ModelProvider, load_default=run.load_default),
-        wrapped(_mlx_lm_server, load=run.load, sharded_load=run.load, scan_cache_dir=_hub_models),
-        wrapped(
-            _Handler,
-            do_OPTIONS=answer,
-            do_GET=lambda get, handler: answer(partial(run.get, get), handler),
-            do_POST=lambda post, handler: answer(partial(run.post, post), handler),
-            handle_completion=run.complete,
-            _set_completion_headers=begin_answer,
-        ),
-        wrapped(_Generator, generate=_counted, _tokenize=run.tokenize, _run_generate=run.generate),
-    ):
-        _mlx_lm_server.main()
+    replace(
+        ThreadingHTTPServer,
+        # Python's default of 5 would reject some clients that connect at the same time.
+        request_queue_size=_WAITING_CONNECTIONS,
+        serve_forever=lambda server: run.serve(server),
+        handle_error=lambda *_: _log.warning("Bad request: %s", place_of(sys.exception())),
+    )
+    parsers = SimpleNamespace(ArgumentParser=run.parser)
+    replace(_mlx_lm_server, argparse=parsers, LRUPromptCache=run.prompt_caches)
+    wrap(_mlx_lm_server.ModelProvider, load_default=run.load_default)
+    wrap(_mlx_lm_server, load=run.load, sharded_load=run.load, scan_cache_dir=_hub_models)
+    wrap(
+        _Handler,
+        log_request=lambda _, handler, status, *others: setattr(handler, "status", int(status)),
+        log_error=lambda _, handler, text, *values: _log.warning("Bad request: " + text, *values),
+        do_OPTIONS=answer,
+        do_GET=lambda get, handler: answer(partial(run.get, get), handler),
+        do_POST=lambda post, handler: answer(partial(run.post, post), handler),
+        handle_completion=run.complete,
+        _set_completion_headers=begin_answer,
+    )
+    wrap(_Generator, generate=_counted, _tokenize=run.tokenize, _run_generate=run.generate)
+    _mlx_lm_server.main()
     run.end(0)
 
 
@@ -100,18 +92,16 @@ class _Run:
     def parser(self, **_) -> SimpleNamespace:
         """A stand-in for the parser to which mlx-lm adds its options."""
         parser = argparse.ArgumentParser(prog="mlx_turboquant server", description=__doc__)
-        parser.add_argument(
-            "--memory-limit",
-            metavar="SIZE",
-            help="Maximum memory of the model and its caches, like 16GB, or 16 for short; requests "
-            "wait until they fit (default: all memory that MLX may use)",
+        text = (
+            "Maximum memory of the model and its caches, like 16GB, or 16 for short; requests "
+            "wait until they fit (default: all memory that MLX may use)"
         )
-        add_store_options(parser).add_argument(
-            "--prompt-store-scope",
-            choices=SCOPES,
-            help="Requests that share prompts: all, those with the same API key, or those with the "
-            'same "user" field (default: all on a loopback host, otherwise key)',
+        parser.add_argument("--memory-limit", metavar="SIZE", help=text)
+        text = (
+            "Requests that share prompts: all, those with the same API key, or those with the "
+            'same "user" field (default: all on a loopback host, otherwise key)'
         )
+        add_store_options(parser).add_argument("--prompt-store-scope", choices=SCOPES, help=text)
         return SimpleNamespace(
             add_argument=parser.add_argument, parse_args=lambda: self._parse(parser)
         )
