@@ -28,10 +28,11 @@ def main(arguments: list[str]) -> None:
     specs = [preset(name, settings) for name in args.kv_bits]
     contents = texts.read_texts(args.text) if args.text else texts.bundled_texts()
     contexts, nbytes = [], 0
+    if args.tasks is None:
+        with drawing_tools("evaluate"):  # before a download
+            from . import pictures
     model, tokenizer = load_lazily(args.model)
     if args.tasks is None:
-        with drawing_tools("evaluate"):
-            from . import pictures
         name = ", ".join(map(str, args.text)) if args.text else "The bundled text"
         contexts = texts.contexts(tokenizer, contents, args.context + 1, args.samples, name)
         # Log-probabilities of the exact cache and of another one, and what is computed from both.
