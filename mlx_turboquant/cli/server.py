@@ -34,13 +34,12 @@ from .options import add_store_options, open_store, parse, parse_size
 from .replaced import replace, wrap
 from .requests import BadRequest, answer, begin_answer, check_tokens, place_of, read_request
 from .scopes import SCOPES, ScopedTokens, scope_of
+from .signals import ENDINGS
 
 _mlx_lm_server = importlib.import_module("mlx_lm.server")
 _Handler, _Generator = _mlx_lm_server.APIHandler, _mlx_lm_server.ResponseGenerator
 _tokenize = _Generator._tokenize
 _WAITING_CONNECTIONS = 128
-
-_ENDINGS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 _log = logging.getLogger("mlx_turboquant")
@@ -129,7 +128,7 @@ class _Run:
         if mx.distributed.init().rank() == 0:
             # Fail on a taken port before mlx-lm starts its thread, which would keep running.
             _check_address(args.host, args.port)
-            for number in _ENDINGS:
+            for number in (signal.SIGINT, *ENDINGS):
                 if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves a hang-up
                     signal.signal(number, lambda number, _: self.signals.append(number))
         return args
