@@ -22,7 +22,7 @@ from gguf.quants import dequantize
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from mlx_turboquant.stored_arrays import read_header
+from mlx_turboquant.stored_arrays import StoredFile
 
 ARCHITECTURES = ("llama", "qwen2", "gemma3")
 
@@ -291,7 +291,7 @@ def write_model(file: Path, folder: Path, progress: Callable[[], Any] = lambda: 
             for name, text in texts.items():
                 (unfinished / name).write_text(text, encoding="utf-8")
             mx.save_safetensors(str(weights_file), weights, metadata={"format": "mlx"})
-            read_header(weights_file)  # MLX does not notice a truncated file
+            StoredFile(weights_file)  # MLX does not notice a truncated file
         except (OSError, RuntimeError, ValueError) as error:
             raise OSError(f"{folder} cannot be written whole: is there space for it?") from error
         unfinished.rename(folder)

@@ -4,11 +4,11 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .stored_arrays import read_header, seal
+from .stored_arrays import StoredFile, seal
 
 
 def safetensors_path(file: str | Path) -> Path:
@@ -17,18 +17,14 @@ def safetensors_path(file: str | Path) -> Path:
     return file if file.suffix == ".safetensors" else file.with_name(file.name + ".safetensors")
 
 
-@contextmanager
-def write_errors(place: Path) -> Iterator[None]:
+def write_errors(place: Path) -> AbstractContextManager[None]:
     """Add ``place`` and a remedy to an OSError that occurs while ``place`` is written."""
-    with _errors(place, "written", "use a place with space and permission"):
-        yield
+    return _errors(place, "written", "use a place with space and permission")
 
 
-@contextmanager
-def read_errors(file: Path) -> Iterator[None]:
+def read_errors(file: Path) -> AbstractContextManager[None]:
     """Add ``file`` and a remedy to an OSError that occurs while ``file`` is read."""
-    with _errors(file, "read", "use a file that exists and that you may read"):
-        yield
+    return _errors(file, "read", "use a file that exists and that you may read")
 
 
 @contextmanager
@@ -42,11 +38,11 @@ def _errors(place: Path, what: str, remedy: str) -> Iterator[None]:
         raise type(error)(reason) from error
 
 
-def write_whole(file: Path, write: Callable[[Path], None], key: str) -> None:
+def write_whole(file: Path, write: Callable[[Path], None]) -> None:
     """Write ``file`` atomically: under a temporary name, which is then renamed.
 
-    ``write`` makes a safetensors file with a placeholder for checksums under ``key`` of its
-    metadata. The checksums are filled in afterwards.
+    ``write`` makes a safetensors file with :func:`.room_for_checksums` in its metadata. They are
+    filled in afterwards.
 
     Raises:
         OSError: the file cannot be written completely, for example because the disk is full.
@@ -58,8 +54,8 @@ def write_whole(file: Path, write: Callable[[Path], None], key: str) -> None:
         complete = Path(folder) / file.name
         try:
             write(complete)
-            read_header(complete)
-            seal(complete, key)
+            StoredFile(complete)  # raises an error if it is not complete
+            seal(complete)
         except (RuntimeError, ValueError) as error:
             raise OSError(f"{file} cannot be written whole: is there space for it?") from error
         os.replace(complete, file)
@@ -120,7 +116,7 @@ def check_target(file: str | Path, key: str, what: str) -> Path:
     if not file.parent.is_dir():
         raise ValueError(f"{file.parent} is not a folder: save to a folder that exists.")
     with read_errors(file):
-        is_other = file.exists() and key not in read_header(file)["__metadata__"]
+        is_other = file.exists() and key not in StoredFile(file).metadata
     if is_other:
         raise ValueError(f"{file} exists and is not a {what} of mlx_turboquant: use another name.")
     make_folder(file.parent)

@@ -1,7 +1,7 @@
 """Nearest-neighbour search over packed vectors: an index that needs no training."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,6 @@ FORMAT_VERSION = "2"
 
 _KIND = "vector_index"
 _VERSIONS = {_KIND: FORMAT_VERSION, "codec": CODEC_VERSION}
-_CHECKSUMS_KEY = "checksums"
 # The products and squares of two lengths up to this one are finite in float32.
 _LONGEST = 1e18
 # The square of this length is not rounded to zero, so the vector has a direction.
@@ -29,6 +28,8 @@ _SHORTEST = 1e-18
 _QUERY_TILE = 256
 # Candidates for re-ranking per result, by default.
 _CANDIDATES = 4
+# A gain search takes ten times as long and does not change recall at embedding dimensions.
+_quantizer = cache(partial(TurboQuantizer, gain_search=False))
 
 
 class SearchResult(NamedTuple):
@@ -64,7 +65,7 @@ class VectorIndex:
         if metric not in METRICS:
             raise ValueError(f"Metric {metric!r} is not known: use one of {', '.join(METRICS)}.")
         self.metric = metric
-        self.quantizer = _quantizer(dim, bits, seed)
+        self.quantizer = _quantizer(dim, bits, seed=seed)
         self._count = 0
         self._next_id = 0
         self._buffers = {name: mx.zeros(*column) for name, column in self._columns(0).items()}
@@ -211,10 +212,8 @@ class VectorIndex:
         metadata |= {"metric": self.metric, "next_id": str(self._next_id)}
         arrays = {name: self._used(name) for name in self._buffers}
         room = room_for_checksums(sum(x.nbytes for x in arrays.values()))
-        metadata |= _VERSIONS | {_CHECKSUMS_KEY: room}
-        files.write_whole(
-            file, lambda path: mx.save_safetensors(str(path), arrays, metadata), _CHECKSUMS_KEY
-        )
+        metadata |= _VERSIONS | {"checksums": room}
+        files.write_whole(file, lambda path: mx.save_safetensors(str(path), arrays, metadata))
         return file
 
     @classmethod
@@ -226,7 +225,7 @@ class VectorIndex:
             OSError: the file cannot be read.
         """
         file = files.safetensors_path(file)
-        stored = StoredFile(file, _CHECKSUMS_KEY)
+        stored = StoredFile(file)
         saved = stored.metadata
         if _KIND not in saved:
             raise ValueError(
@@ -234,12 +233,22 @@ class VectorIndex:
             )
         files.check_versions(file, saved, _VERSIONS, "build the index again")
         arrays = dict(zip(stored.arrays, stored.load(list(stored.arrays.values()))))
+        mx.eval(arrays)
         try:
             dim, bits, seed, next_id = (int(saved[k]) for k in ("dim", "bits", "seed", "next_id"))
             index = cls(dim, bits, saved["metric"], seed=seed)
-            index._restore(arrays, next_id)
+            count = arrays["scales"].size
+            if {name: (x.shape, x.dtype) for name, x in arrays.items()} != index._columns(count):
+                raise ValueError(f"arrays of {count} vectors have a wrong shape or dtype")
+            ids = np.array(arrays["ids"])
+            if (np.diff(ids, prepend=-1) <= 0).any() or (ids >= next_id).any():
+                raise ValueError("ids do not ascend")
+            for name in ("scales", "squared_lengths"):
+                if name in arrays and not mx.isfinite(arrays[name]).all():
+                    raise ValueError(f"{name} are not finite")
         except Exception as error:
             raise Damaged(file, str(error)) from error
+        index._buffers, index._count, index._next_id = arrays, count, next_id
         return index
 
     @property
@@ -339,26 +348,6 @@ class VectorIndex:
             else:
                 rows.append(x @ query / (lengths if self.metric == "cosine" else 1))
         return mx.stack(rows)
-
-    def _restore(self, arrays: dict[str, mx.array], next_id: int) -> None:
-        """Take over the arrays of a file; ValueError if no index can have such arrays."""
-        mx.eval(arrays)
-        count = arrays["scales"].size
-        if {name: (x.shape, x.dtype) for name, x in arrays.items()} != self._columns(count):
-            raise ValueError(f"arrays of {count} vectors have a wrong shape or dtype")
-        ids = np.array(arrays["ids"])
-        if (np.diff(ids, prepend=-1) <= 0).any() or (ids >= next_id).any():
-            raise ValueError("ids do not ascend")
-        for name in ("scales", "squared_lengths"):
-            if name in arrays and not mx.isfinite(arrays[name]).all():
-                raise ValueError(f"{name} are not finite")
-        self._buffers, self._count, self._next_id = arrays, count, next_id
-
-
-@cache
-def _quantizer(dim: int, bits: int, seed: int) -> TurboQuantizer:
-    # A gain search takes ten times as long and does not change recall at embedding dimensions.
-    return TurboQuantizer(dim, bits, seed=seed, gain_search=False)
 
 
 def _tiles(x: Any, rows: int) -> Iterator[tuple[int, mx.array]]:

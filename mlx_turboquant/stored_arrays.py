@@ -1,11 +1,12 @@
 """Arrays in safetensors files, which are checked while they are read.
 
-The metadata of a file hold CRC-32 checksums in hexadecimal: first that of the header, then one for
-each piece of ``PIECE_BYTES`` after it. Part of an array can thus be read and checked alone.
+The "checksums" in the metadata of a file are CRC-32 in hexadecimal: first that of the header, then
+one for each piece of ``PIECE_BYTES`` after it. Part of an array can thus be read and checked alone.
 """
 
 import json
 import os
+import re
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -20,10 +21,8 @@ import mlx.core as mx
 import numpy as np
 
 PIECE_BYTES = 1 << 18
-# Bytes that a thread reads at once, and the number of threads; more threads wait for each other.
-_BLOCK_BYTES, _THREADS = 1 << 24, 8
-# Buffers of one system call.
-_MOST_BUFFERS = 1000
+# More threads would wait for each other.
+_THREADS = 8
 # The safetensors dtypes that MLX reads. NumPy has no bfloat16, so uint16 takes its place.
 _DTYPES = {"BOOL": mx.bool_, "U8": mx.uint8, "I8": mx.int8, "U16": mx.uint16, "I16": mx.int16} | {
     "U32": mx.uint32, "I32": mx.int32, "U64": mx.uint64, "I64": mx.int64, "BF16": mx.uint16
@@ -59,23 +58,22 @@ class StoredArray:
 class StoredFile:
     """A safetensors file of which only the header is read: ``metadata``, and ``arrays`` by name.
 
-    The header must describe all bytes of the file. ``key`` is the name of the checksums in the
-    metadata.
+    The header must describe all bytes of the file.
 
     Raises:
         ValueError: the file does not exist, is not a safetensors file or is not complete.
     """
 
-    def __init__(self, file: Path, key: str):
-        self._file, self._key = file, key
+    def __init__(self, file: Path):
+        self._file = file
         self._raw, header = _read_header(file)
         self.metadata: dict[str, str] = header.pop("__metadata__")
         self.arrays = {
             name: StoredArray(array["dtype"], tuple(array["shape"]), array["data_offsets"][0])
             for name, array in header.items()
         }
-        self._checksums = self.metadata.get(key, "")
-        self._data_bytes = max((array["data_offsets"][1] for array in header.values()), default=0)
+        start, stop = _checksums_span(self._raw)
+        self._checksums = self._raw[start:stop]
 
     def load(self, arrays: Sequence[StoredArray]) -> list[mx.array]:
         """Read some of the arrays, or beginnings of arrays.
@@ -84,98 +82,57 @@ class StoredFile:
             ValueError: the header or a piece does not match its checksum.
             OSError: the file cannot be read.
         """
-        place = _checksums_place(self._raw, self._key)
+        place, _ = _checksums_span(self._raw)
         # The checksum of the header was taken with zeros in its own place.
         zeros = b"0" * _CHECKSUM_DIGITS
-        header = self._raw[:place] + zeros + self._raw[place + _CHECKSUM_DIGITS :]
-        self._check(0, zlib.crc32(header))
+        self._check(0, self._raw[:place] + zeros + self._raw[place + _CHECKSUM_DIGITS :])
         loaded = [mx.zeros(array.shape, _DTYPES[array.dtype]) for array in arrays]
         mx.eval(loaded)
         # NumPy can write to the memory of evaluated arrays.
         contents = [np.asarray(x).reshape(-1).view(np.uint8) for x in loaded]
-        blocks = defaultdict(list)
+        pieces = defaultdict(list)
         for start, part in _parts(arrays, contents):
-            blocks[start // _BLOCK_BYTES].append((start, part))
+            pieces[start // PIECE_BYTES].append((start % PIECE_BYTES, part))
         with self._file.open("rb") as file, ThreadPoolExecutor(_THREADS) as threads:
-            list(threads.map(partial(self._read_block, file.fileno()), blocks.values()))
+            list(threads.map(partial(self._read_piece, file.fileno()), pieces, pieces.values()))
         dtypes = (mx.bfloat16 if a.dtype == "BF16" else _DTYPES[a.dtype] for a in arrays)
         return [x.view(dtype) for x, dtype in zip(loaded, dtypes)]
 
-    def _read_block(self, descriptor: int, parts: list[tuple[int, np.ndarray]]) -> None:
-        """Read parts of the file into their arrays, together with the pieces around them."""
-        buffers: list[np.ndarray] = []
-        position = 0
-        for start, part in sorted(parts, key=lambda part: part[0]):
-            if buffers and start // PIECE_BYTES >= _up(position):
-                self._read_pieces(descriptor, buffers, position)
-                buffers = []
-            if not buffers:
-                position = start // PIECE_BYTES * PIECE_BYTES
-            if start > position:
-                buffers.append(np.empty(start - position, np.uint8))
-            buffers.append(part)
-            position = start + len(part)
-        if buffers:
-            self._read_pieces(descriptor, buffers, position)
+    def _read_piece(
+        self, descriptor: int, number: int, parts: list[tuple[int, np.ndarray]]
+    ) -> None:
+        """Check a piece of the file, and copy the parts that begin at these bytes of it."""
+        offset = len(self._raw) + number * PIECE_BYTES
+        piece = np.frombuffer(os.pread(descriptor, PIECE_BYTES, offset), np.uint8)
+        self._check(1 + number, piece)
+        for start, part in parts:
+            part[:] = piece[start : start + len(part)]
 
-    def _read_pieces(self, descriptor: int, buffers: list[np.ndarray], stop: int) -> None:
-        """Fill the buffers, which end at ``stop``, and check all pieces that they touch."""
-        begin = stop - sum(map(len, buffers))
-        rest = min(_up(stop) * PIECE_BYTES, self._data_bytes) - stop
-        buffers = [*buffers, np.empty(rest, np.uint8)]
-        offset = len(self._raw) + begin
-        for some in (buffers[i : i + _MOST_BUFFERS] for i in range(0, len(buffers), _MOST_BUFFERS)):
-            offset += os.preadv(descriptor, some, offset)
-        number, crc, left = 1 + begin // PIECE_BYTES, 0, PIECE_BYTES
-        for buffer in buffers:
-            while len(buffer):
-                part, buffer = buffer[:left], buffer[left:]
-                crc, left = zlib.crc32(part, crc), left - len(part)
-                if left == 0:
-                    self._check(number, crc)
-                    number, crc, left = number + 1, 0, PIECE_BYTES
-        if left < PIECE_BYTES:
-            self._check(number, crc)
-
-    def _check(self, number: int, crc: int) -> None:
-        """Raise ValueError unless ``crc`` is that of the header (number 0) or a piece (from 1)."""
+    def _check(self, number: int, content: Any) -> None:
+        """Raise ValueError unless this is the content of the header (number 0) or a piece."""
         place = _CHECKSUM_DIGITS * number
-        if f"{crc:08x}" != self._checksums[place : place + _CHECKSUM_DIGITS]:
+        if _checksum(content) != self._checksums[place : place + _CHECKSUM_DIGITS]:
             raise Damaged(self._file, "its checksum does not match")
 
 
 def room_for_checksums(nbytes: int) -> str:
     """A placeholder for the checksums of a file of at most ``nbytes``, for :func:`seal`."""
-    return "0" * _CHECKSUM_DIGITS * (1 + _up(nbytes))
+    return "0" * _CHECKSUM_DIGITS * (1 + -(-nbytes // PIECE_BYTES))
 
 
-def seal(file: Path, key: str) -> None:
-    """Replace the placeholder under ``key`` of a file's metadata by the checksums."""
+def seal(file: Path) -> None:
+    """Replace the placeholder in a file's metadata by the checksums."""
     with file.open("r+b") as content:
         header = bytearray(_header_bytes(content))
-        block = memoryview(bytearray(_BLOCK_BYTES))
-        place = first = _checksums_place(header, key)
-        while count := content.readinto(block):
-            for start in range(0, count, PIECE_BYTES):
-                place += _CHECKSUM_DIGITS
-                crc = _checksum(block[start : min(start + PIECE_BYTES, count)])
-                header[place : place + _CHECKSUM_DIGITS] = crc.encode()
-        header[first : first + _CHECKSUM_DIGITS] = _checksum(header).encode()
+        place = first = _checksums_span(header)[0]
+        while piece := content.read(PIECE_BYTES):
+            place += _CHECKSUM_DIGITS
+            header[place : place + _CHECKSUM_DIGITS] = _checksum(piece)
+        header[first : first + _CHECKSUM_DIGITS] = _checksum(header)
         content.seek(0)
         content.write(header)
         content.flush()
         os.fsync(content.fileno())
-
-
-def read_header(file: Path) -> dict[str, Any]:
-    """The header of a safetensors file, which must describe all bytes of the file.
-
-    It maps array names to dtype, shape and offsets, and "__metadata__" to a dictionary of strings.
-
-    Raises:
-        ValueError: the file does not exist, is not a safetensors file or is not complete.
-    """
-    return _read_header(file)[1]
 
 
 class Damaged(ValueError):
@@ -187,7 +144,10 @@ class Damaged(ValueError):
 
 
 def _read_header(file: Path) -> tuple[bytes, dict[str, Any]]:
-    """All bytes before the arrays, and the header that they encode."""
+    """All bytes before the arrays, and the header that they encode.
+
+    It maps array names to dtype, shape and offsets, and "__metadata__" to a dictionary of strings.
+    """
     if not file.is_file():
         raise ValueError(f"{file} does not exist: use a file that was saved.")
     size = file.stat().st_size
@@ -236,19 +196,14 @@ def _check_header(header: dict[str, Any], data_bytes: int) -> None:
 def _parts(
     arrays: Sequence[StoredArray], contents: Sequence[np.ndarray]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The start and the destination of each run of bytes, split where a block ends."""
+    """The start and the destination of each run of bytes, split where a piece ends."""
     for array, content in zip(arrays, contents):
         for row, part in enumerate(np.split(content, array.rows)):
             start = array.start + row * array.stride
             while len(part):
-                count = _BLOCK_BYTES - start % _BLOCK_BYTES
+                count = PIECE_BYTES - start % PIECE_BYTES
                 yield start, part[:count]
                 start, part = start + count, part[count:]
-
-
-def _up(position: int) -> int:
-    """The number of pieces that begin before a byte."""
-    return -(-position // PIECE_BYTES)
 
 
 def _header_bytes(content: BinaryIO) -> bytes:
@@ -256,11 +211,12 @@ def _header_bytes(content: BinaryIO) -> bytes:
     return length + content.read(int.from_bytes(length, "little"))
 
 
-def _checksum(content: Any) -> str:
-    return f"{zlib.crc32(content):08x}"
+def _checksum(content: Any) -> bytes:
+    return f"{zlib.crc32(content):08x}".encode()
 
 
-def _checksums_place(header: bytes, key: str) -> int:
+def _checksums_span(header: bytes) -> tuple[int, int]:
+    """Where the checksums are in a header; mlx-lm writes metadata of the caller with a "0."."""
     # Quotes inside a string are escaped, so this occurs in no other place.
-    name = f'"{key}":"'.encode()
-    return header.find(name) + len(name)
+    found = re.search(rb'"(?:0\.)?checksums":"([0-9a-f]*)"', header)
+    return found.span(1) if found else (0, 0)

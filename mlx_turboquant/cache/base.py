@@ -11,7 +11,7 @@ from ..kernels.runtime import backend
 from ..kernels.storage import PackedKV
 from ..kernels.tokens import Span, VisibleTokens
 from .blocks import CacheSettings
-from .fetched import Fetched, Link, Step, fetch
+from .fetched import Fetched, KVHandle, Link, fetch
 
 
 class CompressedCache:
@@ -38,7 +38,13 @@ class CompressedCache:
         self.link = link
         self._packed = packed
         self._exact: list[mx.array] = []
-        self._step: Step | None = None
+        # The exact rotary parts of latent attention: a buffer, or none before the first tokens.
+        self._rotary: list[mx.array] = []
+        # The result of the last step of one token, and how many more steps can return it again:
+        # they change only the exact buffers and their token count. With a fast GPU this saves half
+        # of the host's work between the layers.
+        self._step: Fetched | None = None
+        self._repeats = 0
         # How often other layers read what a call has fetched: in each call, and so far in this one.
         self.shared_reads = 0
         self.reads = 0
@@ -68,9 +74,11 @@ class CompressedCache:
     def _append(self, new: list[mx.array]) -> Fetched:
         """Append keys and values (B, H, n, dim), fetch all, then pack what has left the window."""
         count = new[0].shape[2]
-        if count == 1 and self._step and self._step.left and self.link.reads_tokens:
+        if count == 1 and self._step and self._repeats and self.link.reads_tokens:
             self._write(new)
-            return self._step.repeat()
+            self._repeats -= 1
+            self._step[0].tokens.exact_count += 1
+            return self._step
         is_chunk = count > MAX_DECODE_ROWS
         if is_chunk:
             self.link.submit_keys(new)
@@ -78,9 +86,9 @@ class CompressedCache:
             self._packed.reserve_block()
         self._hold(new, is_chunk)
         fetched = fetch(self._tokens(), count, self.link)
-        self._step = Step.of(fetched, self._steps_alike())
-        if self._pack(count):
-            self._step = None
+        self._repeats = self._steps_alike()
+        is_changed = self._pack(count)
+        self._step = None if is_changed or type(fetched[0]) is not KVHandle else fetched
         if is_chunk:
             # Otherwise all layers would grow their packed buffers at once, at the end of the chunk.
             mx.async_eval(self._exact, self._packed.arrays)
@@ -116,6 +124,16 @@ class CompressedCache:
         """Values per token of each side, in all heads and sequences; empty before the first."""
         return [x.size // x.shape[2] for x in self._exact]
 
+    @property
+    def token_values(self) -> int:
+        """Values per token: of keys, values and rotary parts in all heads and sequences."""
+        return sum(self.side_values) + sum(x.size // x.shape[2] for x in self._rotary)
+
+    @property
+    def fp16_nbytes(self) -> int:
+        """Bytes of a dense 16-bit cache in which every sequence is as long as the longest."""
+        return 2 * self.token_values * self.size()
+
     def empty(self) -> bool:
         """Whether no token has ever been stored."""
         return not self._exact
@@ -123,7 +141,7 @@ class CompressedCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers, free space included."""
-        return sum(x.nbytes for x in self._exact) + self._packed.nbytes
+        return sum(x.nbytes for x in (*self._exact, *self._rotary, *self._packed.arrays))
 
 
 def write_tokens(buffer: mx.array, x: mx.array, start: int) -> None:

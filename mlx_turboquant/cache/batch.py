@@ -43,24 +43,25 @@ class BatchTurboQuantKVCache(CompressedCache):
     become such caches when they leave.
     """
 
-    def __init__(self, single_class: type, settings: CacheSettings, packed: PackedKV, link: Link):
+    def __init__(
+        self,
+        single_class: type,
+        settings: CacheSettings,
+        packed: PackedKV,
+        link: Link,
+        exact: list[mx.array],
+        forgotten: int,
+    ):
+        """Begin with one sequence and its exact tokens (1, H, n, dim), sinks first."""
         super().__init__(settings, packed, link)
-        rows = len(packed.counts)
-        self.forgotten = [0] * rows
         self._single_class = single_class
-        self._end = self.sink_tokens
-        self._sinks = [0] * rows
-        self._recent = [0] * rows
+        self.forgotten = [forgotten]
+        self._end, self._sinks, self._recent = self.sink_tokens, [0], [0]
         # Tokens of each sequence that are still to come during the prefill of padded prompts.
         self._expected: list[int] | None = None
-
-    def hold_one(self, exact: list[mx.array], forgotten: int) -> None:
-        """Begin with the exact tokens (1, H, n, dim) of one sequence, sinks first."""
-        self.forgotten = [forgotten]
         if exact:
-            held = exact[0].shape[2]
-            self._sinks = [self.sink_tokens if self._packed.count else 0]
-            self._recent = [held - self._sinks[0]]
+            self._sinks = [self.sink_tokens if packed.count else 0]
+            self._recent = [exact[0].shape[2] - self._sinks[0]]
             missing, end = self.sink_tokens - self._sinks[0], self.sink_tokens + self._recent[0]
             self._keep([longer(x, end, before=missing) for x in exact], [end])
 
@@ -292,10 +293,6 @@ class BatchTurboQuantKVCache(CompressedCache):
             for x in self._exact
         ]
 
-    def packed_row(self, row: int) -> PackedKV:
-        """The packed tokens of one sequence."""
-        return self._packed.take([row])
-
     def trim(self, n: int) -> int:
         """Forget the last n tokens of each sequence (at most all), and return how many."""
         self._step = None
@@ -318,11 +315,6 @@ class BatchTurboQuantKVCache(CompressedCache):
         return max(self.lengths)
 
     @property
-    def fp16_nbytes(self) -> int:
-        """Bytes of a dense 16-bit cache in which every sequence is as long as the longest."""
-        return sum(2 * x.size // x.shape[2] * self.size() for x in self._exact)
-
-    @property
     def token_nbytes(self) -> int:
         """Bytes that one more packed token of a sequence takes."""
         pairs = zip(self._exact, self._packed.layouts)
@@ -331,7 +323,7 @@ class BatchTurboQuantKVCache(CompressedCache):
     @property
     def state(self) -> tuple[mx.array, ...]:
         """All arrays, for ``mx.eval``."""
-        return (*self._exact, *self._packed.arrays)
+        return (*self._exact, *self._rotary, *self._packed.arrays)
 
 
 @lru_cache(maxsize=64)

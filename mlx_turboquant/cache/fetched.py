@@ -99,29 +99,6 @@ class KVHandle:
 Fetched = tuple[KVArray | KVHandle, ...]
 
 
-@dataclass(slots=True)
-class Step:
-    """The result of the last step of one token, and how many more steps can return it again.
-
-    These steps change only the exact buffers and their token count. With a fast GPU this saves half
-    of the host's work between the layers.
-    """
-
-    returned: Fetched
-    left: int
-
-    @classmethod
-    def of(cls, fetched: Fetched, left: int) -> "Step | None":
-        """The step that returned ``fetched``; None for arrays, which cannot be returned again."""
-        return None if type(fetched[0]) is KVArray else cls(fetched, left)
-
-    def repeat(self) -> Fetched:
-        """Count the token that was just written, and return the result again."""
-        self.left -= 1
-        self.returned[0].tokens.exact_count += 1
-        return self.returned
-
-
 def fetch(tokens: VisibleTokens, new: int, link: Link) -> Fetched:
     """All keys and all values, or all latent vectors, after ``new`` tokens were appended."""
     if new == 1 and link.reads_tokens and tokens.packed_count:

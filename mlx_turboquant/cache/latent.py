@@ -22,54 +22,32 @@ class BatchTurboQuantLatentCache(BatchTurboQuantKVCache):
     Row b of the rotary buffer begins with the rotary parts of sequence b.
     """
 
-    rotary: mx.array | None = None
-
     def update_and_fetch(self, latents: mx.array, rotary: mx.array) -> tuple[Latents, mx.array]:
         """Append latents (B, 1, n, rank) and rotary parts (B, 1, n, dim) and return all of both."""
         count, lengths = rotary.shape[2], self.lengths
         columns = mx.maximum(self._columns(count), 0)
         [fetched] = self._append([latents])
-        self.rotary = _with_room(self.rotary, rotary, max(lengths) + count)
+        buffer = _with_room(self._rotary, rotary, max(lengths) + count)
         places = mx.array(lengths)[:, None] + mx.arange(count)
-        self.rotary = mx.put_along_axis(self.rotary, _index(places), rotary, axis=2)
-        return fetched, mx.take_along_axis(self.rotary, _index(columns), axis=2)
+        buffer = mx.put_along_axis(buffer, _index(places), rotary, axis=2)
+        self._rotary = [buffer]
+        return fetched, mx.take_along_axis(buffer, _index(columns), axis=2)
 
     def filter(self, rows: list[int]) -> None:
         """Keep only the sequences ``rows``."""
         super().filter(rows)
-        if self.rotary is not None:
-            self.rotary = self.rotary[rows, :, : max(self.lengths)]
+        self._rotary = [x[rows, :, : max(self.lengths)] for x in self._rotary]
 
     def extend(self, other: "BatchTurboQuantLatentCache") -> None:
         """Add the sequences of another batch that has the same settings."""
-        parts = [(self.rotary, len(self.lengths)), (other.rotary, len(other.lengths))]
+        parts = [(self._rotary, len(self.lengths)), (other._rotary, len(other.lengths))]
         super().extend(other)
-        like = next((x for x, _ in parts if x is not None), None)
-        if like is not None:
-            rotary = [
-                mx.zeros((count, *like.shape[1:]), like.dtype) if x is None else x
-                for x, count in parts
-            ]
+        for like in self._rotary or other._rotary:
+            rotary: list[mx.array] = []
+            for own, count in parts:
+                rotary += own or [mx.zeros((count, *like.shape[1:]), like.dtype)]
             longest = max(x.shape[2] for x in rotary)
-            self.rotary = mx.concatenate([longer(x, longest) for x in rotary])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all buffers, free space included."""
-        return super().nbytes + (0 if self.rotary is None else self.rotary.nbytes)
-
-    @property
-    def fp16_nbytes(self) -> int:
-        """Bytes of a dense 16-bit cache in which every sequence is as long as the longest."""
-        if self.rotary is None:
-            return 0
-        rotary_values = self.rotary.size // self.rotary.shape[2]
-        return super().fp16_nbytes + 2 * rotary_values * self.size()
-
-    @property
-    def state(self) -> tuple[mx.array | None, ...]:
-        """All arrays, for ``mx.eval``."""
-        return (*super().state, self.rotary)
+            self._rotary = [mx.concatenate([longer(x, longest) for x in rotary])]
 
 
 class TurboQuantLatentCache(TurboQuantKVCache):
@@ -95,53 +73,34 @@ class TurboQuantLatentCache(TurboQuantKVCache):
                 f"A cache of latent vectors cannot be limited to {max_size} tokens: "
                 "leave the limit out."
             )
-        self._rotary: mx.array | None = None
 
     @classmethod
     def of_row(cls, batch: BatchTurboQuantLatentCache, row: int) -> "TurboQuantLatentCache":
         """The cache of one sequence of a batch."""
         cache = super().of_row(batch, row)
-        if batch.rotary is not None:
-            cache._rotary = batch.rotary[row : row + 1, :, : cache.offset]
+        cache._rotary = [x[row : row + 1, :, : cache.offset] for x in batch._rotary]
         return cache
 
     def _as_batch(self) -> BatchTurboQuantLatentCache:
         batch = super()._as_batch()
-        batch.rotary = None if self.empty() else self._rotary[:, :, : self.offset]
+        batch._rotary = self._held_rotary()
         return batch
+
+    def _held_rotary(self) -> list[mx.array]:
+        return [x[:, :, : self.offset] for x in self._rotary]
 
     def update_and_fetch(self, latents: mx.array, rotary: mx.array) -> tuple[Latents, mx.array]:
         """Append latents (B, 1, n, rank) and rotary parts (B, 1, n, dim) and return all of both."""
         start = self.offset
         [fetched] = self._append([latents])
-        self._rotary = _with_room(self._rotary, rotary, self.offset)
-        self._rotary[:, :, start : self.offset] = rotary
-        return fetched, self._rotary[:, :, : self.offset]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all buffers, free space included."""
-        return super().nbytes + (0 if self._rotary is None else self._rotary.nbytes)
-
-    @property
-    def token_values(self) -> int:
-        """Values per token: of the latent vector and of the rotary part."""
-        return super().token_values + self._rotary_values
-
-    @property
-    def token_nbytes(self) -> int:
-        """Bytes that one more packed token takes, with its rotary part."""
-        return super().token_nbytes + 2 * self._rotary_values
-
-    @property
-    def _rotary_values(self) -> int:
-        return 0 if self._rotary is None else self._rotary.size // self._rotary.shape[2]
+        self._rotary = [_with_room(self._rotary, rotary, self.offset)]
+        self._rotary[0][:, :, start : self.offset] = rotary
+        return fetched, *self._held_rotary()
 
     @property
     def state(self) -> tuple[Any, ...]:
         """The state of a :class:`.TurboQuantKVCache`, then the rotary parts."""
-        rotary = None if self._rotary is None else self._rotary[:, :, : self.offset]
-        return (*TurboQuantKVCache.state.fget(self), rotary)
+        return (*TurboQuantKVCache.state.fget(self), *(self._held_rotary() or [None]))
 
     @state.setter
     def state(self, state: tuple[Any, ...]) -> None:
@@ -150,7 +109,7 @@ class TurboQuantLatentCache(TurboQuantKVCache):
         check_state((rotary is None) == self.empty(), "rotary parts without latent vectors")
         if rotary is not None:
             check_vectors(rotary, self.offset, self._exact[0])
-        self._rotary = rotary
+        self._rotary = [] if rotary is None else [rotary]
 
     @classmethod
     def beginning(cls, state: tuple[Any, ...], tokens: int) -> tuple[Any, ...]:
@@ -160,10 +119,9 @@ class TurboQuantLatentCache(TurboQuantKVCache):
         return (*super().beginning(state, tokens), rotary)
 
 
-def _with_room(buffer: mx.array | None, like: mx.array, count: int) -> mx.array:
+def _with_room(buffers: list[mx.array], like: mx.array, count: int) -> mx.array:
     """The buffer, or a larger one, with room for ``count`` tokens."""
-    if buffer is None:
-        buffer = like[:, :, :0]
+    [buffer] = buffers or [like[:, :, :0]]
     return buffer if count <= buffer.shape[2] else longer(buffer, -(-count // _STEP) * _STEP)
 
 

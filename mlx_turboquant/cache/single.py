@@ -72,7 +72,7 @@ class TurboQuantKVCache(CompressedCache):
     @classmethod
     def of_row(cls, batch: BatchTurboQuantKVCache, row: int) -> "TurboQuantKVCache":
         """The cache of one sequence of a batch."""
-        exact, packed = batch.exact_row(row), batch.packed_row(row)
+        exact, packed = batch.exact_row(row), batch._packed.take([row])
         cache = cls(**batch.settings._asdict())
         cache.link, cache.shared_reads = batch.link, batch.shared_reads
         cache._packed, cache._exact = packed, exact
@@ -94,10 +94,9 @@ class TurboQuantKVCache(CompressedCache):
         return batch
 
     def _as_batch(self) -> BatchTurboQuantKVCache:
-        packed = PackedKV.join([self._packed])
-        batch = self._batch_class(type(self), self.settings, packed, self.link)
+        parts = PackedKV.join([self._packed]), self.link, self._held_exact(), self.forgotten
+        batch = self._batch_class(type(self), self.settings, *parts)
         batch.shared_reads = self.shared_reads
-        batch.hold_one(self._held_exact(), self.forgotten)
         return batch
 
     @property
@@ -173,20 +172,13 @@ class TurboQuantKVCache(CompressedCache):
         return self.offset - self.forgotten
 
     @property
-    def fp16_nbytes(self) -> int:
-        """Bytes of the same tokens in a dense 16-bit cache."""
-        return 2 * self.token_values * self.size()
-
-    @property
-    def token_values(self) -> int:
-        """Values per token: those of keys and values in all heads and rows."""
-        return sum(self.side_values)
-
-    @property
     def token_nbytes(self) -> int:
-        """Bytes that one more packed token takes."""
+        """Bytes that one more packed token takes, with its rotary part."""
+        rotary = 2 * (self.token_values - sum(self.side_values))
         pairs = zip(self._exact, self._packed.layouts)
-        return sum(math.prod(x.shape[:2]) * side.vector_nbytes(x.shape[3]) for x, side in pairs)
+        return rotary + sum(
+            math.prod(x.shape[:2]) * side.vector_nbytes(x.shape[3]) for x, side in pairs
+        )
 
     @property
     def exact_nbytes(self) -> int:
@@ -226,7 +218,8 @@ class TurboQuantKVCache(CompressedCache):
         settings, counts, arrays = CacheSettings(*state[:6]), state[6:10], state[10:]
         *numbers, max_size, seed = settings
         numbers = (*numbers, *counts, 0 if max_size is None else max_size)
-        check_state(all(map(_is_count, numbers)), "a number of tokens or bits is invalid")
+        are_counts = all(type(number) is int and 0 <= number <= LARGEST for number in numbers)
+        check_state(are_counts, "a number of tokens or bits is invalid")
         check_state(type(seed) is int and seed >= 0, f"a seed of {seed}")
         self.__init__(**settings._asdict())
         self.shared_reads, self.offset, self.forgotten, packed = counts
@@ -268,7 +261,3 @@ class TurboQuantKVCache(CompressedCache):
         cache = cls.__new__(cls)
         cache.state = state
         return cache
-
-
-def _is_count(number: Any) -> bool:
-    return type(number) is int and 0 <= number <= LARGEST

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,9 @@ from ..files import make_folder
 from ..lm import texts
 from ..lm.compressible import text_arguments
 from ..lm.compression import treat_layers_alike
-from ..lm.loading import (
-    check_memory,
-    device_nbytes,
-    memory_nbytes,
-    prepare_for_device,
-    reason_of,
-)
+from ..lm.loading import check_memory, device_nbytes, memory_nbytes, prepare_for_device, reason_of
 from ..measure.benchmark import LEAST_NEW_TOKENS, Measurement, measure, median
-from ..measure.cache_specs import EXACT, MLX_LM, CacheSpec, preset
+from ..measure.cache_specs import EXACT, MLX_LM, CacheSpec, Progress, ignore, preset
 from ..measure.footprint import chunk_nbytes, footprint
 from ..measure.shapes import SHAPES, random_model
 from .loading import MODEL_HELP, ensure_profile, load_lazily
@@ -67,34 +61,30 @@ def main(arguments: list[str]) -> None:
         for context, fitting in run.fitting.items():
             for spec in args.repeats * fitting:
                 run.attempt(spec, context, args.new_tokens)
-    result = run.result()
-    write_results(args.out, "benchmark", result, benchmark_pictures)
+    write_results(args.out, "benchmark", run.result(), benchmark_pictures)
 
 
+@dataclass
 class _Run:
     """The measurements of one call by cache and context length, and the failures.
 
     ``fitting`` has, for each context length, the caches that fit into memory by their footprint.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokens: list[int],
-        args: argparse.Namespace,
-        specs: list[CacheSpec],
-    ):
-        self.model = model
-        self.tokens = tokens
-        self.args = args
-        self.specs = specs
-        self.measured: dict[tuple[str, int], list[Measurement]] = {}
-        self.failures: dict[str, str] = {}
-        self.progress = lambda tokens: None
+    model: nn.Module
+    tokens: list[int]
+    args: argparse.Namespace
+    specs: list[CacheSpec]
+    measured: dict[tuple[str, int], list[Measurement]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    progress: Progress = ignore
+
+    def __post_init__(self):
+        model, args = self.model, self.args
         left = memory_nbytes() - device_nbytes(model) - args.batch * chunk_nbytes(model)
-        longest = [footprint(model, c).longest(left / args.batch) for c in specs]
+        longest = [footprint(model, c).longest(left / args.batch) for c in self.specs]
         self.fitting = {
-            n: [c for c, most in zip(specs, longest) if n + args.new_tokens <= most]
+            n: [c for c, most in zip(self.specs, longest) if n + args.new_tokens <= most]
             for n in sorted(args.contexts)
         }
 
@@ -186,26 +176,17 @@ def add_model_options(parser: argparse.ArgumentParser, required: bool = True) ->
     """Add ``--model`` and ``--shape``, which exclude each other; ``required`` demands one."""
     group = parser.add_mutually_exclusive_group(required=required)
     group.add_argument("--model", help=MODEL_HELP)
-    group.add_argument(
-        "--shape",
-        metavar="NAME",
-        help="Shape of a model with random 4-bit weights: a config.json file, or one of "
-        + ", ".join(SHAPES),
-    )
+    names = ", ".join(SHAPES)
+    text = f"Shape of a model with random 4-bit weights: a config.json file, or one of {names}"
+    group.add_argument("--shape", metavar="NAME", help=text)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlx_turboquant benchmark", description=__doc__)
     add_model_options(parser)
-    parser.add_argument(
-        "--contexts",
-        type=int,
-        nargs="+",
-        default=_CONTEXTS,
-        metavar="TOKENS",
-        help="Context lengths in tokens (default: " + " ".join(map(str, _CONTEXTS)) + ", as far "
-        "as they fit)",
-    )
+    add, listed = parser.add_argument, " ".join(map(str, _CONTEXTS))
+    text = f"Context lengths in tokens (default: {listed}, as far as they fit)"
+    add("--contexts", type=int, nargs="+", default=_CONTEXTS, metavar="TOKENS", help=text)
     add_comparison_options(parser, "4", "3")
     add_count(parser, "--batch", 1, "Number of sequences in a batch")
     add_count(parser, "--new-tokens", 128, "Number of tokens to decode after a prompt")

@@ -85,11 +85,8 @@ def _lines(axis: Axes, result: dict[str, Any], number) -> None:
     contexts = sorted({run["context"] for run in result["runs"]})
     axis.set(xscale="log", xlabel="context length, tokens")
     axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
-    axis.set_xticks(contexts, [_short(n) for n in contexts], minor=False)
+    labels = [f"{n // 1024}k" if n % 1024 == 0 else f"{n:,}" for n in contexts]
+    axis.set_xticks(contexts, labels, minor=False)
     axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-
-
-def _short(tokens: int) -> str:
-    return f"{tokens // 1024}k" if tokens % 1024 == 0 else f"{tokens:,}"

@@ -9,7 +9,7 @@ from ..lm.enable import make_prompt_cache
 from ..lm.prompt_cache import check_target, save_prompt_cache
 from .loading import load_ready
 from .options import given_prompt, parse
-from .replaced import replaced
+from .replaced import replace
 
 
 def main(arguments: list[str]) -> None:
@@ -28,12 +28,12 @@ def main(arguments: list[str]) -> None:
     def save(file, cache, metadata):
         print(f"Saved {save_prompt_cache(file, cache, *models, metadata)}")
 
-    with replaced(
+    replace(
         cache_prompt,
         sys=SimpleNamespace(stdin=prompt),
         setup_arg_parser=lambda: SimpleNamespace(parse_args=lambda: args),
         load=partial(load_ready, cache_prompt.load, args, settings),
         make_prompt_cache=make_cache,
         save_prompt_cache=save,
-    ):
-        cache_prompt.main()
+    )
+    cache_prompt.main()

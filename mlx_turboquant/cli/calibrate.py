@@ -28,9 +28,7 @@ _MEANING = (
 def main(arguments: list[str]) -> None:
     """Calibrate a model, save the profile and print the divergence expected at each budget."""
     args = _parser().parse_args(arguments)
-    texts = None
-    if args.text:
-        texts = dict(zip(map(str, args.text), read_texts(args.text)))
+    texts = dict(zip(map(str, args.text), read_texts(args.text))) if args.text else None
     if args.out is not None:
         make_way(args.out, "fingerprint", "profile")
     model, tokenizer = load_lazily(args.model)
@@ -79,18 +77,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlx_turboquant calibrate", description=__doc__)
     add = parser.add_argument
     add("--model", required=True, help=MODEL_HELP)
-    add(
-        "--text",
-        type=Path,
-        nargs="+",
-        help="Text files to measure on, each one separately (default: bundled texts, of prose, "
-        "code, other languages and numbers)",
+    text = (
+        "Text files to measure on, each one separately (default: bundled texts, of prose, "
+        "code, other languages and numbers)"
     )
-    add(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="File to write the profile to (default: in the user's cache folder, where all "
-        "commands look for it)",
+    add("--text", type=Path, nargs="+", help=text)
+    text = (
+        "File to write the profile to (default: in the user's cache folder, where all "
+        "commands look for it)"
     )
+    add("--out", type=Path, metavar="FILE", help=text)
     return parser

@@ -4,13 +4,12 @@ import json
 import os
 import re
 import signal
-import sys
 import time
 import uuid
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import closing, suppress
-from dataclasses import asdict
+from dataclasses import InitVar, asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,20 @@ import mlx.nn as nn
 from mlx_lm import load, stream_generate
 from mlx_lm.chat import setup_arg_parser
 from mlx_lm.generate import GenerationResponse
-from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..lm.compressible import cut_back
 from ..lm.enable import make_prompt_cache
 from ..lm.prompt_cache import load_prompt_cache, save_prompt_cache
-from ..lm.prompt_store import Progress, PromptStore, named, reading, saved_settings, seen_tokens
+from ..lm.prompt_store import Progress, PromptStore, named, reading, seen_tokens
 from ..lm.report import cache_report, cache_size
 from ..lm.settings import Settings
 from .loading import load_ready
 from .options import add_store_options, given_settings, open_store, parse
+from .signals import ENDINGS, signals_held, stored_at_the_end
 from .store import age
-from .terminal import ENDINGS, Terminal, signals_held
+from .terminal import Terminal
 
 _HELP = """\
 /help         this list
@@ -53,16 +53,15 @@ def main(arguments: list[str]) -> None:
     parser = setup_arg_parser()
     parser.prog, parser.description = "mlx_turboquant chat", __doc__
     parser.add_argument("-v", "--verbose", action="store_true", help="Show /stats after a reply")
-    parser.add_argument(
-        "--resume", metavar="NAME", help="Name of a conversation of the store to continue"
-    )
+    text = "Name of a conversation of the store to continue"
+    parser.add_argument("--resume", metavar="NAME", help=text)
     add_store_options(parser)
     args, settings = parse(parser, arguments, without_effect=("pipeline",))
     store = open_store(args)
     if args.resume is not None:
         if store is None:
             raise ValueError("--resume needs the folder of conversations: add --prompt-store DIR.")
-        saved = saved_settings(named(store.sessions(), args.resume).file)
+        saved = named(store.sessions(), args.resume).settings
         if any(saved.get(name, given) != given for name, given in given_settings(args).items()):
             raise ValueError(
                 f"The conversation {args.resume} has settings of its own: "
@@ -86,15 +85,8 @@ def main(arguments: list[str]) -> None:
         xtc_probability=args.xtc_probability,
         xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
     )
-    for number in ENDINGS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as after nohup
-            signal.signal(number, _leave)
-    try:
+    with stored_at_the_end(store):
         Chat(conversation, generation, args).run()
-    finally:
-        if store is not None:
-            with signals_held(signal.SIGINT, *ENDINGS):  # a closing terminal hangs up twice
-                store.close()
 
 
 def _version(file: Path) -> tuple[int, int] | None:
@@ -105,31 +97,19 @@ def _version(file: Path) -> tuple[int, int] | None:
     return None
 
 
-def _leave(number: int, frame: object) -> None:
-    """End the chat and ignore a second signal, as a closing terminal and its shell send."""
-    for ending in ENDINGS:
-        signal.signal(ending, signal.SIG_IGN)
-    sys.exit(128 + number)
-
-
+@dataclass
 class Conversation:
     """The messages of a chat, and the cache with the tokens that it holds."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: TokenizerWrapper,
-        settings: Settings,
-        system_prompt: str | None = None,
-        store: PromptStore | None = None,
-        model_name: str = "",
-    ):
-        self.model = model
-        self.model_name = model_name
-        self.store = store
-        self.tokenizer = tokenizer
-        self.settings = settings
-        self.messages: list[dict[str, str]] = []
+    model: nn.Module
+    tokenizer: TokenizerWrapper
+    settings: Settings
+    system_prompt: InitVar[str | None] = None
+    store: PromptStore | None = None
+    model_name: str = ""
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def __post_init__(self, system_prompt: str | None):
         self.reset()
         if system_prompt:
             self.set_system_prompt(system_prompt)
@@ -253,11 +233,10 @@ class Conversation:
         At least one token is left to process. A cache that cannot be cut back is replaced.
         """
         known = len(os.path.commonprefix([prompt[:-1], self.tokens]))
-        surplus = seen_tokens(self.cache) - known
-        if not known or (surplus and not can_trim_prompt_cache(self.cache)):
+        is_prefix = known == seen_tokens(self.cache)
+        if not known or not (is_prefix or cut_back(self.cache, known)):
             self._clear_cache()
             return 0
-        trim_prompt_cache(self.cache, surplus)
         self.tokens = self.tokens[:known]
         return known
 
@@ -269,7 +248,7 @@ class Chat:
         self.conversation, self.store = conversation, conversation.store
         self.generation, self.args = generation, args
         self.terminal = Terminal()
-        self._keep_as(args.resume or self._new_name())
+        self._keep_as(args.resume)
 
     def run(self) -> None:
         """Talk until Ctrl-D."""
@@ -308,7 +287,7 @@ class Chat:
                 show(_HELP)
             case "/reset":
                 conversation.reset()
-                self._keep_as(self._new_name())
+                self._keep_as()
                 self._note("a new conversation begins")
             case "/undo":
                 self._note(f"taken back: {conversation.undo()[:60]}")
@@ -325,7 +304,7 @@ class Chat:
                 self._note(f"saved to {conversation.save(Path(argument).expanduser())}")
             case "/load":
                 conversation.load(Path(argument).expanduser())
-                self._keep_as(self._new_name())
+                self._keep_as()
                 self._keep()
                 self._stats()
             case "/sessions":
@@ -374,19 +353,17 @@ class Chat:
             return
         with signals_held(signal.SIGINT, *ENDINGS), self.store.writing():
             if _version(self.store.session_file(self.name)) != self.version:
-                old, self.name = self.name, self._new_name()
+                old = self.name
+                self._keep_as()
                 self._note(f"another chat has changed {old}: this one is kept as {self.name}")
             self.conversation.save(self.store.session_file(self.name))
             self._keep_as(self.name)
 
-    def _keep_as(self, name: str) -> None:
-        """Set the name under which turns are kept from here on."""
-        self.name = name
-        self.version = self.store and _version(self.store.session_file(name))
-
-    def _new_name(self) -> str:
-        """The time, and random digits because two chats may begin at once."""
-        return f"{time.strftime('%Y-%m-%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
+    def _keep_as(self, name: str | None = None) -> None:
+        """Set the name under which turns are kept from here on; without one, it is a new one."""
+        # The time, and random digits because two chats may begin at once.
+        self.name = name or f"{time.strftime('%Y-%m-%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
+        self.version = self.store and _version(self.store.session_file(self.name))
 
     def _stats(self) -> None:
         report = cache_report(self.conversation.cache, self.conversation.model)

@@ -28,6 +28,7 @@ from ..kernels.tuning import (
     saved_tunings,
 )
 from ..lm.heads import Heads
+from ..lm.loading import reason_of
 from ..measure.tune import LENGTHS, ratio
 from .results import print_rows
 from .tune import described
@@ -35,12 +36,8 @@ from .tune import described
 _DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
 _SPLITS = ((4, 4), (4, 2), (3, 2), (3, 1), (5, 4), (6, 6), (8, 8))
 # Heads that a report times: those of Llama-3.1-8B, Qwen3-30B-A3B and Qwen3.8-27B.
-_TIMED = (
-    Heads(8, 4, 128, 128, False),
-    Heads(4, 8, 128, 128, False),
-    Heads(4, 6, 256, 256, False),
-)
-_DEFAULT_REPORT = "mlx_turboquant-report.json"
+_TIMED = (Heads(8, 4, 128, 128, False), Heads(4, 8, 128, 128, False), Heads(4, 6, 256, 256, False))
+_DEFAULT_REPORT = Path("mlx_turboquant-report.json")
 
 
 class Checked(NamedTuple):
@@ -91,7 +88,9 @@ def _check(kernel: type[Kernel], configuration: tuple[Any, ...], label: str) -> 
         error, allowed = agreement
         verdict = "ok" if agreement.holds else "WRONG"
     except (RuntimeError, ValueError) as failure:
-        verdict = _first_line(failure)
+        # Without the names of the user's folders.
+        verdict = reason_of(failure).replace(str(Path(__file__).parents[2]), "...")
+        verdict = verdict.replace(str(Path.home()), "~")
     return Checked(kernel.name, label, error, allowed, time.perf_counter() - begin, verdict)
 
 
@@ -141,36 +140,22 @@ def _report(results: list[Checked]) -> dict[str, Any]:
         "table": as_entries(default_tunings(backend(), MAX_DECODE_ROWS)),
         "tuned": {heads: as_entries(each) for heads, each in saved_tunings().items()},
     }
-    report["ratios"] = [
-        {"heads": _label(heads), "tokens": count, "ratio": ratio(heads, count)}
-        for heads in _TIMED
-        for count in LENGTHS
-    ]
+    report["ratios"] = []
+    for heads in _TIMED:
+        name = heads_key(heads.dim, heads.value_dim, heads.group)
+        about = {"heads": f"{name} on {heads.key_heads} key heads"}
+        report["ratios"] += [{**about, "tokens": n, "ratio": ratio(heads, n)} for n in LENGTHS]
     return report
-
-
-def _label(heads: Heads) -> str:
-    name = heads_key(heads.dim, heads.value_dim, heads.group)
-    return f"{name} on {heads.key_heads} key heads"
-
-
-def _first_line(failure: Exception) -> str:
-    """Return the first line of an error, without the names of the user's folders."""
-    text = (str(failure).strip() or type(failure).__name__).splitlines()[0]
-    return text.replace(str(Path(__file__).parents[2]), "...").replace(str(Path.home()), "~")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlx_turboquant doctor", description=__doc__)
-    parser.add_argument(
-        "--report",
-        type=Path,
-        nargs="?",
-        const=Path(_DEFAULT_REPORT),
-        metavar="FILE",
-        help="Write the results and the speed of attention to a file, for an issue "
-        f"(default: {_DEFAULT_REPORT})",
+    text = (
+        "Write the results and the speed of attention to a file, for an issue "
+        f"(default: {_DEFAULT_REPORT})"
     )
+    add = parser.add_argument
+    add("--report", type=Path, nargs="?", const=_DEFAULT_REPORT, metavar="FILE", help=text)
     return parser
 
 

@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> None:
     contents = texts.read_texts(args.text) if args.text else texts.bundled_texts()
     contexts, nbytes = [], 0
     if args.tasks is None:
-        with drawing_tools("evaluate"):
+        with drawing_tools("evaluate"):  # before a download
             from . import pictures
     model, tokenizer = load_lazily(args.model)
     if args.tasks is None:
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
         run_tasks(model, tokenizer, specs, settings, contents, args)
         return
     comparison = Comparison(model, [*MLX_LM, *specs])
-    caches = len(comparison.scores)
+    scores, caches = comparison.scores, len(comparison.scores)
     steps = caches * sum(len(context) + args.greedy for context in contexts)
     steps += 2 * (caches + 1) * (len(contexts[0]) + args.generate) if args.generate else 0
     with tqdm(total=steps, unit="tokens", unit_scale=True) as bar:
@@ -59,7 +59,6 @@ def main(arguments: list[str]) -> None:
             comparison.text(context, args.scored, args.greedy)
         for seed in (None, 0) if args.generate else ():
             comparison.generation(contexts[0], args.generate, seed, tokenizer.eos_token_ids)
-    scores = comparison.scores
     result = {
         **machine(),
         "model": args.model,
@@ -85,12 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     count("--scored", 256, "Number of last tokens of a text to decode and compare")
     count("--greedy", 64, "Number of greedy tokens after a text to compare with the exact cache's")
     count("--generate", 0, "Number of tokens to generate after a text, greedily and sampled")
-    add(
-        "--tasks",
-        nargs="*",
-        metavar="TASK",
-        help="Compare answers to tasks instead, by name or all: " + ", ".join(TASKS),
-    )
+    text = "Compare answers to tasks instead, by name or all: " + ", ".join(TASKS)
+    add("--tasks", nargs="*", metavar="TASK", help=text)
     count("--prompts", 40, "Number of prompts per task, in steps of 8")
     count("--length", 2048, "Maximum number of tokens per prompt, halved while a task is too hard")
     add_out(parser, "evaluation", "evaluation.json and kl.png, or of tasks")

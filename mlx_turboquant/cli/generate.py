@@ -1,8 +1,6 @@
 """This command completes a prompt as mlx_lm.generate does, with a compressed cache."""
 
 import importlib
-import signal
-import sys
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,16 +9,16 @@ from typing import Any
 from ..lm.compression import compression_of
 from ..lm.enable import make_prompt_cache
 from ..lm.prompt_cache import check_identity, load_prompt_cache
-from ..lm.prompt_store import SHOWN_TOKENS, PromptStore, reading
+from ..lm.prompt_store import PromptStore, reading
 from ..lm.report import cache_report
 from ..lm.settings import Settings
 from .loading import load_ready
 from .options import add_store_options, given_prompt, given_settings, open_store, parse
-from .replaced import replaced
+from .replaced import replace
+from .signals import stored_at_the_end
 
 # The package mlx_lm hides the module behind the function of the same name.
 _mlx_lm_generate = importlib.import_module("mlx_lm.generate")
-_ENDINGS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 _load, _generate = _mlx_lm_generate.load, _mlx_lm_generate.generate
 
 
@@ -28,9 +26,8 @@ def main(arguments: list[str]) -> None:
     """Run mlx-lm's own command with its parser, loader and generation wrapped."""
     parser = _mlx_lm_generate.setup_arg_parser()
     parser.prog, parser.description = "mlx_turboquant generate", __doc__
-    parser.add_argument(
-        "-v", dest="report", action="store_true", help="Show the cache of each kind of layer"
-    )
+    text = "Show the cache of each kind of layer"
+    parser.add_argument("-v", dest="report", action="store_true", help=text)
     add_store_options(parser)
     args, settings = parse(parser, arguments)
     if args.draft_model is not None and settings.max_size is not None:
@@ -44,26 +41,17 @@ def main(arguments: list[str]) -> None:
                 "leave out the options of the compressed cache."
             )
         args.profile, args.calibrate = None, False  # the file fixes the bits
-    for number in _ENDINGS:
-        # Ctrl-C has an exception already; nohup leaves a hang-up ignored.
-        if store is not None and signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
     run = _Run(args, settings, store)
-    with replaced(
+    replace(
         _mlx_lm_generate,
         sys=SimpleNamespace(stdin=prompt),
         setup_arg_parser=lambda: SimpleNamespace(parse_args=lambda: args),
         load=run.load,
         load_prompt_cache=run.load_prompt_cache,
         generate=run.generate,
-    ):
-        try:
-            _mlx_lm_generate.main()
-        finally:
-            if store is not None:
-                for number in _ENDINGS:
-                    signal.signal(number, signal.SIG_IGN)
-                store.close()
+    )
+    with stored_at_the_end(store):
+        _mlx_lm_generate.main()
 
 
 class _Run:
@@ -99,15 +87,7 @@ class _Run:
             if draft_model is not None:
                 prompt_cache += make_prompt_cache(draft_model, self.settings)
         name = Path(self.args.model or "").name
-        tokens = list(prompt)
-
-        def keep_prompt(processed: int, total: int) -> None:
-            if store is not None and processed == total:  # a signal may come before the end
-                text = tokenizer.decode(tokens[:SHOWN_TOKENS])
-                store.keep(model, tokens, prompt_cache, name, text)
-
-        about = {"name": name, "progress": keep_prompt}
-        known_part = reading(store, model, tokenizer, tokens, prompt_cache, **about)
+        known_part = reading(store, model, tokenizer, list(prompt), prompt_cache, name=name)
         with known_part as (prompt_cache, known, progress):
             if store is not None:
                 print(f"Prompt: {known:,} of {len(prompt):,} tokens from the store")

@@ -80,24 +80,12 @@ def _add_cache_options(parser: argparse.ArgumentParser) -> None:
 
 def add_allocation_options(group: argparse._ActionsContainer) -> None:
     """Add the options for the allocation of bits."""
-    group.add_argument(
-        "--uniform",
-        action="store_true",
-        default=None,
-        help="Give all layers the same bits, for comparison",
-    )
-    group.add_argument(
-        "--profile",
-        type=Path,
-        metavar="FILE",
-        help="Profile written by calibrate (default: the one in the user's cache folder)",
-    )
-    group.add_argument(
-        "--no-calibrate",
-        dest="calibrate",
-        action="store_false",
-        help="Skip the calibration of a model that has no profile",
-    )
+    text = "Give all layers the same bits, for comparison"
+    group.add_argument("--uniform", action="store_true", default=None, help=text)
+    text = "Profile written by calibrate (default: the one in the user's cache folder)"
+    group.add_argument("--profile", type=Path, metavar="FILE", help=text)
+    text = "Skip the calibration of a model that has no profile"
+    group.add_argument("--no-calibrate", dest="calibrate", action="store_false", help=text)
 
 
 def add_exact_token_options(group: argparse._ActionsContainer) -> None:
@@ -119,18 +107,13 @@ def _add_setting(
 def add_store_options(parser: argparse.ArgumentParser) -> argparse._ActionsContainer:
     """Add the options of the prompt store, and return their group."""
     group = parser.add_argument_group("prompt store")
-    group.add_argument(
-        "--prompt-store",
-        metavar="DIR",
-        help="Folder in which packed prompts are kept, so that none is prefilled twice",
+    text = "Folder in which packed prompts are kept, so that none is prefilled twice"
+    group.add_argument("--prompt-store", metavar="DIR", help=text)
+    text = (
+        "Maximum size of the store, like 20GB, or 20 for short; the least recently used "
+        "prompts are evicted first (default: %(default)s)"
     )
-    group.add_argument(
-        "--prompt-store-size",
-        metavar="SIZE",
-        default="20GB",
-        help="Maximum size of the store, like 20GB, or 20 for short; the least recently used "
-        "prompts are evicted first (default: %(default)s)",
-    )
+    group.add_argument("--prompt-store-size", metavar="SIZE", default="20GB", help=text)
     return group
 
 
@@ -170,14 +153,11 @@ def given_prompt(prompt: str) -> io.StringIO:
 
 def add_presets_option(parser: argparse.ArgumentParser, *presets: str) -> None:
     """Add a ``--kv-bits`` for several caches, each of a form that ``preset`` reads."""
-    parser.add_argument(
-        "--kv-bits",
-        nargs="+",
-        default=presets,
-        metavar="BITS",
-        help="Bits per value of each cache, like 3.5, or K5V3 for keys and values "
-        f"(default: {' '.join(presets)})",
+    text = (
+        "Bits per value of each cache, like 3.5, or K5V3 for keys and values "
+        f"(default: {' '.join(presets)})"
     )
+    parser.add_argument("--kv-bits", nargs="+", default=presets, metavar="BITS", help=text)
 
 
 def add_comparison_options(parser: argparse.ArgumentParser, *presets: str) -> None:

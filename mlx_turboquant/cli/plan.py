@@ -99,11 +99,8 @@ def _size(nbytes: float) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlx_turboquant plan", description=__doc__)
     add_model_options(parser)
-    parser.add_argument(
-        "--memory",
-        metavar="SIZE",
-        help="Memory of a Mac, like 16GB, or 16 for short (default: what MLX may use here)",
-    )
+    text = "Memory of a Mac, like 16GB, or 16 for short (default: what MLX may use here)"
+    parser.add_argument("--memory", metavar="SIZE", help=text)
     add_presets_option(parser, "8", "6", "5", "4.5", "4", "3.5", "3", "2.5", "2")
     add_count(parser, "--batch", 1, "Number of sequences in a batch")
     add_exact_token_options(parser)

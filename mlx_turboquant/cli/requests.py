@@ -47,7 +47,7 @@ class BadRequest(ValueError):
         handler.wfile.write(body)
 
 
-def answer(handler: BaseHTTPRequestHandler, reply: Callable[..., None]) -> None:
+def answer(reply: Callable[..., None], handler: BaseHTTPRequestHandler) -> None:
     """Let ``reply`` answer a request; send its errors to the client and log one line."""
     begin, level, problem = time.perf_counter(), logging.INFO, ""
     try:
@@ -131,6 +131,10 @@ def _list(name: str, each: _Kind, least: int = 0) -> _Kind:
     return _Kind(name, lambda x: type(x) is list and len(x) >= least, each)
 
 
+def _object(which: str, fits: Callable[[dict], bool]) -> _Kind:
+    return _Kind(f"an object {which}", lambda x: type(x) is dict and fits(x))
+
+
 def _either(first: _Kind, second: _Kind) -> _Kind:
     name = f"{first.name} or {second.name}"
     return _Kind(name, lambda x: first.fits(x) or second.fits(x), second.each)
@@ -154,44 +158,38 @@ def _is_part(x: Any) -> bool:
     return type(x.get("text") if x["type"] == "text" else url) is str
 
 
-def _is_function(x: Any) -> bool:
-    if type(x) is not dict:
-        return False
+def _is_function(x: dict[str, Any]) -> bool:
     # Tools of other types have no function, and some clients send a flat form.
     function = x.get("function", x if x.get("type") == "function" else {"name": ""})
     return type(function) is dict and type(function.get("name")) is str
 
 
-def _is_message(x: Any) -> bool:
+def _is_message(x: dict[str, Any]) -> bool:
     return (
-        type(x) is dict
-        and type(x.get("role")) is str
+        type(x.get("role")) is str
         and (type(x.get("content")) is str or _are(x.get("content"), _is_part))
-        and _are(x.get("tool_calls"), _is_function)
+        and _are(x.get("tool_calls"), _TOOL.fits)
         and all(type(x.get(name, "")) in (str, NoneType) for name in ("name", "tool_call_id"))
     )
 
 
-_MESSAGE = _Kind(
-    "an object with a role (string), a content (string, null, or a list of parts, each a text or "
-    "an image) and, if any, tool_calls, each an object whose function has a name",
+_TOOL = _object("whose function has a name", _is_function)
+_MESSAGE = _object(
+    "with a role (string), a content (string, null, or a list of parts, each a text or an image) "
+    "and, if any, tool_calls, each an object whose function has a name",
     _is_message,
 )
-_TOOL = _Kind("an object whose function has a name", _is_function)
-_LOGIT_BIAS = _Kind(
-    "an object of token ids, each with a number from -100 to 100",
+_LOGIT_BIAS = _object(
+    "of token ids, each with a number from -100 to 100",
     lambda x: (
-        type(x) is dict
-        and all(re.fullmatch("[0-9]{1,9}", token) for token in x)
+        all(re.fullmatch("[0-9]{1,9}", token) for token in x)
         and all(map(_number(-100, 100).fits, x.values()))
     ),
 )
-_ROLES = _Kind(
-    "an object of strings", lambda x: type(x) is dict and all(map(_TEXT.fits, x.values()))
-)
-_STREAM_OPTIONS = _Kind(
-    "an object in which include_usage is true or false",
-    lambda x: type(x) is dict and type(x.get("include_usage")) in (bool, NoneType),
+_ROLES = _object("of strings", lambda x: all(map(_TEXT.fits, x.values())))
+_STREAM_OPTIONS = _object(
+    "in which include_usage is true or false",
+    lambda x: type(x.get("include_usage")) in (bool, NoneType),
 )
 # Not variables, but arguments of the functions that render and tokenize a template.
 _NO_VARIABLES = (
@@ -199,9 +197,9 @@ _NO_VARIABLES = (
     "padding processor_kwargs return_assistant_tokens_mask return_dict return_tensors "
     "sanitize_control_tokens tokenize tokenizer_kwargs tools truncation"
 ).split()
-_VARIABLES = _Kind(
-    f"an object of chat template variables, but none of {', '.join(_NO_VARIABLES)}",
-    lambda x: type(x) is dict and not x.keys() & {*_NO_VARIABLES},
+_VARIABLES = _object(
+    f"of chat template variables, but none of {', '.join(_NO_VARIABLES)}",
+    lambda x: not x.keys() & {*_NO_VARIABLES},
 )
 
 # The fields of all requests. mlx-lm reads those before "user" and ignores the others.

@@ -20,25 +20,26 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import mlx.core as mx
-from huggingface_hub import CacheNotFound, scan_cache_dir
-from mlx_lm.utils import _download, load, load_config, sharded_load
+from huggingface_hub import CacheNotFound
+from mlx_lm.utils import _download, load_config
 
 from ..lm.enable import enable
 from ..lm.loading import device_nbytes, memory_nbytes, model_errors, reason_of
 from ..lm.prompt_store import PromptStore
 from ..measure.shapes import unloaded_model
-from .admission import Admission, KeptPrompts
+from .admission import Admission
+from .kept_prompts import KeptPrompts
 from .loading import load_ready
 from .options import add_store_options, open_store, parse, parse_size
-from .replaced import replaced
+from .replaced import replace, wrap
 from .requests import BadRequest, answer, begin_answer, check_tokens, place_of, read_request
 from .scopes import SCOPES, ScopedTokens, scope_of
-from .stored_prompts import StoredPrompts
+from .signals import ENDINGS
 
 _mlx_lm_server = importlib.import_module("mlx_lm.server")
+_Handler, _Generator = _mlx_lm_server.APIHandler, _mlx_lm_server.ResponseGenerator
+_tokenize = _Generator._tokenize
 _WAITING_CONNECTIONS = 128
-
-_ENDINGS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 _log = logging.getLogger("mlx_turboquant")
@@ -50,47 +51,29 @@ def main(arguments: list[str]) -> None:
     A signal to end lets it answer the requests that it has begun; a second one ends it at once.
     """
     run = _Run(arguments)
-    handler, generator = _mlx_lm_server.APIHandler, _mlx_lm_server.ResponseGenerator
-    provider = _mlx_lm_server.ModelProvider
-    get, post, complete = handler.do_GET, handler.do_POST, handler.handle_completion
-    begin, tokenize = handler._set_completion_headers, generator._tokenize
-    options, generate = handler.do_OPTIONS, generator.generate
-    load_default = provider.load_default
-    with (
-        replaced(
-            ThreadingHTTPServer,
-            # Python's default of 5 would reject some clients that connect at the same time.
-            request_queue_size=_WAITING_CONNECTIONS,
-            serve_forever=lambda server: run.serve(server),
-            handle_error=lambda *_: _log.warning("Bad request: %s", place_of(sys.exception())),
-        ),
-        replaced(provider, load_default=lambda provider: run.load_default(load_default, provider)),
-        replaced(
-            _mlx_lm_server,
-            argparse=SimpleNamespace(ArgumentParser=run.parser),
-            load=partial(run.load, load),
-            sharded_load=partial(run.load, sharded_load),
-            scan_cache_dir=_hub_models,
-            LRUPromptCache=run.prompt_caches,
-        ),
-        replaced(
-            handler,
-            log_request=lambda handler, status, *_: setattr(handler, "status", int(status)),
-            log_error=lambda handler, text, *values: _log.warning("Bad request: " + text, *values),
-            do_OPTIONS=lambda handler: answer(handler, options),
-            do_GET=lambda handler: answer(handler, partial(run.get, get)),
-            do_POST=lambda handler: answer(handler, partial(run.post, post)),
-            handle_completion=lambda *arguments: run.complete(complete, tokenize, *arguments),
-            _set_completion_headers=lambda *arguments: begin_answer(begin, *arguments),
-        ),
-        replaced(
-            generator,
-            generate=lambda *arguments, **keywords: _counted(generate, *arguments, **keywords),
-            _tokenize=lambda *arguments: run.tokenize(tokenize, *arguments),
-            _run_generate=lambda generator: run.generate(generator),
-        ),
-    ):
-        _mlx_lm_server.main()
+    replace(
+        ThreadingHTTPServer,
+        # Python's default of 5 would reject some clients that connect at the same time.
+        request_queue_size=_WAITING_CONNECTIONS,
+        serve_forever=lambda server: run.serve(server),
+        handle_error=lambda *_: _log.warning("Bad request: %s", place_of(sys.exception())),
+    )
+    parsers = SimpleNamespace(ArgumentParser=run.parser)
+    replace(_mlx_lm_server, argparse=parsers, LRUPromptCache=run.prompt_caches)
+    wrap(_mlx_lm_server.ModelProvider, load_default=run.load_default)
+    wrap(_mlx_lm_server, load=run.load, sharded_load=run.load, scan_cache_dir=_hub_models)
+    wrap(
+        _Handler,
+        log_request=lambda _, handler, status, *others: setattr(handler, "status", int(status)),
+        log_error=lambda _, handler, text, *values: _log.warning("Bad request: " + text, *values),
+        do_OPTIONS=answer,
+        do_GET=lambda get, handler: answer(partial(run.get, get), handler),
+        do_POST=lambda post, handler: answer(partial(run.post, post), handler),
+        handle_completion=run.complete,
+        _set_completion_headers=begin_answer,
+    )
+    wrap(_Generator, generate=_counted, _tokenize=run.tokenize, _run_generate=run.generate)
+    _mlx_lm_server.main()
     run.end(0)
 
 
@@ -100,7 +83,6 @@ class _Run:
     def __init__(self, arguments: list[str]):
         self.arguments = arguments
         self.store: PromptStore | None = None
-        self.prompts: StoredPrompts | None = None
         self.listening = threading.Event()
         self.signals: list[int] = []
         self.answering: set[Any] = set()  # handlers of requests
@@ -109,18 +91,16 @@ class _Run:
     def parser(self, **_) -> SimpleNamespace:
         """A stand-in for the parser to which mlx-lm adds its options."""
         parser = argparse.ArgumentParser(prog="mlx_turboquant server", description=__doc__)
-        parser.add_argument(
-            "--memory-limit",
-            metavar="SIZE",
-            help="Maximum memory of the model and its caches, like 16GB, or 16 for short; requests "
-            "wait until they fit (default: all memory that MLX may use)",
+        text = (
+            "Maximum memory of the model and its caches, like 16GB, or 16 for short; requests "
+            "wait until they fit (default: all memory that MLX may use)"
         )
-        add_store_options(parser).add_argument(
-            "--prompt-store-scope",
-            choices=SCOPES,
-            help="Requests that share prompts: all, those with the same API key, or those with the "
-            'same "user" field (default: all on a loopback host, otherwise key)',
+        parser.add_argument("--memory-limit", metavar="SIZE", help=text)
+        text = (
+            "Requests that share prompts: all, those with the same API key, or those with the "
+            'same "user" field (default: all on a loopback host, otherwise key)'
         )
+        add_store_options(parser).add_argument("--prompt-store-scope", choices=SCOPES, help=text)
         return SimpleNamespace(
             add_argument=parser.add_argument, parse_args=lambda: self._parse(parser)
         )
@@ -148,7 +128,7 @@ class _Run:
         if mx.distributed.init().rank() == 0:
             # Fail on a taken port before mlx-lm starts its thread, which would keep running.
             _check_address(args.host, args.port)
-            for number in _ENDINGS:
+            for number in (signal.SIGINT, *ENDINGS):
                 if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves a hang-up
                     signal.signal(number, lambda number, _: self.signals.append(number))
         return args
@@ -233,45 +213,28 @@ class _Run:
         """Prompt caches within the limit in bytes, which mlx-lm's observe only in batches."""
         limit = self.args.prompt_cache_bytes
         limits = (max_size,) if limit is None else (max_size, limit)
-        if self.store is None:
-            self.kept = KeptPrompts(self.admission, *limits)
-        else:
-            self.kept = self.prompts = StoredPrompts(self.store, self.admission, *limits)
+        self.kept = KeptPrompts(self.admission, *limits, store=self.store)
         return self.kept
 
-    def complete(
-        self,
-        complete: Callable[..., None],
-        tokenize: Callable[..., tuple],
-        handler: Any,
-        request: Any,
-        *others,
-    ):
+    def complete(self, complete: Callable[..., None], handler: Any, request: Any, *others):
         """Give a request its sender's scope, and let mlx-lm answer it once it fits."""
         request.scope = scope_of(handler, self.scope)
         draft = handler.requested_draft_model
-        if self.prompts is not None and draft not in (None, "default_model"):
+        if self.store is not None and draft not in (None, "default_model"):
             message = "The prompt store does not keep caches of a draft_model: leave it out."
             raise BadRequest(message, "draft_model")
-        request.tokenized = _tokenized(tokenize, handler, request)
+        request.tokenized = _tokenized(handler, request)
         request.context, request.count, handler.completion = None, 0, request
         tokens = len(request.tokenized[1][0]) if request.tokenized[1] else 0
         with self.admission.admitted(tokens + handler.max_tokens):
             complete(handler, request, *others)
 
-    def tokenize(
-        self,
-        tokenize: Callable[..., tuple],
-        generator: Any,
-        tokenizer: Any,
-        request: Any,
-        args: Any,
-    ):
+    def tokenize(self, _: Any, generator: Any, tokenizer: Any, request: Any, args: Any):
         """The tokens of a request with its scope; mlx-lm looks up a cache of them next."""
         model, tokenized = request.tokenized
         if tokenized is None or model != generator.model_provider.model_key:
             try:
-                tokenized = tokenize(generator, tokenizer, request, args)
+                tokenized = _tokenize(generator, tokenizer, request, args)
             except Exception as error:
                 message = f"The prompt cannot be tokenized ({reason_of(error)}): change it."
                 raise BadRequest(message, "messages" if request.messages else "prompt") from error
@@ -280,9 +243,7 @@ class _Run:
         tokens = ScopedTokens(tokens, request.scope)
         if vision is not None:
             vision.cache_key = ScopedTokens(vision.cache_key, request.scope)
-        if self.prompts is not None:
-            segments, kinds = self.prompts.in_pieces(segments, kinds)
-        return tokens, segments, kinds, state, vision
+        return tokens, *self.kept.in_pieces(segments, kinds), state, vision
 
     def get(self, get: Callable[..., None], handler: Any) -> None:
         """Answer a GET request for the store's statistics; mlx-lm answers all others."""
@@ -293,7 +254,7 @@ class _Run:
         handler.end_headers()
         handler.wfile.write(json.dumps(self.store.statistics()).encode())
 
-    def generate(self, generator: Any) -> None:
+    def generate(self, _: Any, generator: Any) -> None:
         """Run mlx-lm's generation thread; if it fails, end the server, which could only refuse."""
         self.generator = generator
         try:
@@ -340,7 +301,7 @@ def _check_address(host: str, port: int) -> None:
         ) from error
 
 
-def _hub_models() -> Any:
+def _hub_models(scan_cache_dir: Callable[[], Any]) -> Any:
     """The hub's models on this machine; none if there is no folder of them."""
     try:
         return scan_cache_dir()
@@ -348,9 +309,7 @@ def _hub_models() -> Any:
         return SimpleNamespace(repos=())
 
 
-def _tokenized(
-    tokenize: Callable[..., tuple], handler: Any, request: Any
-) -> tuple[Any, tuple | None]:
+def _tokenized(handler: Any, request: Any) -> tuple[Any, tuple | None]:
     """The loaded model, and mlx-lm's tokens of a request for it or None.
 
     There are no tokens before a model is loaded, or with images, which the generation thread
@@ -363,6 +322,6 @@ def _tokenized(
         if provider.tokenizer is None or any(_mlx_lm_server._image_parts(request.messages)):
             return model, None
         # mlx-lm uses only the arguments for the template, which the handler has as well.
-        return model, tokenize(generator, provider.tokenizer, request, handler)
+        return model, _tokenize(generator, provider.tokenizer, request, handler)
     except Exception:
         return model, None

@@ -1,13 +1,12 @@
-"""The terminal of a chat: its input, its output and its signals."""
+"""The terminal of a chat: its input and its output."""
 
 import atexit
 import os
-import signal
 import sys
 import termios
 import tty
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from platformdirs import user_cache_path
@@ -16,7 +15,7 @@ from prompt_toolkit.history import FileHistory
 from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.utils import is_dumb_terminal
 
-ENDINGS = (signal.SIGHUP, signal.SIGTERM)
+from .signals import ENDINGS, signals_held
 
 
 class Terminal:
@@ -65,28 +64,6 @@ class Terminal:
         with suppress(OSError, termios.error):  # after a hang-up
             self.write("\x1b[?2004l", end="")
             termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
-
-
-@contextmanager
-def signals_held(*numbers: int, then: Callable[[], None] = lambda: None) -> Iterator[list[int]]:
-    """Hold signals until the end of the block; those removed from the list are dropped.
-
-    ``then`` is called when one comes.
-    """
-    came: list[int] = []
-
-    def hold(number: int, frame: object) -> None:
-        came.append(number)
-        then()
-
-    before = {number: signal.signal(number, hold) for number in numbers}
-    try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for number in came:
-            signal.raise_signal(number)
 
 
 class _History(FileHistory):

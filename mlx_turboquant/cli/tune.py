@@ -4,7 +4,7 @@ import argparse
 
 from ..kernels.runtime import backend
 from ..kernels.tuning import Tuning, device_name, reset_tunings, tuning_path
-from ..lm.heads import Heads, attention_heads
+from ..lm.heads import attention_heads
 from ..measure.tune import tune
 from .benchmark import add_model_options
 from .plan import model_without_weights
@@ -27,7 +27,11 @@ def main(arguments: list[str]) -> None:
     print(f"Device: {device_name()}. Time of attention relative to MLX's own in bfloat16:")
     for heads in attention_heads(model_without_weights(args)[0]):
         for measured in tune(heads):
-            row = {"heads": _label(heads), "tokens": f"{measured.tokens:,}"}
+            dims = f"{heads.dim}"
+            if heads.value_dim != heads.dim:
+                dims += f", {heads.value_dim}"
+            label = f"{heads.key_heads * heads.group} on {heads.key_heads} of {dims}"
+            row = {"heads": label, "tokens": f"{measured.tokens:,}"}
             for name, seconds in ("default", measured.table), ("best", measured.best):
                 row[name] = f"{seconds / measured.exact:.2f}x"
             setting = "default" if measured.is_table else described(measured.tuning)
@@ -41,15 +45,9 @@ def described(tuning: Tuning) -> str:
     return ", ".join(f"{name} {value}" for name, value in tuning._asdict().items())
 
 
-def _label(heads: Heads) -> str:
-    widths = str(heads.dim) if heads.dim == heads.value_dim else f"{heads.dim}, {heads.value_dim}"
-    return f"{heads.key_heads * heads.group} on {heads.key_heads} of {widths}"
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlx_turboquant tune", description=__doc__)
     add_model_options(parser, required=False)
-    parser.add_argument(
-        "--reset", action="store_true", help="Delete the saved settings of this machine"
-    )
+    text = "Delete the saved settings of this machine"
+    parser.add_argument("--reset", action="store_true", help=text)
     return parser

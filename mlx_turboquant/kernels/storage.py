@@ -111,11 +111,6 @@ class PackedKV:
         """Codes, scales and means of all sides, whole."""
         return [x for side in self.sides for x in (side.codes, side.scales, side.mean)]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the buffers and the means, free space included."""
-        return sum(x.nbytes for x in self.arrays)
-
     def append(self, new: list[mx.array], rows: slice = ALL_ROWS) -> int:
         """Quantize and store keys and values (rows, H, n, dim) of sequences of equal length.
 

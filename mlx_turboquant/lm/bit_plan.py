@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from ..codec.codebook import relative_error
 from .allocation import BUDGETS, Layer, allocate, expected_divergence, measured_layer
 from .compressible import Compressible
-from .profile import Profile
 from .settings import Settings
 
 # The weight of keys relative to values without a profile: the first number times the sensitivity of
@@ -30,15 +29,6 @@ class BitPlan:
     layers: list[Layer]
     expected: list[Layer] | None
     _chosen: dict[Settings, list[tuple[int, int]]] = field(default_factory=dict)
-
-    @classmethod
-    def of_profile(cls, compressible: Sequence[Compressible], profile: Profile) -> "BitPlan":
-        """The plan for a model with a profile.
-
-        Raises:
-            ValueError: the profile and the model have different numbers of layers.
-        """
-        return cls(*(profile.layers(compressible, geometric) for geometric in (True, False)))
 
     @classmethod
     def estimated(

@@ -1,5 +1,6 @@
 """The caches of a model that can be compressed, and the vectors that their layers store."""
 
+from itertools import islice
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -17,29 +18,20 @@ ATTRIBUTE = "_mlx_turboquant"
 
 
 class Compressible(NamedTuple):
-    """One cache of a prompt cache that can be compressed: the cache of a layer, or a part of it.
+    """One cache of a prompt cache that can be compressed.
 
-    ``part`` is its place in a ``CacheList``, or None. ``values`` is None for latent attention: one
-    vector per token is both key and value.
+    ``layer`` is the number of its layer, and ``place`` its place in :func:`flat_caches`. ``values``
+    is None for latent attention: one vector per token is both key and value.
     """
 
     layer: int
-    part: int | None
+    place: int
     keys: Vectors
     values: Vectors | None
 
     def of(self, prompt_cache: list[Any]) -> Any:
         """This cache in a prompt cache of the model."""
-        cache = prompt_cache[self.layer]
-        return cache if self.part is None else cache.caches[self.part]
-
-    def put(self, prompt_cache: list[Any], cache: Any) -> None:
-        """Put another cache in its place in a prompt cache of the model."""
-        if self.part is not None:
-            parts = list(prompt_cache[self.layer].caches)
-            parts[self.part] = cache
-            cache = mlx_lm_cache.CacheList(*parts)
-        prompt_cache[self.layer] = cache
+        return flat_caches(prompt_cache)[self.place]
 
 
 def plain_caches(model: nn.Module) -> list[Any]:
@@ -66,18 +58,16 @@ def compressible_caches(model: nn.Module) -> list[Compressible]:
     if len(layers) != len(caches):
         layers = [model] * len(caches)
     found = []
-    for i, (cache, layer) in enumerate(zip(caches, layers)):
-        modules = layer.modules()
-        if any("indexer" in module for module in modules):
+    parts = [(i, part) for i, cache in enumerate(caches) for part in flat_caches([cache])]
+    for place, (i, part) in enumerate(parts):
+        modules = layers[i].modules()
+        has_indexer = any("indexer" in module for module in modules)
+        if has_indexer or type(part) is not mlx_lm_cache.KVCache or part.keys is None:
             continue
         # Multi-head latent attention, with the projections of keys and values absorbed.
-        latent = any("embed_q" in module for module in modules)
-        for part, plain in enumerate(getattr(cache, "caches", (cache,))):
-            if type(plain) is not mlx_lm_cache.KVCache or plain.keys is None:
-                continue
-            keys, values = (Vectors(x.shape[1], x.shape[3]) for x in (plain.keys, plain.values))
-            place = part if hasattr(cache, "caches") else None
-            found.append(Compressible(i, place, keys, None if latent else values))
+        is_latent = any("embed_q" in module for module in modules)
+        keys, values = (Vectors(x.shape[1], x.shape[3]) for x in (part.keys, part.values))
+        found.append(Compressible(i, place, keys, None if is_latent else values))
     return found
 
 
@@ -86,9 +76,16 @@ def compressed_caches(
 ) -> list[Any]:
     """A new prompt cache with these bits of keys and values in the compressed ``places``."""
     caches = plain_caches(model)
+    flat = flat_caches(caches)
     for place, pair in zip(places, bits):
         cache_class = TurboQuantLatentCache if place.values is None else TurboQuantKVCache
-        place.put(caches, cache_class(**settings.of_layer(*pair)._asdict()))
+        flat[place.place] = cache_class(**settings.of_layer(*pair)._asdict())
+    parts = iter(flat)
+    for i, cache in enumerate(caches):
+        if hasattr(cache, "caches"):
+            caches[i] = mlx_lm_cache.CacheList(*islice(parts, len(cache.caches)))
+        else:
+            caches[i] = next(parts)
     return caches
 
 

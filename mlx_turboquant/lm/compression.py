@@ -51,7 +51,6 @@ class Compression:
         before: "Compression | None" = None,
         settings: Settings | None = None,
         given: Profile | None = None,
-        plan: BitPlan | None = None,
     ):
         self._model = weakref.ref(model)
         self.settings = settings
@@ -61,7 +60,7 @@ class Compression:
         self.given = given
         self._weights: Weights | None = None
         self._link: Link | None = None
-        self._plan = plan
+        self._plan: BitPlan | None = None
         if before is None:
             self.compressible = compressible_caches(model)
         else:
@@ -69,16 +68,13 @@ class Compression:
             self.given = given or before.given
             self._weights, self._link = before._weights, before._link
         own = fingerprints(model)
-        self.profile = self.given or (find_profile(own) if plan is None else None)
+        self.profile = self.given or find_profile(own)
         self._has_other_adapters = self.profile and self.profile.fingerprint != own[0]
         if self.profile is not None:
-            self._plan = BitPlan.of_profile(self.compressible, self.profile)
+            layers = (self.profile.layers(self.compressible, mean) for mean in (True, False))
+            self._plan = BitPlan(*layers)
         elif before is not None and before.profile is None and before.weights() is self._weights:
-            self._plan = self._plan or before._plan
-
-    def is_of(self, model: nn.Module) -> bool:
-        """Whether this is the compression of ``model`` itself."""
-        return self._model() is model
+            self._plan = before._plan
 
     def __deepcopy__(self, memo: dict) -> "Compression":
         copied = copy.copy(self)
@@ -168,7 +164,7 @@ class Compression:
 def known_compression(model: nn.Module) -> Compression | None:
     """The compression of a model, or None; a shallow copy's attribute is that of its original."""
     compression = getattr(model, ATTRIBUTE, None)
-    return compression if compression is not None and compression.is_of(model) else None
+    return compression if compression is not None and compression._model() is model else None
 
 
 def compression_of(model: nn.Module) -> Compression:
@@ -198,6 +194,6 @@ def give_profile(model: nn.Module, profile: Profile) -> Compression:
 
 def treat_layers_alike(model: nn.Module) -> None:
     """Give a model without weights a plan of bits, for which the model does not run."""
-    compressible = compressible_caches(model)
-    plan = BitPlan.estimated(compressible, [0.0] * len(compressible))
-    setattr(model, ATTRIBUTE, Compression(model, plan=plan))
+    compression = compression_of(model)
+    layers = compression.compressible
+    compression._plan = BitPlan.estimated(layers, [0.0] * len(layers))

@@ -49,9 +49,7 @@ def make_prompt_cache(
         ValueError: a setting out of range, a profile of another model, or no layer that could be
             compressed.
     """
-    settings = _settings(bits, options)
-    if backend is not None:
-        force_backend(backend)
+    settings = _settings(bits, backend, options)
     profile = _loaded(profile, model)
     compression = compression_of(model) if profile is None else give_profile(model, profile)
     return compression.new_cache(settings)
@@ -76,9 +74,7 @@ def enable(
     model runs over about 40 tokens. This compiles the kernels that it needs and compares them with
     plain MLX; a warning names those that plain MLX replaces.
     """
-    settings = _settings(bits, options)
-    if backend is not None:
-        force_backend(backend)
+    settings = _settings(bits, backend, options)
     before = known_compression(model)
     compression = Compression(model, before, settings, _loaded(profile, model))
     if compression.profile is None and tokenizer is not None and not settings.is_fixed:
@@ -109,7 +105,10 @@ def disable(model: nn.Module) -> nn.Module:
     return model
 
 
-def _settings(bits: float | Settings, options: CacheOptions) -> Settings:
+def _settings(bits: float | Settings, backend: str | None, options: CacheOptions) -> Settings:
+    """All settings in one, after a backend that is given was chosen."""
+    if backend is not None:
+        force_backend(backend)
     return replace(bits, **options) if isinstance(bits, Settings) else Settings(bits, **options)
 
 

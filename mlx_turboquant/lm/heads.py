@@ -1,6 +1,5 @@
 """The attention heads of a model's compressed layers, and their dimensions."""
 
-from collections import Counter
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -24,8 +23,8 @@ class Heads(NamedTuple):
     is_latent: bool
 
 
-def attention_heads(model: nn.Module) -> dict[Heads, int]:
-    """The heads of a model's compressed layers with the number of layers, most frequent first.
+def attention_heads(model: nn.Module) -> list[Heads]:
+    """The different heads of a model's compressed layers.
 
     The model is called lazily with one token: nothing is computed.
 
@@ -35,15 +34,15 @@ def attention_heads(model: nn.Module) -> dict[Heads, int]:
     places = compressible_caches(model)
     check_compressible(model, places)
     cache = compressed_caches(model, places, [(4, 4)] * len(places), Settings())
-    found: Counter[Heads] = Counter()
+    found: list[Heads] = []
 
     def observe(queries, keys, *_, **others):
         tokens = getattr(keys, "tokens", None)
         if tokens is not None:
             _, key_heads, _, dim = tokens.exact_keys.shape
             group, value_dim = queries.shape[1] // key_heads, tokens.exact_values.shape[3]
-            found[Heads(key_heads, group, dim, value_dim, tokens.is_latent)] += 1
+            found.append(Heads(key_heads, group, dim, value_dim, tokens.is_latent))
 
     with observed_attention(model, observe):
         model(mx.zeros((1, 1), mx.int32), cache=cache)
-    return dict(found.most_common())
+    return list(dict.fromkeys(found))

@@ -11,7 +11,7 @@ changes its sum. Arrays that differ in any other way have the same sum with a pr
 import hashlib
 import weakref
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,12 +28,14 @@ _SMALL = 1 << 16
 class Weights:
     """The weights of a model at one time, by references to their arrays.
 
-    Writes into an array in place (``weight[0] = 1``, ``weight += 1``) are not noticed.
+    Writes into an array in place (``weight[0] = 1``, ``weight += 1``) are not noticed. Of the
+    weights that a saved cache was made with, only the ``identity`` is known.
     """
 
-    def __init__(self, model: nn.Module):
-        self._parts = [(name, _reference(part)) for name, part in _parts(model)]
-        self._identity: str | None = None
+    def __init__(self, model: nn.Module | None, identity: str | None = None):
+        parts = [] if model is None else _parts(model)
+        self._parts = [(name, _reference(part)) for name, part in parts]
+        self._identity = identity
 
     def are_of(self, model: nn.Module) -> bool:
         """Whether these are still the weights of a model."""
@@ -56,17 +58,7 @@ class Weights:
         return self._identity
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return KnownWeights, (self.identity(),)
-
-
-class KnownWeights(NamedTuple):
-    """The weights that a saved cache was made with, of which only the identity is known."""
-
-    digest: str
-
-    def identity(self) -> str:
-        """The identity of the weights."""
-        return self.digest
+        return Weights, (None, self.identity())
 
 
 CHANGED = (

@@ -184,10 +184,9 @@ def _checked(contents: dict[str, Any]) -> Profile:
         raise ValueError("its texts have no names")
     if type(tokens) is not int or tokens < 1:
         raise ValueError(f"{tokens} tokens were scored")
+    layers = contents["layers"]
     sides = {
-        name: tuple(
-            _checked_side(layer.get(name), name, len(texts)) for layer in contents["layers"]
-        )
+        name: tuple(_checked_side(layer.get(name), name, len(texts)) for layer in layers)
         for name in MEASURED_BITS
     }
     if not sides["keys"] or None in sides["keys"]:

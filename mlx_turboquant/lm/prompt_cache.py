@@ -9,13 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.models import cache as mlx_lm_cache
-from mlx_lm.models.cache import (
-    ArraysCache,
-    CacheList,
-    ChunkedKVCache,
-    KVCache,
-    RotatingKVCache,
-)
+from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache
 
 from .. import files
 from ..cache.latent import TurboQuantLatentCache
@@ -25,7 +19,7 @@ from ..kernels.storage import check_state, check_vectors
 from ..stored_arrays import Damaged, StoredArray, StoredFile, room_for_checksums
 from .compressible import cut_back, flat_caches, plain_caches
 from .compression import compression_of
-from .identity import CHANGED, KnownWeights, description
+from .identity import CHANGED, Weights, description
 
 # Changes whenever the stored form of a cache's state changes.
 FORMAT_VERSION = "5"
@@ -44,8 +38,6 @@ mlx_lm_cache.TurboQuantKVCache = TurboQuantKVCache
 mlx_lm_cache.TurboQuantLatentCache = TurboQuantLatentCache
 
 _MAX_DEPTH = 32
-# mlx-lm writes metadata of the caller with the prefix "0.".
-_CHECKSUMS_KEY = "0.checksums"
 
 
 def save_prompt_cache(
@@ -92,7 +84,7 @@ def write_prompt_cache(file: str | Path, cache: list[Any], metadata: dict[str, s
         if "key" in metadata or "chat" in metadata:  # of a prompt store, or a conversation
             path.chmod(0o600)
 
-    files.write_whole(file, write, _CHECKSUMS_KEY)
+    files.write_whole(file, write)
     return file
 
 
@@ -117,7 +109,7 @@ def load_prompt_cache(
         raise ValueError(f"The first {tokens} tokens cannot be loaded alone: load 1 or more.")
     file = files.safetensors_path(file)
     with files.read_errors(file):
-        stored = StoredFile(file, _CHECKSUMS_KEY)
+        stored = StoredFile(file)
     texts = stored.metadata.items()
     saved = {key.removeprefix("0."): text for key, text in texts if key.startswith("0.")}
     if "codec" not in saved:
@@ -150,7 +142,7 @@ def load_prompt_cache(
     else:
         for layer in flat_caches(cache):
             if isinstance(layer, TurboQuantKVCache):
-                layer.link.weights = KnownWeights(saved.get("identity", ""))
+                layer.link.weights = Weights(None, saved.get("identity", ""))
     return (cache, saved) if return_metadata else cache
 
 

@@ -29,19 +29,16 @@ from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
 from ..cache.single import TurboQuantKVCache
 from ..files import read_errors, write_errors, write_json
-from ..stored_arrays import Damaged, read_header
+from ..stored_arrays import Damaged, StoredFile
 from .compressible import flat_caches
 from .identity import description
 from .prompt_cache import identity_of, load_prompt_cache, write_prompt_cache
 
 FORMAT_VERSION = 3
-DEFAULT_SIZE = 20 * 10**9
 # Prefill of fewer tokens is faster than finding them.
 LEAST_TOKENS = 256
 # Tokens between the caches that are kept of one prompt if a cache cannot be cut back.
 CHECKPOINT_TOKENS = 4096
-# Seconds from a request to the writing of its cache, unless one that covers it follows.
-WRITE_DELAY = 5.0
 # Tokens of a prompt that a listing shows.
 SHOWN_TOKENS = 24
 _ABOUT = "store.json"
@@ -63,6 +60,7 @@ class Entry(NamedTuple):
 
     ``key`` identifies model, settings and scope. An entry that ``can_trim`` also serves prompts
     that share only its beginning. ``used`` is the last write or use in seconds, 0 if unknown.
+    ``settings`` are those of a conversation.
     """
 
     file: Path
@@ -73,6 +71,7 @@ class Entry(NamedTuple):
     used: float
     model: str
     beginning: str
+    settings: dict[str, Any] = {}
 
     @property
     def name(self) -> str:
@@ -95,15 +94,16 @@ class _Pending(NamedTuple):
 class PromptStore:
     """The prompts in a folder, of at most ``size`` bytes; the least recently used are evicted.
 
-    A thread writes each cache ``delay`` seconds after it is kept. The folder also holds
-    conversations. They do not count towards ``size``, and are removed only on request.
+    A thread writes each cache ``delay`` seconds after it is kept, unless one that covers it is kept
+    meanwhile. The folder also holds conversations. They do not count towards ``size``, and are
+    removed only on request.
 
     Raises:
         ValueError: a path that is not a folder, a size of 0 or less, or a store of another version.
         OSError: the folder cannot be made or written to.
     """
 
-    def __init__(self, folder: str | Path, size: int = DEFAULT_SIZE, delay: float = WRITE_DELAY):
+    def __init__(self, folder: str | Path, size: int = 20 * 10**9, delay: float = 5.0):
         if size <= 0:
             raise ValueError(f"A store of {size} bytes holds nothing: use a size such as 20GB.")
         self.folder = folder = Path(folder).expanduser()
@@ -139,21 +139,13 @@ class PromptStore:
         """
         found, known = [], {}
         for file in self.files():
-            try:
+            with self._without_damaged(file):
                 status = file.stat()
                 identity = (file.name, status.st_ino, status.st_size)
-                entry = self._known.get(identity) or _read_entry(file)
-            except ValueError as error:
-                self._remove_damaged(file, error)
-                continue
-            except OSError as error:
-                if not isinstance(error, FileNotFoundError):
-                    _log.warning("%s cannot be read: %s", file, error)
-                continue
-            known[identity] = entry
-            # A time in the future comes from a wrong clock.
-            used = status.st_mtime if status.st_mtime <= time.time() else 0.0
-            found.append(entry._replace(nbytes=status.st_size, used=used))
+                entry = known[identity] = self._known.get(identity) or _read_entry(file)
+                # A time in the future comes from a wrong clock.
+                used = status.st_mtime if status.st_mtime <= time.time() else 0.0
+                found.append(entry._replace(nbytes=status.st_size, used=used))
         self._known = known
         return sorted(found, key=lambda entry: entry.used, reverse=True)
 
@@ -161,19 +153,20 @@ class PromptStore:
         """All conversations in the folder, latest first, including damaged ones."""
         found = []
         for file in (self.folder / _SESSIONS).glob(f"*{_SUFFIX}"):
-            tokens, model = [], ""
+            tokens, model, settings = [], "", {}
             try:
                 status = file.stat()
             except OSError:  # another process has deleted it, or it is a link to nothing
                 continue
             try:
-                texts = read_header(file)["__metadata__"]
+                texts = StoredFile(file).metadata
                 chat = json.loads(texts["0.chat"])
                 tokens, model = chat["tokens"], _label(chat["model"], texts)
+                settings = dict(chat["settings"])
                 text = next((x["content"] for x in chat["messages"] if x["role"] == "user"), "")
             except (ValueError, OSError, LookupError, TypeError) as error:
                 text = f"cannot be read: {error}"
-            about = status.st_size, status.st_mtime, model, text
+            about = status.st_size, status.st_mtime, model, text, settings
             found.append(Entry(file, "", np.asarray(tokens, np.uint32), False, *about))
         return sorted(found, key=lambda entry: entry.used, reverse=True)
 
@@ -212,17 +205,13 @@ class PromptStore:
     def _load(self, entry: Entry, model: nn.Module, count: int) -> list[Any] | None:
         """The cache of the first ``count`` tokens of an entry, or None if it cannot be read."""
         tokens = count if count < len(entry.tokens) else None
-        try:
+        with self._without_damaged(entry.file, Damaged):
             cache, metadata = load_prompt_cache(entry.file, model, True, tokens)
-            if _tokens(metadata["tokens"]).tolist() != entry.tokens.tolist():
+            if _tokens(metadata.get("tokens", "")).tolist() != entry.tokens.tolist():
                 raise Damaged(entry.file, "it has changed since its header was read")
             with contextlib.suppress(OSError):  # a failure only makes the entry seem older
                 os.utime(entry.file)
             return cache
-        except (Damaged, KeyError) as error:
-            self._remove_damaged(entry.file, error)
-        except (OSError, ValueError) as error:
-            _log.warning("A stored prompt cannot be used: %s", error)
         return None
 
     def keep(
@@ -337,16 +326,12 @@ class PromptStore:
         A damaged prompt is removed. A damaged conversation stays. Both log a warning.
         """
         for file in self.files():
-            try:
+            is_right = False
+            with self._without_damaged(file):
                 _read_entry(file)
                 load_prompt_cache(file)
-                yield True
-            except ValueError as error:
-                self._remove_damaged(file, error)
-                yield False
-            except OSError as error:
-                _log.warning("A stored prompt cannot be used: %s", error)
-                yield False
+                is_right = True
+            yield is_right
         for entry in self.sessions():
             try:
                 load_prompt_cache(entry.file)
@@ -365,11 +350,20 @@ class PromptStore:
         held = {"entries": len(sizes), "bytes": sum(sizes), "size": self.size}
         return {**held, "pending": len(self._pending), **self._counts}
 
-    def _remove_damaged(self, file: Path, error: Exception) -> None:
-        if file.exists():  # another process may have removed it
-            _log.warning("%s is removed from the store: %s", file.name, error)
-            with contextlib.suppress(OSError):
-                file.unlink(missing_ok=True)
+    @contextlib.contextmanager
+    def _without_damaged(self, file: Path, damage: type = ValueError) -> Iterator[None]:
+        """Warn if a file cannot be used, and remove it if an error of this type tells why."""
+        try:
+            yield
+        except FileNotFoundError:
+            pass  # another process has removed it
+        except (ValueError, OSError) as error:
+            if not isinstance(error, damage):
+                _log.warning("A stored prompt cannot be used: %s", error)
+            elif file.exists():
+                _log.warning("%s is removed from the store: %s", file.name, error)
+                with contextlib.suppress(OSError):
+                    file.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -386,9 +380,9 @@ def reading(
     """Look up ``tokens`` in a store before their prefill, and keep their cache afterwards.
 
     Yields the cache to use, the number of tokens in it (``known`` at least), and a callback for the
-    ``prompt_progress_callback`` of mlx-lm. It calls ``progress``, then keeps a cache that cannot be
-    cut back every 4,096 tokens. Generated tokens may have been added to ``tokens`` at the end.
-    Without a store, the arguments are yielded unchanged.
+    ``prompt_progress_callback`` of mlx-lm. It calls ``progress``, then keeps the whole prompt, and
+    every 4,096 tokens of it if a cache cannot be cut back. Generated tokens may have been added to
+    ``tokens`` at the end. Without a store, the arguments are yielded unchanged.
     """
     if store is None:
         yield cache, known, progress
@@ -397,17 +391,17 @@ def reading(
     about = {"name": name, "text": tokenizer.decode(tokens[:SHOWN_TOKENS])}
     kept = known
 
-    def keep_checkpoints(processed: int, total: int) -> None:
+    def keep_prompt(processed: int, total: int) -> None:
         nonlocal kept
         progress(processed, total)
         count = known + processed
-        is_due = processed < total and count - kept >= CHECKPOINT_TOKENS
-        if is_due and not can_trim_prompt_cache(cache):
+        is_due = count - kept >= CHECKPOINT_TOKENS and not can_trim_prompt_cache(cache)
+        if is_due or processed == total:  # a signal may come before the end
             store.keep(model, tokens[:count], cache, **about)
             kept = count
 
     try:
-        yield cache, known, keep_checkpoints
+        yield cache, known, keep_prompt
     except GeneratorExit:  # raised between two tokens; other exceptions may come from a layer
         store.keep(model, tokens, cache, **about)
         raise
@@ -438,7 +432,7 @@ def _remove_unfinished(folder: Path) -> None:
 def _is_conversation(file: Path) -> bool:
     """Whether a file is a conversation, judged by its name if it is damaged."""
     try:
-        return "0.chat" in read_header(file)["__metadata__"]
+        return "0.chat" in StoredFile(file).metadata
     except (ValueError, OSError, LookupError):
         return re.fullmatch(r"\d{4}-\d\d-\d\d-\d{6}(-[0-9a-f]{4})?", file.stem) is not None
 
@@ -469,13 +463,6 @@ def named(entries: list[Entry], name: str) -> Entry:
     raise ValueError(f"There is no {name!r} in this prompt store: use one of its names ({names}).")
 
 
-def saved_settings(file: Path) -> dict[str, Any]:
-    """The settings of a conversation; none if the file cannot be read, which loading it reports."""
-    with contextlib.suppress(ValueError, OSError, LookupError, TypeError):
-        return dict(json.loads(read_header(file)["__metadata__"]["0.chat"])["settings"])
-    return {}
-
-
 def version_of(folder: Path) -> int | None:
     """The version of the prompt store in a folder; None if there is none."""
     try:
@@ -501,7 +488,7 @@ def _locked(folder: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
 
 def _read_entry(file: Path) -> Entry:
     """The entry that the header of a file describes; ValueError if it is not an entry."""
-    texts = read_header(file)["__metadata__"]
+    texts = StoredFile(file).metadata
     try:
         told = texts["0.key"], _tokens(texts["0.tokens"]), texts["0.can_trim"] == "1"
         return Entry(file, *told, 0, 0.0, _label(texts["0.name"], texts), texts["0.text"])

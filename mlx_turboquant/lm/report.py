@@ -12,11 +12,9 @@ from .compression import compression_of
 
 _WHY_NOT = {
     "RotatingKVCache": "sliding window, bounded already",
-    "BatchRotatingKVCache": "sliding window, bounded already",
     "ChunkedKVCache": "attention in chunks, bounded already",
     "ArraysCache": "recurrent state, no tokens",
     "KVCache": "read by an index of the model's own",
-    "BatchKVCache": "read by an index of the model's own",
 }
 
 _log = logging.getLogger("mlx_turboquant")
@@ -153,7 +151,8 @@ def _layer_kind(name: str, layers: list[Any]) -> LayerKind:
         remark = f"{packed:,} tokens a layer packed, {exact:,} exact"
         bits = _mean_bits(layers)
     else:
-        remark, bits = _WHY_NOT.get(name, "a kind that is left as it is"), None
+        kind = name.removeprefix("Batch")
+        remark, bits = _WHY_NOT.get(kind, "a kind that is left as it is"), None
     size = cache_size(layers)
     return LayerKind(name, len(layers), bits, remark, size.nbytes, size.fp16_nbytes)
 

@@ -10,6 +10,7 @@ import json
 import random
 import re
 from collections.abc import Iterable
+from dataclasses import InitVar, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -80,6 +81,7 @@ def pair(results: Iterable[TaskResult], name: str) -> Paired:
     return paired(exact, other, passages)
 
 
+@dataclass
 class TaskRun:
     """Does tasks, and keeps the replies in a file, from which a second start goes on.
 
@@ -92,21 +94,18 @@ class TaskRun:
         OSError: the file cannot be read or written.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        specs: list[CacheSpec],
-        prose: list[str],
-        file: Path,
-        about: dict[str, Any],
-    ):
-        self.model, self.tokenizer, self.prose = model, tokenizer, prose
-        self.specs = [EXACT, *specs]
-        self.progress: Progress = ignore
-        self.failures: dict[str, str] = {}
-        self._file = file
-        self._kept = _kept_replies(file, about)
+    model: nn.Module
+    tokenizer: Any
+    specs: list[CacheSpec]
+    prose: list[str]
+    file: Path
+    about: InitVar[dict[str, Any]]
+    progress: Progress = ignore
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self, about: dict[str, Any]):
+        self.specs = [EXACT, *self.specs]
+        self._kept = _kept_replies(self.file, about)
 
     def do(self, task: Task, length: int, passages: int) -> TaskResult:
         """Ask all caches the questions about so many passages of at most ``length`` tokens.
@@ -179,7 +178,7 @@ class TaskRun:
                     self.failures[spec.name] = reason_of(error)
                     continue
                 self._kept[keys[spec]] = given
-                with write_errors(self._file), self._file.open("a", encoding="utf-8") as file:
+                with write_errors(self.file), self.file.open("a", encoding="utf-8") as file:
                     file.write(json.dumps([keys[spec], given]) + "\n")
                 mx.clear_cache()
             replies[spec.name] = self._kept[keys[spec]]

@@ -13,14 +13,7 @@ from ..kernels.attention import Configuration, DecodeAttention
 from ..kernels.runtime import backend
 from ..kernels.storage import PackedKV, layouts_of, shared_quantizer
 from ..kernels.tokens import VisibleTokens
-from ..kernels.tuning import (
-    Tuning,
-    Tunings,
-    default_tunings,
-    heads_key,
-    save_tunings,
-    tuning_for,
-)
+from ..kernels.tuning import Tuning, Tunings, default_tunings, heads_key, save_tunings, tuning_for
 from ..lm.heads import Heads
 
 # Packed tokens of a sequence: a short chat, a document, a repository.

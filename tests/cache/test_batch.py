@@ -344,7 +344,7 @@ def test_a_step_that_reuses_the_one_before_sees_what_happened_in_between(change)
     batches.filter_rows([1, 2])
     batches.batch.link = READS_TOKENS
     decoded(batches, 3)
-    assert batches.batch._step.left > 3
+    assert batches.batch._repeats > 3
     change(batches)
     decoded(batches, 80)  # blocks leave the windows, and the exact buffers fill up
     batches.every_sequence_has_its_tokens()

@@ -13,7 +13,9 @@ from tiny_families import FAMILIES, tiny_model
 from tokens import random_tokens
 
 from mlx_turboquant import enable
-from mlx_turboquant.cli.admission import Admission, DoesNotFit, KeptPrompts
+from mlx_turboquant.cli.admission import Admission
+from mlx_turboquant.cli.kept_prompts import KeptPrompts
+from mlx_turboquant.cli.requests import BadRequest
 from mlx_turboquant.cli.scopes import ScopedTokens
 from mlx_turboquant.lm.compressible import compressible_caches
 from mlx_turboquant.lm.loading import device_nbytes
@@ -81,7 +83,7 @@ def test_as_many_run_as_fit_and_the_others_wait_their_turn(model, requests):
 
 def test_what_never_fits_is_refused_at_once(model):
     admission = admission_for(model, 1.5)
-    with pytest.raises(DoesNotFit, match="2,000 tokens, .* needs .* ask for less"):
+    with pytest.raises(BadRequest, match="2,000 tokens, .* needs .* ask for less"):
         with admission.admitted(2 * TOKENS):
             pass
     with admission.admitted(TOKENS):  # as before
@@ -112,7 +114,7 @@ class Request(threading.Thread):
         super().__init__(daemon=True)
         self.admission, self.tokens = admission, tokens
         self.inside, self.leave = threading.Event(), threading.Event()
-        self.refused: DoesNotFit | None = None
+        self.refused: BadRequest | None = None
         self.start()
 
     def run(self) -> None:
@@ -120,7 +122,7 @@ class Request(threading.Thread):
             with self.admission.admitted(self.tokens):
                 self.inside.set()
                 assert self.leave.wait(SECONDS)
-        except DoesNotFit as error:
+        except BadRequest as error:
             self.refused = error
 
 

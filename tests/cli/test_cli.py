@@ -31,7 +31,7 @@ from mlx_turboquant.lm import profile
 from mlx_turboquant.lm.compression import compression_of
 from mlx_turboquant.lm.prompt_store import PromptStore
 from mlx_turboquant.lm.settings import Settings
-from mlx_turboquant.stored_arrays import read_header
+from mlx_turboquant.stored_arrays import StoredFile
 
 TINY_LM = str(REPOSITORY / "examples" / "tiny-lm")
 PROMPT = ("--prompt", "def add(a, b):\n    return", "--max-tokens", "12")
@@ -346,7 +346,7 @@ def kept_messages(folder: Path) -> list[str]:
 
 
 def messages_of(file: Path) -> list[str]:
-    messages = json.loads(read_header(file)["__metadata__"]["0.chat"])["messages"]
+    messages = json.loads(StoredFile(file).metadata["0.chat"])["messages"]
     return [message["content"] for message in messages]
 
 

@@ -248,7 +248,7 @@ class FailingHandler(BaseHTTPRequestHandler):
     """
 
     def do_POST(self) -> None:
-        answer(self, FailingHandler.begin_and_fail)
+        answer(FailingHandler.begin_and_fail, self)
 
     def begin_and_fail(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

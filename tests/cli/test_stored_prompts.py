@@ -37,9 +37,9 @@ from tokens import random_tokens
 from transformers import AutoTokenizer
 
 from mlx_turboquant import enable, make_prompt_cache
-from mlx_turboquant.cli.admission import Admission, KeptPrompts
+from mlx_turboquant.cli.admission import Admission
+from mlx_turboquant.cli.kept_prompts import KeptPrompts
 from mlx_turboquant.cli.scopes import ScopedTokens
-from mlx_turboquant.cli.stored_prompts import StoredPrompts
 from mlx_turboquant.lm.prompt_store import PromptStore
 from mlx_turboquant.measure.passages import random_names
 
@@ -415,7 +415,7 @@ def test_a_prompt_with_a_picture_is_known_in_memory_alone(tmp_path, tiny_lm):
     model, tokenizer = tiny_lm
     store, cache = PromptStore(tmp_path), make_prompt_cache(enable(model, 4))
     model(random_tokens(300)[None], cache=cache)
-    prompts = StoredPrompts(store, Admission(10**12))
+    prompts = KeptPrompts(Admission(10**12), store=store)
     prompts.use(model, tokenizer, "tiny-lm")
     tokens = ScopedTokens([7, -(10**15), *range(298)], "")
     prompts.insert_cache("model", tokens[:], cache)
@@ -516,7 +516,7 @@ def test_a_request_that_ends_after_the_store_was_closed_costs_a_warning(tiny_lm,
     model, tokenizer = tiny_lm
     enable(model, 8)
     store = PromptStore(tmp_path)
-    prompts = StoredPrompts(store, Admission(10**9))
+    prompts = KeptPrompts(Admission(10**9), store=store)
     prompts.use(model, tokenizer, "tiny")
     tokens = ScopedTokens(tokenizer.encode("import os\n" * 100), "")
     store.close()

@@ -104,7 +104,7 @@ def test_a_damaged_profile_in_the_cache_folder_is_ignored_with_a_warning(
 
 def test_bits_are_chosen_by_geometric_means_over_the_texts_and_expected_by_arithmetic_ones():
     """Texts of d and 2 d: means of 1.41 d and of 1.5 d."""
-    places = [Compressible(0, None, VECTORS, VECTORS)]
+    places = [Compressible(0, 0, VECTORS, VECTORS)]
     [allocated] = PROFILE.layers(places, geometric=True)
     [expected] = PROFILE.layers(places, geometric=False)
     assert allocated.keys.divergences[2:4] == pytest.approx((2**0.5 * 0.5, 2**0.5 * 0.1))
@@ -113,6 +113,6 @@ def test_bits_are_chosen_by_geometric_means_over_the_texts_and_expected_by_arith
 
 
 def test_a_profile_of_another_number_of_layers_is_refused():
-    places = [Compressible(i, None, VECTORS, VECTORS) for i in range(2)]
+    places = [Compressible(i, i, VECTORS, VECTORS) for i in range(2)]
     with pytest.raises(ValueError, match="has 1 layers and the model 2: calibrate the model again"):
         PROFILE.layers(places, geometric=True)

@@ -248,7 +248,7 @@ class File:
         text = json.dumps(self.header, separators=(",", ":")).encode()
         file.write_bytes(len(text).to_bytes(8, "little") + text + self.data)
         if has_checksums:
-            seal(file, "0.checksums")
+            seal(file)
 
     def array(self, name: str) -> bytearray:
         start, stop = self.header[name]["data_offsets"]
