@@ -12,6 +12,7 @@ import copy
 import logging
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,8 @@ def calibrate(
     scored = sum(len(batch) * count for batch, count in zip(batches, counts))
     nothing = Profile(fingerprint(model), tuple(texts), scored, (), ())
     begun = nothing if unfinished is None else _begun(unfinished, nothing)
-    known, steps = len(begun.keys), len(batches) * (1 + len(places))
+    # To read the texts and to find the gradients takes about as long as all layers.
+    known, steps = len(begun.keys), 3 * len(places) * len(batches)
     sides = {
         name: [*getattr(begun, name), *({b: () for b in bits} for _ in places[known:])]
         for name, bits in MEASURED_BITS.items()
@@ -150,7 +152,9 @@ def calibrate(
     model = _in_float32(model)
     with bar:
         for i, (batch, count) in enumerate(zip(batches, counts)):
-            rows, first = _Rows(model, batch, count), i * (1 + len(places)) + 1
+            first = (3 * i + 1) * len(places)
+            rows = _Rows(model, batch, count, partial(advance, first))
+            first += len(places)
             advance(first + known)
             for done, place in enumerate(places[known:], known + 1):
                 for (name, bits), found in zip(_ROWS, rows.divergences(place)):
@@ -181,9 +185,18 @@ def _in_float32(model: nn.Module) -> nn.Module:
 
 
 class _Rows:
-    """A batch of texts for one model, with all that is the same for every layer."""
+    """A batch of texts for one model, with all that is the same for every layer.
 
-    def __init__(self, model: nn.Module, texts: list[list[int]], scored: int):
+    ``when_read`` is called when the texts are read, and before the gradients are found.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        texts: list[list[int]],
+        scored: int,
+        when_read: Callable[[], None] = lambda: None,
+    ):
         self.model = model
         prefix = min(_PREFIX_TOKENS, min(map(len, texts)) - scored)
         tokens = mx.array([text[: prefix + scored] for text in texts])
@@ -199,6 +212,7 @@ class _Rows:
         self.inputs = [each.input for each in recorders]
         self.outputs = [each.output for each in recorders]
         mx.eval(self.exact, self.probabilities, self.inputs, self.outputs)
+        when_read()
         self.can_skip = self._skipping_changes_nothing()
         self.gradients = self._gradients() if self.can_skip else []
         self.scored = _repeated(self.scored)
