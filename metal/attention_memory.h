@@ -103,6 +103,7 @@ METAL_FUNC uint coordinate_of(uint lane, uint k) {
 template <int COUNT>
 METAL_FUNC void load_words(const threadgroup uint4* words, uint at, thread uint* out) {
   if constexpr (COUNT % 4 == 0) {
+#pragma unroll
     for (int k = 0; k < COUNT / 4; k++) {
       const uint4 four = words[at / 4 + k];
       out[4 * k] = four.x;
@@ -111,12 +112,14 @@ METAL_FUNC void load_words(const threadgroup uint4* words, uint at, thread uint*
       out[4 * k + 3] = four.w;
     }
   } else if constexpr (COUNT % 2 == 0) {
+#pragma unroll
     for (int k = 0; k < COUNT / 2; k++) {
       const uint2 two = ((const threadgroup uint2*)words)[at / 2 + k];
       out[2 * k] = two.x;
       out[2 * k + 1] = two.y;
     }
   } else {
+#pragma unroll
     for (int k = 0; k < COUNT; k++) {
       out[k] = ((const threadgroup uint*)words)[at + k];
     }
@@ -126,6 +129,7 @@ METAL_FUNC void load_words(const threadgroup uint4* words, uint at, thread uint*
 // Stores COUNT words in threadgroup memory from word `at` on.
 template <int COUNT>
 METAL_FUNC void store_words(threadgroup uint4* words, uint at, const thread uint* in) {
+#pragma unroll
   for (int k = 0; k < COUNT; k++) {
     ((threadgroup uint*)words)[at + k] = in[k];
   }

@@ -51,7 +51,9 @@ METAL_FUNC void load_planes(thread Keys& keys, int run) {
   constexpr int plane = KEY_PLANES - plane_count<BITS>();
   constexpr int width = first_plane<BITS>();
   constexpr int count = plane_words<DIM, width>();
+#pragma unroll
   for (int t = 0; t < TOKENS; t++) {
+#pragma unroll
     for (int j = 0; j < width; j++) {
       const bool exists = DIM % (RUNS * RUN) == 0 || run * width + j < count;
       keys.words[t][KEY_BITS - BITS + j] = exists ? keys.planes[plane][(t * KEY_WORDS + j) * LANES] : 0u;
@@ -86,6 +88,7 @@ METAL_FUNC uint value_coordinate(uint lane, int piece) {
 METAL_FUNC void begin(thread Values& values, const device uint* codes, uint first, uint lane) {
   const long start = VALUE_STRIDE == 1 ? long(first) * VALUE_WORDS
                                        : long(first / LANES) * (VALUE_WORDS * LANES) + first % LANES;
+#pragma unroll
   for (int piece = 0; piece < PIECES; piece++) {
     begin_planes<VALUE_BITS>(values, codes + start + lane / VALUE_LANES * TOKEN_STRIDE,
         value_coordinate(lane, piece), piece);
@@ -94,7 +97,9 @@ METAL_FUNC void begin(thread Values& values, const device uint* codes, uint firs
 
 // Moves from the end of a block to the beginning of the block that is `blocks` further.
 METAL_FUNC void turn(thread Values& values, uint blocks) {
+#pragma unroll
   for (int piece = 0; piece < PIECES; piece++) {
+#pragma unroll
     for (int plane = 0; plane < PLANES; plane++) {
       values.planes[piece][plane] += blocks * (BLOCK_TOKENS * VALUE_WORDS);
       values.planes[piece][plane] -= BLOCK_TOKENS * VALUE_WORDS;
@@ -108,6 +113,7 @@ METAL_FUNC void load_planes(thread Values& values, int step, uint lane, int piec
   constexpr int plane = PLANES - plane_count<BITS>();
   constexpr int width = first_plane<BITS>();
   const uint shift = COORDINATES * width < 32 ? field_shift<width>(value_coordinate(lane, piece)) : 0u;
+#pragma unroll
   for (int b = 0; b < BATCH; b++) {
     values.words[b][piece][plane] = values.planes[piece][plane][b * AT_ONCE * TOKEN_STRIDE] >> shift;
   }
@@ -119,6 +125,7 @@ METAL_FUNC void load_planes(thread Values& values, int step, uint lane, int piec
 }
 
 METAL_FUNC void load(thread Values& values, int step, uint lane) {
+#pragma unroll
   for (int piece = 0; piece < PIECES; piece++) {
     load_planes<VALUE_BITS>(values, step, lane, piece);
   }
