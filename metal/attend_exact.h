@@ -67,16 +67,19 @@ template <typename Key, typename Value, typename Mask>
 METAL_FUNC void attend_exact(thread Running& running, threadgroup Memory& memory, const device Key* keys,
     const device Value* values, int sinks, int first_recent, int recent_shift, Mask mask,
     thread const Place& place) {
+  // Seen from the first one, the coordinates of a lane are at constant offsets.
+  const uint first_coordinate = coordinate_of(place.lane, 0);
   for (int block = place.first_block; block * EXACT_TOKENS < place.count; block += place.block_step) {
     const int first_token = block * EXACT_TOKENS;
     score_exact(memory, keys, first_token, place);
     weigh_exact(running, memory, first_token, sinks, first_recent, recent_shift, mask, place);
     for (uint t = place.lane / VALUE_LANES; t < EXACT_TOKENS; t += AT_ONCE) {
-      const device Value* value = values + long(min(first_token + int(t), place.count - 1)) * VALUE_DIM;
+      const device Value* value =
+          values + long(min(first_token + int(t), place.count - 1)) * VALUE_DIM + first_coordinate;
 #pragma unroll
       for (int k = 0; k < PAIRS; k++) {
-        const uint i = coordinate_of(place.lane, k);
-        const bool exists = i < VALUE_DIM;
+        const uint i = coordinate_of(0, k);
+        const bool exists = first_coordinate + i < VALUE_DIM;
         const float even = exists ? float(value[i]) : 0.0f;
         const float odd = exists ? float(value[i + 1]) : 0.0f;
 #pragma unroll

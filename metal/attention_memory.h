@@ -126,11 +126,32 @@ METAL_FUNC void load_words(const threadgroup uint4* words, uint at, thread uint*
   }
 }
 
-// Stores COUNT words in threadgroup memory from word `at` on.
+// Stores COUNT words in threadgroup memory from word `at` on, like load_words: an address for each word would
+// be computed before the loop over blocks, and would stay in a register.
 template <int COUNT>
 METAL_FUNC void store_words(threadgroup uint4* words, uint at, const thread uint* in) {
+  if constexpr (COUNT % 4 == 0) {
 #pragma unroll
-  for (int k = 0; k < COUNT; k++) {
-    ((threadgroup uint*)words)[at + k] = in[k];
+    for (int k = 0; k < COUNT / 4; k++) {
+      uint4 four;
+      four.x = in[4 * k];
+      four.y = in[4 * k + 1];
+      four.z = in[4 * k + 2];
+      four.w = in[4 * k + 3];
+      words[at / 4 + k] = four;
+    }
+  } else if constexpr (COUNT % 2 == 0) {
+#pragma unroll
+    for (int k = 0; k < COUNT / 2; k++) {
+      uint2 two;
+      two.x = in[2 * k];
+      two.y = in[2 * k + 1];
+      ((threadgroup uint2*)words)[at / 2 + k] = two;
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < COUNT; k++) {
+      ((threadgroup uint*)words)[at + k] = in[k];
+    }
   }
 }

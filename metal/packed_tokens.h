@@ -100,7 +100,7 @@ METAL_FUNC void score_block(thread float (&scores)[TOKENS][ROWS], thread Keys& k
       Keys now = keys;
       const bool is_last = AHEAD && k + 1 == RUNS && chunk + 1 == CHUNKS;
       if (is_last) {
-        turn<KEY_BITS>(keys, blocks);
+        turn(keys, blocks);
       }
       load(keys, is_last ? 0 : run + AHEAD);
       if constexpr (HALF_SUMS) {
@@ -118,7 +118,7 @@ METAL_FUNC void score_block(thread float (&scores)[TOKENS][ROWS], thread Keys& k
     }
   }
   if (!AHEAD) {
-    turn<KEY_BITS>(keys, blocks);
+    turn(keys, blocks);
   }
 }
 
@@ -127,7 +127,7 @@ METAL_FUNC void score_block(thread float (&scores)[TOKENS][ROWS], thread Keys& k
 METAL_FUNC void add_block(thread Running& running, thread Values& values, uint blocks,
     const thread half2* coefficients, const threadgroup Memory& memory, thread const Place& place) {
   // A sum of halves has at most 32 terms.
-  constexpr int TERMS = STEPS < 32 ? STEPS : 32;
+  constexpr int TERMS = HALF_SUMS && STEPS > 32 ? 32 : STEPS;
   for (int start = 0; start < STEPS; start += TERMS) {
     half2 sums[ROWS][PAIRS];
     clear(sums);

@@ -8,6 +8,7 @@ constant constexpr int TOKEN_STRIDE = VALUE_STRIDE == 1 ? VALUE_WORDS : 1;
 // Pointers to the words of this lane in a block, and the words that were loaded last. The loads of a run have
 // constant offsets from one pointer: on Apple's GPUs an address of its own costs three more instructions.
 struct Keys {
+  const device uint* block;
   const device uint* planes[KEY_PLANES];
   uint words[TOKENS][KEY_BITS];
 };
@@ -29,19 +30,14 @@ METAL_FUNC void begin_planes(thread Keys& keys, const device uint* words) {
 }
 
 METAL_FUNC void begin(thread Keys& keys, const device uint* codes, uint first, uint lane) {
-  begin_planes<KEY_BITS>(keys, codes + (long(first) * KEY_WORDS + lane));
+  keys.block = codes + (long(first) * KEY_WORDS + lane);
+  begin_planes<KEY_BITS>(keys, keys.block);
 }
 
-// Moves from the end of a block to the beginning of the block that is `blocks` further.
-template <int BITS>
+// Moves to the beginning of the block that is `blocks` further.
 METAL_FUNC void turn(thread Keys& keys, uint blocks) {
-  constexpr int plane = KEY_PLANES - plane_count<BITS>();
-  constexpr int width = first_plane<BITS>();
-  keys.planes[plane] += blocks * (TOKENS * KEY_WORDS * LANES);
-  keys.planes[plane] -= PADDED / RUN * width * LANES;
-  if constexpr (BITS > width) {
-    turn<BITS - width>(keys, blocks);
-  }
+  keys.block += blocks * (TOKENS * KEY_WORDS * LANES);
+  begin_planes<KEY_BITS>(keys, keys.block);
 }
 
 // Loads run `run` of TOKENS keys, plane after plane. The last run may be longer than the rest of a
