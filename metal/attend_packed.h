@@ -16,6 +16,7 @@ struct Scales {
 
 METAL_FUNC void load(thread Scales& scales, const device bfloat16_t* keys, const device bfloat16_t* values,
     uint first) {
+#pragma unroll
   for (int t = 0; t < TOKENS; t++) {
     scales.keys[t] = scale_at(keys, first + t * LANES);
     scales.values[t] = scale_at(values, first + t * LANES);
@@ -29,11 +30,13 @@ METAL_FUNC void weigh_block(thread Running& running, thread float (&scores)[TOKE
     thread const Scales& scales, threadgroup Memory& memory, int first_token, int sink_columns, Mask mask,
     thread const Place& place) {
   float inverse_scale[TOKENS];
+#pragma unroll
   for (int t = 0; t < TOKENS; t++) {
     const int token = first_token + t * LANES + int(place.lane);
     const float key_scale = float(scales.keys[t]);
     const float value_log = log(max(float(scales.values[t]), 1e-20f));
     inverse_scale[t] = exp(-value_log);
+#pragma unroll
     for (int r = 0; r < ROWS; r++) {
       const float score = scores[t][r] * (key_scale * memory.factors[r]) + memory.mean_scores[r] + value_log;
       scores[t][r] =
@@ -41,15 +44,18 @@ METAL_FUNC void weigh_block(thread Running& running, thread float (&scores)[TOKE
     }
   }
   update(running, scores);
+#pragma unroll
   for (int t = 0; t < TOKENS; t++) {
     half weights[2 * ROW_WORDS];
     weights[2 * ROW_WORDS - 1] = half(0.0f);
+#pragma unroll
     for (int r = 0; r < ROWS; r++) {
       const float weight = exp(scores[t][r] - running.largest[r]);
       running.total[r] += weight * inverse_scale[t];
       weights[r] = half(weight);
     }
     uint words[ROW_WORDS];
+#pragma unroll
     for (int k = 0; k < ROW_WORDS; k++) {
       words[k] = as_type<uint>(half2(weights[2 * k], weights[2 * k + 1]));
     }
@@ -77,7 +83,9 @@ METAL_FUNC void attend_packed(thread Running& running, threadgroup Memory& memor
     Scales scales;
     load(scales, key_scales, value_scales, place.first_vector + uint(block) * BLOCK_TOKENS + place.lane);
     float scores[TOKENS][ROWS];
+#pragma unroll
     for (int t = 0; t < TOKENS; t++) {
+#pragma unroll
       for (int r = 0; r < ROWS; r++) {
         scores[t][r] = 0.0f;
       }
@@ -92,7 +100,9 @@ METAL_FUNC void attend_packed(thread Running& running, threadgroup Memory& memor
     simdgroup_barrier(mem_flags::mem_threadgroup);
   }
   const float unit = level_unit<VALUE_BITS>(constants + VALUE_LEVELS);
+#pragma unroll
   for (int r = 0; r < ROWS; r++) {
+#pragma unroll
     for (int k = 0; k < PAIRS; k++) {
       running.output[r][k].x *= unit;
       running.output[r][k].y *= unit;

@@ -103,6 +103,7 @@ METAL_FUNC uint coordinate_of(uint lane, uint k) {
 template <int COUNT>
 METAL_FUNC void load_words(const threadgroup uint4* words, uint at, thread uint* out) {
   if constexpr (COUNT % 4 == 0) {
+#pragma unroll
     for (int k = 0; k < COUNT / 4; k++) {
       const uint4 four = words[at / 4 + k];
       out[4 * k] = four.x;
@@ -111,22 +112,46 @@ METAL_FUNC void load_words(const threadgroup uint4* words, uint at, thread uint*
       out[4 * k + 3] = four.w;
     }
   } else if constexpr (COUNT % 2 == 0) {
+#pragma unroll
     for (int k = 0; k < COUNT / 2; k++) {
       const uint2 two = ((const threadgroup uint2*)words)[at / 2 + k];
       out[2 * k] = two.x;
       out[2 * k + 1] = two.y;
     }
   } else {
+#pragma unroll
     for (int k = 0; k < COUNT; k++) {
       out[k] = ((const threadgroup uint*)words)[at + k];
     }
   }
 }
 
-// Stores COUNT words in threadgroup memory from word `at` on.
+// Stores COUNT words in threadgroup memory from word `at` on, like load_words: an address for each word would
+// be computed before the loop over blocks, and would stay in a register.
 template <int COUNT>
 METAL_FUNC void store_words(threadgroup uint4* words, uint at, const thread uint* in) {
-  for (int k = 0; k < COUNT; k++) {
-    ((threadgroup uint*)words)[at + k] = in[k];
+  if constexpr (COUNT % 4 == 0) {
+#pragma unroll
+    for (int k = 0; k < COUNT / 4; k++) {
+      uint4 four;
+      four.x = in[4 * k];
+      four.y = in[4 * k + 1];
+      four.z = in[4 * k + 2];
+      four.w = in[4 * k + 3];
+      words[at / 4 + k] = four;
+    }
+  } else if constexpr (COUNT % 2 == 0) {
+#pragma unroll
+    for (int k = 0; k < COUNT / 2; k++) {
+      uint2 two;
+      two.x = in[2 * k];
+      two.y = in[2 * k + 1];
+      ((threadgroup uint2*)words)[at / 2 + k] = two;
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < COUNT; k++) {
+      ((threadgroup uint*)words)[at + k] = in[k];
+    }
   }
 }

@@ -29,17 +29,20 @@ threadgroup_barrier(mem_flags::mem_threadgroup);
 
 if (vector < count) {
   float products[QUERIES];
+#pragma unroll
   for (int q = 0; q < QUERIES; q++) {
     products[q] = 0.0f;
   }
   for (int i = 0; i < DIM; i++) {
     float level = level_of<BITS>(
         levels, code_at<DIM, BITS>(codes + (row * count + vector) * words, 1, i));
+#pragma unroll
     for (int q = 0; q < QUERIES; q++) {
       products[q] += level * query[q * DIM + i];
     }
   }
   const float scale = scales[row * count + vector];
+#pragma unroll
   for (int q = 0; q < QUERIES; q++) {
     if (first_query + q < query_count) {
       out[(row * query_count + first_query + q) * count + vector] = products[q] * scale;

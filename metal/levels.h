@@ -27,6 +27,7 @@ METAL_FUNC float level_of(Levels levels, uint code) {
 template <int BITS, typename Levels>
 METAL_FUNC void load_coefficients(Levels levels, thread half2* coefficients) {
   if constexpr (BITS <= 4) {
+#pragma unroll
     for (int k = 0; k < 4; k++) {
       coefficients[k] = half2(half(levels[3 + k]));
     }

@@ -25,7 +25,9 @@ METAL_FUNC void add_weighted(half2 level, half weight, thread float2& sum) {
 
 template <typename Sum, int COUNT, int OTHERS>
 METAL_FUNC void clear(thread Sum (&sums)[COUNT][OTHERS]) {
+#pragma unroll
   for (int i = 0; i < COUNT; i++) {
+#pragma unroll
     for (int j = 0; j < OTHERS; j++) {
       sums[i][j] = Sum(half(0.0f));
     }
@@ -39,14 +41,18 @@ METAL_FUNC void add_scores(thread Sum (&sums)[TOKENS][ROWS], const thread uint (
 #pragma unroll
   for (int i = 0; i < RUN / 8; i++) {
     half2 levels[TOKENS][4];
+#pragma unroll
     for (int t = 0; t < TOKENS; t++) {
+#pragma unroll
       for (int k = 0; k < 4; k++) {
         levels[t][k] = level_pair<KEY_BITS>(
             coefficients, memory.key_table, code_pair<RUN, KEY_BITS>(words[t], i * 4 + k));
       }
     }
+#pragma unroll
     for (int r = 0; r < ROWS; r++) {
       const uint4 query = memory.packed.queries[run * (RUN / 8) + i][r];
+#pragma unroll
       for (int t = 0; t < TOKENS; t++) {
         sums[t][r] = add_product(levels[t][0], as_type<half2>(query.x), sums[t][r]);
         sums[t][r] = add_product(levels[t][1], as_type<half2>(query.y), sums[t][r]);
@@ -66,10 +72,12 @@ METAL_FUNC void add_values(thread Pair (&sums)[ROWS][PAIRS], const thread uint (
     const uint token = (step + b) * AT_ONCE + place.lane / VALUE_LANES;
     uint weights[ROW_WORDS];
     load_words<ROW_WORDS>(memory.packed.weights[place.simd], token * ROW_WORDS, weights);
+#pragma unroll
     for (int k = 0; k < PAIRS; k++) {
       const int piece = 2 * k / COORDINATES;
       const half2 level = level_pair<VALUE_BITS>(coefficients, memory.value_table,
           code_pair<8, VALUE_BITS>(words[b][piece], k % (COORDINATES / 2)));
+#pragma unroll
       for (int r = 0; r < ROWS; r++) {
         const half2 two = as_type<half2>(weights[r / 2]);
         add_weighted(level, r % 2 == 0 ? two.x : two.y, sums[r][k]);
@@ -92,7 +100,7 @@ METAL_FUNC void score_block(thread float (&scores)[TOKENS][ROWS], thread Keys& k
       Keys now = keys;
       const bool is_last = AHEAD && k + 1 == RUNS && chunk + 1 == CHUNKS;
       if (is_last) {
-        turn<KEY_BITS>(keys, blocks);
+        turn(keys, blocks);
       }
       load(keys, is_last ? 0 : run + AHEAD);
       if constexpr (HALF_SUMS) {
@@ -101,14 +109,16 @@ METAL_FUNC void score_block(thread float (&scores)[TOKENS][ROWS], thread Keys& k
         add_scores(scores, AHEAD ? now.words : keys.words, coefficients, memory, run);
       }
     }
+#pragma unroll
     for (int t = 0; HALF_SUMS && t < TOKENS; t++) {
+#pragma unroll
       for (int r = 0; r < ROWS; r++) {
         scores[t][r] += float(sums[t][r].x + sums[t][r].y);
       }
     }
   }
   if (!AHEAD) {
-    turn<KEY_BITS>(keys, blocks);
+    turn(keys, blocks);
   }
 }
 
@@ -117,7 +127,7 @@ METAL_FUNC void score_block(thread float (&scores)[TOKENS][ROWS], thread Keys& k
 METAL_FUNC void add_block(thread Running& running, thread Values& values, uint blocks,
     const thread half2* coefficients, const threadgroup Memory& memory, thread const Place& place) {
   // A sum of halves has at most 32 terms.
-  constexpr int TERMS = STEPS < 32 ? STEPS : 32;
+  constexpr int TERMS = HALF_SUMS && STEPS > 32 ? 32 : STEPS;
   for (int start = 0; start < STEPS; start += TERMS) {
     half2 sums[ROWS][PAIRS];
     clear(sums);
@@ -135,7 +145,9 @@ METAL_FUNC void add_block(thread Running& running, thread Values& values, uint b
         add_values(running.output, AHEAD ? now.words : values.words, coefficients, memory, step, place);
       }
     }
+#pragma unroll
     for (int r = 0; HALF_SUMS && r < ROWS; r++) {
+#pragma unroll
       for (int k = 0; k < PAIRS; k++) {
         running.output[r][k].x += float(sums[r][k].x);
         running.output[r][k].y += float(sums[r][k].y);

@@ -8,6 +8,7 @@ constant constexpr int TOKEN_STRIDE = VALUE_STRIDE == 1 ? VALUE_WORDS : 1;
 // Pointers to the words of this lane in a block, and the words that were loaded last. The loads of a run have
 // constant offsets from one pointer: on Apple's GPUs an address of its own costs three more instructions.
 struct Keys {
+  const device uint* block;
   const device uint* planes[KEY_PLANES];
   uint words[TOKENS][KEY_BITS];
 };
@@ -29,19 +30,14 @@ METAL_FUNC void begin_planes(thread Keys& keys, const device uint* words) {
 }
 
 METAL_FUNC void begin(thread Keys& keys, const device uint* codes, uint first, uint lane) {
-  begin_planes<KEY_BITS>(keys, codes + (long(first) * KEY_WORDS + lane));
+  keys.block = codes + (long(first) * KEY_WORDS + lane);
+  begin_planes<KEY_BITS>(keys, keys.block);
 }
 
-// Moves from the end of a block to the beginning of the block that is `blocks` further.
-template <int BITS>
+// Moves to the beginning of the block that is `blocks` further.
 METAL_FUNC void turn(thread Keys& keys, uint blocks) {
-  constexpr int plane = KEY_PLANES - plane_count<BITS>();
-  constexpr int width = first_plane<BITS>();
-  keys.planes[plane] += blocks * (TOKENS * KEY_WORDS * LANES);
-  keys.planes[plane] -= PADDED / RUN * width * LANES;
-  if constexpr (BITS > width) {
-    turn<BITS - width>(keys, blocks);
-  }
+  keys.block += blocks * (TOKENS * KEY_WORDS * LANES);
+  begin_planes<KEY_BITS>(keys, keys.block);
 }
 
 // Loads run `run` of TOKENS keys, plane after plane. The last run may be longer than the rest of a
@@ -51,7 +47,9 @@ METAL_FUNC void load_planes(thread Keys& keys, int run) {
   constexpr int plane = KEY_PLANES - plane_count<BITS>();
   constexpr int width = first_plane<BITS>();
   constexpr int count = plane_words<DIM, width>();
+#pragma unroll
   for (int t = 0; t < TOKENS; t++) {
+#pragma unroll
     for (int j = 0; j < width; j++) {
       const bool exists = DIM % (RUNS * RUN) == 0 || run * width + j < count;
       keys.words[t][KEY_BITS - BITS + j] = exists ? keys.planes[plane][(t * KEY_WORDS + j) * LANES] : 0u;
@@ -86,6 +84,7 @@ METAL_FUNC uint value_coordinate(uint lane, int piece) {
 METAL_FUNC void begin(thread Values& values, const device uint* codes, uint first, uint lane) {
   const long start = VALUE_STRIDE == 1 ? long(first) * VALUE_WORDS
                                        : long(first / LANES) * (VALUE_WORDS * LANES) + first % LANES;
+#pragma unroll
   for (int piece = 0; piece < PIECES; piece++) {
     begin_planes<VALUE_BITS>(values, codes + start + lane / VALUE_LANES * TOKEN_STRIDE,
         value_coordinate(lane, piece), piece);
@@ -94,7 +93,9 @@ METAL_FUNC void begin(thread Values& values, const device uint* codes, uint firs
 
 // Moves from the end of a block to the beginning of the block that is `blocks` further.
 METAL_FUNC void turn(thread Values& values, uint blocks) {
+#pragma unroll
   for (int piece = 0; piece < PIECES; piece++) {
+#pragma unroll
     for (int plane = 0; plane < PLANES; plane++) {
       values.planes[piece][plane] += blocks * (BLOCK_TOKENS * VALUE_WORDS);
       values.planes[piece][plane] -= BLOCK_TOKENS * VALUE_WORDS;
@@ -108,6 +109,7 @@ METAL_FUNC void load_planes(thread Values& values, int step, uint lane, int piec
   constexpr int plane = PLANES - plane_count<BITS>();
   constexpr int width = first_plane<BITS>();
   const uint shift = COORDINATES * width < 32 ? field_shift<width>(value_coordinate(lane, piece)) : 0u;
+#pragma unroll
   for (int b = 0; b < BATCH; b++) {
     values.words[b][piece][plane] = values.planes[piece][plane][b * AT_ONCE * TOKEN_STRIDE] >> shift;
   }
@@ -119,6 +121,7 @@ METAL_FUNC void load_planes(thread Values& values, int step, uint lane, int piec
 }
 
 METAL_FUNC void load(thread Values& values, int step, uint lane) {
+#pragma unroll
   for (int piece = 0; piece < PIECES; piece++) {
     load_planes<VALUE_BITS>(values, step, lane, piece);
   }

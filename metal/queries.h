@@ -59,6 +59,7 @@ METAL_FUNC void prepare_packed_queries(threadgroup Memory& memory, Queries queri
     const float scale = norm > 0.0f ? sqrt(float(DIM)) * rsqrt(float(POWER)) / norm : 0.0f;
     for (int i = int(place.lane); i < PADDED / 8; i += LANES) {
       float eight[8];
+#pragma unroll
       for (int k = 0; k < 8; k++) {
         eight[k] = i * 8 + k < DIM
             ? scale * matrix_row<ORDER, POWER, false>(constants + MATRIX, rotated, i * 8 + k)

@@ -12,9 +12,11 @@ struct Running {
 };
 
 METAL_FUNC void start(thread Running& running) {
+#pragma unroll
   for (int r = 0; r < ROWS; r++) {
     running.largest[r] = -1e30f;
     running.total[r] = 0.0f;
+#pragma unroll
     for (int k = 0; k < PAIRS; k++) {
       running.output[r][k].x = 0.0f;
       running.output[r][k].y = 0.0f;
@@ -44,14 +46,18 @@ METAL_FUNC float visible(float score, bool exists, int column, long mask_start, 
 template <int COUNT>
 METAL_FUNC void update(thread Running& running, const thread float (&scores)[COUNT][ROWS]) {
   float excess = -INFINITY;
+#pragma unroll
   for (int t = 0; t < COUNT; t++) {
+#pragma unroll
     for (int r = 0; r < ROWS; r++) {
       excess = max(excess, scores[t][r] - running.largest[r]);
     }
   }
   if (simd_any(excess > 4.0f)) {
+#pragma unroll
     for (int r = 0; r < ROWS; r++) {
       float score = scores[0][r];
+#pragma unroll
       for (int t = 1; t < COUNT; t++) {
         score = max(score, scores[t][r]);
       }
@@ -59,6 +65,7 @@ METAL_FUNC void update(thread Running& running, const thread float (&scores)[COU
       const float correction = exp(running.largest[r] - largest);
       running.largest[r] = largest;
       running.total[r] *= correction;
+#pragma unroll
       for (int k = 0; k < PAIRS; k++) {
         running.output[r][k].x *= correction;
         running.output[r][k].y *= correction;
@@ -77,6 +84,7 @@ METAL_FUNC void store(device float* partial, uint at, float x) {
 METAL_FUNC void join(thread Running& running, threadgroup Memory& memory, device float* partial,
     thread const Place& place) {
   threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
   for (int r = 0; r < ROWS; r++) {
     const float total = simd_sum(running.total[r]);
     if (place.lane == 0) {
@@ -88,6 +96,7 @@ METAL_FUNC void join(thread Running& running, threadgroup Memory& memory, device
   for (int first = 0; first < ROWS; first += JOINED) {
 #pragma unroll
     for (int r = first; r < first + JOINED && r < ROWS; r++) {
+#pragma unroll
       for (int k = 0; k < PAIRS; k++) {
         float2 sum = running.output[r][k];
         for (int step = VALUE_LANES; step < LANES; step *= 2) {
@@ -110,6 +119,7 @@ METAL_FUNC void join(thread Running& running, threadgroup Memory& memory, device
         }
         float weights[SIMDS];
         float total = 0.0f;
+#pragma unroll
         for (int s = 0; s < SIMDS; s++) {
           weights[s] = exp(memory.join.largest[s][r] - largest);
           total += weights[s] * memory.join.total[s][r];
@@ -117,6 +127,7 @@ METAL_FUNC void join(thread Running& running, threadgroup Memory& memory, device
         const uint at = memory.first_output + r * memory.output_stride;
         for (uint i = place.lane; i < VALUE_DIM; i += LANES) {
           float sum = 0.0f;
+#pragma unroll
           for (int s = 0; s < SIMDS; s++) {
             sum += weights[s] * memory.join.output[s][r - first][i];
           }

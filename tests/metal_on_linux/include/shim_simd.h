@@ -102,8 +102,11 @@ template <class Op, class T> METAL_FUNC T _reduce(T x) {
     T total = x;
     if (slots->mask == 0xffffffffu) {
       T t[32];
+#pragma unroll
       for (int i = 0; i < 16; i++) t[i] = Op::apply(v[i], v[i + 16]);
+#pragma unroll
       for (int step = 8; step > 0; step >>= 1)
+#pragma unroll
         for (int i = 0; i < step; i++) t[i] = Op::apply(t[i], t[i + step]);
       total = t[0];
     } else {  // a partial SIMD group: in lane order

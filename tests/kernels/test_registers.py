@@ -1,0 +1,121 @@
+"""Kernels keep their arrays in registers, however reluctantly a compiler unrolls loops.
+
+An array whose index is known only at run time lies in memory, which is slow on Apple's GPUs. So a
+loop over registers must be unrolled, and ``#pragma unroll`` says so. How much Apple's compiler
+unrolls by itself is not known. clang compiles each kernel with its own limits and unrolling
+nothing but what a pragma names.
+"""
+
+import re
+import tempfile
+from pathlib import Path
+
+import metal_on_linux
+import mlx.core as mx
+import pytest
+from metal_on_linux import toolchain
+from metal_on_linux.translate import translate
+
+from mlx_turboquant.kernels import runtime
+from mlx_turboquant.kernels.attention import Configuration, DecodeAttention
+from mlx_turboquant.kernels.quantize import Dequantize, InnerProduct, Quantize
+from mlx_turboquant.kernels.storage import shared_quantizer
+
+try:
+    toolchain.clang()
+except toolchain.ToolchainError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+ONLY_PRAGMAS = "-fno-unroll-loops"
+# A vectorizer of CPUs would make arrays of its own.
+FLAGS = ["-w", "-O2", "-fno-vectorize", "-fno-slp-vectorize", "-fno-discard-value-names"]
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """The text of every kernel that is called, by name; calls return zeros."""
+    texts = {}
+
+    def make(**arguments):
+        kernel = metal_on_linux.metal_kernel(**arguments)
+
+        def launch(*, inputs, output_shapes, output_dtypes, **_):
+            texts[kernel.name] = kernel.program(kernel.signature(inputs, output_dtypes, None))
+            return [mx.zeros(*each) for each in zip(output_shapes, output_dtypes)]
+
+        return launch
+
+    monkeypatch.setattr(mx.fast, "metal_kernel", make)
+    monkeypatch.setattr(runtime, "backend", lambda: "metal")
+    monkeypatch.setattr(runtime, "_metal_reads_files", lambda: False)
+    return texts
+
+
+def arrays_in_memory(program: str, *flags: str) -> list[str]:
+    """Names and types of the private arrays that are left in the compiled program."""
+
+    def compiled() -> list[str]:
+        with tempfile.NamedTemporaryFile("w", suffix=".metal") as file:
+            file.write(translate(program, toolchain.mlx_include_directory()))
+            file.flush()
+            command = [*toolchain.clang(), *toolchain.LANGUAGE_FLAGS, *FLAGS, *flags]
+            done = toolchain.start([*command, "-emit-llvm", "-S", "-o", "-", file.name])
+        assert done.returncode == 0, done.stderr
+        # Single values are in memory where a SIMD function of the executor takes their address.
+        return re.findall(r"%([\w.]+ = alloca [%<{\[].*), align", done.stdout)
+
+    return toolchain.remember(compiled, program, *flags, Path(__file__).read_text())
+
+
+def attention(dim, key_bits, value_bits, query_rows, mask, dtype=mx.bfloat16, is_latent=False):
+    keys = shared_quantizer(dim, key_bits, 0)
+    values = keys if is_latent else shared_quantizer(dim, value_bits, 0)
+    dtypes = (dtype, dtype, dtype)
+    return Configuration(keys, values, *dtypes, query_rows, 1, mask, mask == "causal", is_latent)
+
+
+@pytest.mark.parametrize(
+    "configuration",
+    [
+        attention(128, 4, 4, 1, "none"),
+        attention(80, 3, 5, 4, "boolean", mx.float16),
+        attention(96, 6, 3, 3, "additive", mx.float32),
+        attention(256, 2, 8, 6, "none"),
+        attention(128, 7, 7, 8, "causal"),
+        attention(512, 4, 4, 4, "none", is_latent=True),
+    ],
+)
+def test_attention_keeps_its_arrays_in_registers(programs, configuration):
+    DecodeAttention(configuration).check()
+    assert len(programs) == 2
+    for program in programs.values():
+        assert arrays_in_memory(program) == arrays_in_memory(program, ONLY_PRAGMAS) == []
+
+
+@pytest.mark.parametrize(
+    "dim, bits, dtype", [(128, 4, mx.bfloat16), (80, 3, mx.float16), (512, 8, mx.float32)]
+)
+def test_other_kernels_keep_their_arrays_in_registers(programs, dim, bits, dtype):
+    quantizer = shared_quantizer(dim, bits, 0)
+    Quantize((dtype,), (quantizer,)).check()
+    Dequantize((dtype,), (quantizer,)).check()
+    InnerProduct(quantizer).check()
+    assert len(programs) == 3
+    for program in programs.values():
+        assert arrays_in_memory(program) == arrays_in_memory(program, ONLY_PRAGMAS) == []
+
+
+@pytest.mark.parametrize(
+    "loop, array",
+    [
+        ("for (int r = 0; r < ROWS; r++) {\nfloat score = scores[0][r];", "running"),
+        ("for (int t = 0; t < TOKENS; t++) {\nsums[t][r] = add_product(", "scores"),
+        ("for (int b = 0; b < BATCH; b++) {\nconst uint token =", "values"),
+    ],
+)
+def test_a_loop_without_its_pragma_is_found(programs, loop, array):
+    DecodeAttention(attention(128, 4, 4, 4, "none")).check()
+    program = next(text for name, text in programs.items() if "decode_attention" in name)
+    assert f"#pragma unroll\n{loop}" in program
+    found = arrays_in_memory(program.replace(f"#pragma unroll\n{loop}", loop), ONLY_PRAGMAS)
+    assert any(name.startswith(array) for name in found)
