@@ -87,7 +87,8 @@ class _Run:
             if draft_model is not None:
                 prompt_cache += make_prompt_cache(draft_model, self.settings)
         name = Path(self.args.model or "").name
-        known_part = reading(store, model, tokenizer, list(prompt), prompt_cache, name=name)
+        options = {"name": name, "keeps_prompt": True}
+        known_part = reading(store, model, tokenizer, list(prompt), prompt_cache, **options)
         with known_part as (prompt_cache, known, progress):
             if store is not None:
                 print(f"Prompt: {known:,} of {len(prompt):,} tokens from the store")

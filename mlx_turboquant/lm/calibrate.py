@@ -10,15 +10,18 @@ as well.
 
 import copy
 import logging
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from tqdm import tqdm
 
 from ..kernels.quantize import quantize
@@ -104,7 +107,7 @@ def calibrate(
 
     Raises:
         ValueError: a model that is spread over several machines or has no layer that could be
-            compressed, or a text of fewer than 64 tokens.
+            compressed, a text of fewer than 64 tokens, or an output that is not finite.
     """
     if mx.distributed.init().size() > 1:
         raise ValueError(
@@ -154,15 +157,23 @@ def calibrate(
         for i, (batch, count) in enumerate(zip(batches, counts)):
             first = (3 * i + 1) * len(places)
             rows = _Rows(model, batch, count, partial(advance, first))
-            first += len(places)
-            advance(first + known)
+            # Without gradients all the work is in the layers.
+            each = 1 if rows.gradients else 2
+            first += (2 - each) * len(places)
+            advance(first + each * known)
             for done, place in enumerate(places[known:], known + 1):
-                for (name, bits), found in zip(_ROWS, rows.divergences(place)):
+                divergences = rows.divergences(place)
+                if not all(map(math.isfinite, chain(*divergences))):
+                    raise ValueError(
+                        f"The output of the model is not finite with layer {place.layer} "
+                        "quantized: calibrate it in float32 or bfloat16."
+                    )
+                for (name, bits), found in zip(_ROWS, divergences):
                     sides[name][done - 1][bits] += tuple(found)
                 if unfinished is not None:
                     with suppress(OSError):  # without the file, the next calibration starts over
                         save_profile(measured(done), unfinished)
-                advance(first + done)
+                advance(first + each * done)
             mx.clear_cache()
     return measured(len(places))
 
@@ -214,7 +225,8 @@ class _Rows:
         mx.eval(self.exact, self.probabilities, self.inputs, self.outputs)
         when_read()
         self.can_skip = self._skipping_changes_nothing()
-        self.gradients = self._gradients() if self.can_skip else []
+        routes = any(isinstance(x, SwitchLinear | QuantizedSwitchLinear) for x in model.modules())
+        self.gradients = self._gradients() if self.can_skip and not routes else []
         self.scored = _repeated(self.scored)
         self.inputs = [_repeated(x) for x in self.inputs]
         for cache in self.caches:
@@ -264,7 +276,8 @@ class _Rows:
         (c^T z)^2 / 2 over random vectors c with covariance F (Hutchinson's estimator). A gradient
         of c^T z gives it for a change of any layer.
 
-        A model with operations that have no gradients gets an empty list.
+        The list is empty if an operation has no gradient or one that is not finite. So it is for a
+        model with experts: gradients do not see that a change chooses others.
         """
 
         def logits(*shifts: mx.array) -> list[mx.array]:
@@ -282,7 +295,8 @@ class _Rows:
                 mx.eval(found[-1])
         except Exception:  # an operation without a gradient may raise anything
             return []
-        return found
+        are_finite = all(mx.isfinite(x).all().item() for gradients in found for x in gradients)
+        return found if are_finite else []
 
     def _skipped(self, layer: int) -> list["_StandIn"]:
         """Stand-ins for all layers below a ``layer``, which gets its recorded input."""

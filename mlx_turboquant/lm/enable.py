@@ -106,10 +106,12 @@ def disable(model: nn.Module) -> nn.Module:
 
 
 def _settings(bits: float | Settings, backend: str | None, options: CacheOptions) -> Settings:
-    """All settings in one, after a backend that is given was chosen."""
+    """All settings in one; a backend that is given is chosen if they are valid."""
+    is_whole = isinstance(bits, Settings)
+    settings = replace(bits, **options) if is_whole else Settings(bits, **options)
     if backend is not None:
         force_backend(backend)
-    return replace(bits, **options) if isinstance(bits, Settings) else Settings(bits, **options)
+    return settings
 
 
 def _loaded(profile: ProfileOrFile, model: nn.Module) -> Profile | None:

@@ -153,7 +153,7 @@ class PromptStore:
         """All conversations in the folder, latest first, including damaged ones."""
         found = []
         for file in (self.folder / _SESSIONS).glob(f"*{_SUFFIX}"):
-            tokens, model, settings = [], "", {}
+            tokens, model, settings = np.zeros(0, np.uint32), "", {}
             try:
                 status = file.stat()
             except OSError:  # another process has deleted it, or it is a link to nothing
@@ -161,13 +161,14 @@ class PromptStore:
             try:
                 texts = StoredFile(file).metadata
                 chat = json.loads(texts["0.chat"])
-                tokens, model = chat["tokens"], _label(chat["model"], texts)
-                settings = dict(chat["settings"])
-                text = next((x["content"] for x in chat["messages"] if x["role"] == "user"), "")
-            except (ValueError, OSError, LookupError, TypeError) as error:
+                tokens = np.asarray(chat["tokens"], np.uint32)
+                model, settings = _label(chat["model"], texts), dict(chat.get("settings") or {})
+                first = (x["content"] for x in chat["messages"] if x["role"] == "user")
+                text = str(next(first, ""))
+            except Exception as error:  # a crafted file may raise anything
                 text = f"cannot be read: {error}"
             about = status.st_size, status.st_mtime, model, text, settings
-            found.append(Entry(file, "", np.asarray(tokens, np.uint32), False, *about))
+            found.append(Entry(file, "", tokens, False, *about))
         return sorted(found, key=lambda entry: entry.used, reverse=True)
 
     def session_file(self, name: str) -> Path:
@@ -376,13 +377,15 @@ def reading(
     known: int = 0,
     name: str = "",
     progress: Progress = lambda *_: None,
+    keeps_prompt: bool = False,
 ) -> Iterator[tuple[list[Any], int, Progress]]:
     """Look up ``tokens`` in a store before their prefill, and keep their cache afterwards.
 
     Yields the cache to use, the number of tokens in it (``known`` at least), and a callback for the
-    ``prompt_progress_callback`` of mlx-lm. It calls ``progress``, then keeps the whole prompt, and
-    every 4,096 tokens of it if a cache cannot be cut back. Generated tokens may have been added to
-    ``tokens`` at the end. Without a store, the arguments are yielded unchanged.
+    ``prompt_progress_callback`` of mlx-lm. It calls ``progress``, and keeps every 4,096 tokens of
+    the prompt if a cache cannot be cut back. With ``keeps_prompt`` it keeps the whole prompt as
+    well, in case a signal ends the command during the reply. Generated tokens may have been added
+    to ``tokens`` at the end. Without a store, the arguments are yielded unchanged.
     """
     if store is None:
         yield cache, known, progress
@@ -396,7 +399,7 @@ def reading(
         progress(processed, total)
         count = known + processed
         is_due = count - kept >= CHECKPOINT_TOKENS and not can_trim_prompt_cache(cache)
-        if is_due or processed == total:  # a signal may come before the end
+        if is_due or keeps_prompt and processed == total:
             store.keep(model, tokens[:count], cache, **about)
             kept = count
 

@@ -402,3 +402,11 @@ def test_limited_sequences_can_be_generated_together(random_model):
             said[response.uid].append(response.token)
     # A sequence that is prefilled at once evicts the same tokens as in the batch.
     assert said[list(said)[1]] == alone(random_model, prompts[1], 120)
+
+
+def test_a_token_of_a_latent_batch_takes_as_many_bytes_as_alone():
+    cache = TurboQuantLatentCache(4, 4, window=16)
+    cache.update_and_fetch(mx.ones((1, 1, 100, 64)), mx.ones((1, 1, 100, 16)))
+    assert (
+        cache.merge([cache, cache]).token_nbytes == cache.token_nbytes == 64 * 4 // 8 + 2 + 2 * 16
+    )

@@ -127,6 +127,13 @@ def test_enable_refuses_a_bad_setting_at_once(random_model, settings):
     assert "make_cache" not in vars(random_model)
 
 
+def test_a_bad_setting_leaves_the_backend(random_model):
+    before = runtime.backend()
+    with pytest.raises(ValueError, match="99 bits are not supported"):
+        make_prompt_cache(random_model, 99, backend="cuda")
+    assert runtime.backend() == before
+
+
 def test_sizes_count_tokens_and_bytes_of_all_layers(random_model):
     cache = make_prompt_cache(random_model, 4)
     logits(random_model, cache)

@@ -229,6 +229,41 @@ def test_what_is_read_after_a_find_is_kept_with_what_was_generated(model, tmp_pa
     assert entry.tokens.tolist() == [*tokens, 7] and entry.model.startswith("a model (")
 
 
+@pytest.mark.parametrize("keeps_prompt", [True, False])
+def test_a_prompt_is_kept_before_its_reply_only_if_asked(model, tmp_path, keeps_prompt):
+    tokens, store = text(0, 100), PromptStore(tmp_path, delay=0)
+    reader = reading(
+        store, model, Words(), tokens, make_prompt_cache(model), keeps_prompt=keeps_prompt
+    )
+    with pytest.raises(KeyboardInterrupt):
+        with reader as (cache, _, progress):
+            model(mx.array([tokens]), cache=cache)
+            progress(len(tokens), len(tokens))
+            raise KeyboardInterrupt
+    store.close()
+    assert len(PromptStore(tmp_path).entries()) == keeps_prompt
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokens": [-1]},
+        {"tokens": "words"},
+        {"tokens": [[1], [2, 3]]},
+        {"messages": 5},
+        "[" * 10**5,
+    ],
+)
+def test_a_conversation_that_was_crafted_is_listed_as_unreadable(model, tmp_path, change):
+    store = PromptStore(tmp_path)
+    chat = {"tokens": [1], "model": "tiny", "messages": []}
+    text = change if isinstance(change, str) else json.dumps(chat | change)
+    metadata = {"0.chat": text, "0.identity": "a", "0.made_by": "b"}
+    mx.save_safetensors(str(store.session_file("monday")), {"a": mx.zeros(1)}, metadata)
+    [session] = store.sessions()
+    assert session.beginning.startswith("cannot be read: ")
+
+
 def test_what_ends_in_the_middle_of_a_step_is_not_kept(model, tmp_path):
     tokens, store = text(0, 100), PromptStore(tmp_path, delay=0)
     with pytest.raises(KeyboardInterrupt):
