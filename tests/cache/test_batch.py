@@ -13,6 +13,7 @@ from tokens import keys_and_values
 
 from mlx_turboquant import TurboQuantKVCache, enable, make_prompt_cache
 from mlx_turboquant.cache.fetched import Link
+from mlx_turboquant.cache.latent import TurboQuantLatentCache
 from mlx_turboquant.kernels.attention import decode_attention
 from mlx_turboquant.kernels.quantize import dense
 from mlx_turboquant.kernels.tokens import CAPACITY_UNIT
@@ -407,6 +408,5 @@ def test_limited_sequences_can_be_generated_together(random_model):
 def test_a_token_of_a_latent_batch_takes_as_many_bytes_as_alone():
     cache = TurboQuantLatentCache(4, 4, window=16)
     cache.update_and_fetch(mx.ones((1, 1, 100, 64)), mx.ones((1, 1, 100, 16)))
-    assert (
-        cache.merge([cache, cache]).token_nbytes == cache.token_nbytes == 64 * 4 // 8 + 2 + 2 * 16
-    )
+    assert cache.token_nbytes == 64 * 4 // 8 + 2 + 2 * 16
+    assert cache.merge([cache, cache]).token_nbytes == cache.token_nbytes
