@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from mlx_turboquant.kernels.storage import VALUE_MEAN_ENERGY, removable_mean
 from mlx_turboquant.lm import texts
+from mlx_turboquant.lm.compressible import with_caches
 from mlx_turboquant.lm.compression import compression_of
 from mlx_turboquant.lm.loading import prepare_for_device
 from mlx_turboquant.measure.cache_specs import CHUNK, EXACT, preset
@@ -120,14 +121,14 @@ class Candidate(NamedTuple):
 
     def filled_cache(self, model: nn.Module, read: list[Any]) -> list[Any]:
         """A simulated copy of the exact prompt cache ``read``."""
-        caches = copy.deepcopy(read)
-        for place, bits in zip(compression_of(model).compressible, self.bits):
+        places, caches = compression_of(model).compressible, []
+        for place, bits in zip(places, self.bits):
             key_rounding = self.arm.keys(bits[0], place.keys.dim)
             value_rounding = self.arm.values(bits[1], place.values.dim)
             simulated = SimulatedCache(key_rounding, value_rounding, WINDOW, SINKS, BLOCK)
             simulated.update_and_fetch(*place.of(read).keys_and_values())
-            place.put(caches, simulated)
-        return caches
+            caches.append(simulated)
+        return with_caches(copy.deepcopy(read), places, caches)
 
     def bits_per_value(self, model: nn.Module) -> float:
         """The mean number of bits stored per value, with scales and means."""

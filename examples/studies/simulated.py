@@ -12,7 +12,12 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 
 from mlx_turboquant.kernels.tokens import BLOCK
-from mlx_turboquant.lm.compressible import check_compressible, compressible_caches, plain_caches
+from mlx_turboquant.lm.compressible import (
+    check_compressible,
+    compressible_caches,
+    plain_caches,
+    with_caches,
+)
 from mlx_turboquant.lm.settings import Settings
 from mlx_turboquant.measure.cache_specs import CacheSpec, preset
 
@@ -153,14 +158,14 @@ def simulated_prompt_cache(model: nn.Module, codec: str, settings: Settings) -> 
         ValueError: a model with latent attention, with vectors that a method does not support,
             or without a layer that could be compressed.
     """
-    caches, compressible = plain_caches(model), compressible_caches(model)
+    compressible, simulated = compressible_caches(model), []
     check_compressible(model, compressible)
     for place in compressible:
         if place.values is None:
             raise ValueError(f"Codec {codec} does not support latent attention: leave it out.")
         roundings = method_roundings(codec, settings, (place.keys.dim, place.values.dim))
-        place.put(caches, SimulatedCache(*roundings, settings.window, settings.sink_tokens))
-    return caches
+        simulated.append(SimulatedCache(*roundings, settings.window, settings.sink_tokens))
+    return with_caches(plain_caches(model), compressible, simulated)
 
 
 def _stored(method: Method, x: mx.array) -> Any:

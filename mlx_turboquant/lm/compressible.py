@@ -1,5 +1,6 @@
 """The caches of a model that can be compressed, and the vectors that their layers store."""
 
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -75,18 +76,27 @@ def compressed_caches(
     model: nn.Module, places: list[Compressible], bits: list[tuple[int, int]], settings: Settings
 ) -> list[Any]:
     """A new prompt cache with these bits of keys and values in the compressed ``places``."""
-    caches = plain_caches(model)
-    flat = flat_caches(caches)
+    new = []
     for place, pair in zip(places, bits):
         cache_class = TurboQuantLatentCache if place.values is None else TurboQuantKVCache
-        flat[place.place] = cache_class(**settings.of_layer(*pair)._asdict())
+        new.append(cache_class(**settings.of_layer(*pair)._asdict()))
+    return with_caches(plain_caches(model), places, new)
+
+
+def with_caches(
+    prompt_cache: list[Any], places: list[Compressible], caches: Sequence[Any]
+) -> list[Any]:
+    """A prompt cache like this one, with other ``caches`` in these places."""
+    flat = flat_caches(prompt_cache)
+    for place, cache in zip(places, caches):
+        flat[place.place] = cache
     parts = iter(flat)
-    for i, cache in enumerate(caches):
-        if hasattr(cache, "caches"):
-            caches[i] = mlx_lm_cache.CacheList(*islice(parts, len(cache.caches)))
-        else:
-            caches[i] = next(parts)
-    return caches
+    return [
+        mlx_lm_cache.CacheList(*islice(parts, len(layer.caches)))
+        if hasattr(layer, "caches")
+        else next(parts)
+        for layer in prompt_cache
+    ]
 
 
 def link_caches(cache: list[Any], link: Link) -> None:
