@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -56,3 +57,11 @@ def not_above_permissions() -> None:
     """Drop root's capability to write to all folders (CAP_DAC_OVERRIDE, Linux)."""
     if os.geteuid() == 0:
         ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)
+
+
+def wait_for_a_measured_layer(cache_home: Path) -> None:
+    """Wait until a calibration has kept its first layer; most of the others are still to come."""
+    deadline = time.monotonic() + 120
+    while not list((cache_home / "mlx_turboquant" / "profiles").glob("*.unfinished")):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)

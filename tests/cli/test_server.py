@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import openai
 import pytest
-from commands import run
+from commands import run, wait_for_a_measured_layer
 from servers import (
     TINY_LM,
     client,
@@ -114,7 +114,7 @@ def test_a_server_that_calibrates_ends_when_it_is_asked_to_and_keeps_what_it_has
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with server(free_port()) as process:
-        wait_for_message(process, "step 3 of 5")
+        wait_for_a_measured_layer(tmp_path)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 0
         said = messages_of(process)
