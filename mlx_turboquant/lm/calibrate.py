@@ -128,7 +128,9 @@ def calibrate(
                 "give a longer text."
             )
     batches = [tokens[i : i + _TEXTS] for i in range(0, len(tokens), _TEXTS)]
-    counts = [min(_SCORED_TOKENS, *(len(part) // 2 for part in batch)) for batch in batches]
+    # With experts, all layers are computed for each one.
+    most = _SCORED_TOKENS // 2 if _has_experts(model) else _SCORED_TOKENS
+    counts = [min(most, *(len(part) // 2 for part in batch)) for batch in batches]
     scored = sum(len(batch) * count for batch, count in zip(batches, counts))
     nothing = Profile(fingerprint(model), tuple(texts), scored, (), ())
     begun = nothing if unfinished is None else _begun(unfinished, nothing)
@@ -225,8 +227,7 @@ class _Rows:
         mx.eval(self.exact, self.probabilities, self.inputs, self.outputs)
         when_read()
         self.can_skip = self._skipping_changes_nothing()
-        routes = any(isinstance(x, SwitchLinear | QuantizedSwitchLinear) for x in model.modules())
-        self.gradients = self._gradients() if self.can_skip and not routes else []
+        self.gradients = self._gradients() if self.can_skip and not _has_experts(model) else []
         self.scored = _repeated(self.scored)
         self.inputs = [_repeated(x) for x in self.inputs]
         for cache in self.caches:
@@ -322,6 +323,10 @@ class _Rows:
         except Exception:  # an unusual model may raise anything
             return False
         return mx.allclose(logits, self.exact, atol=1e-3).item()
+
+
+def _has_experts(model: nn.Module) -> bool:
+    return any(isinstance(x, SwitchLinear | QuantizedSwitchLinear) for x in model.modules())
 
 
 def _repeated(x: Any) -> Any:
