@@ -134,6 +134,13 @@ class CompressedCache:
         """Bytes of a dense 16-bit cache in which every sequence is as long as the longest."""
         return 2 * self.token_values * self.size()
 
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes that one more packed token of a sequence takes, with its rotary part."""
+        rotary = 2 * sum(x.shape[1] * x.shape[3] for x in self._rotary)
+        pairs = zip(self._exact, self._packed.layouts)
+        return rotary + sum(x.shape[1] * side.vector_nbytes(x.shape[3]) for x, side in pairs)
+
     def empty(self) -> bool:
         """Whether no token has ever been stored."""
         return not self._exact

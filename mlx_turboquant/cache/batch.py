@@ -315,13 +315,6 @@ class BatchTurboQuantKVCache(CompressedCache):
         return max(self.lengths)
 
     @property
-    def token_nbytes(self) -> int:
-        """Bytes that one more packed token of a sequence takes, with its rotary part."""
-        rotary = 2 * sum(x.shape[1] * x.shape[3] for x in self._rotary)
-        pairs = zip(self._exact, self._packed.layouts)
-        return rotary + sum(x.shape[1] * side.vector_nbytes(x.shape[3]) for x, side in pairs)
-
-    @property
     def state(self) -> tuple[mx.array, ...]:
         """All arrays, for ``mx.eval``."""
         return (*self._exact, *self._rotary, *self._packed.arrays)

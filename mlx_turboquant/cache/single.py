@@ -15,7 +15,6 @@ All tokens are exact until the first block leaves the window; each block is pack
 Attention never changes the arrays that it is given.
 """
 
-import math
 from typing import Any
 
 import mlx.core as mx
@@ -173,12 +172,8 @@ class TurboQuantKVCache(CompressedCache):
 
     @property
     def token_nbytes(self) -> int:
-        """Bytes that one more packed token takes, with its rotary part."""
-        rotary = 2 * (self.token_values - sum(self.side_values))
-        pairs = zip(self._exact, self._packed.layouts)
-        return rotary + sum(
-            math.prod(x.shape[:2]) * side.vector_nbytes(x.shape[3]) for x, side in pairs
-        )
+        """Bytes that one more packed token takes in all rows, with its rotary part."""
+        return 0 if self.empty() else self._exact[0].shape[0] * super().token_nbytes
 
     @property
     def exact_nbytes(self) -> int:

@@ -227,7 +227,7 @@ class _Rows:
         mx.eval(self.exact, self.probabilities, self.inputs, self.outputs)
         when_read()
         self.can_skip = self._skipping_changes_nothing()
-        self.gradients = self._gradients() if self.can_skip and not _has_experts(model) else []
+        self.gradients = self._gradients() if self.can_skip else []
         self.scored = _repeated(self.scored)
         self.inputs = [_repeated(x) for x in self.inputs]
         for cache in self.caches:
@@ -280,6 +280,8 @@ class _Rows:
         The list is empty if an operation has no gradient or one that is not finite. So it is for a
         model with experts: gradients do not see that a change chooses others.
         """
+        if _has_experts(self.model):
+            return []
 
         def logits(*shifts: mx.array) -> list[mx.array]:
             pairs = zip(self.layers, shifts)
