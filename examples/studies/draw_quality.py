@@ -27,7 +27,7 @@ class Theme(NamedTuple):
     methods: tuple[str, str, str]
 
 
-_THEMES = {
+THEMES = {
     "light": Theme("#ffffff", "#1f2328", ("#c4600a", "#6e5fb8", "#0a7f5a")),
     "dark": Theme("#0d1117", "#e6edf3", ("#f0a04b", "#b3a5f5", "#3fd09b")),
 }
@@ -76,13 +76,14 @@ def draw(results: dict[str, dict[str, Any]], theme: Theme) -> Figure:
     figure.set_facecolor(theme.background)
     axes = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
     for axis, (name, result) in zip(axes, results.items()):
-        _panel(axis, name, result, theme)
+        _panel(axis, result, theme)
+        dress(axis, name, theme, "upper right")
     axes[0].set_ylabel("divergence from the exact cache (nats)", color=theme.text)
     figure.supxlabel("bytes a token, relative to a 16-bit cache", color=theme.text, fontsize=16)
     return figure
 
 
-def _panel(axis: Axes, name: str, result: dict[str, Any], theme: Theme) -> None:
+def _panel(axis: Axes, result: dict[str, Any], theme: Theme) -> None:
     exact, *others = result["codecs"]
     for method, colour in zip(_METHODS.values(), theme.methods):
         codecs = [c for c in others if method_of(c)[0] == method and c["failure"] is None]
@@ -104,8 +105,13 @@ def _panel(axis: Axes, name: str, result: dict[str, Any], theme: Theme) -> None:
                 fontsize=14,
                 fontweight="bold",
             )
+    axis.set_yscale("log")
+
+
+def dress(axis: Axes, name: str, theme: Theme, legend_place: str) -> None:
+    """Give a panel its title, colours, grid and legend, with bytes from 8% to 62%."""
     axis.set_title(name, color=theme.text, fontsize=17)
-    axis.set(yscale="log", xlim=(0.08, 0.62))
+    axis.set_xlim(0.08, 0.62)
     axis.xaxis.set_major_formatter("{x:.0%}")
     axis.set_facecolor(theme.background)
     axis.tick_params(colors=theme.text, which="both", labelsize=14)
@@ -115,7 +121,7 @@ def _panel(axis: Axes, name: str, result: dict[str, Any], theme: Theme) -> None:
         spine.set_color(theme.text)
         spine.set_alpha(0.4)
     legend = axis.legend(
-        loc="upper right", fontsize=13, labelcolor=theme.text, facecolor=theme.background
+        loc=legend_place, fontsize=13, labelcolor=theme.text, facecolor=theme.background
     )
     legend.get_frame().set_alpha(0.7)
 
@@ -130,7 +136,7 @@ def main() -> None:
         print(table(name, result), end="\n\n")
     if args.out is not None:
         matplotlib.use("agg")
-        for kind, theme in _THEMES.items():
+        for kind, theme in THEMES.items():
             draw(results, theme).savefig(args.out / f"quality-{kind}.png", dpi=110)
 
 
