@@ -65,7 +65,7 @@ def ensure_profile(
             give_profile(model, calibrated(model, tokenizer))
     except KeyboardInterrupt:
         is_kept = unfinished_path(fingerprints(model)[0]).exists()
-        then = " The next start continues from here." if is_kept else ""
+        then = " The next start keeps the measured layers." if is_kept else ""
         print(f"Calibration was stopped: bits are chosen without a profile.{then}", file=sys.stderr)
     except ValueError as error:
         print(f"Bits are chosen without a profile: {error}", file=sys.stderr)

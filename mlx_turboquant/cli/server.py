@@ -156,7 +156,7 @@ class _Run:
             server.handle_request()
         server.server_close()
         if self.is_loading:
-            text = "The server ends before its model is loaded; calibrated layers are kept."
+            text = "The server ends before its model is loaded. Measured layers are kept, if any."
             print(f"\n{text}", file=sys.stderr)  # below the bar
             self.end(0)
         if self.answering:

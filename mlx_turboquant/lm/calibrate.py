@@ -13,7 +13,6 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..kernels.quantize import quantize
 from ..kernels.storage import VALUE_MEAN_ENERGY, removable_mean, shared_quantizer
@@ -34,7 +34,6 @@ from .profile import (
     Profile,
     fingerprint,
     load_profile,
-    profile_path,
     save_profile,
     unfinished_path,
 )
@@ -46,6 +45,8 @@ _SINKS = 4
 # window of a cache does: its errors would hide those of the other tokens.
 _PREFIX_TOKENS = 512
 _EXACT_PART = 1 / 8
+# Of the prefix, so that the bar moves early.
+_PIECE = 128
 _SCORED_TOKENS = 48
 _LEAST_TOKENS = 64
 # Texts in a batch.
@@ -55,7 +56,7 @@ _DIRECTIONS = 4
 _ROWS = [(side, bits) for side, measured in MEASURED_BITS.items() for bits in measured]
 # The exponential of a larger rise would overflow; such an output is unusable anyway.
 _MOST_RISE = 80.0
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| step {n_fmt} of {total_fmt}, {remaining} left"
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {remaining} left, step {n_fmt} of {total_fmt}"
 
 _log = logging.getLogger("mlx_turboquant")
 
@@ -80,8 +81,7 @@ def calibrated(model: nn.Module, tokenizer, progress: Progress | bool = True) ->
     try:
         save_profile(profile)
     except OSError as error:
-        folder = profile_path(own).parent
-        _log.warning("The profile cannot be kept in %s: %s", folder, reason_of(error))
+        _log.warning("The profile is not kept for the next start: %s", reason_of(error))
     return profile
 
 
@@ -134,8 +134,10 @@ def calibrate(
     scored = sum(len(batch) * count for batch, count in zip(batches, counts))
     nothing = Profile(fingerprint(model), tuple(texts), scored, (), ())
     begun = nothing if unfinished is None else _begun(unfinished, nothing)
-    # To read the texts and to find the gradients takes about as long as all layers.
-    known, steps = len(begun.keys), 3 * len(places) * len(batches)
+    # Reading the texts and finding the gradients take about as long as measuring all layers.
+    known, ahead = len(begun.keys), 2 * len(plain_caches(model))
+    each = ahead + len(places)
+    steps = each * len(batches)
     sides = {
         name: [*getattr(begun, name), *({b: () for b in bits} for _ in places[known:])]
         for name, bits in MEASURED_BITS.items()
@@ -155,14 +157,16 @@ def calibrate(
             progress(finished, steps)
 
     model = _in_float32(model)
-    with bar:
+    with logging_redirect_tqdm(), bar:
         for i, (batch, count) in enumerate(zip(batches, counts)):
-            first = (3 * i + 1) * len(places)
-            rows = _Rows(model, batch, count, partial(advance, first))
+            start = i * each
+            rows = _Rows(
+                model, batch, count, lambda share, s=start: advance(s + int(share * ahead))
+            )
             # Without gradients all the work is in the layers.
-            each = 1 if rows.gradients else 2
-            first += (2 - each) * len(places)
-            advance(first + each * known)
+            start += ahead if rows.gradients else ahead // 2
+            rest = (i + 1) * each - start
+            advance(start + rest * known // len(places))
             for done, place in enumerate(places[known:], known + 1):
                 divergences = rows.divergences(place)
                 if not all(map(math.isfinite, chain(*divergences))):
@@ -175,7 +179,7 @@ def calibrate(
                 if unfinished is not None:
                     with suppress(OSError):  # without the file, the next calibration starts over
                         save_profile(measured(done), unfinished)
-                advance(first + each * done)
+                advance(start + rest * done // len(places))
             mx.clear_cache()
     return measured(len(places))
 
@@ -200,7 +204,7 @@ def _in_float32(model: nn.Module) -> nn.Module:
 class _Rows:
     """A batch of texts for one model, with all that is the same for every layer.
 
-    ``when_read`` is called when the texts are read, and before the gradients are found.
+    ``advance`` is called with the finished share of the reading and of the gradients.
     """
 
     def __init__(
@@ -208,15 +212,17 @@ class _Rows:
         model: nn.Module,
         texts: list[list[int]],
         scored: int,
-        when_read: Callable[[], None] = lambda: None,
+        advance: Callable[[float], None] = lambda share: None,
     ):
         self.model = model
         prefix = min(_PREFIX_TOKENS, min(map(len, texts)) - scored)
         tokens = mx.array([text[: prefix + scored] for text in texts])
         self.scored = tokens[:, prefix:]
         self.caches = plain_caches(model)
-        model(tokens[:, :prefix], cache=self.caches)
-        mx.eval([cache.state for cache in self.caches])
+        for start in range(0, prefix, _PIECE):
+            model(tokens[:, start : min(start + _PIECE, prefix)], cache=self.caches)
+            mx.eval([cache.state for cache in self.caches])
+            advance(start / (prefix + scored) / 2)
         self.layers = _layers(model)
         recorders = [_StandIn(layer) for layer in self.layers]
         self.exact = self._logits(recorders)
@@ -225,9 +231,9 @@ class _Rows:
         self.inputs = [each.input for each in recorders]
         self.outputs = [each.output for each in recorders]
         mx.eval(self.exact, self.probabilities, self.inputs, self.outputs)
-        when_read()
+        advance(1 / 2)
         self.can_skip = self._skipping_changes_nothing()
-        self.gradients = self._gradients() if self.can_skip else []
+        self.gradients = self._gradients(advance) if self.can_skip else []
         self.scored = _repeated(self.scored)
         self.inputs = [_repeated(x) for x in self.inputs]
         for cache in self.caches:
@@ -269,7 +275,7 @@ class _Rows:
         growth = (probabilities * mx.expm1(mx.minimum(rise, _MOST_RISE))).sum(axis=-1)
         return mx.log1p(mx.maximum(growth, 0)).mean(axis=-1)
 
-    def _gradients(self) -> list[list[mx.array]]:
+    def _gradients(self, advance: Callable[[float], None]) -> list[list[mx.array]]:
         """For each random direction, the gradients (texts, tokens, hidden) of all layers' outputs.
 
         To second order, a change z of the logits has the divergence z^T F z / 2, where
@@ -296,6 +302,7 @@ class _Rows:
                 vectors = signed - self.probabilities * signed.sum(axis=-1, keepdims=True)
                 found.append(mx.vjp(logits, zeros, [vectors])[1])
                 mx.eval(found[-1])
+                advance((1 + len(found) / _DIRECTIONS) / 2)
         except Exception:  # an operation without a gradient may raise anything
             return []
         are_finite = all(mx.isfinite(x).all().item() for gradients in found for x in gradients)

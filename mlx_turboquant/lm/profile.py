@@ -146,7 +146,9 @@ def load_profile(file: Path, model_fingerprints: Sequence[str]) -> Profile:
         versions = contents["format"], contents["codec"]
         found = contents["fingerprint"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"{file} is not a profile: calibrate the model again.") from error
+        raise ValueError(
+            f"{file} is not a profile: give a file that calibrate wrote, or calibrate again."
+        ) from error
     if versions != (FORMAT_VERSION, CODEC_VERSION):
         raise ValueError(
             f"{file} is a profile of version {versions}, this is version "
@@ -171,7 +173,7 @@ def find_profile(model_fingerprints: Sequence[str]) -> Profile | None:
     for each in model_fingerprints:
         try:
             return load_profile(profile_path(each), model_fingerprints)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             continue
         except (ValueError, OSError) as error:
             _log.warning("A profile is not used: %s", error)

@@ -205,7 +205,7 @@ def test_ctrl_c_while_a_command_calibrates_goes_on_and_the_next_start_continues(
     (file,) = (tmp_path / "mlx_turboquant" / "profiles").iterdir()
     assert file.suffix == ".unfinished"
     second = generate(env=env)
-    assert "step 4 of 12" in second.stderr and "step 8 of 12" not in second.stderr
+    assert "step 12 of 12" in second.stderr and "stopped" not in second.stderr
     (file,) = file.parent.iterdir()
     assert file.suffix == ".json"
 
@@ -266,7 +266,7 @@ def test_what_cannot_be_calibrated_or_kept_is_named_and_the_command_goes_on(
     assert message.startswith("Bits are chosen without a profile: The model cannot be calibrated (")
     assert message.endswith("): use --no-calibrate with the other commands.")
     ensure_profile(model, tokenizer, arguments, Settings())
-    assert "The profile cannot be kept in " in caplog.text
+    assert "The profile is not kept for the next start: " in caplog.text
     assert "(Not a directory): use a place with space" in caplog.text
     assert compression_of(model).expected is not None
 
@@ -294,9 +294,9 @@ def test_a_stopped_calibration_says_whether_it_goes_on_from_there(
         said += [x for x in capsys.readouterr().err.splitlines() if "was stopped" in x]
         unfinished.touch()
     lost = "Calibration was stopped: nothing is kept."
-    kept = "Calibration was stopped: the next one continues from here."
+    kept = "Calibration was stopped: the next one keeps the measured layers."
     without = "Calibration was stopped: bits are chosen without a profile."
-    then = " The next start continues from here."
+    then = " The next start keeps the measured layers."
     assert said == [without, lost, lost, without + then, kept, lost]
 
 

@@ -233,7 +233,7 @@ def test_a_calibration_whose_profile_cannot_be_written_prints_its_table_all_the_
     out = tmp_path / "profile.json"
     result = restricted(no_space, "calibrate", "--model", TINY_LM, "--out", str(out))
     assert result.returncode == 2 and str(out) in result.stderr.splitlines()[-1]
-    assert "Below 0.01 nats no one will notice" in result.stdout and "528" in result.stdout
+    assert "Below 0.001 nats no one will notice" in result.stdout and "528" in result.stdout
     assert not list(tmp_path.iterdir())
 
 

@@ -145,8 +145,9 @@ def test_a_profile_has_both_sides_of_all_layers_for_every_text(random_model):
         # One more bit lowers the squared error, and so the divergence, by a factor of 3 to 4.
         assert all(two > 2 * three > 0 for two, three in zip(keys[2], keys[3]))
         assert all(one > 2 * two > 0 for one, two in zip(values[1], values[2]))
-    # Two layers: the texts count for both, the gradients for both, and then each layer for itself.
-    assert seen == [(2, 6), (4, 6), (5, 6), (6, 6)]
+    # Two layers: reading counts for both, the four gradients for both, then each layer for itself.
+    assert [all for _, all in seen] == [6] * len(seen)
+    assert [finished for finished, _ in seen] == [0, 2, 2, 3, 3, 4, 4, 5, 6]
 
 
 def test_latent_attention_has_no_values_of_its_own():
@@ -202,14 +203,14 @@ def test_an_interrupted_calibration_continues_from_where_it_was(random_model, tm
         seen.append(finished)
 
     assert calibrate(random_model, Numbers(), None, count, file) == expected
-    assert seen == [2, 5, 6]
+    assert seen[-3:] == [4, 5, 6]
     file.write_text("{}")  # damaged, or of another version
     assert calibrate(random_model, Numbers(), None, False, file) == expected
 
 
 def test_an_interruption_before_the_first_layer_leaves_nothing(random_model, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        calibrate(random_model, Numbers(), None, interrupted_after(4), tmp_path / "file")
+        calibrate(random_model, Numbers(), None, interrupted_after(3), tmp_path / "file")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -229,15 +230,13 @@ def test_what_all_logits_have_in_common_changes_no_divergence(random_model, comm
 
 def test_a_profile_that_cannot_be_kept_is_a_warning(random_model, tmp_path, monkeypatch, caplog):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(module, "profile_path", lambda _: tmp_path / "file" / "profile.json")
+    blocked = tmp_path / "file" / "profile.json"
     monkeypatch.setattr(
-        module,
-        "save_profile",
-        lambda p, file=None: save_profile(p, file or module.profile_path("")),
+        module, "save_profile", lambda p, file=None: save_profile(p, file or blocked)
     )
     profile = calibrated(random_model, Numbers(), progress=False)
     assert profile == calibrate(random_model, Numbers())
-    assert f"The profile cannot be kept in {tmp_path / 'file'}" in caplog.text
+    assert f"not kept for the next start: {tmp_path / 'file'} cannot be written" in caplog.text
 
 
 @pytest.mark.skipif(mx.default_device() == mx.gpu, reason="A GPU multiplies any weights.")

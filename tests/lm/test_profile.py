@@ -89,7 +89,7 @@ def test_a_profile_that_is_damaged_or_foreign_is_refused(tmp_path, change, messa
 def test_any_other_file_is_refused(tmp_path_factory, content):
     file = tmp_path_factory.mktemp("profiles") / "profile.json"
     file.write_bytes(content)
-    with pytest.raises(ValueError, match="profile.json is not a profile: calibrate the model"):
+    with pytest.raises(ValueError, match="profile.json is not a profile: give a file"):
         load_profile(file, [FINGERPRINT])
 
 
