@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "Compare answers to tasks instead, by name or all: " + ", ".join(TASKS)
     add("--tasks", nargs="*", metavar="TASK", help=text)
     count("--prompts", 40, "Number of prompts per task, in steps of 8")
-    count("--length", 2048, "Maximum number of tokens per prompt, halved while a task is too hard")
+    count("--length", 2048, "Maximum number of tokens per prompt, fewer where a task is too hard")
     add_out(parser, "evaluation", "evaluation.json and kl.png, or of tasks")
     return parser
 

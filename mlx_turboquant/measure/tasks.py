@@ -1,8 +1,8 @@
 """What compression does to answers: tasks that caches do on the same prompts.
 
 The exact cache is asked first, of one passage for each length and difficulty, which is not counted.
-So the task is done where it has something to say: at the greatest length at which the exact cache
-solves more than half of the easy questions, and with hard ones where it solves those as well.
+So the task is done where it has something to say: at the greatest length up to which the exact
+cache solves more than half of the easy questions, and with hard ones where it solves those as well.
 """
 
 import copy
@@ -120,17 +120,30 @@ class TaskRun:
         return TaskResult(task, *form, [one for each, _ in asked for one in each], replies)
 
     def _form(self, task: Task, length: int) -> tuple[int, bool]:
-        """The length and the ease with which the exact cache solves enough of a passage."""
+        """The length and the ease with which the exact cache solves enough of a passage.
+
+        Lengths are halvings of ``length``, the shortest first: most tasks that are too hard fail
+        there.
+        """
         limit = getattr(self.model.args, "max_position_embeddings", None) or length
         reason = f"the model has a context of {limit:,} tokens"
-        for size in (length >> halvings for halvings in range(length.bit_length())):
+        solved = None
+        for size in reversed([length >> halvings for halvings in range(length.bit_length())]):
             if SHORTEST <= size <= limit:
-                share = self._share(task, size, True)
-                if share > _ENOUGH:
-                    is_hard = share == 1 and self._share(task, size, False) > _ENOUGH
-                    return size, not is_hard
-                reason = f"the exact cache solves {share:.0%} at {size:,} tokens"
-        raise ValueError(reason)
+                try:
+                    share = self._share(task, size, True)
+                except ValueError as error:  # too short for the lines that matter
+                    reason = str(error)
+                    continue
+                if share <= _ENOUGH:
+                    reason = f"the exact cache solves {share:.0%} at {size:,} tokens"
+                    break
+                solved = size, share
+        if solved is None:
+            raise ValueError(reason)
+        size, share = solved
+        is_hard = share == 1 and self._share(task, size, False) > _ENOUGH
+        return size, not is_hard
 
     def _share(self, task: Task, length: int, is_easy: bool) -> float:
         """The share of a passage that the exact cache solves."""

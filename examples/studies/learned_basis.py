@@ -1,0 +1,282 @@
+"""Code keys in a basis learned from calibration texts, with bits by variance, and compare.
+
+    python examples/studies/learned_basis.py --model MODEL --arms random 0:16 0.25:16 --kv-bits 4 3
+
+An arm like ``0.25:16:1`` names the power of the metric, the coordinates of a group, and the fewest
+bits of a group (default 0). For each key head of a layer, C is the covariance of the keys of the
+calibration texts and M that of its queries to the power of the metric. The axes are those of
+M^(1/2) C M^(1/2): an error e of a key costs e^T M e. Groups of axes get bits by their variance, and
+a random rotation evens out the coordinates of a group. Everything else is as in our codec: the mean
+is removed, gains are searched, and one scale a vector makes products with M unbiased.
+
+Bits of layers and sides follow a calibration that codes keys in the arm's basis. Prints the mean KL
+divergence of each arm, and the largest ratio to ``random`` of any text.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+from compare_codecs import BLOCK, SINKS, WINDOW, turboquant
+from simulated import Rounding, SimulatedCache
+from tqdm import tqdm
+
+from mlx_turboquant.codec.codebook import MAX_BITS, codebook, relative_error
+from mlx_turboquant.codec.rotation import gaussian_matrix
+from mlx_turboquant.kernels.storage import removable_mean
+from mlx_turboquant.lm import calibrate, texts
+from mlx_turboquant.lm.compressible import Compressible, plain_caches, with_caches
+from mlx_turboquant.lm.compression import compression_of, give_profile
+from mlx_turboquant.lm.hook import observed_attention
+from mlx_turboquant.lm.loading import prepare_for_device
+from mlx_turboquant.measure.cache_specs import EXACT, preset
+from mlx_turboquant.measure.evaluate import divergence, log_probabilities, read_prompt
+
+_GAINS = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2)
+# Of the mean variance, so that a basis from few tokens stays invertible.
+_RIDGE, _METRIC_RIDGE = 1e-4, 1e-3
+_TOKENS = 1024
+
+
+class Moments(NamedTuple):
+    """Covariances of keys and second moments of queries for each key head: float64 (H, d, d)."""
+
+    keys: np.ndarray
+    queries: np.ndarray
+
+
+class Basis(NamedTuple):
+    """Axes of each key head: float32 (H, d, d), their inverse, and variances (H, d) in groups.
+
+    ``bits`` (H, d) are those of a coordinate, by the variance of its group.
+    """
+
+    axes: mx.array
+    inverse: mx.array
+    variances: np.ndarray
+    bits: np.ndarray
+
+
+def moments(model: nn.Module, tokens: list[list[int]]) -> dict[int, Moments]:
+    """The moments of each compressed layer over texts, by the place of its cache."""
+    sums: dict[int, list[np.ndarray]] = {}
+    for text in tokens:
+        caches, found = plain_caches(model), {}
+
+        def observe(queries, keys, cache=None, scale=1.0, *_, found=found, **others):
+            found[id(cache)] = queries, keys
+
+        with observed_attention(model, observe):
+            model(mx.array([text]), cache=caches)
+        for place in compression_of(model).compressible:
+            queries, keys = found[id(place.of(caches))]
+            keys = np.array(keys[0, :, SINKS:].astype(mx.float32), np.float64)
+            queries = np.array(queries[0].astype(mx.float32), np.float64)
+            queries = queries.reshape(len(keys), -1, queries.shape[-1])
+            centred = keys - keys.mean(axis=1, keepdims=True)
+            both = [x.swapaxes(1, 2) @ x / x.shape[1] for x in (centred, queries)]
+            before = sums.get(place.place, [0, 0])
+            sums[place.place] = [old + new / len(tokens) for old, new in zip(before, both)]
+    return {place: Moments(*both) for place, both in sums.items()}
+
+
+def _power(x: np.ndarray, exponent: float, ridge: float) -> np.ndarray:
+    """A power of symmetric matrices (..., d, d) plus a share of their mean eigenvalue."""
+    mean = np.trace(x, axis1=-2, axis2=-1)[..., None, None] / x.shape[-1]
+    values, vectors = np.linalg.eigh(x + ridge * mean * np.eye(x.shape[-1]))
+    return (vectors * values[..., None, :] ** exponent) @ vectors.swapaxes(-1, -2)
+
+
+def learned(found: Moments, metric: float, group: int, floor: int, bits: int, seed: int) -> Basis:
+    """The basis of the keys of a layer with a mean of ``bits`` for each head."""
+    dim = found.keys.shape[-1]
+    half = _power(found.queries, metric / 2, _METRIC_RIDGE)
+    covariance = _power(found.keys, 1, _RIDGE)
+    values, vectors = np.linalg.eigh(half @ covariance @ half)
+    values, vectors = values[:, ::-1], vectors[:, :, ::-1]
+    variances = np.repeat(values.reshape(len(values), -1, group).mean(axis=2), group, axis=1)
+    turned = np.zeros((dim, dim))
+    for start in range(0, dim, group):
+        part = slice(start, start + group)
+        turned[part, part] = np.linalg.qr(gaussian_matrix(group, group, seed + start))[0]
+    axes = half @ vectors @ turned / np.sqrt(variances)[:, None, :]
+    chosen = np.stack([_pattern(each[::group], bits, floor, dim) for each in variances])
+    inverse = np.linalg.inv(axes)
+    arrays = (mx.array(x.astype(np.float32)) for x in (axes, inverse))
+    return Basis(*arrays, variances, np.repeat(chosen, group, axis=1))
+
+
+def _pattern(variances: np.ndarray, bits: int, floor: int, dim: int) -> np.ndarray:
+    """Bits of groups: one more goes where it lowers the squared error most."""
+    errors = [1.0, *(relative_error(dim, b) for b in range(1, MAX_BITS + 1)), 0.0]
+    chosen = np.full(len(variances), min(floor, bits))
+    while chosen.sum() < bits * len(variances):
+        gains = [
+            v * (errors[b] - errors[b + 1]) * (b < MAX_BITS) for v, b in zip(variances, chosen)
+        ]
+        chosen[int(np.argmax(gains))] += 1
+    return chosen
+
+
+class LearnedRounding:
+    """Rounds keys (B, H, n, d) in a basis; the mean of the first block is removed."""
+
+    def __init__(self, basis: Basis):
+        self.basis = basis
+        self.mean: mx.array | None = None
+        self.weights = mx.array(basis.variances.astype(np.float32))[None, :, None]
+        self.masks = {
+            int(b): mx.array(basis.bits == b)[None, :, None] for b in np.unique(basis.bits)
+        }
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self.mean is None:
+            self.mean = removable_mean(x)
+        z = (x.astype(mx.float32) - self.mean) @ self.basis.axes[None]
+        length = mx.sqrt(mx.square(z).mean(axis=-1, keepdims=True)) + 1e-20
+        z = z / length
+        best, best_cosine = mx.zeros_like(z), mx.full(length.shape, -mx.inf)
+        for gain in _GAINS:
+            levels = self._levels(gain * z)
+            product, squared = self._sum(z * levels), self._sum(levels * levels)
+            cosine = product / mx.sqrt(squared + 1e-20)
+            best = mx.where(cosine > best_cosine, levels, best)
+            best_cosine = mx.maximum(cosine, best_cosine)
+        scale = self._sum(z * z) / mx.maximum(self._sum(z * best), 1e-9)
+        return ((best * scale * length) @ self.basis.inverse[None] + self.mean).astype(x.dtype)
+
+    def _sum(self, x: mx.array) -> mx.array:
+        return (self.weights * x).sum(axis=-1, keepdims=True)
+
+    def _levels(self, z: mx.array) -> mx.array:
+        result = mx.zeros_like(z)
+        for bits, mask in self.masks.items():
+            if bits:
+                book = codebook(z.shape[-1], bits)
+                levels, thresholds = (mx.array(each.astype(np.float32)) for each in book)
+                found = mx.take(levels, mx.searchsorted(thresholds, z))
+                result = mx.where(mask, found, result)
+        return result
+
+
+@contextmanager
+def _keys_rounded(rounding_of: Callable[[Compressible, int], Rounding]) -> Iterator[None]:
+    """Let ``calibrate`` round the keys of a layer by ``rounding_of(place, bits)``."""
+    places: list[Compressible] = []
+    divergences, quantized = calibrate._Rows.divergences, calibrate._quantized
+
+    def noted(self: Any, place: Compressible) -> list[list[float]]:
+        places[:] = [place]
+        return divergences(self, place)
+
+    def rounded(x: mx.array, count: int, bits: int, are_keys: bool) -> mx.array:
+        if not are_keys:
+            return quantized(x, count, bits, are_keys)
+        end = count - int(calibrate._EXACT_PART * count)
+        middle = rounding_of(places[0], bits)(x[:, :, SINKS:end])
+        return mx.concatenate([x[:, :, :SINKS], middle, x[:, :, end:]], axis=2)
+
+    calibrate._Rows.divergences, calibrate._quantized = noted, rounded
+    try:
+        yield
+    finally:
+        calibrate._Rows.divergences, calibrate._quantized = divergences, quantized
+
+
+class Arm:
+    """Roundings of keys: at random, or in a basis that is made once for each layer and bits."""
+
+    def __init__(self, name: str, found: dict[int, Moments], seed: int):
+        self.name = name
+        self.parts = None if name == "random" else [float(part) for part in name.split(":")]
+        self.found = found
+        self.seed = seed
+        self.bases: dict[tuple[int, int], Basis] = {}
+
+    def rounding(self, place: Compressible, bits: int) -> Rounding:
+        if self.parts is None:
+            return turboquant(bits, place.keys.dim, are_keys=True)
+        key = place.place, bits
+        if key not in self.bases:
+            metric, group, floor = (*self.parts, 0)[:3]
+            found = self.found[place.place]
+            self.bases[key] = learned(found, metric, int(group), int(floor), bits, self.seed)
+        return LearnedRounding(self.bases[key])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--model", required=True)
+    add("--arms", nargs="+", default=["0:16", "0.25:16", "0.5:16", "0.25:32"])
+    add("--kv-bits", nargs="+", default=["4", "3", "2.5", "2"])
+    add("--text", nargs="+", type=Path, help="files to measure on (default: bundled ones)")
+    add("--context", type=int, default=2048, help="tokens per text")
+    add("--scored", type=int, default=128, help="last tokens to compare")
+    add("--samples", type=int, default=4, help="texts")
+    add("--seed", type=int, default=0, help="of the rotations within groups")
+    args = parser.parse_args()
+
+    model, tokenizer = mlx_lm.load(args.model)
+    prepare_for_device(model)
+    start = texts.start_tokens(tokenizer)
+    learning = texts.encode(tokenizer, calibrate.calibration_texts().values())
+    found = moments(model, [(start + tokens)[:_TOKENS] for tokens in learning])
+    source = texts.read_texts(args.text) if args.text else texts.bundled_texts()
+    contexts = texts.contexts(tokenizer, source, args.context, args.samples)
+    read = [read_prompt(model, EXACT, mx.array(text[: -args.scored])) for text in contexts]
+    scored = [mx.array(text[-args.scored :]) for text in contexts]
+    exact = [
+        mx.concatenate(list(log_probabilities(model, copy.deepcopy(cache), tokens)))
+        for cache, tokens in zip(read, scored)
+    ]
+    places = compression_of(model).compressible
+    baseline: dict[str, np.ndarray] = {}
+    names = ["random", *args.arms]
+    print("| keys | bits | bits of keys | KL | to random | worst text |\n|---|---|---|---|---|---|")
+    bar = tqdm(total=len(names) * len(args.kv_bits) * len(contexts), unit="texts")
+    for name in names:
+        arm = Arm(name, found, args.seed)
+        if not all(preset(budget).settings.is_fixed for budget in args.kv_bits):
+            with _keys_rounded(arm.rounding):
+                give_profile(model, calibrate.calibrate(model, tokenizer))
+        for budget in args.kv_bits:
+            bits = compression_of(model).bits(preset(budget).settings)
+            divergences = []
+            for cache, tokens, expected in zip(read, scored, exact):
+                simulated = []
+                for place, (key_bits, value_bits) in zip(places, bits):
+                    values = turboquant(value_bits, place.values.dim, are_keys=False)
+                    keys = arm.rounding(place, key_bits)
+                    simulated.append(SimulatedCache(keys, values, WINDOW, SINKS, BLOCK))
+                    simulated[-1].update_and_fetch(*place.of(cache).keys_and_values())
+                rounded = with_caches(copy.deepcopy(cache), places, simulated)
+                rows = mx.concatenate(list(log_probabilities(model, rounded, tokens)))
+                divergences.append(divergence(expected, rows).mean().item())
+                mx.clear_cache()
+                bar.update()
+            own = np.array(divergences)
+            ratios = own / baseline.setdefault(budget, own)
+            mean, ratio = own.mean(), own.mean() / baseline[budget].mean()
+            keys = np.mean([key_bits for key_bits, _ in bits])
+            cells = [
+                name,
+                budget,
+                f"{keys:.2f}",
+                f"{mean:.5f}",
+                f"{ratio:.2f}",
+                f"{ratios.max():.2f}",
+            ]
+            bar.write(f"| {' | '.join(cells)} |")
+    bar.close()
+
+
+if __name__ == "__main__":
+    main()
