@@ -41,7 +41,8 @@ from mlx_turboquant.measure.evaluate import divergence, log_probabilities, read_
 
 _GAINS = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2)
 # Of the mean variance, so that a basis from few tokens stays invertible.
-_RIDGE, _METRIC_RIDGE = 1e-4, 1e-3
+_RIDGE, _METRIC_RIDGE = 1e-6, 1e-3
+_LEAST_VARIANCE = 1e-6
 _TOKENS = 1024
 
 
@@ -90,6 +91,7 @@ def moments(model: nn.Module, tokens: list[list[int]]) -> dict[int, Moments]:
 def _power(x: np.ndarray, exponent: float, ridge: float) -> np.ndarray:
     """A power of symmetric matrices (..., d, d) plus a share of their mean eigenvalue."""
     mean = np.trace(x, axis1=-2, axis2=-1)[..., None, None] / x.shape[-1]
+    mean = np.maximum(mean, _LEAST_VARIANCE)
     values, vectors = np.linalg.eigh(x + ridge * mean * np.eye(x.shape[-1]))
     return (vectors * values[..., None, :] ** exponent) @ vectors.swapaxes(-1, -2)
 
@@ -115,11 +117,12 @@ def learned(found: Moments, metric: float, group: int, floor: int, bits: int, se
 
 def _pattern(variances: np.ndarray, bits: int, floor: int, dim: int) -> np.ndarray:
     """Bits of groups: one more goes where it lowers the squared error most."""
-    errors = [1.0, *(relative_error(dim, b) for b in range(1, MAX_BITS + 1)), 0.0]
+    errors = [1.0, *(relative_error(dim, b) for b in range(1, MAX_BITS + 1))]
     chosen = np.full(len(variances), min(floor, bits))
     while chosen.sum() < bits * len(variances):
         gains = [
-            v * (errors[b] - errors[b + 1]) * (b < MAX_BITS) for v, b in zip(variances, chosen)
+            v * (errors[b] - errors[b + 1]) if b < MAX_BITS else -1
+            for v, b in zip(variances, chosen)
         ]
         chosen[int(np.argmax(gains))] += 1
     return chosen
