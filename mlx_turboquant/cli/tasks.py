@@ -10,8 +10,8 @@ import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
-from .. import __version__
 from ..files import write_json
+from ..lm.compression import compression_of
 from ..lm.settings import Settings
 from ..measure.cache_specs import EXACT, MLX_LM, CacheSpec
 from ..measure.passages import QUESTIONS
@@ -30,14 +30,17 @@ def run_tasks(
     """Let the caches do the tasks of the command line; print a table and write it with cases."""
     specs = [MLX_LM[1], *specs]
     prose = [line for text in contents for line in text.splitlines() if line.strip()]
+    if not prose:
+        raise ValueError("The text is empty: give files with lines to fill prompts with.")
     about = {
-        "version": __version__,
         "model": args.model,
+        "weights": compression_of(model).weights().identity(),
+        "machine": machine(),
         "text": zlib.crc32("\n".join(prose).encode()),
         "settings": asdict(settings),
     }
     passages = math.ceil(args.prompts / QUESTIONS)
-    tasks = args.tasks or list(TASKS)
+    tasks = list(dict.fromkeys(args.tasks or TASKS))
     results, remarks = [], []
     run = TaskRun(model, tokenizer, specs, prose, args.out / "tasks.jsonl", about)
     with tqdm(total=len(tasks) * passages * (1 + len(specs)), unit="passages") as bar:
@@ -57,7 +60,7 @@ def run_tasks(
         rows = [_row(result, name) for result in results for name in names]
         remarks += [pair(results, name).verdict(name) for name in names]
         cases = [case for result in results for name in names for case in _cases(result, name)]
-        result = {**machine(), **about, "table": rows, "remarks": remarks, "cases": cases}
+        result = {**about, "table": rows, "remarks": remarks, "cases": cases}
         write_json(args.out / "tasks.json", result)
         print_rows(
             rows,

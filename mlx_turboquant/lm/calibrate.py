@@ -22,7 +22,6 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..kernels.quantize import quantize
 from ..kernels.storage import VALUE_MEAN_ENERGY, removable_mean, shared_quantizer
@@ -157,7 +156,7 @@ def calibrate(
             progress(finished, steps)
 
     model = _in_float32(model)
-    with logging_redirect_tqdm(), bar:
+    with bar:
         for i, (batch, count) in enumerate(zip(batches, counts)):
             start = i * each
             rows = _Rows(
@@ -301,12 +300,12 @@ class _Rows:
                 signed = mx.where(signs, roots, -roots)
                 vectors = signed - self.probabilities * signed.sum(axis=-1, keepdims=True)
                 found.append(mx.vjp(logits, zeros, [vectors])[1])
-                mx.eval(found[-1])
+                if not all(mx.isfinite(x).all().item() for x in found[-1]):
+                    return []
                 advance((1 + len(found) / _DIRECTIONS) / 2)
         except Exception:  # an operation without a gradient may raise anything
             return []
-        are_finite = all(mx.isfinite(x).all().item() for gradients in found for x in gradients)
-        return found if are_finite else []
+        return found
 
     def _skipped(self, layer: int) -> list["_StandIn"]:
         """Stand-ins for all layers below a ``layer``, which gets its recorded input."""

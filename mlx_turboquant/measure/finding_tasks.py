@@ -6,6 +6,7 @@ What's the Real Context Size of Your Long-Context Language Models?", arXiv 2404.
 
 import math
 import random
+import re
 
 from .passages import QUESTIONS, SECOND_WORDS, Passage, Question, random_names
 
@@ -60,4 +61,6 @@ def counting(rng: random.Random, length: int, prose: list[str], is_easy: bool) -
         text = f"Which of these words occurs most often in the text: {which}?"
         questions.append(Question(text, "The word that occurs most often is", f" {word}."))
     lines = ["Words: " + " ".join(listed[i : i + 8]) for i in range(0, len(listed), 8)]
-    return Passage("Count the words in this text.", lines, prose, questions)
+    is_counted = re.compile(rf"\b({'|'.join(words)})\b", re.IGNORECASE).search
+    others = [line for line in prose if not is_counted(line)]
+    return Passage("Count the words in this text.", lines, others, questions)

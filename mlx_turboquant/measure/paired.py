@@ -6,12 +6,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+# With fewer, intervals are too narrow where prompts of a passage fail together.
+_ENOUGH_PASSAGES = 20
+
 
 class Paired(NamedTuple):
     """Counts of prompts by who answered right, and the difference in points.
 
     The difference is the share of the other cache less that of the exact one, in hundredths, with
-    an interval of 95 % confidence from ``low`` to ``high``.
+    an interval of 95 % confidence from ``low`` to ``high``. Prompts are of so many ``passages``.
     """
 
     both: int
@@ -21,9 +24,13 @@ class Paired(NamedTuple):
     difference: float
     low: float
     high: float
+    passages: int
 
     def verdict(self, name: str) -> str:
         """One line on the cache ``name``."""
+        if self.passages < _ENOUGH_PASSAGES:
+            found = f"{self.difference:+.1f} points ({self.low:+.1f} to {self.high:+.1f})"
+            return f"{name}: {found}, of too few passages for a verdict: {self.passages}."
         if self.low > 0:
             found = f"gains {self.difference:.1f} points, {self.low:.1f} to {self.high:.1f}"
         elif self.high < 0:
@@ -47,10 +54,11 @@ def paired(
     neither, only_other, only_exact, both = np.bincount(kinds, minlength=4).tolist()
     differences = (kinds == 1) * 1.0 - (kinds == 2)
     count = len(kinds)
-    size = count / _design_effect(differences, passages)
+    names, index = np.unique(range(count) if passages is None else passages, return_inverse=True)
+    size = count / _design_effect(differences, index)
     lost, won = ((size / count * only + 1) / (size + 2) for only in (only_exact, only_other))
     middle = won - lost
-    margin = 1.959964 * math.sqrt((lost + won - middle**2) / (size + 2))  # the quantile of 97.5 %
+    margin = _quantile(len(names)) * math.sqrt((lost + won - middle**2) / (size + 2))
     return Paired(
         both,
         only_exact,
@@ -59,14 +67,23 @@ def paired(
         100 * float(differences.mean()),
         100 * max(middle - margin, -1.0),
         100 * min(middle + margin, 1.0),
+        len(names),
     )
 
 
-def _design_effect(differences: np.ndarray, passages: Sequence[Any] | None) -> float:
-    """How many prompts say as much as one of a passage of its own (Kish, "Survey Sampling")."""
-    names, index = np.unique(range(0) if passages is None else passages, return_inverse=True)
-    if len(names) < 2 or not differences.std():  # all alike
+def _quantile(count: int) -> float:
+    """97.5 % of Student's t for the mean of ``count`` numbers (Cornish-Fisher expansion)."""
+    z, freedom = 1.959964, max(count - 1, 1)
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
+def _design_effect(differences: np.ndarray, passages: np.ndarray) -> float:
+    """How many prompts say as much as one of a passage of its own (Kish, "Survey Sampling").
+
+    ``passages`` are numbers from 0 on, one for each prompt.
+    """
+    sums = np.bincount(passages, differences - differences.mean())
+    if len(sums) < 2 or not differences.std():  # all alike
         return 1.0
-    sums = np.bincount(index, differences - differences.mean())
     alone = len(differences) * differences.var()
-    return max(1.0, len(names) / (len(names) - 1) * float((sums**2).sum()) / alone)
+    return max(1.0, len(sums) / (len(sums) - 1) * float((sums**2).sum()) / alone)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+from ..lm.loading import reason_of
 from ..lm.texts import encode, start_tokens
 
 # Questions about one passage, which every cache reads once.
@@ -88,12 +89,17 @@ def prompts_of(
     room = length - max(map(len, _prompts(tokenizer, passage, passage.lines)))
     if room < 0:
         raise ValueError(f"its prompts need {length - room} tokens")
-    sizes = map(len, encode(tokenizer, [line + "\n" for line in passage.others]))
-    lines = passage.others[: sum(size <= room for size in accumulate(sizes))]
-    places = rng.sample(range(len(lines) + len(passage.lines)), len(passage.lines))
-    for place, line in zip(sorted(places), passage.lines):
-        lines.insert(place, line)
-    prompts = _prompts(tokenizer, passage, lines)
+    sizes = list(map(len, encode(tokenizer, [line + "\n" for line in passage.others])))
+    repeats = 1 + room // max(sum(sizes), 1)
+    count = sum(size <= room for size in accumulate(sizes * repeats))
+    prompts = [[0] * (length + 1)]
+    while max(map(len, prompts)) > length:  # lines may have more tokens together than alone
+        lines = (passage.others * repeats)[:count]
+        places = rng.sample(range(count + len(passage.lines)), len(passage.lines))
+        for place, line in zip(sorted(places), passage.lines):
+            lines.insert(place, line)
+        prompts = _prompts(tokenizer, passage, lines)
+        count -= 1
     shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
     return prompts[0][:shared], [tokens[shared:] for tokens in prompts]
 
@@ -106,7 +112,10 @@ def _prompts(tokenizer: Any, passage: Passage, lines: list[str]) -> list[list[in
         if tokenizer.has_chat_template:
             message = [{"role": "user", "content": text}]
             options = {"add_generation_prompt": True, "enable_thinking": False}
-            text = tokenizer.apply_chat_template(message, tokenize=False, **options)
+            try:
+                text = tokenizer.apply_chat_template(message, tokenize=False, **options)
+            except Exception as error:  # a template may raise anything
+                raise ValueError(f"the chat template fails ({reason_of(error)})") from error
         else:
             text += "\n"
         texts.append(text + question.opening)

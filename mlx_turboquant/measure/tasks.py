@@ -31,10 +31,10 @@ from .passages import QUESTIONS, Question, Task, prompts_of
 
 _CODE_ENDS = r"\n\n|```"
 _renaming = partial(writing_tasks.functions, is_renamed=True)
-_codes = re.compile(r"\d{6}").findall
+_codes = re.compile(r"(?<!\d)\d{6}(?!\d)").findall
 _first_word = re.compile(r"\A\W*(\w+)").findall
-_first_number = re.compile(r"\A\D*(\d+)").findall
-_last_number = re.compile(r"\d+(?=\D*\Z)").findall
+_first_number = re.compile(r"\A\D*?(-?\d+(?:\.\d+)?)").findall
+_last_number = re.compile(r"-?\d+(?:\.\d+)?(?=\D*\Z)").findall
 _lines = re.compile(r"^.*\S", re.MULTILINE).findall
 TASKS = {
     task.name: task
@@ -142,7 +142,10 @@ class TaskRun:
         if solved is None:
             raise ValueError(reason)
         size, share = solved
-        is_hard = share == 1 and self._share(task, size, False) > _ENOUGH
+        try:
+            is_hard = share == 1 and self._share(task, size, False) > _ENOUGH
+        except ValueError:  # hard ones may need a longer prompt
+            is_hard = False
         return size, not is_hard
 
     def _share(self, task: Task, length: int, is_easy: bool) -> float:
@@ -159,7 +162,7 @@ class TaskRun:
         prose = self.prose[start:] + self.prose[:start]
         passage = task.make(rng, length, prose, is_easy)
         shared, rests = prompts_of(self.tokenizer, passage, length, rng)
-        specs = [spec for spec in specs if spec.name not in self.failures]
+        every, specs = specs, [spec for spec in specs if spec.name not in self.failures]
         # The bits of each layer depend on the profile.
         bits = [spec.settings and compression_of(self.model).bits(spec.settings) for spec in specs]
         form = (task.name, length, is_easy, seed)
@@ -196,6 +199,7 @@ class TaskRun:
                 mx.clear_cache()
             replies[spec.name] = self._kept[keys[spec]]
             self.progress(seed > 0)
+        self.progress((len(every) - len(replies)) * (seed > 0))  # for caches that fail
         return passage.questions, replies
 
     def _written(self, task: Task, following: Iterable[int]) -> tuple[str, list[int]]:
@@ -215,7 +219,7 @@ def _kept_replies(file: Path, about: dict[str, Any]) -> dict[tuple, list[Reply]]
     """The replies of a file, which is begun where there is none; a line cut off is removed."""
     start = json.dumps(about) + "\n"
     with write_errors(file):
-        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
         if text and not text.startswith(start):
             raise ValueError(
                 f"{file} has the replies of another run: use another --out or delete it."
@@ -223,5 +227,8 @@ def _kept_replies(file: Path, about: dict[str, Any]) -> dict[tuple, list[Reply]]
         whole = text[: text.rfind("\n") + 1] or start
         if whole != text:
             file.write_text(whole, encoding="utf-8")
-    kept = map(json.loads, whole.splitlines()[1:])
-    return {tuple(key): [Reply(*reply) for reply in replies] for key, replies in kept}
+    try:
+        kept = map(json.loads, whole.splitlines()[1:])
+        return {tuple(key): [Reply(*reply) for reply in replies] for key, replies in kept}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: use another --out or delete it.") from error

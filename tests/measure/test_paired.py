@@ -32,16 +32,19 @@ def test_the_interval_covers_the_truth(prompts, lost, won):
     assert covered(2000, draw) >= 0.93
 
 
-def test_the_interval_covers_the_truth_where_prompts_of_a_passage_fail_together():
+@pytest.mark.parametrize("count, least", [(25, 0.91), (50, 0.93)])
+def test_the_interval_covers_the_truth_where_prompts_of_a_passage_fail_together(count, least):
+    """Most passages fail whole or not at all; few of them tell little of how they vary."""
+
     def draw(rng):
-        fails = rng.random(400) < np.repeat(rng.beta(0.05, 0.45, 50), 8)
-        return np.ones(400), ~fails, np.repeat(range(50), 8), -10
+        fails = rng.random(8 * count) < np.repeat(rng.beta(0.05, 0.45, count), 8)
+        return np.ones(8 * count), ~fails, np.repeat(range(count), 8), -10
 
     def alone(rng):
         exact, other, _, truth = draw(rng)
         return exact, other, None, truth
 
-    assert covered(2000, draw) >= 0.93
+    assert covered(2000, draw) >= least
     assert covered(500, alone) < 0.7  # as if all prompts were independent
 
 
@@ -62,3 +65,10 @@ def test_a_verdict_says_what_was_found_and_how_surely(lost, won, verdict):
 def test_what_holds_for_all_prompts_is_within_possible_points():
     result = paired([True] * 3, [False] * 3)
     assert result.low == -100 and result.difference == -100
+
+
+def test_few_passages_get_no_verdict():
+    exact, other = [True] * 40, [True] * 32 + [False] * 8
+    verdict = paired(exact, other, np.repeat(range(5), 8)).verdict("2 bits")
+    assert verdict.startswith("2 bits: -20.0 points (")
+    assert verdict.endswith(", of too few passages for a verdict: 5.")

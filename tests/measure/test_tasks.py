@@ -9,6 +9,7 @@ from mlx_turboquant.measure import finding_tasks
 from mlx_turboquant.measure.cache_specs import EXACT, MLX_LM, preset
 from mlx_turboquant.measure.passages import (
     QUESTIONS,
+    SECOND_WORDS,
     Passage,
     Question,
     prompts_of,
@@ -235,3 +236,75 @@ def test_a_cache_of_mlx_lm_that_fails_is_left_out(tiny_lm, tmp_path):
     tasks.specs.append(broken)
     result = tasks.do(TASKS["keys"], 512, 1)
     assert list(result.replies) == [EXACT.name] and "broken" in tasks.failures
+
+
+@pytest.mark.parametrize(
+    "name, reply, answer",
+    [
+        ("keys", " 1234567.", " 123456."),
+        ("keys", " 123456789012.", " 123456 and 789012."),
+        ("steps", " The result is -8.", " The result is 8."),
+        ("steps", " The result is 7.8.", " The result is 8."),
+        ("variables", " -77", " 77"),
+    ],
+)
+def test_a_number_is_read_whole(name, reply, answer):
+    assert not TASKS[name].is_right(reply, answer)
+
+
+def test_a_short_text_is_repeated_until_prompts_are_full(tiny_lm):
+    passage = made("keys", True)._replace(others=["a line of a text"])
+    shared, rests = prompts_of(tiny_lm[1], passage, 1500, random.Random(0))
+    assert 1450 < len(shared) + max(map(len, rests)) <= 1500
+
+
+def test_lines_that_grow_together_make_no_prompt_too_long(tiny_lm):
+    class Growing:
+        """A token more for each end of a line between two lines, as some tokenizers have."""
+
+        has_chat_template = False
+
+        def encode(self, text, **_):
+            return [1] * (1 + text.count("\n") + text.count("x\nx"))
+
+    passage = Passage("x", ["x"], ["x"] * 40, [Question("x?", "x", "x")] * 2)
+    shared, rests = prompts_of(Growing(), passage, 30, random.Random(0))
+    assert len(shared) + max(map(len, rests)) <= 30
+
+
+def test_the_words_to_count_are_not_in_the_text():
+    text = [f"the {word} of the others" for word in SECOND_WORDS]
+    passage = TASKS["counting"].make(random.Random(0), 2048, text, True)
+    counted = " ".join(passage.lines).split()
+    assert 0 < len(passage.others) < len(text)
+    assert not set(counted) & set(" ".join(passage.others).split())
+
+
+def test_a_template_that_fails_is_the_reason_of_its_task(tiny_lm):
+    class Failing:
+        has_chat_template = True
+        encode = tiny_lm[1].encode
+
+        def apply_chat_template(self, *_, **__):
+            raise RuntimeError("no system role")
+
+    with pytest.raises(ValueError, match=r"the chat template fails \(no system role\)"):
+        prompts_of(Failing(), made("keys", True), 1500, random.Random(0))
+
+
+def test_hard_questions_without_room_leave_the_easy_ones(tiny_lm, tmp_path):
+    def make(rng, length, prose, is_easy):
+        passage = finding_tasks.keys(rng, length, prose, is_easy=True)
+        return passage if is_easy else passage._replace(lines=PROSE)
+
+    result = run(tiny_lm, tmp_path).do(TASKS["keys"]._replace(make=make), 512, 1)
+    assert result.length == 512 and result.is_easy
+
+
+@pytest.mark.parametrize("line", [b"?\n", b"[1]\n", b"\xff\n"])
+def test_a_damaged_line_of_replies_is_refused(tiny_lm, tmp_path, line):
+    run(tiny_lm, tmp_path)
+    with (tmp_path / "tasks.jsonl").open("ab") as file:
+        file.write(line)
+    with pytest.raises(ValueError, match="tasks.jsonl is damaged: use another --out"):
+        run(tiny_lm, tmp_path)
