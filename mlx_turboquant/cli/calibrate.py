@@ -52,9 +52,7 @@ def main(arguments: list[str]) -> None:
     finally:  # results are printed even if the disk is full
         print_rows(_rows(give_profile(model, profile).plan()))
         print(_MEANING)
-    *names, last = profile.texts
-    names = f"{', '.join(names)} and {last}" if names else last
-    print(f"{profile.tokens:,} tokens of {names} were scored. Wrote {file}")
+    print(f"{profile.tokens:,} tokens of {', '.join(profile.texts)} were scored. Wrote {file}")
 
 
 def _rows(plan: BitPlan) -> list[dict[str, str]]:

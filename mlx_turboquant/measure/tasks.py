@@ -120,14 +120,11 @@ class TaskRun:
         return TaskResult(task, *form, [one for each, _ in asked for one in each], replies)
 
     def _form(self, task: Task, length: int) -> tuple[int, bool]:
-        """The length and the ease with which the exact cache solves enough of a passage.
-
-        Lengths are halvings of ``length``, the shortest first: most tasks that are too hard fail
-        there.
-        """
+        """The length and the ease with which the exact cache solves enough of a passage."""
         limit = getattr(self.model.args, "max_position_embeddings", None) or length
         reason = f"the model has a context of {limit:,} tokens"
         solved = None
+        # The shortest first, because tasks that are too hard fail there.
         for size in reversed([length >> halvings for halvings in range(length.bit_length())]):
             if SHORTEST <= size <= limit:
                 try:
