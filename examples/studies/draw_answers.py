@@ -17,7 +17,8 @@ from draw_quality import THEMES, Theme, dress
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-_MARKERS = "osD^v*"
+_MARKERS = {"keys": "o", "steps": "s", "tools": "D", "copy": "^"}
+_OTHER_MARKER = "v"
 # Of the width of a panel, between the marks of two tasks for the same cache.
 _STEP = 0.011
 
@@ -39,11 +40,13 @@ def table(name: str, result: dict[str, Any]) -> str:
     """A Markdown table of the tasks of one model; significant losses are bold."""
     tasks = rows_by_task(result)
     caches = list(dict.fromkeys(row["cache"] for row in result["table"]))
-    lines = [f"| {name} | context | solved | {' | '.join(caches)} |"]
-    lines.append("|---" * (3 + len(caches)) + "|")
+    lines = [f"| {name} | context | questions | solved | {' | '.join(caches)} |"]
+    lines.append("|---" * (4 + len(caches)) + "|")
     for task, rows in tasks.items():
         first = rows[caches[0]]
-        cells = [task, first["context"], f"{int(first['both']) + int(first['only exact'])}"]
+        solved = int(first["both"]) + int(first["only exact"])
+        asked = solved + int(first["only this"]) + int(first["neither"])
+        cells = [task, first["context"], f"{asked}", f"{solved}"]
         for cache in caches:
             points = rows[cache]["points"]
             cells.append(f"**{points}**" if numbers(rows[cache])[2] < 0 else points)
@@ -59,7 +62,7 @@ def draw(results: dict[str, dict[str, Any]], sizes: dict[str, dict], theme: Them
     for axis, (name, result) in zip(axes, results.items()):
         _panel(axis, rows_by_task(result), sizes[name], theme)
         dress(axis, name, theme, "lower right")
-    axes[0].set_ylabel("points beside the exact cache", color=theme.text)
+    axes[0].set_ylabel("points more than the exact cache", color=theme.text)
     figure.supxlabel("bytes a token, relative to a 16-bit cache", color=theme.text, fontsize=16)
     return figure
 
@@ -79,7 +82,8 @@ def _panel(
             y = [points for points, _, _ in own.values()]
             below = [points - low for points, low, _ in own.values()]
             above = [high - points for points, _, high in own.values()]
-            style = _MARKERS[i] + ("-" if is_ours else "")
+            marker = _MARKERS.get(task.partition(",")[0], _OTHER_MARKER)
+            style = marker + ("-" if is_ours else "")
             label = task if is_ours else "mlx-lm 4 bits" if own and i == 0 else None
             axis.errorbar(x, y, (below, above), fmt=style, color=colour, ms=8, label=label)
 

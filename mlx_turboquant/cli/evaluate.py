@@ -84,9 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     count("--scored", 256, "Number of last tokens of a text to decode and compare")
     count("--greedy", 64, "Number of greedy tokens after a text to compare with the exact cache's")
     count("--generate", 0, "Number of tokens to generate after a text, greedily and sampled")
-    text = "Compare answers to tasks instead, by name or all: " + ", ".join(TASKS)
+    text = "Compare answers to tasks instead, all or those named: " + ", ".join(TASKS)
     add("--tasks", nargs="*", metavar="TASK", help=text)
-    count("--prompts", 40, "Number of prompts per task, in steps of 8")
+    count("--prompts", 40, "Number of prompts per task, in passages of 8; a verdict needs 160")
     count("--length", 2048, "Maximum number of tokens per prompt, fewer where a task is too hard")
     add_out(parser, "evaluation", "evaluation.json and kl.png, or of tasks")
     return parser

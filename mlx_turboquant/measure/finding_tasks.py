@@ -17,8 +17,8 @@ def keys(rng: random.Random, length: int, prose: list[str], is_easy: bool) -> Pa
     names = random_names(count, rng, words=60 if is_easy else math.isqrt(count) + 1)
     codes = {name: f"{rng.randrange(10**6):06d}" for name in names}
     questions = []
-    for _ in range(QUESTIONS):
-        one, other = rng.sample(names, 2)
+    for one in rng.sample(names, QUESTIONS):
+        other = rng.choice([name for name in names if name != one])
         verb, asked, answer = "is", f"code for {one}", codes[one]
         if not is_easy:
             verb, asked = "are", f"codes for {one} and for {other}"

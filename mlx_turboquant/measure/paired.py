@@ -30,7 +30,7 @@ class Paired(NamedTuple):
         """One line on the cache ``name``."""
         if self.passages < _ENOUGH_PASSAGES:
             found = f"{self.difference:+.1f} points ({self.low:+.1f} to {self.high:+.1f})"
-            return f"{name}: {found}, of too few passages for a verdict: {self.passages}."
+            return f"{name}: {found}, too few for a verdict, which needs 160 prompts."
         if self.low > 0:
             found = f"gains {self.difference:.1f} points, {self.low:.1f} to {self.high:.1f}"
         elif self.high < 0:

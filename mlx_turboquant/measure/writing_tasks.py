@@ -58,7 +58,7 @@ def tools(rng: random.Random, length: int, prose: list[str], is_easy: bool) -> P
         text = f"User: Send {money['amount']} {money['currency']} to {owner}."
         return text, _called("send_money", account | money)
 
-    names = random_names(length // (256 if is_easy else 128) + 2, rng)
+    names = random_names(max(length // (256 if is_easy else 128), QUESTIONS), rng)
     accounts = [{"customer": name, "account": rng.randrange(10**5, 10**6)} for name in names]
     lines = []
     for name, properties in _TOOLS.items():
@@ -70,7 +70,7 @@ def tools(rng: random.Random, length: int, prose: list[str], is_easy: bool) -> P
         lines.append(f"{asked}\nCall:{call}\nResult: {json.dumps(account)}")
     for account in rng.sample(accounts, 3):
         lines.append("{}\nCall:{}\nResult: true".format(*request(account)))
-    following = (request(rng.choice(accounts)) for _ in range(QUESTIONS))
+    following = map(request, rng.sample(accounts, QUESTIONS))
     questions = [Question(text, "Call:", call) for text, call in following]
     introduction = "Call one of these functions for every request of the user."
     return Passage(introduction, lines, prose, questions)

@@ -29,7 +29,7 @@ def test_tasks_have_a_table_a_verdict_and_files(tmp_path):
     assert "tools is not reported: its prompts need " in result.stdout
     assert "The model has no chat template: prompts are plain text.\n" in result.stdout
     assert re.search(
-        r"\n4 bits: .* points .*, of too few passages for a verdict: 1\.", result.stdout
+        r"\n4 bits: .* points .*, too few for a verdict, which needs 160 prompts\.", result.stdout
     )
     written = json.loads((tmp_path / "tasks.json").read_text())
     assert [row["cache"] for row in written["table"]] == ["mlx-lm 4 bits", "4 bits"]

@@ -71,4 +71,4 @@ def test_few_passages_get_no_verdict():
     exact, other = [True] * 40, [True] * 32 + [False] * 8
     verdict = paired(exact, other, np.repeat(range(5), 8)).verdict("2 bits")
     assert verdict.startswith("2 bits: -20.0 points (")
-    assert verdict.endswith(", of too few passages for a verdict: 5.")
+    assert verdict.endswith(", too few for a verdict, which needs 160 prompts.")

@@ -42,6 +42,15 @@ def test_only_its_own_answer_is_right_for_a_question(name, is_easy):
         assert not task.is_right("", answer) and not task.is_right("I do not know 123.", answer)
 
 
+@pytest.mark.parametrize("length", [512, 2048])
+@pytest.mark.parametrize("is_easy", [True, False])
+@pytest.mark.parametrize("name", TASKS)
+def test_no_question_of_a_passage_is_asked_twice(name, is_easy, length):
+    for seed in range(20):
+        questions = made(name, is_easy, seed, length).questions
+        assert len({question.text for question in questions}) == QUESTIONS
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_a_seed_is_a_passage(name):
     assert made(name, True) == made(name, True) != made(name, True, seed=1)
