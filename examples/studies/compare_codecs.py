@@ -112,6 +112,17 @@ ARMS = (
 )
 
 
+def filled_cache(
+    model: nn.Module, read: list[Any], roundings: list[tuple[Rounding, Rounding]]
+) -> list[Any]:
+    """A simulated copy of the exact prompt cache ``read``; roundings are of keys and values."""
+    places, caches = compression_of(model).compressible, []
+    for place, pair in zip(places, roundings):
+        caches.append(SimulatedCache(*pair, WINDOW, SINKS, BLOCK))
+        caches[-1].update_and_fetch(*place.of(read).keys_and_values())
+    return with_caches(copy.deepcopy(read), places, caches)
+
+
 class Candidate(NamedTuple):
     """A codec with the bits of keys and values of every compressed layer."""
 
@@ -119,16 +130,12 @@ class Candidate(NamedTuple):
     name: str
     bits: list[tuple[int, int]]
 
-    def filled_cache(self, model: nn.Module, read: list[Any]) -> list[Any]:
-        """A simulated copy of the exact prompt cache ``read``."""
-        places, caches = compression_of(model).compressible, []
-        for place, bits in zip(places, self.bits):
-            key_rounding = self.arm.keys(bits[0], place.keys.dim)
-            value_rounding = self.arm.values(bits[1], place.values.dim)
-            simulated = SimulatedCache(key_rounding, value_rounding, WINDOW, SINKS, BLOCK)
-            simulated.update_and_fetch(*place.of(read).keys_and_values())
-            caches.append(simulated)
-        return with_caches(copy.deepcopy(read), places, caches)
+    def roundings(self, model: nn.Module) -> list[tuple[Rounding, Rounding]]:
+        """New roundings of keys and values for each compressed layer."""
+        return [
+            (self.arm.keys(key_bits, place.keys.dim), self.arm.values(value_bits, place.values.dim))
+            for place, (key_bits, value_bits) in zip(compression_of(model).compressible, self.bits)
+        ]
 
     def bits_per_value(self, model: nn.Module) -> float:
         """The mean number of bits stored per value, with scales and means."""
@@ -156,7 +163,8 @@ def measure(
         decode = partial(log_probabilities, model, tokens=context[start:])
         exact = list(decode(cache=copy.deepcopy(read)))
         for i, candidate in enumerate(candidates):
-            pairs = zip(exact, decode(cache=candidate.filled_cache(model, read)))
+            cache = filled_cache(model, read, candidate.roundings(model))
+            pairs = zip(exact, decode(cache=cache))
             divergences = mx.concatenate([divergence(a, b) for a, b in pairs])
             total[i] += divergences.mean().item() / len(contexts)
             bar.update()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from draw_quality import THEMES, Theme, dress
+from draw_quality import THEMES, Theme, dress, panels
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -56,14 +56,10 @@ def table(name: str, result: dict[str, Any]) -> str:
 
 def draw(results: dict[str, dict[str, Any]], sizes: dict[str, dict], theme: Theme) -> Figure:
     """Plot points against bytes per token, with a panel for each model."""
-    figure = Figure(figsize=(6 * len(results), 5.6), layout="constrained")
-    figure.set_facecolor(theme.background)
-    axes = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    figure, axes = panels(len(results), theme, "points more than the exact cache")
     for axis, (name, result) in zip(axes, results.items()):
         _panel(axis, rows_by_task(result), sizes[name], theme)
         dress(axis, name, theme, "lower right")
-    axes[0].set_ylabel("points more than the exact cache", color=theme.text)
-    figure.supxlabel("bytes a token, relative to a 16-bit cache", color=theme.text, fontsize=16)
     return figure
 
 

@@ -70,16 +70,22 @@ def table(name: str, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def panels(count: int, theme: Theme, label: str) -> tuple[Figure, list[Axes]]:
+    """A figure with ``count`` panels side by side, over bytes per token; ``label`` is of y."""
+    figure = Figure(figsize=(6 * count, 5.6), layout="constrained")
+    figure.set_facecolor(theme.background)
+    axes = figure.subplots(1, count, sharey=True, squeeze=False)[0]
+    axes[0].set_ylabel(label, color=theme.text)
+    figure.supxlabel("bytes a token, relative to a 16-bit cache", color=theme.text, fontsize=16)
+    return figure, list(axes)
+
+
 def draw(results: dict[str, dict[str, Any]], theme: Theme) -> Figure:
     """Plot divergence against bytes per token, with a panel for each model."""
-    figure = Figure(figsize=(6 * len(results), 5.6), layout="constrained")
-    figure.set_facecolor(theme.background)
-    axes = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    figure, axes = panels(len(results), theme, "divergence from the exact cache (nats)")
     for axis, (name, result) in zip(axes, results.items()):
         _panel(axis, result, theme)
         dress(axis, name, theme, "upper right")
-    axes[0].set_ylabel("divergence from the exact cache (nats)", color=theme.text)
-    figure.supxlabel("bytes a token, relative to a 16-bit cache", color=theme.text, fontsize=16)
     return figure
 
 

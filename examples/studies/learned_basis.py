@@ -24,15 +24,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 import numpy as np
-from compare_codecs import BLOCK, SINKS, WINDOW, turboquant
-from simulated import Rounding, SimulatedCache
+from compare_codecs import SINKS, filled_cache, turboquant
+from simulated import Rounding
 from tqdm import tqdm
 
 from mlx_turboquant.codec.codebook import MAX_BITS, codebook, relative_error
 from mlx_turboquant.codec.rotation import gaussian_matrix
 from mlx_turboquant.kernels.storage import removable_mean
 from mlx_turboquant.lm import calibrate, texts
-from mlx_turboquant.lm.compressible import Compressible, plain_caches, with_caches
+from mlx_turboquant.lm.compressible import Compressible, plain_caches
 from mlx_turboquant.lm.compression import compression_of, give_profile
 from mlx_turboquant.lm.hook import observed_attention
 from mlx_turboquant.lm.loading import prepare_for_device
@@ -254,13 +254,11 @@ def main() -> None:
             bits = compression_of(model).bits(preset(budget).settings)
             divergences = []
             for cache, tokens, expected in zip(read, scored, exact):
-                simulated = []
-                for place, (key_bits, value_bits) in zip(places, bits):
-                    values = turboquant(value_bits, place.values.dim, are_keys=False)
-                    keys = arm.rounding(place, key_bits)
-                    simulated.append(SimulatedCache(keys, values, WINDOW, SINKS, BLOCK))
-                    simulated[-1].update_and_fetch(*place.of(cache).keys_and_values())
-                rounded = with_caches(copy.deepcopy(cache), places, simulated)
+                roundings = [
+                    (arm.rounding(place, key_bits), turboquant(value_bits, place.values.dim, False))
+                    for place, (key_bits, value_bits) in zip(places, bits)
+                ]
+                rounded = filled_cache(model, cache, roundings)
                 rows = mx.concatenate(list(log_probabilities(model, rounded, tokens)))
                 divergences.append(divergence(expected, rows).mean().item())
                 mx.clear_cache()

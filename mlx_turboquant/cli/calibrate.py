@@ -38,7 +38,8 @@ def main(arguments: list[str]) -> None:
     prepare_for_device(model)
     mx.eval(model.parameters())
     own = fingerprint(model)
-    make_folder((args.out or profile_path(own)).parent)
+    if args.out is None:
+        make_folder(profile_path(own).parent)
     try:
         with calibration_errors():
             profile = calibrate(model, tokenizer, texts, True, unfinished_path(own))

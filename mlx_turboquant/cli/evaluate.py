@@ -13,6 +13,7 @@ from ..lm.compressible import check_compressible, compressible_caches
 from ..lm.loading import check_memory, prepare_for_device
 from ..measure.cache_specs import MLX_LM, preset
 from ..measure.evaluate import Comparison
+from ..measure.paired import ENOUGH_PROMPTS
 from ..measure.tasks import SHORTEST, TASKS
 from .loading import MODEL_HELP, ensure_profile, load_lazily
 from .options import add_comparison_options, add_count, add_out, check_least, settings_of
@@ -86,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     count("--generate", 0, "Number of tokens to generate after a text, greedily and sampled")
     text = "Compare answers to tasks instead, all or those named: " + ", ".join(TASKS)
     add("--tasks", nargs="*", metavar="TASK", help=text)
-    count("--prompts", 40, "Number of prompts per task, in passages of 8; a verdict needs 160")
+    text = f"Number of prompts per task, in passages of 8; a verdict needs {ENOUGH_PROMPTS}"
+    count("--prompts", 40, text)
     count("--length", 2048, "Maximum number of tokens per prompt, fewer where a task is too hard")
     add_out(parser, "evaluation", "evaluation.json and kl.png, or of tasks")
     return parser

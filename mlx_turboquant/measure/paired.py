@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# With fewer, intervals are too narrow where prompts of a passage fail together.
-_ENOUGH_PASSAGES = 20
+from .passages import QUESTIONS
+
+# With fewer passages, intervals are too narrow where prompts of a passage fail together.
+ENOUGH_PROMPTS = 20 * QUESTIONS
 
 
 class Paired(NamedTuple):
@@ -28,9 +30,9 @@ class Paired(NamedTuple):
 
     def verdict(self, name: str) -> str:
         """One line on the cache ``name``."""
-        if self.passages < _ENOUGH_PASSAGES:
+        if self.passages * QUESTIONS < ENOUGH_PROMPTS:
             found = f"{self.difference:+.1f} points ({self.low:+.1f} to {self.high:+.1f})"
-            return f"{name}: {found}, too few for a verdict, which needs 160 prompts."
+            return f"{name}: {found}, too few for a verdict, which needs {ENOUGH_PROMPTS} prompts."
         if self.low > 0:
             found = f"gains {self.difference:.1f} points, {self.low:.1f} to {self.high:.1f}"
         elif self.high < 0:

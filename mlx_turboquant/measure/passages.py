@@ -91,15 +91,15 @@ def prompts_of(
         raise ValueError(f"its prompts need {length - room} tokens")
     sizes = list(map(len, encode(tokenizer, [line + "\n" for line in passage.others])))
     repeats = 1 + room // max(sum(sizes), 1)
-    count = sum(size <= room for size in accumulate(sizes * repeats))
-    prompts = [[0] * (length + 1)]
-    while max(map(len, prompts)) > length:  # lines may have more tokens together than alone
+    most = sum(size <= room for size in accumulate(sizes * repeats))
+    for count in range(most, -1, -1):  # lines may have more tokens together than alone
         lines = (passage.others * repeats)[:count]
         places = rng.sample(range(count + len(passage.lines)), len(passage.lines))
         for place, line in zip(sorted(places), passage.lines):
             lines.insert(place, line)
         prompts = _prompts(tokenizer, passage, lines)
-        count -= 1
+        if max(map(len, prompts)) <= length:
+            break
     shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
     return prompts[0][:shared], [tokens[shared:] for tokens in prompts]
 
