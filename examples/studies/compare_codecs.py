@@ -45,9 +45,9 @@ class Arm(NamedTuple):
     extra: Callable[[int], float]
 
 
-def turboquant(bits: int, dim: int, are_keys: bool) -> Rounding:
+def turboquant(bits: int, dim: int, are_keys: bool, seed: int = 0) -> Rounding:
     """Our codec, with the mean of the first block."""
-    codec = MethodRounding("turboquant", bits, dim)
+    codec = MethodRounding("turboquant", bits, dim, seed)
     means: list[mx.array] = []
 
     def rounding(x: mx.array) -> mx.array:

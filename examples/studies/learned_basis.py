@@ -2,20 +2,27 @@
 
     python examples/studies/learned_basis.py --model MODEL --arms random 0:16 0.25:16 --kv-bits 4 3
 
-An arm like ``0.25:16:1`` names the power of the metric, the coordinates of a group, and the fewest
-bits of a group (default 0). For each key head of a layer, C is the covariance of the keys of the
-calibration texts and M that of its queries to the power of the metric. The axes are those of
-M^(1/2) C M^(1/2): an error e of a key costs e^T M e. Groups of axes get bits by their variance, and
-a random rotation evens out the coordinates of a group. Everything else is as in our codec: the mean
-is removed, gains are searched, and one scale a vector makes products with M unbiased.
+An arm like ``0.25:16`` names the power of the metric and the coordinates of a group. For each key
+head of a layer, C is the covariance of the keys of the calibration texts and M that of its queries
+to the power of the metric. The axes are those of M^(1/2) C M^(1/2): an error e of a key costs
+e^T M e. Groups of axes get bits by their variance, and a random rotation evens out the coordinates
+of a group. Everything else is as in our codec: the mean is removed, gains are searched, and one
+scale a vector makes products with M unbiased.
+
+Words behind the numbers change an arm. ``floor``: a group has one bit at least. ``layer``: the
+heads of a layer have one pattern of bits. ``few``: it is one of those in ``_FEW``. ``shared``: the
+heads of a layer have one basis. ``far``: the rotary embedding turns keys and queries to 64 places
+of a text of 32,768 tokens, and moments are the means over them. ``mixed``: the same, with half of
+the places evenly spread in their logarithms.
 
 Bits of layers and sides follow a calibration that codes keys in the arm's basis. Prints the mean KL
-divergence of each arm, and the largest ratio to ``random`` of any text.
+divergence of each arm for each seed of the rotations; its ratio to ``random``, both in the mean
+over seeds; and the largest such ratio of any text. *Patterns* counts patterns of bits over groups.
 """
 
 import argparse
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,13 +51,42 @@ _GAINS = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2)
 _RIDGE, _METRIC_RIDGE = 1e-6, 1e-3
 _LEAST_VARIANCE = 1e-6
 _TOKENS = 1024
+_LONGEST, _PLACES = 32768, 64
+# Bits more than the mean for the quarters of the axes.
+_FEW = ((0, 0, 0, 0), (1, 0, 0, -1), (2, 0, -1, -1), (3, 0, -1, -2))
 
 
 class Moments(NamedTuple):
-    """Covariances of keys and second moments of queries for each key head: float64 (H, d, d)."""
+    """Moments for each key head, float64 (H, d, d), over texts.
+
+    They are the covariances of keys within a text, and the second moments of the means of keys and
+    of queries.
+    """
 
     keys: np.ndarray
+    means: np.ndarray
     queries: np.ndarray
+
+    def turned(self, turns: np.ndarray) -> "Moments":
+        """The mean moments where x becomes x @ A, for each A of turns (n, d, d).
+
+        A codec removes the mean of the first tokens, so means that turn away from it remain.
+        """
+
+        def mean(moment: np.ndarray, turns: np.ndarray) -> np.ndarray:
+            return np.mean([a.T @ moment @ a for a in turns], axis=0)
+
+        left = mean(self.means, turns - np.eye(turns.shape[-1]))
+        return Moments(mean(self.keys, turns) + left, self.means, mean(self.queries, turns))
+
+
+def turns_of(rope: Callable[..., mx.array], dim: int, places: np.ndarray) -> np.ndarray:
+    """Matrices (n, dim, dim) by which a rotary embedding moves vectors x, as x @ A, to places."""
+    axes = mx.eye(dim)[:, None, None]
+    start, *others = (
+        np.array(rope(axes, offset=int(place))[:, 0, 0], np.float64) for place in (0, *places)
+    )
+    return np.linalg.inv(start) @ np.stack(others)
 
 
 class Basis(NamedTuple):
@@ -82,10 +118,11 @@ def moments(model: nn.Module, tokens: list[list[int]]) -> dict[int, Moments]:
             queries = np.array(queries[0].astype(mx.float32), np.float64)
             queries = queries.reshape(len(keys), -1, queries.shape[-1])
             centred = keys - keys.mean(axis=1, keepdims=True)
-            both = [x.swapaxes(1, 2) @ x / x.shape[1] for x in (centred, queries)]
-            before = sums.get(place.place, [0, 0])
-            sums[place.place] = [old + new / len(tokens) for old, new in zip(before, both)]
-    return {place: Moments(*both) for place, both in sums.items()}
+            parts = (centred, keys.mean(axis=1, keepdims=True), queries)
+            new = [x.swapaxes(1, 2) @ x / x.shape[1] / len(tokens) for x in parts]
+            before = sums.get(place.place, [0, 0, 0])
+            sums[place.place] = [old + added for old, added in zip(before, new)]
+    return {place: Moments(*all_three) for place, all_three in sums.items()}
 
 
 def _power(x: np.ndarray, exponent: float, ridge: float) -> np.ndarray:
@@ -96,9 +133,16 @@ def _power(x: np.ndarray, exponent: float, ridge: float) -> np.ndarray:
     return (vectors * values[..., None, :] ** exponent) @ vectors.swapaxes(-1, -2)
 
 
-def learned(found: Moments, metric: float, group: int, floor: int, bits: int, seed: int) -> Basis:
-    """The basis of the keys of a layer with a mean of ``bits`` for each head."""
+def learned(
+    found: Moments, metric: float, group: int, bits: int, seed: int, words: Sequence[str] = ()
+) -> Basis:
+    """The basis of the keys of a layer with a mean of ``bits`` for each head.
+
+    ``words`` are those of an arm.
+    """
     dim = found.keys.shape[-1]
+    if "shared" in words:
+        found = Moments(*(np.broadcast_to(x.mean(axis=0), x.shape) for x in found))
     half = _power(found.queries, metric / 2, _METRIC_RIDGE)
     covariance = _power(found.keys, 1, _RIDGE)
     values, vectors = np.linalg.eigh(half @ covariance @ half)
@@ -109,15 +153,33 @@ def learned(found: Moments, metric: float, group: int, floor: int, bits: int, se
         part = slice(start, start + group)
         turned[part, part] = np.linalg.qr(gaussian_matrix(group, group, seed + start))[0]
     axes = half @ vectors @ turned / np.sqrt(variances)[:, None, :]
-    chosen = np.stack([_pattern(each[::group], bits, floor, dim) for each in variances])
+    one = "layer" in words or "few" in words
+    judged = (variances.sum(axis=0, keepdims=True) if one else variances)[:, ::group]
+    if "few" in words:
+        patterns = [_one_of_few(each, bits, dim) for each in judged]
+    else:
+        patterns = [_pattern(each, bits, int("floor" in words), dim) for each in judged]
+    chosen = np.broadcast_to(patterns, (len(values), dim // group))
     inverse = np.linalg.inv(axes)
     arrays = (mx.array(x.astype(np.float32)) for x in (axes, inverse))
     return Basis(*arrays, variances, np.repeat(chosen, group, axis=1))
 
 
+def _one_of_few(variances: np.ndarray, bits: int, dim: int) -> np.ndarray:
+    """The pattern of least squared error of those in ``_FEW``."""
+    quarters = [bits + np.array(offsets) for offsets in _FEW]
+    possible = [q for q in quarters if q.min() >= 0 and q.max() <= MAX_BITS]
+    patterns = np.repeat(possible, len(variances) // 4, axis=1)
+    return patterns[np.argmin((_errors(dim)[patterns] * variances).sum(axis=1))]
+
+
+def _errors(dim: int) -> np.ndarray:
+    return np.array([1.0, *(relative_error(dim, b) for b in range(1, MAX_BITS + 1))])
+
+
 def _pattern(variances: np.ndarray, bits: int, floor: int, dim: int) -> np.ndarray:
     """Bits of groups: one more goes where it lowers the squared error most."""
-    errors = [1.0, *(relative_error(dim, b) for b in range(1, MAX_BITS + 1))]
+    errors = _errors(dim)
     chosen = np.full(len(variances), min(floor, bits))
     while chosen.sum() < bits * len(variances):
         gains = [
@@ -196,43 +258,70 @@ def _keys_rounded(rounding_of: Callable[[Compressible, int], Rounding]) -> Itera
 class Arm:
     """Roundings of keys: at random, or in a basis that is made once for each layer and bits."""
 
-    def __init__(self, name: str, found: dict[int, Moments], seed: int):
-        self.name = name
-        self.parts = None if name == "random" else [float(part) for part in name.split(":")]
+    def __init__(self, name: str, model: nn.Module, found: dict[int, Moments], seed: int):
+        self.parts = name.split(":")
+        self.model = model
         self.found = found
         self.seed = seed
         self.bases: dict[tuple[int, int], Basis] = {}
 
     def rounding(self, place: Compressible, bits: int) -> Rounding:
-        if self.parts is None:
-            return turboquant(bits, place.keys.dim, are_keys=True)
+        if self.parts == ["random"]:
+            return turboquant(bits, place.keys.dim, True, self.seed)
         key = place.place, bits
         if key not in self.bases:
-            metric, group, floor = (*self.parts, 0)[:3]
-            found = self.found[place.place]
-            self.bases[key] = learned(found, metric, int(group), int(floor), bits, self.seed)
+            metric, group, *words = self.parts
+            found = self._moments(place, words)
+            self.bases[key] = learned(found, float(metric), int(group), bits, self.seed, words)
         return LearnedRounding(self.bases[key])
+
+    def _moments(self, place: Compressible, words: list[str]) -> Moments:
+        found = self.found[place.place]
+        if "far" in words:
+            offsets = np.linspace(0, _LONGEST, _PLACES)
+        elif "mixed" in words:
+            half = _PLACES // 2
+            offsets = np.append(np.linspace(0, _LONGEST, half), np.geomspace(1, _LONGEST, half))
+        else:
+            return found
+        rope = self.model.layers[place.layer].self_attn.rope
+        return found.turned(turns_of(rope, place.keys.dim, offsets))
+
+    def patterns(self, chosen: list[tuple[Compressible, int]]) -> int:
+        """How many patterns of bits these layers have, each with its bits of keys."""
+        if self.parts == ["random"]:
+            return len({bits for _, bits in chosen})
+        bases = [self.bases[place.place, bits] for place, bits in chosen]
+        return len({tuple(head) for basis in bases for head in basis.bits.tolist()})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", required=True)
-    add("--arms", nargs="+", default=["0:16", "0.25:16", "0.5:16", "0.25:32"])
+    add("--arms", nargs="+", default=["0.25:16", "0.5:16", "0.5:16:layer", "0.5:16:shared"])
     add("--kv-bits", nargs="+", default=["4", "3", "2.5", "2"])
     add("--text", nargs="+", type=Path, help="files to measure on (default: bundled ones)")
     add("--context", type=int, default=2048, help="tokens per text")
     add("--scored", type=int, default=128, help="last tokens to compare")
     add("--samples", type=int, default=4, help="texts")
-    add("--seed", type=int, default=0, help="of the rotations within groups")
+    add("--seeds", type=int, nargs="+", default=[0], help="of the rotations")
+    add(
+        "--leave-out",
+        metavar="NAME",
+        help="measure on this calibration text, learn from the others",
+    )
     args = parser.parse_args()
 
     model, tokenizer = mlx_lm.load(args.model)
     prepare_for_device(model)
-    start = texts.start_tokens(tokenizer)
-    learning = texts.encode(tokenizer, calibrate.calibration_texts().values())
-    found = moments(model, [(start + tokens)[:_TOKENS] for tokens in learning])
+    learning = calibrate.calibration_texts()
     source = texts.read_texts(args.text) if args.text else texts.bundled_texts()
+    if args.leave_out:
+        source = [learning.pop(args.leave_out)]
+    start = texts.start_tokens(tokenizer)
+    encoded = texts.encode(tokenizer, learning.values())
+    found = moments(model, [(start + tokens)[:_TOKENS] for tokens in encoded])
     contexts = texts.contexts(tokenizer, source, args.context, args.samples)
     read = [read_prompt(model, EXACT, mx.array(text[: -args.scored])) for text in contexts]
     scored = [mx.array(text[-args.scored :]) for text in contexts]
@@ -241,41 +330,42 @@ def main() -> None:
         for cache, tokens in zip(read, scored)
     ]
     places = compression_of(model).compressible
-    baseline: dict[str, np.ndarray] = {}
-    names = ["random", *args.arms]
-    print("| keys | bits | bits of keys | KL | to random | worst text |\n|---|---|---|---|---|---|")
-    bar = tqdm(total=len(names) * len(args.kv_bits) * len(contexts), unit="texts")
-    for name in names:
-        arm = Arm(name, found, args.seed)
-        if not all(preset(budget).settings.is_fixed for budget in args.kv_bits):
-            with _keys_rounded(arm.rounding):
-                give_profile(model, calibrate.calibrate(model, tokenizer))
-        for budget in args.kv_bits:
-            bits = compression_of(model).bits(preset(budget).settings)
-            divergences = []
-            for cache, tokens, expected in zip(read, scored, exact):
-                roundings = [
-                    (arm.rounding(place, key_bits), turboquant(value_bits, place.values.dim, False))
-                    for place, (key_bits, value_bits) in zip(places, bits)
-                ]
-                rounded = filled_cache(model, cache, roundings)
-                rows = mx.concatenate(list(log_probabilities(model, rounded, tokens)))
-                divergences.append(divergence(expected, rows).mean().item())
-                mx.clear_cache()
-                bar.update()
-            own = np.array(divergences)
-            ratios = own / baseline.setdefault(budget, own)
-            mean, ratio = own.mean(), own.mean() / baseline[budget].mean()
-            keys = np.mean([key_bits for key_bits, _ in bits])
-            cells = [
-                name,
-                budget,
-                f"{keys:.2f}",
-                f"{mean:.5f}",
-                f"{ratio:.2f}",
-                f"{ratios.max():.2f}",
+
+    def divergences(arm: Arm, bits: list[tuple[int, int]], seed: int) -> Iterator[float]:
+        for cache, tokens, expected in zip(read, scored, exact):
+            roundings = [
+                (arm.rounding(place, own), turboquant(others, place.values.dim, False, seed))
+                for place, (own, others) in zip(places, bits)
             ]
-            bar.write(f"| {' | '.join(cells)} |")
+            rounded = filled_cache(model, cache, roundings)
+            rows = mx.concatenate(list(log_probabilities(model, rounded, tokens)))
+            yield divergence(expected, rows).mean().item()
+            mx.clear_cache()
+
+    names = ["random", *args.arms]
+    bar = tqdm(total=len(names) * len(args.seeds) * len(args.kv_bits), unit="caches")
+    bar.write("| keys | bits | bits of keys | patterns | KL by seed | to random | worst text |")
+    bar.write("|---|---|---|---|---|---|---|")
+    baseline: dict[str, np.ndarray] = {}
+    for name in names:
+        own: dict[str, list[list[float]]] = {budget: [] for budget in args.kv_bits}
+        notes = {}
+        for seed in args.seeds:
+            arm = Arm(name, model, found, seed)
+            with _keys_rounded(arm.rounding):
+                give_profile(model, calibrate.calibrate(model, tokenizer, learning))
+            for budget in args.kv_bits:
+                bits = compression_of(model).bits(preset(budget).settings)
+                own[budget].append(list(divergences(arm, bits, seed)))
+                keys = [key_bits for key_bits, _ in bits]
+                notes[budget] = f"{np.mean(keys):.2f} | {arm.patterns(list(zip(places, keys)))}"
+                bar.update()
+        for budget, rows in own.items():
+            mean = np.mean(rows, axis=0)  # of each text
+            random = baseline.setdefault(budget, mean)
+            seeds = " ".join(f"{np.mean(row):.5f}" for row in rows)
+            ratios = f"{mean.sum() / random.sum():.2f} | {(mean / random).max():.2f}"
+            bar.write(f"| {name} | {budget} | {notes[budget]} | {seeds} | {ratios} |")
     bar.close()
 
 
