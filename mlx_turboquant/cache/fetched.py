@@ -1,5 +1,6 @@
 """The keys and values that a cache returns to a model; hooked attention reads packed tokens."""
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +8,19 @@ import mlx.core as mx
 
 from ..kernels.quantize import dense
 from ..kernels.tokens import VisibleTokens
+
+
+class _Submitted(threading.local):
+    """What this thread has submitted: an array can only be evaluated by the thread that made it.
+
+    ``attention`` is one value of the last attention. ``is_new``: there were no keys since.
+    """
+
+    attention: mx.array | None = None
+    is_new: bool = False
+
+
+_submitted = _Submitted()
 
 
 @dataclass(eq=False)
@@ -28,9 +42,6 @@ class Link:
     needs_arrays: bool = True
     shared_reads: tuple[int, ...] = ()
     weights: Any = None
-    # One value of the last submitted attention, and whether one was submitted since the last keys.
-    _last_attention: mx.array | None = None
-    _attention_is_submitted: bool = False
 
     @property
     def reads_tokens(self) -> bool:
@@ -39,19 +50,19 @@ class Link:
 
     def submit_keys(self, new: list[mx.array]) -> None:
         """Compute the keys and values (B, H, n, dim) of a layer of a chunk."""
-        if self._attention_is_submitted:
+        if _submitted.is_new:
             mx.async_eval(new)
         else:
             mx.eval(new)  # no hook saw the attention of the previous layer: wait for it here
-        self._attention_is_submitted = False
+        _submitted.is_new = False
 
     def submit_attention(self, output: mx.array) -> None:
         """Compute the attention (B, query_heads, n, dim) of a layer of a chunk."""
-        if self._last_attention is not None:
-            mx.eval(self._last_attention)
-        self._last_attention = output[0, 0, 0, 0] * 1  # a copy, which does not hold the output
-        mx.async_eval(output, self._last_attention)
-        self._attention_is_submitted = True
+        if _submitted.attention is not None:
+            mx.eval(_submitted.attention)
+        _submitted.attention = output[0, 0, 0, 0] * 1  # a copy, which does not hold the output
+        mx.async_eval(output, _submitted.attention)
+        _submitted.is_new = True
 
     def __getstate__(self) -> dict[str, Any]:
         return {"weights": self.weights}  # another process has no hooked attention

@@ -7,6 +7,7 @@ import pytest
 from conftest import logits, variant
 from mlx_lm.models import base, llama
 from mlx_lm.models import cache as mlx_lm_cache
+from tokens import random_tokens
 
 from mlx_turboquant import disable, enable, make_prompt_cache
 from mlx_turboquant.lm.compressible import compressible_caches
@@ -143,3 +144,30 @@ def test_many_threads_enable_run_and_disable_models_of_one_architecture(random_m
         thread.join()
     assert failures == []
     assert llama.scaled_dot_product_attention is ORIGINAL
+
+
+def test_threads_that_read_prompts_with_one_model_at_once_get_their_own_logits(random_model):
+    """The same chunks as one after the other, so the logits are equal."""
+    make_prompt_cache(random_model, 8, window=16)  # hooks the attention
+    prompts = [random_tokens(1, 200, seed=seed) for seed in range(4)]
+    mx.eval(random_model.parameters(), prompts)
+    found: dict[int, mx.array] = {}
+
+    def read(number: int) -> None:
+        cache, logits = make_prompt_cache(random_model, 8, window=16), []
+        for start in range(0, 200, 50):
+            logits.append(random_model(prompts[number][:, start : start + 50], cache=cache))
+            mx.eval(logits)
+        found[number] = mx.concatenate(logits, axis=1)
+        mx.eval(found[number])
+
+    for number in range(4):
+        read(number)
+    alone = dict(found)
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(mx.array_equal(found[number], alone[number]) for number in range(4))
+    assert all(found[number] is not alone[number] for number in range(4))
