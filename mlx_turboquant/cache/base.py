@@ -11,7 +11,7 @@ from ..kernels.runtime import backend
 from ..kernels.storage import PackedKV
 from ..kernels.tokens import Span, VisibleTokens
 from .blocks import CacheSettings
-from .fetched import Fetched, KVHandle, Link, fetch
+from .fetched import Fetched, KVHandle, Link, fetch, submit_keys
 
 
 class CompressedCache:
@@ -81,7 +81,7 @@ class CompressedCache:
             return self._step
         is_chunk = count > MAX_DECODE_ROWS
         if is_chunk:
-            self.link.submit_keys(new)
+            submit_keys(new)
         else:
             self._packed.reserve_block()
         self._hold(new, is_chunk)

@@ -10,19 +10,6 @@ from ..kernels.quantize import dense
 from ..kernels.tokens import VisibleTokens
 
 
-class _Submitted(threading.local):
-    """What this thread has submitted: an array can only be evaluated by the thread that made it.
-
-    ``attention`` is one value of the last attention. ``is_new``: there were no keys since.
-    """
-
-    attention: mx.array | None = None
-    is_new: bool = False
-
-
-_submitted = _Submitted()
-
-
 @dataclass(eq=False)
 class Link:
     """What the caches of a model know of it; one object for all its layers.
@@ -31,11 +18,6 @@ class Link:
     model uses arrays of keys and values as well. ``shared_reads``: for the cache of each layer, how
     often layers without keys of their own read it in a call. ``weights``: those that compute the
     tokens, or None if they are unknown.
-
-    On its own, MLX would compute the dense tokens of many layers of a chunk in advance, because
-    they depend on packed tokens only. The attention of a layer is therefore submitted once that of
-    the previous layer has ended, while the GPU still computes the rest of that layer. The last
-    layer synchronizes too, although no cache depends on it.
     """
 
     is_hooked: bool = False
@@ -48,27 +30,47 @@ class Link:
         """Whether only hooked attention, which reads tokens, uses what a step fetches."""
         return self.is_hooked and not self.needs_arrays
 
-    def submit_keys(self, new: list[mx.array]) -> None:
-        """Compute the keys and values (B, H, n, dim) of a layer of a chunk."""
-        if _submitted.is_new:
-            mx.async_eval(new)
-        else:
-            mx.eval(new)  # no hook saw the attention of the previous layer: wait for it here
-        _submitted.is_new = False
-
-    def submit_attention(self, output: mx.array) -> None:
-        """Compute the attention (B, query_heads, n, dim) of a layer of a chunk."""
-        if _submitted.attention is not None:
-            mx.eval(_submitted.attention)
-        _submitted.attention = output[0, 0, 0, 0] * 1  # a copy, which does not hold the output
-        mx.async_eval(output, _submitted.attention)
-        _submitted.is_new = True
-
     def __getstate__(self) -> dict[str, Any]:
         return {"weights": self.weights}  # another process has no hooked attention
 
     def __deepcopy__(self, memo: dict) -> "Link":
         return self  # the model is not copied with its caches
+
+
+class _Submitted(threading.local):
+    """What this thread has submitted: an array can only be evaluated by the thread that made it.
+
+    ``attention`` is one value of the last attention. ``is_new``: there were no keys since.
+
+    On its own, MLX would compute the dense tokens of many layers of a chunk in advance, because
+    they depend on packed tokens only. The attention of a layer is therefore submitted once that of
+    the previous layer has ended, while the GPU still computes the rest of that layer. The last
+    layer synchronizes too, although no cache depends on it.
+    """
+
+    attention: mx.array | None = None
+    is_new: bool = False
+
+
+_submitted = _Submitted()
+
+
+def submit_keys(new: list[mx.array]) -> None:
+    """Compute the keys and values (B, H, n, dim) of a layer of a chunk."""
+    if _submitted.is_new:
+        mx.async_eval(new)
+    else:
+        mx.eval(new)  # no hook saw the attention of the previous layer: wait for it here
+    _submitted.is_new = False
+
+
+def submit_attention(output: mx.array) -> None:
+    """Compute the attention (B, query_heads, n, dim) of a layer of a chunk."""
+    if _submitted.attention is not None:
+        mx.eval(_submitted.attention)
+    _submitted.attention = output[0, 0, 0, 0] * 1  # a copy, which does not hold the output
+    mx.async_eval(output, _submitted.attention)
+    _submitted.is_new = True
 
 
 class KVArray(mx.array):
@@ -79,7 +81,6 @@ class KVArray(mx.array):
     """
 
     tokens: VisibleTokens
-    link: Link
 
 
 class KVHandle:
@@ -116,5 +117,5 @@ def fetch(tokens: VisibleTokens, new: int, link: Link) -> Fetched:
         return tuple([KVHandle(tokens, exact) for _, exact in tokens.sides])
     arrays = tuple(map(KVArray, dense(tokens)))
     for array in arrays:
-        array.tokens, array.link = tokens, link
+        array.tokens = tokens
     return arrays

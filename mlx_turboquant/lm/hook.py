@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..cache.batch import CausalMask
-from ..cache.fetched import Link
+from ..cache.fetched import Link, submit_attention
 from ..kernels.attention import MAX_DECODE_ROWS, decode_attention
 from ..kernels.quantize import dense
 from ..kernels.tokens import BLOCK
@@ -60,7 +60,7 @@ class _AttentionHook:
             return self.original(queries, keys, values, *arguments, **keywords)
         output = self.original(queries, keys, values, *arguments, **keywords)
         if queries.shape[2] > MAX_DECODE_ROWS:
-            keys.link.submit_attention(output)
+            submit_attention(output)
         return output
 
     def _are_known(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:

@@ -1,6 +1,7 @@
 """One hook for each module of mlx-lm serves all models and threads that use its attention."""
 
 import threading
+from collections.abc import Callable
 
 import mlx.core as mx
 import pytest
@@ -25,6 +26,15 @@ def scaled_dot_product_attention(
         distance = mx.arange(keys.shape[2])[-queries.shape[2] :, None] - mx.arange(keys.shape[2])
         mask = (distance >= 0) & (distance < window_size)
     return base.scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)
+
+
+def in_threads(work: Callable[[int], None], count: int) -> None:
+    """Run ``work(0)`` to ``work(count - 1)`` at once, and wait for all."""
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 class NextAttention(llama.Attention):
@@ -137,11 +147,7 @@ def test_many_threads_enable_run_and_disable_models_of_one_architecture(random_m
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=use, args=(index,)) for index in range(len(models))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(use, len(models))
     assert failures == []
     assert llama.scaled_dot_product_attention is ORIGINAL
 
@@ -164,10 +170,6 @@ def test_threads_that_read_prompts_with_one_model_at_once_get_their_own_logits(r
     for number in range(4):
         read(number)
     alone = dict(found)
-    threads = [threading.Thread(target=read, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(read, 4)
     assert all(mx.array_equal(found[number], alone[number]) for number in range(4))
     assert all(found[number] is not alone[number] for number in range(4))
