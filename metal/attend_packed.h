@@ -71,11 +71,17 @@ template <typename Constants, typename Mask>
 METAL_FUNC void attend_packed(thread Running& running, threadgroup Memory& memory, thread Keys& keys,
     thread Values& values, const device bfloat16_t* key_scales, const device bfloat16_t* value_scales,
     Constants constants, int last_block, int sink_columns, Mask mask, thread const Place& place) {
-  half2 key_coefficients[4];
+  KeyLevels key_levels;
   half2 value_coefficients[4];
-  load_coefficients<KEY_BITS>(constants + KEY_LEVELS, key_coefficients);
+#pragma unroll
+  for (int eight = 0; eight < 4; eight++) {
+    if (first_alike(KEY_PATTERN, eight) == eight) {
+      load_coefficients(bits_of(KEY_PATTERN, eight), constants + KEY_LEVELS + level_place(KEY_PATTERN, eight),
+          key_levels.coefficients[eight]);
+    }
+  }
   if (AHEAD) {
-    load_coefficients<VALUE_BITS>(constants + VALUE_LEVELS, value_coefficients);
+    load_coefficients(VALUE_BITS, constants + VALUE_LEVELS, value_coefficients);
   }
   for (int block = place.first_block; block * BLOCK_TOKENS < place.count; block += place.block_step) {
     // Words that are loaded ahead after the last block are not used, but must exist.
@@ -90,16 +96,16 @@ METAL_FUNC void attend_packed(thread Running& running, threadgroup Memory& memor
         scores[t][r] = 0.0f;
       }
     }
-    score_block(scores, keys, uint(blocks), key_coefficients, memory);
+    score_block(scores, keys, uint(blocks), key_levels, memory);
     weigh_block(running, scores, scales, memory, block * BLOCK_TOKENS, sink_columns, mask, place);
     if (!AHEAD) {
       // Loaded here they take no registers during the scores, where registers are scarcest.
-      load_coefficients<VALUE_BITS>(constants + VALUE_LEVELS, value_coefficients);
+      load_coefficients(VALUE_BITS, constants + VALUE_LEVELS, value_coefficients);
     }
     add_block(running, values, uint(blocks), value_coefficients, memory, place);
     simdgroup_barrier(mem_flags::mem_threadgroup);
   }
-  const float unit = level_unit<VALUE_BITS>(constants + VALUE_LEVELS);
+  const float unit = level_unit(VALUE_BITS, constants + VALUE_LEVELS);
 #pragma unroll
   for (int r = 0; r < ROWS; r++) {
 #pragma unroll

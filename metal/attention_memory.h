@@ -12,8 +12,7 @@ constant constexpr int RUN = 32;
 constant constexpr int RUNS = HALF_SUMS ? 2 : 1;
 constant constexpr int CHUNKS = (DIM + RUNS * RUN - 1) / (RUNS * RUN);
 constant constexpr int PADDED = CHUNKS * RUNS * RUN;
-constant constexpr int KEY_PLANES = plane_count<KEY_BITS>();
-constant constexpr int KEY_WORDS = vector_words<DIM, KEY_BITS>();
+constant constexpr int KEY_WORDS = vector_words<DIM, KEY_PATTERN>();
 // A lane takes PIECES runs of COORDINATES coordinates of a value. VALUE_LANES lanes share a token, and a
 // step takes AT_ONCE tokens.
 constant constexpr int VALUE_LANES =
@@ -23,14 +22,14 @@ constant constexpr int PAIRS = PIECES * COORDINATES / 2;
 constant constexpr int AT_ONCE = LANES / VALUE_LANES;
 constant constexpr int STEPS = BLOCK_TOKENS / AT_ONCE;
 constant constexpr int PLANES = plane_count<VALUE_BITS>();
-constant constexpr int VALUE_WORDS = vector_words<VALUE_DIM, VALUE_BITS>();
+constant constexpr int VALUE_WORDS = vector_words<VALUE_DIM, VALUE_BITS * 0x1111>();
 // How often loops are unrolled: twice with AHEAD, so that words loaded ahead stay in their registers.
 constant constexpr int UNROLLED = AHEAD ? 2 : 1;
 constant constexpr int EXACT_UNROLLED = AHEAD ? DIM / 8 : 4;
 // Where the parts of `constants` begin.
 constant constexpr int KEY_LEVELS = 8;
-constant constexpr int VALUE_LEVELS = KEY_LEVELS + level_count<KEY_BITS>();
-constant constexpr int SIGNS = VALUE_LEVELS + level_count<VALUE_BITS>();
+constant constexpr int VALUE_LEVELS = KEY_LEVELS + level_place(KEY_PATTERN, 4);
+constant constexpr int SIGNS = VALUE_LEVELS + level_count(VALUE_BITS);
 constant constexpr int MATRIX = SIGNS + DIM;
 // Words with the weights of a token, two rows in each.
 constant constexpr int ROW_WORDS = (ROWS + 1) / 2;
@@ -75,8 +74,8 @@ struct Memory {
   int row_count;
   uint first_output;
   uint output_stride;
-  half key_table[level_count<KEY_BITS>()];
-  half value_table[level_count<VALUE_BITS>()];
+  half key_table[level_place(KEY_PATTERN, 4)];
+  half value_table[level_count(VALUE_BITS)];
 };
 
 // The work of a SIMD group. It takes the rows of key head `head`, counted over all sequences, from `first_row`

@@ -14,6 +14,8 @@
 //                  the values, signs and matrix of the rotation of the keys, see rotation.h
 //   sizes          int32: those that _SIZES in attention.py names, then one Span for all sequences or one for
 //                  each: packed tokens, sinks, and the first recent token in the exact buffers
+//   coordinates    with BASIS, in place of signs and matrix: the queries in the basis of the keys, float32 as
+//                  the queries
 //   mask           with MASK_ARRAY: bool or float (batch or 1, query heads or 1, rows or 1, tokens)
 //   partial        float32 (batch * heads * GROUP_ROWS, splits, VALUE_DIM + 2): output, maximum and sum;
 //                  the maximum is the reference of the exponentials, which no score exceeds by much
@@ -85,10 +87,20 @@ if (MASK > 0 && thread_index < ROWS) {
       : long(place.head / heads) * sizes[MASK_BATCH_STRIDE] + long(query_head) * sizes[MASK_HEAD_STRIDE] +
           long(row % rows) * sizes[MASK_ROW_STRIDE];
 }
-store_table<KEY_BITS>(constants + KEY_LEVELS, memory.key_table, thread_index, SIMDS * LANES);
-store_table<VALUE_BITS>(constants + VALUE_LEVELS, memory.value_table, thread_index, SIMDS * LANES);
+#pragma unroll
+for (int eight = 0; eight < 4; eight++) {
+  if (first_alike(KEY_PATTERN, eight) == eight) {
+    const int place = level_place(KEY_PATTERN, eight);
+    store_table(bits_of(KEY_PATTERN, eight), constants + KEY_LEVELS + place, memory.key_table + place,
+        thread_index, SIMDS * LANES);
+  }
+}
+store_table(VALUE_BITS, constants + VALUE_LEVELS, memory.value_table, thread_index, SIMDS * LANES);
 #if !MASK_ARRAY
 const int mask = 0;
+#endif
+#if !BASIS
+const auto coordinates = queries;
 #endif
 
 Running running;
@@ -96,7 +108,7 @@ start(running);
 if (split < packed_splits) {
   place.block_step = packed_splits * SIMDS;
   place.count = sizes[span];
-  prepare_packed_queries(memory, queries, key_mean, constants, place, group_rows);
+  prepare_packed_queries(memory, queries, coordinates, key_mean, constants, place, group_rows);
   threadgroup_barrier(mem_flags::mem_threadgroup);
   attend_packed(running, memory, keys, values, key_scales, value_scales, constants, last_block,
       sizes[SINK_COLUMNS], mask, place);

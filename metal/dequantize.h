@@ -36,9 +36,22 @@ METAL_FUNC void store_eight(const thread float* x, device T* out) {
   }
 }
 
+// The level of coordinate i of a vector.
+template <int DIM, int PATTERN, typename Levels>
+METAL_FUNC float level_at(Levels levels, const device uint* words, int stride, int i) {
+  if constexpr (is_uniform(PATTERN)) {
+    return level_of(PATTERN & 15, levels, code_at<DIM, PATTERN & 15>(words, stride, i));
+  } else {
+    const int eight = i / 8 % 4;
+    const int bits = bits_of(PATTERN, eight);
+    const uint code = code_by_pattern<PATTERN>(words, stride, i);
+    return bits == 0 ? 0.0f : level_of(bits, levels + level_place(PATTERN, eight), code);
+  }
+}
+
 // Restores one token with one SIMD group, for any rotation. A `packed` token is mean + R^T (scale * levels) of
 // vector `from` of its row, whose words are STRIDE apart. Any other token is exact vector `from`.
-template <int DIM, int BITS, int ORDER, int POWER, int STRIDE, typename Scales, typename Mean,
+template <int DIM, int PATTERN, int ORDER, int POWER, int STRIDE, typename Scales, typename Mean,
           typename Constants, typename T>
 METAL_FUNC void restore_vector(const device uint* codes, Scales scales, Mean mean, Constants constants,
     const device T* exact, bool packed, int from, device T* out, threadgroup float* values, int lane) {
@@ -48,11 +61,11 @@ METAL_FUNC void restore_vector(const device uint* codes, Scales scales, Mean mea
     }
     return;
   }
-  constexpr int SIGNS = level_count<BITS>();
-  const device uint* words = codes + token_start<vector_words<DIM, BITS>(), STRIDE>(from);
+  constexpr int SIGNS = level_place(PATTERN, 4);
+  const device uint* words = codes + token_start<vector_words<DIM, PATTERN>(), STRIDE>(from);
   const float scale = float(scales[from]);
   for (int i = lane; i < DIM; i += LANES) {
-    values[i] = scale * level_of<BITS>(constants, code_at<DIM, BITS>(words, STRIDE, i));
+    values[i] = scale * level_at<DIM, PATTERN>(constants, words, STRIDE, i);
   }
   simdgroup_barrier(mem_flags::mem_threadgroup);
   butterflies<DIM, POWER>(values, uint(lane));
@@ -68,7 +81,7 @@ METAL_FUNC void restore_vector(const device uint* codes, Scales scales, Mean mea
 // `codes` to `out` belong to the row. For a Hadamard rotation of a power of two several vectors are restored at
 // once: a lane has at least eight coordinates in its registers, with their signs and means. Any other rotation
 // goes through `values` in threadgroup memory. 32 bits are enough for indices within a row.
-template <int DIM, int BITS, int ORDER, int POWER, int STRIDE, typename Scales, typename Mean,
+template <int DIM, int PATTERN, int ORDER, int POWER, int STRIDE, typename Scales, typename Mean,
           typename Constants, typename T, typename Sizes>
 METAL_FUNC void restore_tokens(const device uint* codes, Scales scales, Mean mean, Constants constants,
     const device T* exact, device T* out, Sizes sizes, int first, int last, threadgroup float* values,
@@ -76,10 +89,11 @@ METAL_FUNC void restore_tokens(const device uint* codes, Scales scales, Mean mea
   const int sinks = sizes[0];
   const int recent = sizes[0] + sizes[1];
   const int shift = sizes[2] - recent;
-  if constexpr (ORDER == 1 && DIM >= 64) {
+  if constexpr (ORDER == 1 && POWER >= 64) {
+    constexpr int BITS = PATTERN & 15;
     constexpr int COUNT = DIM > 256 ? DIM / LANES : 8;
     constexpr int VECTOR_LANES = DIM / COUNT;
-    constexpr int SIGNS = level_count<BITS>();
+    constexpr int SIGNS = level_count(BITS);
     constexpr int PLANES = plane_count<BITS>();
     const int begin = uint(lane) % VECTOR_LANES * COUNT;
     float signs[COUNT];
@@ -95,16 +109,17 @@ METAL_FUNC void restore_tokens(const device uint* codes, Scales scales, Mean mea
       float x[COUNT];
       if (simd_any(packed)) {
         const int from = packed ? token - sinks : 0;
-        const device uint* words = codes + token_start<vector_words<DIM, BITS>(), STRIDE>(from);
+        const device uint* words = codes + token_start<vector_words<DIM, PATTERN>(), STRIDE>(from);
 #pragma unroll
         for (int eight = 0; eight < COUNT; eight += 8) {
           uint loaded[PLANES];
-          load_eight<DIM, BITS, STRIDE>(loaded, words, begin + eight);
+          const int i = begin + eight;
+          load_eight<32, BITS, STRIDE>(loaded, words + i / 32 * BITS * STRIDE, i % 32);
 #pragma unroll
           for (int pair = 0; pair < 4; pair++) {
             const uint codes_of_pair = code_pair<8, BITS>(loaded, pair);
-            x[eight + 2 * pair] = level_of<BITS>(constants, codes_of_pair & 0xFFFFu);
-            x[eight + 2 * pair + 1] = level_of<BITS>(constants, codes_of_pair >> 16);
+            x[eight + 2 * pair] = level_of(BITS, constants, codes_of_pair & 0xFFFFu);
+            x[eight + 2 * pair + 1] = level_of(BITS, constants, codes_of_pair >> 16);
           }
         }
         lane_butterflies<DIM, COUNT>(x, lane);
@@ -131,7 +146,7 @@ METAL_FUNC void restore_tokens(const device uint* codes, Scales scales, Mean mea
     for (int token = first; token < last; token++) {
       const bool packed = token >= sinks && token < recent;
       const int from = token < sinks ? token : token + (packed ? -sinks : shift);
-      restore_vector<DIM, BITS, ORDER, POWER, STRIDE>(codes, scales, mean, constants, exact, packed, from,
+      restore_vector<DIM, PATTERN, ORDER, POWER, STRIDE>(codes, scales, mean, constants, exact, packed, from,
           out + token * DIM, values, lane);
     }
   }

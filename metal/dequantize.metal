@@ -13,7 +13,7 @@
 //   values         T (rows, all tokens, VALUE_DIM)
 //
 // For latent vectors SIDES is 1, and `values` gets a single number. A row is one head of one sequence; WORDS
-// is vector_words<DIM, KEY_BITS>(). Threadgroups with y = 0 take keys, those with y = 1 values. A SIMD group
+// is vector_words<DIM, KEY_PATTERN>(). Threadgroups with y = 0 take keys, those with y = 1 values. A SIMD group
 // restores TOKENS neighbouring tokens of a row. They share the signs and the mean of the row; interleaved
 // keys also share sectors of memory. A threadgroup has GROUPS SIMD groups to fill the GPU, each with its own
 // part of the threadgroup memory.
@@ -37,14 +37,14 @@ const int last = min(first + TOKENS, count);
 if (row < long(key_scales_shape[0]) * key_scales_shape[1]) {
   if (threadgroup_position_in_grid.y == 0) {
     const long capacity = key_scales_shape[2];
-    restore_tokens<DIM, KEY_BITS, ORDER, POWER, 32>(
-        key_codes + row * capacity * vector_words<DIM, KEY_BITS>(), key_scales + row * capacity,
+    restore_tokens<DIM, KEY_PATTERN, ORDER, POWER, 32>(
+        key_codes + row * capacity * vector_words<DIM, KEY_PATTERN>(), key_scales + row * capacity,
         key_mean + row * DIM, key_constants, exact_keys + row * exact_keys_shape[2] * DIM,
         keys + row * count * DIM, sizes, first, last, scratch + group * LONGER, lane);
   } else {
     const long capacity = value_scales_shape[2];
-    restore_tokens<VALUE_DIM, VALUE_BITS, VALUE_ORDER, VALUE_POWER, 1>(
-        value_codes + row * capacity * vector_words<VALUE_DIM, VALUE_BITS>(),
+    restore_tokens<VALUE_DIM, VALUE_PATTERN, VALUE_ORDER, VALUE_POWER, 1>(
+        value_codes + row * capacity * vector_words<VALUE_DIM, VALUE_PATTERN>(),
         value_scales + row * capacity, value_mean + row * VALUE_DIM, value_constants,
         exact_values + row * exact_values_shape[2] * VALUE_DIM, values + row * count * VALUE_DIM, sizes,
         first, last, scratch + group * LONGER, lane);

@@ -7,11 +7,11 @@
 //   sizes    int32 (8): query_count, count
 //   out      float32 (rows, query_count, count)
 //
-// A row is one set of vectors; WORDS is vector_words<DIM, BITS>(). A lane takes one vector, so that no
+// A row is one set of vectors; WORDS is vector_words<DIM, BITS * 0x1111>(). A lane takes one vector, so that no
 // sum crosses lanes, and QUERIES queries, so that a code is unpacked once for all of them. The queries
 // lie in threadgroup memory, where all lanes read the same coordinate at the same time.
 
-constexpr int words = vector_words<DIM, BITS>();
+constexpr int words = vector_words<DIM, BITS * 0x1111>();
 threadgroup float query[QUERIES * DIM];
 
 const int query_count = sizes[0];
@@ -34,8 +34,8 @@ if (vector < count) {
     products[q] = 0.0f;
   }
   for (int i = 0; i < DIM; i++) {
-    float level = level_of<BITS>(
-        levels, code_at<DIM, BITS>(codes + (row * count + vector) * words, 1, i));
+    float level = level_of(
+        BITS, levels, code_at<DIM, BITS>(codes + (row * count + vector) * words, 1, i));
 #pragma unroll
     for (int q = 0; q < QUERIES; q++) {
       products[q] += level * query[q * DIM + i];

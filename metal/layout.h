@@ -2,10 +2,10 @@
 // in this folder describes the layout.
 #pragma once
 
-// uint32 words of a plane of WIDTH bits for DIM coordinates.
-template <int DIM, int WIDTH>
+// uint32 words of a plane of WIDTH bits for COUNT coordinates of a run.
+template <int COUNT, int WIDTH>
 METAL_FUNC constexpr int plane_words() {
-  return (DIM * WIDTH + 31) / 32;
+  return (COUNT * WIDTH + 31) / 32;
 }
 
 // Width of the first plane of a code of BITS bits: 4, 2 or 1.
@@ -14,21 +14,37 @@ METAL_FUNC constexpr int first_plane() {
   return BITS >= 4 ? 4 : (BITS >= 2 ? 2 : 1);
 }
 
-// uint32 words of DIM codes of BITS bits.
-template <int DIM, int BITS>
-METAL_FUNC constexpr int vector_words() {
+// uint32 words of a run of COUNT codes of BITS bits.
+template <int COUNT, int BITS>
+METAL_FUNC constexpr int run_words() {
   constexpr int width = first_plane<BITS>();
   if constexpr (BITS > width) {
-    return plane_words<DIM, width>() + vector_words<DIM, BITS - width>();
+    return plane_words<COUNT, width>() + run_words<COUNT, BITS - width>();
   } else {
-    return plane_words<DIM, width>();
+    return plane_words<COUNT, width>();
   }
 }
 
-// Where coordinate i of a plane of WIDTH bits lies: the shift of its field in word i * WIDTH / 32.
+// Where coordinate i of a plane of WIDTH bits lies: the shift of its field in word i * WIDTH / 32 of its run.
 template <int WIDTH>
 METAL_FUNC constexpr uint field_shift(uint i) {
   return (i % (32 / WIDTH)) / 2 * WIDTH + i % 2 * 16;
+}
+
+// Where word j of a run of 32 codes lies in a run of COUNT; -1 if that has no such word.
+template <int COUNT, int BITS>
+METAL_FUNC constexpr int word_in_run(int j) {
+  constexpr int width = first_plane<BITS>();
+  constexpr int words = plane_words<COUNT, width>();
+  if (j < width) {
+    return j < words ? j : -1;
+  }
+  if constexpr (BITS > width) {
+    const int rest = word_in_run<COUNT, BITS - width>(j - width);
+    return rest < 0 ? rest : words + rest;
+  } else {
+    return -1;
+  }
 }
 
 // Planes of a code of BITS bits.
@@ -48,27 +64,117 @@ METAL_FUNC int token_start(int token) {
   return STRIDE == 1 ? token * WORDS : token / 32 * (WORDS * 32) + token % 32;
 }
 
-// The code of coordinate i. Words of one vector are `stride` apart: 32 where tokens are interleaved.
-template <int DIM, int BITS, typename Words>
-METAL_FUNC uint code_at(Words words, int stride, int i) {
+// The code of coordinate i of a run. Words of one vector are `stride` apart: 32 where tokens are interleaved.
+template <int COUNT, int BITS, typename Words>
+METAL_FUNC uint code_in_run(Words words, int stride, int i) {
   constexpr int width = first_plane<BITS>();
   uint field = (words[i * width / 32 * stride] >> field_shift<width>(i)) & ((1u << width) - 1u);
   if constexpr (BITS > width) {
-    uint rest = code_at<DIM, BITS - width>(words + plane_words<DIM, width>() * stride, stride, i);
+    uint rest = code_in_run<COUNT, BITS - width>(words + plane_words<COUNT, width>() * stride, stride, i);
     return (field << (BITS - width)) | rest;
   } else {
     return field;
   }
 }
 
-// Loads the codes of the coordinates i to i + 7, a word of each plane; i is a multiple of eight.
-template <int DIM, int BITS, int STRIDE>
+// The code of coordinate i of a vector.
+template <int DIM, int BITS, typename Words>
+METAL_FUNC uint code_at(Words words, int stride, int i) {
+  words += i / 32 * BITS * stride;
+  if (DIM % 32 > 0 && i >= DIM / 32 * 32) {
+    return code_in_run<DIM % 32, BITS>(words, stride, i % 32);
+  }
+  return code_in_run<32, BITS>(words, stride, i % 32);
+}
+
+// Loads the codes of the coordinates i to i + 7 of a run, a word of each plane; i is a multiple of eight.
+template <int COUNT, int BITS, int STRIDE>
 METAL_FUNC void load_eight(thread uint* out, const device uint* words, int i) {
   constexpr int width = first_plane<BITS>();
   out[0] = words[i * width / 32 * STRIDE] >> field_shift<width>(i);
   if constexpr (BITS > width) {
-    load_eight<DIM, BITS - width, STRIDE>(out + 1, words + plane_words<DIM, width>() * STRIDE, i);
+    load_eight<COUNT, BITS - width, STRIDE>(out + 1, words + plane_words<COUNT, width>() * STRIDE, i);
   }
+}
+
+// Bits of the four eights of a run, as the digits of a pattern: those of the first eight are the last digit.
+// 0x3333 is 3 bits everywhere.
+METAL_FUNC constexpr int bits_of(int pattern, int eight) {
+  return pattern >> (4 * eight) & 15;
+}
+
+METAL_FUNC constexpr bool is_uniform(int pattern) {
+  return pattern == (pattern & 15) * 0x1111;
+}
+
+// uint32 words of a run of 32 codes.
+METAL_FUNC constexpr int pattern_words(int pattern) {
+  return (bits_of(pattern, 0) + bits_of(pattern, 1) + bits_of(pattern, 2) + bits_of(pattern, 3)) / 4;
+}
+
+// uint32 words of DIM codes. The last run may be shorter if all its codes have the same bits.
+template <int DIM, int PATTERN>
+METAL_FUNC constexpr int vector_words() {
+  if constexpr (DIM % 32 > 0) {
+    return DIM / 32 * (PATTERN & 15) + run_words<DIM % 32, PATTERN & 15>();
+  } else {
+    return DIM / 32 * pattern_words(PATTERN);
+  }
+}
+
+// A code has some of four planes, of these widths.
+METAL_FUNC constexpr int plane_width(int plane) {
+  return plane < 2 ? 4 : (plane == 2 ? 2 : 1);
+}
+
+METAL_FUNC constexpr bool has_plane(int bits, int plane) {
+  return plane == 0 ? bits >= 4 : (plane == 1 ? bits == 8 : bits < 8 && (bits & plane_width(plane)) != 0);
+}
+
+// Where a plane of an eight begins in its run, in bits of the halves of words: a half has four of its codes.
+METAL_FUNC constexpr int field_start(int pattern, int eight, int plane) {
+  int start = 0;
+#pragma unroll
+  for (int i = 0; i < 16; i++) {
+    const bool is_before = i < 4 * plane + eight && has_plane(bits_of(pattern, i % 4), i / 4);
+    start += is_before ? 4 * plane_width(i / 4) : 0;
+  }
+  return start;
+}
+
+// The codes of coordinates 2 * pair and 2 * pair + 1 of an eight, in the low and the high half of a word, from
+// the words of a run.
+template <int PATTERN>
+METAL_FUNC uint code_pair_of_run(const thread uint* words, int eight, int pair) {
+  uint code = 0u;
+#pragma unroll
+  for (int plane = 0; plane < 4; plane++) {
+    if (has_plane(bits_of(PATTERN, eight), plane)) {
+      const int width = plane_width(plane);
+      const int start = field_start(PATTERN, eight, plane);
+      const uint mask = ((1u << width) - 1u) * 0x00010001u;
+      code = (code << width) | ((words[start / 16] >> (start % 16 + pair * width)) & mask);
+    }
+  }
+  return code;
+}
+
+// The code of coordinate i of a vector whose runs have a pattern.
+template <int PATTERN, typename Words>
+METAL_FUNC uint code_by_pattern(Words words, int stride, int i) {
+  const int eight = i / 8 % 4;
+  words += i / 32 * pattern_words(PATTERN) * stride;
+  uint code = 0u;
+#pragma unroll
+  for (int plane = 0; plane < 4; plane++) {
+    if (has_plane(bits_of(PATTERN, eight), plane)) {
+      const int width = plane_width(plane);
+      const int start = field_start(PATTERN, eight, plane);
+      const int shift = start % 16 + i % 8 / 2 * width + i % 2 * 16;
+      code = (code << width) | ((words[start / 16 * stride] >> shift) & ((1u << width) - 1u));
+    }
+  }
+  return code;
 }
 
 // The codes of coordinates 2 * pair and 2 * pair + 1, in the low and the high half of a word, from

@@ -3,19 +3,40 @@
 #include "layout.h"
 
 // Length of the array of levels, and of its table in threadgroup memory, which is unused up to 4 bits.
-template <int BITS>
-METAL_FUNC constexpr int level_count() {
-  return BITS <= 4 ? 8 : 1 << BITS;
+METAL_FUNC constexpr int level_count(int bits) {
+  return bits == 0 ? 0 : (bits <= 4 ? 8 : 1 << bits);
+}
+
+// The first eight of a run that has the bits of this one, and so shares its levels.
+METAL_FUNC constexpr int first_alike(int pattern, int eight) {
+  int first = eight;
+#pragma unroll
+  for (int other = 3; other >= 0; other--) {
+    first = other < eight && bits_of(pattern, other) == bits_of(pattern, eight) ? other : first;
+  }
+  return first;
+}
+
+// Where the levels of an eight begin in an array that has those of all bits of a pattern once, in the order of
+// the eights. Its length is that of eight 4.
+METAL_FUNC constexpr int level_place(int pattern, int eight) {
+  int place = 0;
+#pragma unroll
+  for (int other = 0; other < 4; other++) {
+    const bool is_before = eight == 4 || other < first_alike(pattern, eight);
+    place += is_before && first_alike(pattern, other) == other ? level_count(bits_of(pattern, other)) : 0;
+  }
+  return place;
 }
 
 // The level of a code. Up to 4 bits `levels` begins with the three coefficients of an odd polynomial, so
 // that no divergent load is needed; the five numbers after them are for level_pair. From 5 bits on it is
 // the table of all levels.
-template <int BITS, typename Levels>
-METAL_FUNC float level_of(Levels levels, uint code) {
-  if constexpr (BITS <= 4) {
+template <typename Levels>
+METAL_FUNC float level_of(int bits, Levels levels, uint code) {
+  if (bits <= 4) {
     // The code goes into the mantissa of 2^23, which is faster than a conversion.
-    float x = as_type<float>(0x4B000001u | (code << 1)) - (8388608.0f + float(1 << BITS));
+    float x = as_type<float>(0x4B000001u | (code << 1)) - (8388608.0f + float(1 << bits));
     float squared = x * x;
     return x * (levels[0] + squared * (levels[1] + squared * levels[2]));
   } else {
@@ -24,9 +45,9 @@ METAL_FUNC float level_of(Levels levels, uint code) {
 }
 
 // The four coefficients of level_pair, from the levels of level_of.
-template <int BITS, typename Levels>
-METAL_FUNC void load_coefficients(Levels levels, thread half2* coefficients) {
-  if constexpr (BITS <= 4) {
+template <typename Levels>
+METAL_FUNC void load_coefficients(int bits, Levels levels, thread half2* coefficients) {
+  if (bits > 0 && bits <= 4) {
 #pragma unroll
     for (int k = 0; k < 4; k++) {
       coefficients[k] = half2(half(levels[3 + k]));
@@ -35,38 +56,33 @@ METAL_FUNC void load_coefficients(Levels levels, thread half2* coefficients) {
 }
 
 // Writes the table of level_pair with `count` threads.
-template <int BITS, typename Levels>
-METAL_FUNC void store_table(Levels levels, threadgroup half* table, int index, int count) {
-  if constexpr (BITS > 4) {
-    for (int i = index; i < 1 << BITS; i += count) {
+template <typename Levels>
+METAL_FUNC void store_table(int bits, Levels levels, threadgroup half* table, int index, int count) {
+  if (bits > 4) {
+    for (int i = index; i < 1 << bits; i += count) {
       table[i] = half(levels[i]);
     }
   }
 }
 
 // The unit of the levels of level_pair.
-template <int BITS, typename Levels>
-METAL_FUNC float level_unit(Levels levels) {
-  if constexpr (BITS <= 4) {
-    return levels[7];
-  } else {
-    return 1.0f;
-  }
+template <typename Levels>
+METAL_FUNC float level_unit(int bits, Levels levels) {
+  return bits > 0 && bits <= 4 ? levels[7] : 1.0f;
 }
 
 // The levels of a pair of codes as halves. Up to 4 bits the codes go into the mantissas of two halves,
-// 2^(7-BITS) * (1 + code / 64). This needs no conversion, and a subtraction gives x / 2^BITS. The power of
+// 2^(7-bits) * (1 + code / 64). This needs no conversion, and a subtraction gives x / 2^bits. The power of
 // two is loaded with the levels, because on NVIDIA a mask and an exponent that are both constant cost two
 // instructions. For 3 and 4 bits x (a + b x^2 + c x^4) is computed as c x ((x^2 + q)^2 + p), one
 // operation less, and in units of c. _half_coefficients in arguments.py computes q and p.
-template <int BITS>
 METAL_FUNC half2 level_pair(
-    const thread half2* coefficients, const threadgroup half* table, uint codes) {
-  if constexpr (BITS <= 4) {
+    int bits, const thread half2* coefficients, const threadgroup half* table, uint codes) {
+  if (bits <= 4) {
     const half2 x = as_type<half2>((codes << 4) | as_type<uint>(coefficients[3])) + coefficients[2];
-    if constexpr (BITS == 1) {
+    if (bits == 1) {
       return x * coefficients[0];
-    } else if constexpr (BITS == 2) {
+    } else if (bits == 2) {
       return x * fma(x * x, coefficients[1], coefficients[0]);
     } else {
       const half2 sum = fma(x, x, coefficients[0]);

@@ -34,19 +34,28 @@ METAL_FUNC void clear(thread Sum (&sums)[COUNT][OTHERS]) {
   }
 }
 
+// The coefficients of level_pair for each eight of a run; eights of the same bits share those of the first one.
+struct KeyLevels {
+  half2 coefficients[4][4];
+};
+
 // Adds the products of a run of keys and queries.
 template <typename Sum>
 METAL_FUNC void add_scores(thread Sum (&sums)[TOKENS][ROWS], const thread uint (&words)[TOKENS][KEY_BITS],
-    const thread half2* coefficients, const threadgroup Memory& memory, int run) {
+    thread const KeyLevels& key_levels, const threadgroup Memory& memory, int run) {
 #pragma unroll
   for (int i = 0; i < RUN / 8; i++) {
+    const int bits = bits_of(KEY_PATTERN, i);
+    if (bits == 0) {
+      continue;
+    }
     half2 levels[TOKENS][4];
 #pragma unroll
     for (int t = 0; t < TOKENS; t++) {
 #pragma unroll
       for (int k = 0; k < 4; k++) {
-        levels[t][k] = level_pair<KEY_BITS>(
-            coefficients, memory.key_table, code_pair<RUN, KEY_BITS>(words[t], i * 4 + k));
+        levels[t][k] = level_pair(bits, key_levels.coefficients[first_alike(KEY_PATTERN, i)],
+            memory.key_table + level_place(KEY_PATTERN, i), code_pair_of_run<KEY_PATTERN>(words[t], i, k));
       }
     }
 #pragma unroll
@@ -75,7 +84,7 @@ METAL_FUNC void add_values(thread Pair (&sums)[ROWS][PAIRS], const thread uint (
 #pragma unroll
     for (int k = 0; k < PAIRS; k++) {
       const int piece = 2 * k / COORDINATES;
-      const half2 level = level_pair<VALUE_BITS>(coefficients, memory.value_table,
+      const half2 level = level_pair(VALUE_BITS, coefficients, memory.value_table,
           code_pair<8, VALUE_BITS>(words[b][piece], k % (COORDINATES / 2)));
 #pragma unroll
       for (int r = 0; r < ROWS; r++) {
@@ -89,7 +98,7 @@ METAL_FUNC void add_values(thread Pair (&sums)[ROWS][PAIRS], const thread uint (
 // Adds the scores of a block of keys, without their scales; the next block is `blocks` further. With AHEAD the
 // words of a run are loaded while those of the run before are used, and at the end those of the next block.
 METAL_FUNC void score_block(thread float (&scores)[TOKENS][ROWS], thread Keys& keys, uint blocks,
-    const thread half2* coefficients, const threadgroup Memory& memory) {
+    thread const KeyLevels& key_levels, const threadgroup Memory& memory) {
 #pragma unroll 1
   for (int chunk = 0; chunk < CHUNKS; chunk++) {
     half2 sums[TOKENS][ROWS];
@@ -104,9 +113,9 @@ METAL_FUNC void score_block(thread float (&scores)[TOKENS][ROWS], thread Keys& k
       }
       load(keys, is_last ? 0 : run + AHEAD);
       if constexpr (HALF_SUMS) {
-        add_scores(sums, AHEAD ? now.words : keys.words, coefficients, memory, run);
+        add_scores(sums, AHEAD ? now.words : keys.words, key_levels, memory, run);
       } else {
-        add_scores(scores, AHEAD ? now.words : keys.words, coefficients, memory, run);
+        add_scores(scores, AHEAD ? now.words : keys.words, key_levels, memory, run);
       }
     }
 #pragma unroll

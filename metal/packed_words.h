@@ -9,7 +9,7 @@ constant constexpr int TOKEN_STRIDE = VALUE_STRIDE == 1 ? VALUE_WORDS : 1;
 // constant offsets from one pointer: on Apple's GPUs an address of its own costs three more instructions.
 struct Keys {
   const device uint* block;
-  const device uint* planes[KEY_PLANES];
+  const device uint* run;
   uint words[TOKENS][KEY_BITS];
 };
 
@@ -19,60 +19,41 @@ struct Values {
 };
 
 // Points to the block of keys that begins at vector `first` of the buffer.
-template <int BITS>
-METAL_FUNC void begin_planes(thread Keys& keys, const device uint* words) {
-  constexpr int plane = KEY_PLANES - plane_count<BITS>();
-  constexpr int width = first_plane<BITS>();
-  keys.planes[plane] = words;
-  if constexpr (BITS > width) {
-    begin_planes<BITS - width>(keys, words + plane_words<DIM, width>() * LANES);
-  }
-}
-
 METAL_FUNC void begin(thread Keys& keys, const device uint* codes, uint first, uint lane) {
   keys.block = codes + (long(first) * KEY_WORDS + lane);
-  begin_planes<KEY_BITS>(keys, keys.block);
+  keys.run = keys.block;
 }
 
 // Moves to the beginning of the block that is `blocks` further.
 METAL_FUNC void turn(thread Keys& keys, uint blocks) {
   keys.block += blocks * (TOKENS * KEY_WORDS * LANES);
-  begin_planes<KEY_BITS>(keys, keys.block);
+  keys.run = keys.block;
 }
 
-// Loads run `run` of TOKENS keys, plane after plane. The last run may be longer than the rest of a
-// vector: missing words are zeros, and their levels do not count because the queries are zero there.
-template <int BITS>
-METAL_FUNC void load_planes(thread Keys& keys, int run) {
-  constexpr int plane = KEY_PLANES - plane_count<BITS>();
-  constexpr int width = first_plane<BITS>();
-  constexpr int count = plane_words<DIM, width>();
+// Loads run `run` of TOKENS keys. The last run may be longer than the rest of a vector: missing words are zeros,
+// and their levels do not count because the queries are zero there.
+METAL_FUNC void load(thread Keys& keys, int run) {
 #pragma unroll
   for (int t = 0; t < TOKENS; t++) {
 #pragma unroll
-    for (int j = 0; j < width; j++) {
-      const bool exists = DIM % (RUNS * RUN) == 0 || run * width + j < count;
-      keys.words[t][KEY_BITS - BITS + j] = exists ? keys.planes[plane][(t * KEY_WORDS + j) * LANES] : 0u;
+    for (int j = 0; j < KEY_BITS; j++) {
+      const int rest = word_in_run<DIM % RUN, KEY_BITS>(j);
+      const bool is_whole = DIM % (RUNS * RUN) == 0 || run < DIM / RUN;
+      const bool exists = is_whole || (run == DIM / RUN && rest >= 0);
+      keys.words[t][j] = exists ? keys.run[(t * KEY_WORDS + (is_whole ? j : rest)) * LANES] : 0u;
     }
   }
-  keys.planes[plane] += width * LANES;
-  if constexpr (BITS > width) {
-    load_planes<BITS - width>(keys, run);
-  }
+  keys.run += KEY_BITS * LANES;
 }
 
-METAL_FUNC void load(thread Keys& keys, int run) {
-  load_planes<KEY_BITS>(keys, run);
-}
-
-// Points to the values from vector `first` of the buffer on, of which this lane takes coordinates from i on.
-template <int BITS>
-METAL_FUNC void begin_planes(thread Values& values, const device uint* words, uint i, int piece) {
+// Points to the words of coordinates from i on of a run of COUNT.
+template <int COUNT, int BITS>
+METAL_FUNC void begin_planes(thread Values& values, const device uint* run, uint i, int piece) {
   constexpr int plane = PLANES - plane_count<BITS>();
   constexpr int width = first_plane<BITS>();
-  values.planes[piece][plane] = words + i * width / 32 * VALUE_STRIDE;
+  values.planes[piece][plane] = run + i * width / 32 * VALUE_STRIDE;
   if constexpr (BITS > width) {
-    begin_planes<BITS - width>(values, words + plane_words<VALUE_DIM, width>() * VALUE_STRIDE, i, piece);
+    begin_planes<COUNT, BITS - width>(values, run + plane_words<COUNT, width>() * VALUE_STRIDE, i, piece);
   }
 }
 
@@ -81,13 +62,20 @@ METAL_FUNC uint value_coordinate(uint lane, int piece) {
   return VALUE_DIM % (VALUE_LANES * COORDINATES) == 0 || i < VALUE_DIM ? i : 0u;
 }
 
+// Points to the values from vector `first` of the buffer on.
 METAL_FUNC void begin(thread Values& values, const device uint* codes, uint first, uint lane) {
   const long start = VALUE_STRIDE == 1 ? long(first) * VALUE_WORDS
                                        : long(first / LANES) * (VALUE_WORDS * LANES) + first % LANES;
 #pragma unroll
   for (int piece = 0; piece < PIECES; piece++) {
-    begin_planes<VALUE_BITS>(values, codes + start + lane / VALUE_LANES * TOKEN_STRIDE,
-        value_coordinate(lane, piece), piece);
+    const uint i = value_coordinate(lane, piece);
+    const device uint* run =
+        codes + (start + lane / VALUE_LANES * TOKEN_STRIDE + i / 32 * (VALUE_BITS * VALUE_STRIDE));
+    if (VALUE_DIM % 32 > 0 && i >= VALUE_DIM / 32 * 32) {
+      begin_planes<VALUE_DIM % 32, VALUE_BITS>(values, run, i % 32, piece);
+    } else {
+      begin_planes<32, VALUE_BITS>(values, run, i % 32, piece);
+    }
   }
 }
 

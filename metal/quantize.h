@@ -3,21 +3,21 @@
 #include "levels.h"
 #include "rotation.h"
 
-// Word w of the packed form of DIM codes, which lie in threadgroup memory as floats.
-template <int DIM, int BITS>
-METAL_FUNC uint packed_word(const threadgroup float* codes, int w) {
+// Word w of a run of COUNT codes, which lie in threadgroup memory as floats.
+template <int COUNT, int BITS>
+METAL_FUNC uint word_of_run(const threadgroup float* codes, int w) {
   constexpr int width = first_plane<BITS>();
-  constexpr int words = plane_words<DIM, width>();
+  constexpr int words = plane_words<COUNT, width>();
   if constexpr (BITS > width) {
     if (w >= words) {
-      return packed_word<DIM, BITS - width>(codes, w - words);
+      return word_of_run<COUNT, BITS - width>(codes, w - words);
     }
   }
   uint word = 0u;
 #pragma unroll
   for (int j = 0; j < 32 / width; j++) {
     const int i = w * (32 / width) + j;
-    if (DIM % (32 / width) == 0 || i < DIM) {
+    if (COUNT % (32 / width) == 0 || i < COUNT) {
       const uint field = (uint(codes[i]) >> (BITS - width)) & ((1u << width) - 1u);
       word |= field << field_shift<width>(j);
     }
@@ -25,12 +25,58 @@ METAL_FUNC uint packed_word(const threadgroup float* codes, int w) {
   return word;
 }
 
+// Word w of the packed form of DIM codes.
+template <int DIM, int BITS>
+METAL_FUNC uint packed_word(const threadgroup float* codes, int w) {
+  const int run = w / BITS;
+  codes += run * 32;
+  if (DIM % 32 > 0 && run == DIM / 32) {
+    return word_of_run<DIM % 32, BITS>(codes, w - run * BITS);
+  }
+  return word_of_run<32, BITS>(codes, w - run * BITS);
+}
+
+// The same for codes whose runs have a pattern.
+template <int PATTERN>
+METAL_FUNC uint packed_word_by_pattern(const threadgroup float* codes, int w) {
+  constexpr int mean_bits = pattern_words(PATTERN);
+  const int run = w / mean_bits;
+  uint word = 0u;
+#pragma unroll
+  for (int field = 0; field < 16; field++) {
+    const int eight = field % 4;
+    const int plane = field / 4;
+    const int bits = bits_of(PATTERN, eight);
+    const int start = field_start(PATTERN, eight, plane);
+    if (has_plane(bits, plane) && start / 16 == w - run * mean_bits) {
+      const int below = plane == 0 ? bits - 4 : (plane == 2 ? bits & 1 : 0);
+#pragma unroll
+      for (int j = 0; j < 8; j++) {
+        const uint code = uint(codes[run * 32 + eight * 8 + j]) >> below;
+        word |= (code & ((1u << plane_width(plane)) - 1u)) << (start % 16 + j / 2 * plane_width(plane) + j % 2 * 16);
+      }
+    }
+  }
+  return word;
+}
+
+// Where the cells of an eight begin, or with eight 4 how many there are: those of all bits of a pattern follow
+// each other, in the order of the eights.
+METAL_FUNC constexpr int cell_place(int pattern, int eight) {
+  int place = 0;
+#pragma unroll
+  for (int other = 0; other < 4; other++) {
+    const bool is_before = eight == 4 || other < first_alike(pattern, eight);
+    place += is_before && first_alike(pattern, other) == other ? 1 << bits_of(pattern, other) >> 1 : 0;
+  }
+  return place;
+}
+
 // The cell of y >= 0: how many of the limits between the positive levels are below it.
-template <int BITS>
-METAL_FUNC int cell_of(const threadgroup float2* cells, float y) {
+METAL_FUNC int cell_of(int bits, const threadgroup float2* cells, float y) {
   int cell = 0;
 #pragma unroll
-  for (int step = 1 << BITS >> 2; step > 0; step /= 2) {
+  for (int step = 1 << bits >> 2; step > 0; step /= 2) {
     cell += y > cells[cell + step - 1].x ? step : 0;
   }
   return cell;
@@ -40,17 +86,16 @@ METAL_FUNC int cell_of(const threadgroup float2* cells, float y) {
 // coordinates k * VECTOR_LANES + lane. `values` are DIM floats of threadgroup memory for these lanes alone.
 // `cells` are shared by the threadgroup: the limit above a positive level, and that level. All threads take
 // part, but only those that are `inside` write results.
-template <int DIM, int BITS, int ORDER, int POWER, int GAINS, int VECTOR_LANES, typename X, typename Mean,
-          typename Levels, typename Thresholds, typename Gains, typename Signs, typename Matrix>
-METAL_FUNC void quantize_vector(X x, Mean mean, Levels levels, Thresholds thresholds, Gains gains,
-    Signs signs, Matrix matrix, device uint* codes, device bfloat16_t* scale_out,
-    threadgroup float* values, threadgroup float2* cells, bool inside, int lane, int thread_index,
-    int thread_count) {
+template <int DIM, int PATTERN, int ORDER, int POWER, int GAINS, int VECTOR_LANES, bool WEIGHTED, typename X,
+          typename Mean, typename Cells, typename Gains, typename Signs, typename Matrix, typename Weights>
+METAL_FUNC void quantize_vector(X x, Mean mean, Cells given_cells, Gains gains, Signs signs, Matrix matrix,
+    Weights weights, device uint* codes, device bfloat16_t* scale_out, threadgroup float* values,
+    threadgroup float2* cells, bool inside, int lane, int thread_index, int thread_count) {
   constexpr int COORDINATES = (DIM + VECTOR_LANES - 1) / VECTOR_LANES;
-  constexpr int POSITIVE = 1 << BITS >> 1;
-  for (int cell = thread_index; cell < POSITIVE; cell += thread_count) {
-    cells[cell].x = cell + 1 < POSITIVE ? float(thresholds[POSITIVE + cell]) : INFINITY;
-    cells[cell].y = level_of<BITS>(levels, uint(POSITIVE + cell));
+  constexpr bool ALIKE = is_uniform(PATTERN) && !WEIGHTED;
+  for (int cell = thread_index; cell < cell_place(PATTERN, 4); cell += thread_count) {
+    cells[cell].x = given_cells[2 * cell];
+    cells[cell].y = given_cells[2 * cell + 1];
   }
 
   // Seen from its first one, the coordinates of a lane are at constant offsets.
@@ -119,21 +164,36 @@ METAL_FUNC void quantize_vector(X x, Mean mean, Levels levels, Thresholds thresh
   }
   // The gains ascend, so a coordinate only moves to higher cells. Up to 5 bits it moves one cell at most,
   // because cells are wider than the steps of the gains.
+  float squared_sum = ALIKE ? float(DIM) : 0.0f;
   for (int i = 0; i < DIM - lane; i += VECTOR_LANES) {
+    const int eight = ALIKE ? 0 : (i + lane) / 8 % 4;
+    const int bits = bits_of(PATTERN, eight);
+    const float weight = WEIGHTED ? float(weights[eight]) : 1.0f;
     const float y = abs(own[i]) * inverse_rms;
-    int cell = cell_of<BITS>(cells, tried[0] * y);
-    float2 limit_and_level = cells[cell];
+    if (!ALIKE) {
+      squared_sum = fma(weight * y, y, squared_sum);
+    }
+    if (bits == 0) {
+      continue;
+    }
+    const threadgroup float2* own_cells = cells + cell_place(PATTERN, eight);
+    int cell = cell_of(bits, own_cells, tried[0] * y);
+    float2 limit_and_level = own_cells[cell];
 #pragma unroll
     for (int g = 0; g < GAINS; g++) {
       while (tried[g] * y > limit_and_level.x) {
-        limit_and_level = cells[++cell];
-        if (BITS <= 5) {
+        limit_and_level = own_cells[++cell];
+        if (bits <= 5) {
           break;
         }
       }
-      products[g] = fma(limit_and_level.y, y, products[g]);
-      squared_lengths[g] = fma(limit_and_level.y, limit_and_level.y, squared_lengths[g]);
+      const float weighted = weight * limit_and_level.y;
+      products[g] = fma(weighted, y, products[g]);
+      squared_lengths[g] = fma(weighted, limit_and_level.y, squared_lengths[g]);
     }
+  }
+  if (!ALIKE) {
+    squared_sum = shared_sum<VECTOR_LANES>(squared_sum);
   }
   // The largest cosine, product / length, without a division.
   float gain = 1.0f;
@@ -154,21 +214,29 @@ METAL_FUNC void quantize_vector(X x, Mean mean, Levels levels, Thresholds thresh
   for (int k = 0; k < COORDINATES; k++) {
     const int i = k * VECTOR_LANES;
     if (i + lane < DIM) {
+      const int eight = ALIKE ? 0 : (i + lane) / 8 % 4;
+      const int bits = bits_of(PATTERN, eight);
+      const int positive = 1 << bits >> 1;
       const float y = own[i];
-      const int cell = cell_of<BITS>(cells, gain * (abs(y) * inverse_rms));
-      own[i] = float(y > 0.0f ? POSITIVE + cell : POSITIVE - 1 - cell);
+      const int cell =
+          cell_of(bits, cells + cell_place(PATTERN, eight), gain * (abs(y) * inverse_rms));
+      own[i] = bits == 0 ? 0.0f : float(y > 0.0f ? positive + cell : positive - 1 - cell);
     }
   }
   simdgroup_barrier(mem_flags::mem_threadgroup);
   if (inside) {
     // <y, y> / <y, q> in units of rms; a vector of zeros has scale 0.
-    float scale = product == 0.0f ? 0.0f : float(DIM) / product * rms * rsqrt(float(POWER)) * largest;
+    float scale = product == 0.0f ? 0.0f : squared_sum / product * rms * rsqrt(float(POWER)) * largest;
     scale = isfinite(rms) ? min(scale, 3.3895e38f) : NAN;
     if (lane == 0) {
       scale_out[0] = bfloat16_t(scale);
     }
-    for (int w = lane; w < vector_words<DIM, BITS>(); w += VECTOR_LANES) {
-      codes[w] = packed_word<DIM, BITS>(values, w);
+    for (int w = lane; w < vector_words<DIM, PATTERN>(); w += VECTOR_LANES) {
+      if constexpr (is_uniform(PATTERN)) {
+        codes[w] = packed_word<DIM, PATTERN & 15>(values, w);
+      } else {
+        codes[w] = packed_word_by_pattern<PATTERN>(values, w);
+      }
     }
   }
 }

@@ -33,10 +33,12 @@ METAL_FUNC uint4 eight_halves(const thread float* x) {
   return pairs;
 }
 
-// Queries for packed tokens: rotated, in units of their root mean square, so that halves hold any query.
-template <typename Queries, typename Mean, typename Constants>
-METAL_FUNC void prepare_packed_queries(threadgroup Memory& memory, Queries queries, Mean key_mean,
-    Constants constants, thread const Place& place, int group_rows) {
+// Queries for packed tokens: rotated, in units of their root mean square, so that halves hold any query, and
+// times the unit of the levels of their eight.
+// With a BASIS `coordinates` are the queries in it.
+template <typename Queries, typename Coordinates, typename Mean, typename Constants>
+METAL_FUNC void prepare_packed_queries(threadgroup Memory& memory, Queries queries, Coordinates coordinates,
+    Mean key_mean, Constants constants, thread const Place& place, int group_rows) {
   threadgroup float* rotated = memory.packed.rotated[place.simd];
   for (int row = place.simd; row < ROWS; row += SIMDS) {
     float mean_score = 0.0f;
@@ -45,24 +47,32 @@ METAL_FUNC void prepare_packed_queries(threadgroup Memory& memory, Queries queri
       const float query = query_at(queries, constants, place, group_rows, row, i);
       const int at = min(i, DIM - 1);
       mean_score += query * key_mean[long(place.head) * DIM + at];
-      squared_norm += query * query;
-      rotated[i] = query * constants[SIGNS + at];
+      const float own = BASIS ? query_at(coordinates, constants, place, group_rows, row, i) : query;
+      squared_norm += own * own;
+      rotated[i] = own * constants[SIGNS + at];
     }
     mean_score = simd_sum(mean_score);
     const float norm = sqrt(simd_sum(squared_norm));
     if (place.lane == 0) {
       memory.mean_scores[row] = mean_score;
-      memory.factors[row] = norm * rsqrt(float(DIM)) * level_unit<KEY_BITS>(constants + KEY_LEVELS);
+      memory.factors[row] = norm * rsqrt(float(DIM));
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
     butterflies<DIM, POWER>(rotated, place.lane);
     const float scale = norm > 0.0f ? sqrt(float(DIM)) * rsqrt(float(POWER)) / norm : 0.0f;
     for (int i = int(place.lane); i < PADDED / 8; i += LANES) {
+      float unit = 1.0f;
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        const float own =
+            level_unit(bits_of(KEY_PATTERN, k), constants + KEY_LEVELS + level_place(KEY_PATTERN, k));
+        unit = i % 4 == k ? own : unit;
+      }
       float eight[8];
 #pragma unroll
       for (int k = 0; k < 8; k++) {
         eight[k] = i * 8 + k < DIM
-            ? scale * matrix_row<ORDER, POWER, false>(constants + MATRIX, rotated, i * 8 + k)
+            ? unit * scale * matrix_row<ORDER, POWER, false>(constants + MATRIX, rotated, i * 8 + k)
             : 0.0f;
       }
       memory.packed.queries[i][row] = eight_halves(eight);

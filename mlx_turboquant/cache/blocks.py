@@ -8,6 +8,7 @@ call fetches the tokens for its queries before it packs.
 
 from typing import NamedTuple
 
+from ..codec.basis import Basis
 from ..codec.codebook import check_bits
 from ..kernels.attention import MAX_DECODE_ROWS
 from ..kernels.tokens import BLOCK, CAPACITY_UNIT
@@ -27,6 +28,7 @@ class CacheSettings(NamedTuple):
     sink_tokens: int
     max_size: int | None
     seed: int
+    basis: Basis | None = None
 
     @property
     def most_exact(self) -> int:

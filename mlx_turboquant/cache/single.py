@@ -19,6 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..codec.basis import Basis
 from ..kernels.storage import PackedKV, beginning_of, check_state, check_vectors, layouts_of
 from ..kernels.tokens import VisibleTokens, longer
 from .base import CompressedCache, write_tokens
@@ -44,6 +45,7 @@ class TurboQuantKVCache(CompressedCache):
         max_size: The most tokens to hold; beyond it, the oldest blocks after the sinks are
             forgotten. None keeps all.
         seed: Seed of the random rotation.
+        basis: The axes of the keys, in place of a random rotation.
 
     Raises:
         ValueError: an argument outside these ranges.
@@ -61,9 +63,10 @@ class TurboQuantKVCache(CompressedCache):
         sink_tokens: int = DEFAULT_SINK_TOKENS,
         max_size: int | None = None,
         seed: int = 0,
+        basis: Basis | None = None,
     ):
-        settings = CacheSettings(key_bits, value_bits, window, sink_tokens, max_size, seed)
-        layouts = layouts_of(key_bits, None if self._is_latent else value_bits)
+        settings = CacheSettings(key_bits, value_bits, window, sink_tokens, max_size, seed, basis)
+        layouts = layouts_of(key_bits, None if self._is_latent else value_bits, basis)
         super().__init__(settings, PackedKV(layouts, seed, settings.limit()), Link())
         self.offset = 0
         self.forgotten = 0

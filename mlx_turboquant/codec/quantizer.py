@@ -1,17 +1,20 @@
 """The TurboQuant quantizer: a few bits per value, without training or calibration."""
 
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from .basis import Basis
 from .codebook import POLYNOMIAL_BITS, codebook, evaluate_polynomial, level_polynomial
 from .constants import constant
-from .packing import byte_order, pack, unpack, words_per_vector
+from .packing import EIGHT, RUN, Bits, byte_order, pack, unpack, words_per_vector
 from .rotation import Rotation
 
 # Changes whenever the meaning of stored codes changes.
-CODEC_VERSION = "1"
+CODEC_VERSION = "2"
 SCALES = ("unbiased", "least_squares", "norm", "none")
 # The 5th to the 95th percentile of the best gain at 2 to 4 bits and 64 to 256 dimensions.
 _GAINS = tuple(round(0.75 + 0.05 * i, 2) for i in range(12))
@@ -52,6 +55,9 @@ class TurboQuantizer:
             "least_squares", <Rx, q> / |q|^2, has the least mean squared error;
             "norm", |x| / |q|, keeps the length;
             "none", |x| / sqrt(dim) / gain, is the paper's TurboQuant_mse.
+        basis: Axes of the vectors, in place of a rotation. Vectors are then (..., H, n, dim), and
+            ``bits`` are the mean of the pattern of bits that suits the axes. Errors count by the
+            weights of the axes, for the gain and the scale as well.
         gain_search: Try a dozen gains per vector and keep the one with the largest cosine between
             y and q. Without it, or at 1 bit, the gain is 1. Costs time in ``quantize`` only.
 
@@ -71,8 +77,9 @@ class TurboQuantizer:
         seed: int = 0,
         scale: str = "unbiased",
         gain_search: bool = True,
+        basis: Basis | None = None,
     ):
-        levels, thresholds = codebook(dim, bits)
+        self.levels, self.thresholds = _book(dim, bits)
         if scale not in SCALES:
             raise ValueError(f"Scale {scale!r} is not known: use one of {', '.join(SCALES)}.")
         self.dim = dim
@@ -81,12 +88,15 @@ class TurboQuantizer:
         self.seed = seed
         self.bits_per_value = 32 * (words_per_vector(dim, bits) + 1) / dim
         self.gains = constant(_GAINS if gain_search and bits > 1 else (1.0,))
-        self.rotation = Rotation(dim, rotation, seed)
-        self.levels = constant(levels.astype(np.float32))
-        self.thresholds = constant(thresholds.astype(np.float32))
+        self.rotation = Rotation(dim, rotation, seed) if basis is None else basis
+        # Bits of all coordinates, or of the eights of a run.
+        self.pattern: Bits = bits if basis is None else basis.pattern(bits)
+        self.basis = basis
+        # Vectors of a basis have as many heads; kernels are checked with that many.
+        self.heads = 2 if basis is None else len(basis.axes)
         # At 4 bits a byte holds two codes; one look-up finds both levels.
         self._byte_levels: mx.array | None = None
-        if bits == 4 and dim % 8 == 0:
+        if self.pattern == 4 and dim % 8 == 0:
             levels = self._levels_of(mx.arange(256)[:, None] >> mx.array([0, 4]) & 15)
             self._byte_levels = constant(levels.view(mx.uint64).flatten())
             self._order = constant(byte_order(dim))
@@ -112,7 +122,7 @@ class TurboQuantizer:
         codes, gain = self._encode(rotated / mx.where(rms == 0, 1, rms))
         scales = mx.minimum(self._scales(rotated, codes, gain) * largest, LARGEST_SCALE)
         scales = mx.where(mx.isfinite(largest), scales, mx.nan)
-        return QuantizedVectors(pack(codes, self.bits), scales.squeeze(-1))
+        return QuantizedVectors(pack(codes, self.pattern), scales.squeeze(-1))
 
     def dequantize(self, packed: QuantizedVectors, dtype: mx.Dtype = mx.float32) -> mx.array:
         """The reconstructed vectors (..., dim) in ``dtype``.
@@ -134,7 +144,7 @@ class TurboQuantizer:
             ValueError: queries of another shape or dtype, or codes of another shape.
         """
         check_vectors(queries, self.dim)
-        queries = self.stored_order(self.rotation.apply(queries))
+        queries = self.stored_order(self.rotation.apply_to_queries(queries))
         products = queries @ self.stored_levels(packed).swapaxes(-1, -2)
         return products * packed.scales[..., None, :]
 
@@ -157,10 +167,10 @@ class TurboQuantizer:
     def rotated_levels(self, packed: QuantizedVectors) -> mx.array:
         """q, the levels of packed vectors: float32 (..., dim)."""
         self._check_packed(packed)
-        return self._levels_of(unpack(packed.codes, self.bits, self.dim))
+        return self._levels_of(unpack(packed.codes, self.pattern, self.dim))
 
     def _check_packed(self, packed: QuantizedVectors) -> None:
-        words = words_per_vector(self.dim, self.bits)
+        words = words_per_vector(self.dim, self.pattern)
         if packed.codes.shape != (*packed.scales.shape, words):
             raise ValueError(
                 f"Codes of shape {packed.codes.shape} with scales of shape {packed.scales.shape} "
@@ -169,22 +179,24 @@ class TurboQuantizer:
             )
 
     def _levels_of(self, codes: mx.array) -> mx.array:
-        """Levels of codes (..., dim) in float32, by their polynomial where there is one."""
-        if self.bits > POLYNOMIAL_BITS:
-            # Nine times faster than mx.take on a CPU.
-            return mx.take_along_axis(self.levels, codes.flatten(), axis=-1).reshape(codes.shape)
-        x = codes.astype(mx.float32) * 2 + (1 - 2**self.bits)
-        return evaluate_polynomial(level_polynomial(self.dim, self.bits), x)
+        """Levels of codes (..., dim) in float32."""
+        return self._by_part(_levels, codes)
 
     def _codes_of(self, y: mx.array) -> mx.array:
-        """The codes of y (..., dim), the number of thresholds below each value: uint8 or uint32."""
-        if self.bits > POLYNOMIAL_BITS:
-            return mx.searchsorted(self.thresholds, y)
-        # On a CPU, a search per value takes 6 to 16 times as long as these comparisons.
-        codes = mx.zeros(y.shape, mx.uint8)
-        for threshold in self.thresholds:
-            codes = codes + (y > threshold)
-        return codes
+        """The codes of y (..., dim): uint8 or uint32."""
+        return self._by_part(_codes, y)
+
+    def _by_part(self, function: Callable[[int, int, mx.array], mx.array], x: mx.array) -> mx.array:
+        """The results of ``function`` for x (..., dim), by the bits of the eights of a run."""
+        if isinstance(self.pattern, int):
+            return function(self.dim, self.pattern, x)
+        runs = mx.unflatten(x, -1, (-1, RUN // EIGHT, EIGHT))
+        parts = [function(self.dim, bits, runs[..., i, :]) for i, bits in enumerate(self.pattern)]
+        return mx.stack(parts, axis=-2).flatten(-3)
+
+    def _sum(self, x: mx.array) -> mx.array:
+        """The sum of x (..., dim) over its coordinates, by their weights in a basis: (..., 1)."""
+        return (x if self.basis is None else x * self.basis.weights).sum(axis=-1, keepdims=True)
 
     def _encode(self, y: mx.array) -> tuple[mx.array, mx.array]:
         """Codes of y (..., dim) and the gain (..., 1) that they were found with."""
@@ -195,24 +207,53 @@ class TurboQuantizer:
                 # One after the other: all at once take four times the memory and the time.
                 y = mx.depends([y], cosines[-1:])[0]
                 levels = self._levels_of(self._codes_of(each * y))
-                length = mx.linalg.norm(levels, axis=-1, keepdims=True)
-                cosines.append((levels * y).sum(axis=-1, keepdims=True) / length)
+                length = mx.sqrt(self._sum(levels * levels))
+                cosines.append(self._sum(levels * y) / length)
             best = mx.argmax(mx.concatenate(cosines, axis=-1), axis=-1, keepdims=True)
             gain = self.gains[best]
         return self._codes_of(gain * y), gain
 
     def _scales(self, rotated: mx.array, codes: mx.array, gain: mx.array) -> mx.array:
         levels = self._levels_of(codes)
-        squared_norm = (rotated * rotated).sum(axis=-1, keepdims=True)
         if self.scale == "none":
-            return mx.sqrt(squared_norm / self.dim) / gain
-        squared_length = (levels * levels).sum(axis=-1, keepdims=True)
+            return mx.linalg.norm(rotated, axis=-1, keepdims=True) / self.dim**0.5 / gain
+        squared_norm, squared_length = self._sum(rotated * rotated), self._sum(levels * levels)
         if self.scale == "norm":
             return mx.sqrt(squared_norm / squared_length)
-        product = (rotated * levels).sum(axis=-1, keepdims=True)
+        product = self._sum(rotated * levels)
         if self.scale == "least_squares":
             return product / squared_length
         return squared_norm / mx.where(product == 0, 1, product)
+
+
+@cache
+def _book(dim: int, bits: int) -> tuple[mx.array, mx.array]:
+    """The float32 levels and thresholds of a codebook."""
+    levels, thresholds = codebook(dim, bits)
+    return constant(levels.astype(np.float32)), constant(thresholds.astype(np.float32))
+
+
+def _levels(dim: int, bits: int, codes: mx.array) -> mx.array:
+    """Levels of codes in float32, by their polynomial where there is one; zeros without bits."""
+    if bits == 0:
+        return mx.zeros(codes.shape)
+    if bits > POLYNOMIAL_BITS:
+        # Nine times faster than mx.take on a CPU.
+        levels = mx.take_along_axis(_book(dim, bits)[0], codes.flatten(), axis=-1)
+        return levels.reshape(codes.shape)
+    x = codes.astype(mx.float32) * 2 + (1 - 2**bits)
+    return evaluate_polynomial(level_polynomial(dim, bits), x)
+
+
+def _codes(dim: int, bits: int, y: mx.array) -> mx.array:
+    """The number of thresholds below each value: uint8 or uint32."""
+    if bits > POLYNOMIAL_BITS:
+        return mx.searchsorted(_book(dim, bits)[1], y)
+    # On a CPU, a search per value takes 6 to 16 times as long as these comparisons.
+    codes = mx.zeros(y.shape, mx.uint8)
+    for threshold in _book(dim, bits)[1] if bits else ():
+        codes = codes + (y > threshold)
+    return codes
 
 
 def check_vectors(x: mx.array, dim: int) -> None:

@@ -50,6 +50,10 @@ class Rotation:
         """R x for every vector x of an array (..., dim): float32 of the same shape."""
         return self._multiply(x.astype(mx.float32) * self.signs, self.matrix)
 
+    def apply_to_queries(self, queries: mx.array) -> mx.array:
+        """:meth:`apply`, which keeps inner products."""
+        return self.apply(queries)
+
     def invert(self, y: mx.array) -> mx.array:
         """R^T y for every vector y of an array (..., dim): float32 of the same shape."""
         return self._multiply(y.astype(mx.float32), self.matrix.T) * self.signs

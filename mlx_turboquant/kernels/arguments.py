@@ -4,19 +4,62 @@ import math
 from functools import cache, lru_cache
 
 import mlx.core as mx
+import numpy as np
 
-from ..codec.codebook import POLYNOMIAL_BITS, level_polynomial
+from ..codec.codebook import POLYNOMIAL_BITS, codebook, level_polynomial
 from ..codec.constants import constant
+from ..codec.packing import EIGHT, RUN
 from ..codec.quantizer import TurboQuantizer
+
+
+def pattern(quantizer: TurboQuantizer) -> int:
+    """The bits of the eights of a run as digits, those of the first eight last; see layout.h."""
+    return sum(bits << 4 * i for i, bits in enumerate(_eights(quantizer)))
+
+
+def _eights(quantizer: TurboQuantizer) -> tuple[int, ...]:
+    bits = quantizer.pattern
+    return (bits,) * 4 if isinstance(bits, int) else bits
 
 
 @cache
 def levels(quantizer: TurboQuantizer) -> mx.array:
-    """Return the float32 input of ``levels.h``: a table of levels, or polynomial coefficients."""
-    if quantizer.bits > POLYNOMIAL_BITS:
-        return quantizer.levels
-    polynomial = level_polynomial(quantizer.dim, quantizer.bits)
-    return constant((*polynomial, *_half_coefficients(polynomial, quantizer.bits)))
+    """Return the float32 input of ``levels.h``: a table of levels, or polynomial coefficients.
+
+    All bits of a pattern have theirs once, in the order of the eights.
+    """
+    found = [bits for bits in dict.fromkeys(_eights(quantizer)) if bits]
+    return constant(mx.concatenate([_levels(quantizer.dim, bits) for bits in found]))
+
+
+@cache
+def cells(quantizer: TurboQuantizer) -> mx.array:
+    """The positive levels with the threshold above each: float32 (n, 2), thresholds first.
+
+    All bits of a pattern have theirs once, in the order of the eights.
+    """
+    found = []
+    for bits in dict.fromkeys(_eights(quantizer)):
+        if bits:
+            levels, thresholds = codebook(quantizer.dim, bits)
+            positive = 2 ** (bits - 1)
+            found.append(np.stack([np.append(thresholds[positive:], np.inf), levels[positive:]], 1))
+    return constant(np.concatenate(found).astype(np.float32))
+
+
+@cache
+def weights(quantizer: TurboQuantizer) -> mx.array:
+    """The weights of the eights of a run for each head: float32 (H, 4), ones without a basis."""
+    if quantizer.basis is None:
+        return constant(mx.ones((1, 4)))
+    return constant(mx.contiguous(quantizer.basis.weights[:, 0, :RUN:EIGHT]))
+
+
+def _levels(dim: int, bits: int) -> mx.array:
+    if bits > POLYNOMIAL_BITS:
+        return mx.array(codebook(dim, bits).levels.astype(np.float32))
+    polynomial = level_polynomial(dim, bits)
+    return mx.array((*polynomial, *_half_coefficients(polynomial, bits)))
 
 
 def _half_coefficients(polynomial: tuple[float, float, float], bits: int) -> tuple[float, ...]:

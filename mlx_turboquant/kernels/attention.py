@@ -139,6 +139,8 @@ class DecodeAttention:
             "ORDER": order,
             "POWER": power,
             "KEY_BITS": wanted.keys.bits,
+            "KEY_PATTERN": arguments.pattern(wanted.keys),
+            "BASIS": wanted.keys.basis is not None,
             "VALUE_BITS": wanted.values.bits,
             "VALUE_STRIDE": BLOCK if wanted.is_latent else 1,
             "MASK": mask,
@@ -152,7 +154,8 @@ class DecodeAttention:
             "AHEAD": self._target.ahead,
             **{name: place for place, name in enumerate(_SIZES)},
         }
-        inputs = (*_INPUTS, "mask") if mask > 1 else _INPUTS
+        inputs = _INPUTS if wanted.keys.basis is None else (*_INPUTS, "coordinates")
+        inputs = (*inputs, "mask") if mask > 1 else inputs
         blocks = 1 if rows * self._lane_values(coordinates) > 32 else 2
         return runtime.build(self.name, inputs, ("partial",), constants, blocks)
 
@@ -266,6 +269,10 @@ class DecodeAttention:
         splits, packed_splits, sizes = _divided(
             tuning, most, tokens.exact_count, columns, tokens.spans, strides
         )
+        basis, coordinates = keys.quantizer.basis, []
+        if basis is not None:
+            grouped = queries.reshape(batch, -1, group_rows, queries.shape[3])
+            coordinates = [basis.apply_to_queries(grouped)]
         inputs = [
             queries,
             keys.codes,
@@ -277,6 +284,7 @@ class DecodeAttention:
             tokens.exact_values,
             arguments.attention(keys.quantizer, values.quantizer, scale),
             sizes,
+            *coordinates,
             *masks,
         ]
         value_dim = self._configuration.values.dim

@@ -9,9 +9,9 @@ from ..codec.packing import words_per_vector
 from ..codec.quantizer import QuantizedVectors, TurboQuantizer
 from . import arguments, reference, runtime
 from .runtime import LANES, SIMDS, THREADGROUP_BYTES, Agreement, Constant
-from .tokens import BLOCK, VisibleTokens
+from .tokens import BLOCK, PackedSide, VisibleTokens
 
-_PARAMETERS = ("mean", "levels", "thresholds", "gains", "signs", "matrix")
+_PARAMETERS = ("mean", "cells", "gains", "signs", "matrix", "weights")
 _RESTORED = ("codes", "scales", "mean", "constants")
 # The lanes that share a vector in quantize.metal belong to one SIMD group.
 _MAX_DIM = 1024
@@ -71,7 +71,7 @@ def inner_product(
             f"Queries of shape {queries.shape} and packed vectors of shape {packed.scales.shape} "
             "have different leading axes: use the same."
         )
-    kernel = runtime.checked(InnerProduct, quantizer)
+    kernel = runtime.checked(InnerProduct, quantizer) if quantizer.basis is None else None
     if kernel is None:
         return quantizer.inner_product(queries, packed)
     return kernel(queries, packed)
@@ -88,6 +88,8 @@ class Quantize:
         constants = {"GROUPS": SIMDS, **_constants(dtypes, quantizers)}
         lanes = [32 if q.dim > 256 else 16 if q.dim > 128 else 8 for q in _both(quantizers)]
         constants["VECTOR_LANES"], constants["VALUE_VECTOR_LANES"] = lanes
+        weighted = [q.basis is not None for q in _both(quantizers)]
+        constants["KEY_WEIGHTED"], constants["VALUE_WEIGHTED"] = map(int, weighted)
         gains = [q.gains.size for q in _both(quantizers)]
         constants["KEY_GAINS"], constants["VALUE_GAINS"] = gains
         self._most_lanes = max(lanes)
@@ -103,7 +105,8 @@ class Quantize:
 
     def check(self) -> Agreement:
         """Compare squared errors with plain MLX; codes may differ where rounding breaks a tie."""
-        vectors = [_example(q, dtype) for q, dtype in zip(self._quantizers, self._dtypes)]
+        heads = self._quantizers[0].heads
+        vectors = [_example(q, dtype, heads) for q, dtype in zip(self._quantizers, self._dtypes)]
         means = [x[:, :, :1].astype(mx.float32) for x in vectors]
         agreements = []
         for packed, *each in zip(self(vectors, means), vectors, means, self._quantizers):
@@ -123,21 +126,23 @@ class Quantize:
         batch, heads, count, _ = vectors[0].shape
         inputs, shapes = [], []
         for x, mean, quantizer in zip(_both(vectors), _both(means), _both(self._quantizers)):
+            if quantizer.basis is not None:
+                x, mean = quantizer.basis.apply(x.astype(mx.float32) - mean), mx.zeros_like(mean)
             inputs += [
                 x,
                 mean,
-                arguments.levels(quantizer),
-                quantizer.thresholds,
+                arguments.cells(quantizer),
                 quantizer.gains,
                 quantizer.rotation.signs,
                 quantizer.rotation.matrix,
+                arguments.weights(quantizer),
             ]
-            words = words_per_vector(quantizer.dim, quantizer.bits)
+            words = words_per_vector(quantizer.dim, quantizer.pattern)
             shapes += [(batch, heads, count, words), (batch, heads, count)]
         threads = LANES * SIMDS
         threadgroups = -(-batch * heads * count * self._most_lanes // threads)
         outputs = self._launch(
-            inputs=[*inputs, arguments.sizes(batch * heads, count)],
+            inputs=[*inputs, arguments.sizes(batch * heads, count, heads)],
             grid=(threadgroups * threads, 2, 1),
             threadgroup=(threads, 1, 1),
             output_shapes=shapes,
@@ -178,8 +183,10 @@ class Dequantize:
         """Return dense keys and values, or latent vectors: (B, H, count, dim) each."""
         inputs, shapes = [], []
         for packed, exact in _both(tokens.sides):
-            constants = arguments.levels_and_rotation(packed.quantizer)
-            inputs += [packed.codes, packed.scales, packed.mean, constants, exact]
+            constants, mean = arguments.levels_and_rotation(packed.quantizer), packed.mean
+            if packed.quantizer.basis is not None:
+                mean, exact = mx.zeros_like(mean), exact.astype(mx.float32)
+            inputs += [packed.codes, packed.scales, mean, constants, exact]
             batch, heads, _, dim = exact.shape
             shapes.append((batch, heads, tokens.count, dim))
         sides = len(tokens.sides)
@@ -187,13 +194,30 @@ class Dequantize:
         sizes = arguments.sizes(
             tokens.sink_count, tokens.packed_count, tokens.recent_start, tokens.count
         )
-        return self._launch(
+        outputs = self._launch(
             inputs=[*inputs, sizes],
             grid=(-(-runs // self._groups) * LANES * self._groups, sides, 1),
             threadgroup=(LANES * self._groups, 1, 1),
             output_shapes=shapes if sides == 2 else [shapes[0], (1,)],
-            output_dtypes=list(_both(self._dtypes)),
-        )[:sides]
+            output_dtypes=[
+                dtype if quantizer.basis is None else mx.float32
+                for dtype, quantizer in zip(_both(self._dtypes), _both(self._quantizers))
+            ],
+        )
+        return [_in_place(*each, tokens) for each in zip(outputs, tokens.sides)]
+
+
+def _in_place(
+    restored: mx.array, side: tuple[PackedSide, mx.array], tokens: VisibleTokens
+) -> mx.array:
+    """All tokens of a side; those that were packed are still in the coordinates of a basis."""
+    packed, exact = side
+    if packed.quantizer.basis is None:
+        return restored
+    sinks, recent = tokens.split(exact)
+    middle = restored[:, :, tokens.sink_count : tokens.sink_count + tokens.packed_count]
+    middle = packed.quantizer.basis.invert(middle) + packed.mean
+    return mx.concatenate([sinks, middle.astype(exact.dtype), recent], axis=2)
 
 
 class InnerProduct:
@@ -229,7 +253,7 @@ class InnerProduct:
         rows, tiles = packed.scales.size // count, -(-query_count // self._queries)
         return self._launch(
             inputs=[
-                self._quantizer.rotation.apply(queries),
+                self._quantizer.rotation.apply_to_queries(queries),
                 packed.codes,
                 packed.scales,
                 arguments.levels(self._quantizer),
@@ -253,11 +277,15 @@ def _constants(
     """The constants of keys and values in quantize.metal and dequantize.metal."""
     constants: dict[str, Constant] = {}
     for name, dtype, quantizer in zip(("", "VALUE_"), _both(dtypes), _both(quantizers)):
+        dtype = dtype if quantizer.basis is None else mx.float32
         order, power = quantizer.rotation.factors
         constants |= {f"{name}T": dtype, f"{name}DIM": quantizer.dim, f"{name}ORDER": order}
-        constants |= {f"{name}POWER": power, f"{name or 'KEY_'}BITS": quantizer.bits}
+        constants |= {
+            f"{name}POWER": power,
+            f"{name or 'KEY_'}PATTERN": arguments.pattern(quantizer),
+        }
     return constants
 
 
-def _example(quantizer: TurboQuantizer, dtype: mx.Dtype) -> mx.array:
-    return reference.normal((1, 2, 3 * BLOCK + 5, quantizer.dim), 0).astype(dtype)
+def _example(quantizer: TurboQuantizer, dtype: mx.Dtype, heads: int = 2) -> mx.array:
+    return reference.normal((1, heads, 3 * BLOCK + 5, quantizer.dim), 0).astype(dtype)

@@ -75,7 +75,7 @@ def decode_attention(
     )
     keys, values = tokens.keys, tokens.values
     quantizer = keys.quantizer
-    rotated = quantizer.stored_order(quantizer.rotation.apply(grouped))
+    rotated = quantizer.stored_order(quantizer.rotation.apply_to_queries(grouped))
     # Scales multiply scores and weights, which are fewer than levels. A CPU takes half the time
     # with the long matrix in front.
     codes = token_major(keys, tokens.packed_count)
@@ -131,12 +131,12 @@ def example_tokens(
 
     The buffers have free space. With one dtype and one quantizer the tokens are latent vectors.
     """
-    packed, exact = [], []
+    heads, packed, exact = quantizers[0].heads, [], []
     for i, (dtype, quantizer) in enumerate(zip(dtypes, quantizers)):
-        x = normal((1, 2, 70, quantizer.dim), i) + mean
+        x = normal((1, heads, 70, quantizer.dim), i) + mean
         means = x.mean(axis=2, keepdims=True)
         packed.append(packed_side(x, means, quantizer, interleaved=i == 0))
-        exact.append(normal((1, 2, 24, quantizer.dim), 2 + i).astype(dtype))
+        exact.append(normal((1, heads, 24, quantizer.dim), 2 + i).astype(dtype))
     return VisibleTokens(packed[0], packed[-1], 70, exact[0], exact[-1], 20, 4, 4)
 
 

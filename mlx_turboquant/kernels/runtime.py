@@ -209,7 +209,7 @@ def _metal_reads_files() -> bool:
         input_names=["x"],
         output_names=["out"],
         header=_including("levels.h"),
-        source="out[0] = x[0] + float(vector_words<128, 4>());",
+        source="out[0] = x[0] + float(vector_words<128, 0x4444>());",
     )
     try:
         (out,) = kernel(

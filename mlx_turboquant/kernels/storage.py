@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from ..codec.basis import Basis
 from ..codec.codebook import check_dim
 from ..codec.packing import words_per_vector
 from ..codec.quantizer import QuantizedVectors, TurboQuantizer
@@ -26,9 +27,12 @@ ALL_ROWS = slice(None)
 
 
 @cache
-def shared_quantizer(dim: int, bits: int, seed: int) -> TurboQuantizer:
-    """Return one quantizer for all layers: it is stateless, and caches must stay cheap to copy."""
-    return TurboQuantizer(dim, bits, seed=seed)
+def shared_quantizer(dim: int, bits: int, seed: int, basis: Basis | None = None) -> TurboQuantizer:
+    """Return one quantizer for all layers: it is stateless, and caches must stay cheap to copy.
+
+    Layers with a ``basis`` have quantizers of their own.
+    """
+    return TurboQuantizer(dim, bits, seed=seed, basis=basis)
 
 
 def removable_mean(x: mx.array, least_energy: float = 0.0) -> mx.array:
@@ -64,17 +68,18 @@ class Layout(NamedTuple):
     bits: int
     interleaved: bool
     least_mean_energy: float
+    basis: Basis | None = None
 
     def vector_nbytes(self, dim: int) -> int:
         """Return the bytes of one stored vector: its packed words and a bfloat16 scale."""
         return 4 * words_per_vector(dim, self.bits) + SCALE_NBYTES
 
 
-def layouts_of(key_bits: int, value_bits: int | None) -> list[Layout]:
+def layouts_of(key_bits: int, value_bits: int | None, basis: Basis | None = None) -> list[Layout]:
     """Return the layouts of keys and values; without ``value_bits``, that of latent vectors."""
     if value_bits is None:
         return [Layout(key_bits, True, VALUE_MEAN_ENERGY)]
-    return [Layout(key_bits, True, 0.0), Layout(value_bits, False, VALUE_MEAN_ENERGY)]
+    return [Layout(key_bits, True, 0.0, basis), Layout(value_bits, False, VALUE_MEAN_ENERGY)]
 
 
 class PackedKV:
@@ -238,7 +243,7 @@ class PackedKV:
             what = f"codes, scales and means of {count} tokens are not of their shape"
             for x, (shape, dtype) in zip(arrays, _shapes(layout, tuple(heads), dim, count)):
                 check_state(isinstance(x, mx.array) and x.shape == shape and x.dtype == dtype, what)
-            quantizer = shared_quantizer(dim, layout.bits, self.seed)
+            quantizer = shared_quantizer(dim, layout.bits, self.seed, layout.basis)
             side = PackedSide(quantizer, layout.interleaved, *arrays)
             self.sides.append(_resized(side, whole_steps(count)))
 
@@ -257,7 +262,9 @@ def beginning_of(used: Sequence[Any], count: int) -> list[Any]:
 def _empty(layout: Layout, heads: tuple[int, ...], dim: int, seed: int) -> PackedSide:
     """Return a side of (B, H) heads without tokens; its mean is zeros."""
     arrays = [mx.zeros(*each) for each in _shapes(layout, heads, dim, 0)]
-    return PackedSide(shared_quantizer(dim, layout.bits, seed), layout.interleaved, *arrays)
+    return PackedSide(
+        shared_quantizer(dim, layout.bits, seed, layout.basis), layout.interleaved, *arrays
+    )
 
 
 def _shapes(

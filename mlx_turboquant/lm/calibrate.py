@@ -23,8 +23,10 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from tqdm import tqdm
 
+from ..codec.basis import Basis
 from ..kernels.quantize import quantize
 from ..kernels.storage import VALUE_MEAN_ENERGY, removable_mean, shared_quantizer
+from .axes import learned_axes, moments
 from .compressible import Compressible, check_compressible, compressible_caches, plain_caches
 from .loading import prepare_for_device, reason_of
 from .profile import (
@@ -156,6 +158,7 @@ def calibrate(
             progress(finished, steps)
 
     model = _in_float32(model)
+    bases = [learned_axes(model, place, found) for place, found in moments(model, places, tokens)]
     with bar:
         for i, (batch, count) in enumerate(zip(batches, counts)):
             start = i * each
@@ -167,7 +170,7 @@ def calibrate(
             rest = (i + 1) * each - start
             advance(start + rest * known // len(places))
             for done, place in enumerate(places[known:], known + 1):
-                divergences = rows.divergences(place)
+                divergences = rows.divergences(place, bases[done - 1])
                 if not all(map(math.isfinite, chain(*divergences))):
                     raise ValueError(
                         f"The output of the model is not finite with layer {place.layer} "
@@ -180,7 +183,7 @@ def calibrate(
                         save_profile(measured(done), unfinished)
                 advance(start + rest * done // len(places))
             mx.clear_cache()
-    return measured(len(places))
+    return measured(len(places))._replace(bases=tuple(bases))
 
 
 def _begun(file: Path, nothing: Profile) -> Profile:
@@ -238,7 +241,7 @@ class _Rows:
         for cache in self.caches:
             cache.state = tree_map(_repeated, cache.state)
 
-    def divergences(self, place: Compressible) -> list[list[float]]:
+    def divergences(self, place: Compressible, basis: Basis | None = None) -> list[list[float]]:
         """KL(exact || quantized), in nats, of a layer: for each of ``_ROWS`` and each text."""
         caches = copy.deepcopy(self.caches)
         cache = place.of(caches)
@@ -247,7 +250,7 @@ class _Rows:
             exact = getattr(cache, side)[:: len(_ROWS)]
             are_keys = side == "keys" and not is_latent
             rows = [
-                _quantized(exact, cache.offset, bits, are_keys) if name == side else exact
+                _quantized(exact, cache.offset, bits, are_keys, basis) if name == side else exact
                 for name, bits in _ROWS
             ]
             setattr(cache, side, mx.stack(rows, axis=1).flatten(0, 1))
@@ -343,11 +346,13 @@ def _repeated(x: Any) -> Any:
     return mx.repeat(x, len(_ROWS), axis=0) if has_rows else x
 
 
-def _quantized(x: mx.array, count: int, bits: int, are_keys: bool) -> mx.array:
+def _quantized(
+    x: mx.array, count: int, bits: int, are_keys: bool, basis: Basis | None = None
+) -> mx.array:
     """x (B, H, n, dim) with ``count`` tokens quantized, except the sinks and the last eighth."""
     end = count - int(_EXACT_PART * count)
     middle = x[:, :, _SINKS:end]
-    quantizer = shared_quantizer(x.shape[3], bits, 0)
+    quantizer = shared_quantizer(x.shape[3], bits, 0, basis if are_keys else None)
     mean = removable_mean(middle, 0.0 if are_keys else VALUE_MEAN_ENERGY)
     [packed] = quantize([middle], [mean], [quantizer])
     restored = (quantizer.dequantize(packed) + mean).astype(x.dtype)

@@ -11,6 +11,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from ..cache.fetched import Link
 from ..cache.latent import TurboQuantLatentCache
 from ..cache.single import TurboQuantKVCache
+from ..codec.basis import Basis
 from .allocation import Vectors
 from .settings import Settings
 
@@ -73,13 +74,17 @@ def compressible_caches(model: nn.Module) -> list[Compressible]:
 
 
 def compressed_caches(
-    model: nn.Module, places: list[Compressible], bits: list[tuple[int, int]], settings: Settings
+    model: nn.Module,
+    places: list[Compressible],
+    bits: list[tuple[int, int]],
+    settings: Settings,
+    bases: Sequence[Basis | None] = (),
 ) -> list[Any]:
     """A new prompt cache with these bits of keys and values in the compressed ``places``."""
     new = []
-    for place, pair in zip(places, bits):
+    for place, pair, basis in zip(places, bits, bases or [None] * len(places)):
         cache_class = TurboQuantLatentCache if place.values is None else TurboQuantKVCache
-        new.append(cache_class(**settings.of_layer(*pair)._asdict()))
+        new.append(cache_class(**settings.of_layer(*pair, basis)._asdict()))
     return with_caches(plain_caches(model), places, new)
 
 

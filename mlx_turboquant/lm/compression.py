@@ -102,7 +102,9 @@ class Compression:
         if model is None:
             raise ValueError("The model that was enabled is gone: enable its copy.")
         check_compressible(model, self.compressible)
-        cache = compressed_caches(model, self.compressible, self.bits(settings), settings)
+        bases = () if self.profile is None or settings.is_fixed else self.profile.bases
+        bits = self.bits(settings)
+        cache = compressed_caches(model, self.compressible, bits, settings, bases)
         self.connect(cache)
         return cache
 

@@ -15,6 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from platformdirs import user_cache_path
 
+from ..codec.basis import Basis
 from ..codec.quantizer import CODEC_VERSION
 from ..files import write_json
 from .allocation import Layer, measured_layer
@@ -47,6 +48,7 @@ class Profile(NamedTuple):
     tokens: int
     keys: tuple[Divergences, ...]
     values: tuple[Divergences | None, ...]
+    bases: tuple[Basis | None, ...] = ()
 
     def layers(self, compressible: Sequence[Compressible], geometric: bool) -> list[Layer]:
         """The layers of the model with divergences averaged over the texts.

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from ..cache.blocks import DEFAULT_SINK_TOKENS, DEFAULT_WINDOW, CacheSettings
+from ..codec.basis import Basis
 from ..codec.codebook import check_bits
 from .allocation import check_budget, uniform_bits
 
@@ -61,10 +62,10 @@ class Settings:
             return "K{}V{}".format(*self.fixed_bits())
         return f"{self.bits:g} bits per value"
 
-    def of_layer(self, key_bits: int, value_bits: int) -> CacheSettings:
+    def of_layer(self, key_bits: int, value_bits: int, basis: Basis | None = None) -> CacheSettings:
         """The settings of the cache of a layer with these bits."""
         return CacheSettings(
-            key_bits, value_bits, self.window, self.sink_tokens, self.max_size, self.seed
+            key_bits, value_bits, self.window, self.sink_tokens, self.max_size, self.seed, basis
         )
 
     @property

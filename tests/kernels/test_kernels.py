@@ -13,15 +13,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from tokens import normal, visible_tokens
 
 from mlx_turboquant import VectorIndex, enable, make_prompt_cache
 from mlx_turboquant.cli import doctor
+from mlx_turboquant.codec.basis import Basis, learned_basis
 from mlx_turboquant.codec.packing import unpack
 from mlx_turboquant.codec.quantizer import QuantizedVectors, TurboQuantizer
 from mlx_turboquant.kernels import attention, reference, runtime, tuning
-from mlx_turboquant.kernels.attention import DecodeAttention
+from mlx_turboquant.kernels.attention import Configuration, DecodeAttention
 from mlx_turboquant.kernels.quantize import (
     Dequantize,
     InnerProduct,
@@ -690,3 +692,37 @@ def test_doctor_fails_if_a_kernel_does(few_checks, monkeypatch, capsys, tmp_path
     output = capsys.readouterr().out
     assert "WRONG" in output
     assert output.splitlines()[-1] == "Not all is well: 1 of 2 configurations are right."
+
+
+def basis_of(dim: int, heads: int, spread: float) -> Basis:
+    """A basis of keys whose deviations differ by a factor of 4^spread along random axes."""
+    axes = np.linalg.qr(np.random.default_rng(0).standard_normal((heads, dim, dim)))[0]
+    variances = 4 ** np.linspace(spread, -spread, dim)
+    return learned_basis(axes.swapaxes(1, 2) * variances @ axes, np.stack([np.eye(dim)] * heads))
+
+
+@pytest.mark.parametrize(
+    "dim, bits, spread, rows, mask",
+    [
+        (64, 3, 2, 1, "none"),
+        (128, 4, 1.5, 4, "causal"),
+        (128, 2, 3, 2, "none"),
+        (128, 6, 3, 1, "boolean"),
+        (96, 1, 2, 3, "none"),
+        (256, 5, 2, 8, "none"),
+        (128, 8, 2, 1, "none"),
+        (128, 3, 0, 1, "none"),
+    ],
+)
+@pytest.mark.parametrize("half_sums", [False, True])
+def test_keys_in_a_basis(dim, bits, spread, rows, mask, half_sums, monkeypatch):
+    quantizer = TurboQuantizer(dim, bits, basis=basis_of(dim, 3, spread))
+    target = TARGETS["metal"]._replace(half_sums=half_sums, ahead=half_sums)
+    monkeypatch.setitem(TARGETS, "metal", target)
+    values = shared_quantizer(dim, 3, 0)
+    dtypes = (mx.float16, mx.float16)
+    assert Quantize(dtypes, (quantizer, values)).check().holds
+    assert Dequantize(dtypes, (quantizer, values)).check().holds
+    wanted = Configuration(quantizer, values, *[mx.float16] * 3, 2, rows, mask)
+    agreement = DecodeAttention(wanted).check()
+    assert agreement.holds, agreement

@@ -1,0 +1,115 @@
+"""Bases of vectors whose distribution is known, such as the keys of a head.
+
+A random rotation gives all coordinates the same variance. In a basis of principal axes the
+variances differ, and coordinates of larger variance get more bits. Four groups of axes, quarters of
+the dimension, have one variance and one number of bits each; a random rotation within a group makes
+its coordinates alike. Each run of :mod:`.packing` has eight coordinates of every group. TurboQuant
+(arXiv 2504.19874, Section 4.3) gives outlier channels more bits; this does the same along any axes.
+"""
+
+from functools import cache
+
+import mlx.core as mx
+import numpy as np
+
+from .codebook import MAX_BITS, relative_error
+from .constants import constant
+from .packing import EIGHT, RUN, Bits
+from .rotation import gaussian_matrix
+
+# Bits more than the mean for the four groups, from the largest variance to the least.
+PATTERNS = ((0, 0, 0, 0), (1, 0, 0, -1), (2, 0, -1, -1), (3, 0, -1, -2))
+_GROUPS = 4
+# The power of the second moment of the queries that weighs errors. With 1 directions starve at
+# which queries look rarely; with 0 axes of little variance do, at which they look often.
+_METRIC = 0.5
+# Of the mean variance, so that a basis from few tokens is invertible. The variances of keys can
+# differ by more than 10,000.
+_RIDGE, _METRIC_RIDGE = 1e-6, 1e-3
+_LEAST_VARIANCE = 1e-6
+
+
+class Basis:
+    """Axes of the vectors of each head, and the variances along them.
+
+    ``axes`` and ``inverse`` are float32 (H, dim, dim): the coordinates of a vector x are x @ axes,
+    with a variance of 1. ``weights`` are float32 (H, 1, dim): the squared error of a coordinate
+    times its weight is the error that counts.
+    """
+
+    def __init__(self, axes: mx.array, inverse: mx.array, weights: mx.array):
+        self.axes, self.inverse, self.weights = map(constant, (axes, inverse, weights))
+        # Kernels are given coordinates: the rotation that is left for them changes nothing.
+        self.factors, self.matrix = (1, 1), constant(mx.ones((1, 1)))
+        self.signs = constant(mx.ones(axes.shape[-1]))
+
+    def apply(self, x: mx.array) -> mx.array:
+        """The coordinates of vectors (..., H, n, dim): float32 of the same shape."""
+        return x.astype(mx.float32) @ self.axes
+
+    def apply_to_queries(self, queries: mx.array) -> mx.array:
+        """Queries (..., H, n, dim) such that products with coordinates are those with vectors."""
+        return queries.astype(mx.float32) @ self.inverse.swapaxes(-1, -2)
+
+    def invert(self, y: mx.array) -> mx.array:
+        """The vectors of coordinates (..., H, n, dim): float32 of the same shape."""
+        return y.astype(mx.float32) @ self.inverse
+
+    def pattern(self, bits: int) -> Bits:
+        """Bits of the four groups, with a mean of ``bits``: those of least error over all heads."""
+        dim = self.axes.shape[-1]
+        variances = np.array(self.weights.sum(axis=(0, 1))).reshape(-1, _GROUPS, EIGHT)
+        errors = _errors(dim) * variances.sum(axis=(0, 2))[:, None]
+        patterns = [bits + np.array(offsets) for offsets in PATTERNS]
+        possible = [each for each in patterns if 0 <= each.min() and each.max() <= MAX_BITS]
+        best = min(possible, key=lambda each: errors[range(_GROUPS), each].sum())
+        return bits if (best == bits).all() else tuple(best.tolist())
+
+
+def learned_basis(covariances: np.ndarray, queries: np.ndarray, seed: int = 0) -> Basis:
+    """The basis of keys from moments of each head.
+
+    With the metric M = queries^(1/2), an error e of a key counts e^T M e. The axes are those of
+    M^(1/2) C M^(1/2), where C is the covariance of the keys.
+
+    Args:
+        covariances: Of the keys, float64 (H, dim, dim).
+        queries: The second moments of the queries of each head, float64 (H, dim, dim).
+        seed: Of the rotations within groups.
+
+    Raises:
+        ValueError: a dimension that is no multiple of 32, or moments that are not finite.
+    """
+    dim = covariances.shape[-1]
+    if dim % RUN:
+        raise ValueError(f"Vectors of {dim} values have no basis: use a multiple of {RUN} values.")
+    if not (np.isfinite(covariances).all() and np.isfinite(queries).all()):
+        raise ValueError("Moments of keys or queries are not finite: use other texts.")
+    half = _power(queries, _METRIC / 2, _METRIC_RIDGE)
+    variances, vectors = np.linalg.eigh(half @ _power(covariances, 1, _RIDGE) @ half)
+    variances, vectors = variances[:, ::-1], vectors[..., ::-1]
+    size = dim // _GROUPS
+    weights = np.repeat(variances.reshape(len(variances), _GROUPS, size).mean(axis=2), size, axis=1)
+    turned = np.zeros((dim, dim))
+    for start in range(0, dim, size):
+        part = slice(start, start + size)
+        turned[part, part] = np.linalg.qr(gaussian_matrix(size, size, seed + start))[0]
+    order = np.arange(dim).reshape(_GROUPS, -1, EIGHT).swapaxes(0, 1).flatten()
+    weights = weights[:, None, order]
+    axes = (half @ vectors @ turned)[..., order] / np.sqrt(weights)
+    # Only ratios of weights count; with a mean of 1 their products stay in float32.
+    arrays = axes, np.linalg.inv(axes), weights / weights.mean()
+    return Basis(*(mx.array(x.astype(np.float32)) for x in arrays))
+
+
+def _power(x: np.ndarray, exponent: float, ridge: float) -> np.ndarray:
+    """A power of symmetric matrices (..., d, d) plus a share of their mean eigenvalue."""
+    mean = np.trace(x, axis1=-2, axis2=-1)[..., None, None] / x.shape[-1]
+    mean = np.maximum(mean, _LEAST_VARIANCE)
+    values, vectors = np.linalg.eigh(x + ridge * mean * np.eye(x.shape[-1]))
+    return (vectors * values[..., None, :] ** exponent) @ vectors.swapaxes(-1, -2)
+
+
+@cache
+def _errors(dim: int) -> np.ndarray:
+    return np.array([1.0, *(relative_error(dim, bits) for bits in range(1, MAX_BITS + 1))])
