@@ -7,6 +7,7 @@ its coordinates alike. Each run of :mod:`.packing` has eight coordinates of ever
 (arXiv 2504.19874, Section 4.3) gives outlier channels more bits; this does the same along any axes.
 """
 
+import hashlib
 from functools import cache
 
 import mlx.core as mx
@@ -32,16 +33,31 @@ _LEAST_VARIANCE = 1e-6
 class Basis:
     """Axes of the vectors of each head, and the variances along them.
 
-    ``axes`` and ``inverse`` are float32 (H, dim, dim): the coordinates of a vector x are x @ axes,
-    with a variance of 1. ``weights`` are float32 (H, 1, dim): the squared error of a coordinate
-    times its weight is the error that counts.
+    ``axes`` are float32 (H, dim, dim): the coordinates of a vector x are x @ axes, with a variance
+    of 1. ``weights`` are float32 (H, 1, dim): the squared error of a coordinate times its weight is
+    the error that counts. Bases with the same ``digest`` are equal.
+
+    Raises:
+        ValueError: arrays of another shape or dtype, or from which no vector can be restored.
     """
 
-    def __init__(self, axes: mx.array, inverse: mx.array, weights: mx.array):
-        self.axes, self.inverse, self.weights = map(constant, (axes, inverse, weights))
+    def __init__(self, axes: mx.array, weights: mx.array):
+        self.axes, self.weights = constant(axes), constant(weights)
+        self.inverse = constant(_inverse(axes, weights))
+        arrays = (np.array(x).tobytes() for x in (self.axes, self.weights))
+        self.digest = hashlib.sha256(b"".join(arrays)).hexdigest()
         # Kernels are given coordinates: the rotation that is left for them changes nothing.
         self.factors, self.matrix = (1, 1), constant(mx.ones((1, 1)))
         self.signs = constant(mx.ones(axes.shape[-1]))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Basis) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __deepcopy__(self, memo: dict) -> "Basis":
+        return self  # it is immutable
 
     def apply(self, x: mx.array) -> mx.array:
         """The coordinates of vectors (..., H, n, dim): float32 of the same shape."""
@@ -98,8 +114,24 @@ def learned_basis(covariances: np.ndarray, queries: np.ndarray, seed: int = 0) -
     weights = weights[:, None, order]
     axes = (half @ vectors @ turned)[..., order] / np.sqrt(weights)
     # Only ratios of weights count; with a mean of 1 their products stay in float32.
-    arrays = axes, np.linalg.inv(axes), weights / weights.mean()
+    arrays = axes, weights / weights.mean()
     return Basis(*(mx.array(x.astype(np.float32)) for x in arrays))
+
+
+def _inverse(axes: mx.array, weights: mx.array) -> mx.array:
+    """The inverse of the axes, after both arrays were checked."""
+    heads, _, dim = axes.shape if axes.ndim == 3 else (0, 0, 0)
+    fits = axes.shape == (heads, dim, dim) and weights.shape == (heads, 1, dim)
+    if not fits or dim % RUN or {axes.dtype, weights.dtype} != {mx.float32}:
+        raise ValueError(f"Arrays of shapes {axes.shape} and {weights.shape} are no basis.")
+    try:
+        inverse = np.linalg.inv(np.array(axes, np.float64)).astype(np.float32)
+    except np.linalg.LinAlgError:
+        inverse = np.array(np.nan)
+    are_positive = np.array(weights > 0).all() and np.isfinite(np.array(weights)).all()
+    if not (np.isfinite(inverse).all() and are_positive):
+        raise ValueError("Axes of a basis have no inverse, or weights are not positive.")
+    return mx.array(inverse)
 
 
 def _power(x: np.ndarray, exponent: float, ridge: float) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Storage for the packed tokens of one layer: quantizes new ones and keeps them in buffers."""
 
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -26,7 +26,7 @@ VALUE_MEAN_ENERGY = 2.0
 ALL_ROWS = slice(None)
 
 
-@cache
+@lru_cache(maxsize=256)
 def shared_quantizer(dim: int, bits: int, seed: int, basis: Basis | None = None) -> TurboQuantizer:
     """Return one quantizer for all layers: it is stateless, and caches must stay cheap to copy.
 
