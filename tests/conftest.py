@@ -16,11 +16,13 @@ import mlx_lm
 import pytest
 from mlx_lm.models import llama
 from platformdirs import user_cache_path
-from tokens import random_tokens
+from tokens import basis_of, random_tokens
 
 from mlx_turboquant import disable
 from mlx_turboquant.lm.allocation import Layer, chosen_sides
+from mlx_turboquant.lm.compressible import compressible_caches
 from mlx_turboquant.lm.loading import prepare_for_device
+from mlx_turboquant.lm.profile import Profile, fingerprint
 
 # Keep the user's profiles out of the tests, and those of the tests away from the user.
 REAL_MODELS = user_cache_path("mlx_turboquant") / "models"
@@ -67,6 +69,24 @@ def logits(model, cache, chunks=(150, 40, 1, 1, 8)) -> mx.array:
 def variant(model, **arguments) -> llama.Model:
     """A model like ``model`` with other arguments and other random weights."""
     return llama.Model(llama.ModelArgs(**{**vars(model.args), **arguments}))
+
+
+def profile_of(model, *weights: float, seed: int | None = None) -> Profile:
+    """A profile in which keys of each layer have this weight, and values a tenth of it.
+
+    With a ``seed`` it has bases with random axes.
+    """
+    keys = tuple({2: (weight,), 3: (0.3 * weight,)} for weight in weights)
+    values = tuple({1: (0.1 * weight,), 2: (0.03 * weight,)} for weight in weights)
+    bases = (
+        ()
+        if seed is None
+        else (
+            basis_of(place.keys.dim, place.keys.heads, 2, seed + i)
+            for i, place in enumerate(compressible_caches(model))
+        )
+    )
+    return Profile(fingerprint(model), ("text",), 24, keys, values, tuple(bases))
 
 
 def mean_bits(layers: list[Layer], bits: list[tuple[int, int]]) -> float:

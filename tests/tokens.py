@@ -5,8 +5,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.generate import generate_step
 
+from mlx_turboquant.codec.basis import Basis, learned_basis
 from mlx_turboquant.kernels.reference import packed_side
 from mlx_turboquant.kernels.storage import shared_quantizer
 from mlx_turboquant.kernels.tokens import VisibleTokens
@@ -26,6 +28,13 @@ def keys_and_values(
 ) -> tuple[mx.array, mx.array]:
     """Keys and values of ``count`` tokens: float32 (rows, heads, count, dim) each."""
     return tuple(normal((2, rows, heads, count, dim), seed))
+
+
+def basis_of(dim: int, heads: int, spread: float, seed: int = 0) -> Basis:
+    """A basis of keys whose deviations differ by a factor of 4^spread along random axes."""
+    axes = np.linalg.qr(np.random.default_rng(seed).standard_normal((heads, dim, dim)))[0]
+    variances = 4 ** np.linspace(spread, -spread, dim)
+    return learned_basis(axes.swapaxes(1, 2) * variances @ axes, np.stack([np.eye(dim)] * heads))
 
 
 def append_in_chunks(cache: Any, tokens: Iterable[mx.array], sizes: list[int]) -> Any:

@@ -58,14 +58,14 @@ class TurboQuantLatentCache(TurboQuantKVCache):
     :class:`.TurboQuantKVCache`; ``value_bits`` has no effect.
 
     Raises:
-        ValueError: an argument out of range, or a ``max_size``.
+        ValueError: an argument out of range, a ``max_size`` or a ``basis``.
     """
 
     _batch_class = BatchTurboQuantLatentCache
     _is_latent = True
 
     def __init__(
-        self, key_bits: int = 4, value_bits: int = 4, *, max_size: int | None = None, **others: int
+        self, key_bits: int = 4, value_bits: int = 4, *, max_size: int | None = None, **others: Any
     ):
         super().__init__(key_bits, key_bits, max_size=max_size, **others)
         if max_size is not None:
@@ -73,6 +73,8 @@ class TurboQuantLatentCache(TurboQuantKVCache):
                 f"A cache of latent vectors cannot be limited to {max_size} tokens: "
                 "leave the limit out."
             )
+        if self.settings.basis is not None:
+            raise ValueError("Latent vectors have no basis: leave it out.")
 
     @classmethod
     def of_row(cls, batch: BatchTurboQuantLatentCache, row: int) -> "TurboQuantLatentCache":

@@ -19,7 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..codec.basis import Basis
+from ..codec.basis import Basis, restored_basis
 from ..kernels.storage import PackedKV, beginning_of, check_state, check_vectors, layouts_of
 from ..kernels.tokens import VisibleTokens, longer
 from .base import CompressedCache, write_tokens
@@ -198,28 +198,37 @@ class TurboQuantKVCache(CompressedCache):
 
     @property
     def state(self) -> tuple[Any, ...]:
-        """All settings, counts and arrays, without free space, as ``from_state`` takes them."""
+        """All settings, counts and arrays, without free space, as ``from_state`` takes them.
+
+        The last two are axes and weights of the basis, so that a saved cache needs no profile.
+        """
+        *numbers, basis = self.settings
         return (
-            *self.settings,
+            *numbers,
             self.shared_reads,
             self.offset,
             self.forgotten,
             self._packed.count,
             *(self._held_exact() or [None] * len(self._packed.layouts)),
             *self._packed.used(),
+            *((None, None) if basis is None else (basis.axes, basis.weights)),
         )
 
     @state.setter
     def state(self, state: tuple[Any, ...]) -> None:
         sides = 1 if self._is_latent else 2
-        check_state(len(state) == 10 + 4 * sides, f"it has {len(state)} parts")
-        settings, counts, arrays = CacheSettings(*state[:6]), state[6:10], state[10:]
+        check_state(len(state) == 12 + 4 * sides, f"it has {len(state)} parts")
+        settings, counts, arrays = state[:6], state[6:10], state[10:-2]
         *numbers, max_size, seed = settings
         numbers = (*numbers, *counts, 0 if max_size is None else max_size)
         are_counts = all(type(number) is int and 0 <= number <= LARGEST for number in numbers)
         check_state(are_counts, "a number of tokens or bits is invalid")
         check_state(type(seed) is int and seed >= 0, f"a seed of {seed}")
-        self.__init__(**settings._asdict())
+        try:
+            basis = restored_basis(*state[-2:])
+        except ValueError as error:
+            check_state(False, str(error).rstrip("."))
+        self.__init__(**CacheSettings(*settings, basis)._asdict())
         self.shared_reads, self.offset, self.forgotten, packed = counts
         held = self.size() - packed
         check_state(held >= (self.sink_tokens if packed else 0), f"{held} exact tokens")
@@ -230,6 +239,8 @@ class TurboQuantKVCache(CompressedCache):
         shapes = []
         for x in self._exact:
             shapes.append((*check_vectors(x, held, self._exact[0]), x.shape[3]))
+        if basis is not None and shapes:
+            check_state(basis.axes.shape[:2] == shapes[0][1:], "its basis is that of other keys")
         self._packed.restore(packed, shapes, arrays[sides:])
 
     @classmethod
@@ -239,15 +250,15 @@ class TurboQuantKVCache(CompressedCache):
         Arrays are only sliced, so they may be :class:`.StoredArray` objects. The state of a cache
         that cannot be trimmed, or has no more tokens, is returned unchanged.
         """
-        settings, (reads, offset, forgotten, packed) = CacheSettings(*state[:6]), state[6:10]
+        sinks, (offset, forgotten, packed) = CacheSettings(*state[:6]).sink_tokens, state[7:10]
         if forgotten or tokens >= offset:
             return tuple(state)
         # Packed tokens stay packed: the sinks are exact, and there may be no recent tokens.
-        packed = min(packed, max(tokens - settings.sink_tokens, 0))
-        arrays, sides = state[10:], 1 if cls._is_latent else 2
+        packed = min(packed, max(tokens - sinks, 0))
+        arrays, sides = state[10:-2], 1 if cls._is_latent else 2
         exact = [x[:, :, : tokens - packed] for x in arrays[:sides]]
         used = beginning_of(arrays[sides:], packed)
-        return (*settings, reads, tokens, forgotten, packed, *exact, *used)
+        return (*state[:7], tokens, forgotten, packed, *exact, *used, *state[-2:])
 
     @classmethod
     def from_state(cls, state: tuple[Any, ...]) -> "TurboQuantKVCache":

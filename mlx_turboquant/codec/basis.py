@@ -9,6 +9,7 @@ its coordinates alike. Each run of :mod:`.packing` has eight coordinates of ever
 
 import hashlib
 from functools import cache
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -56,6 +57,9 @@ class Basis:
     def __hash__(self) -> int:
         return hash(self.digest)
 
+    def __repr__(self) -> str:
+        return f"Basis({self.digest[:32]})"  # the same in every process, for keys of prompts
+
     def __deepcopy__(self, memo: dict) -> "Basis":
         return self  # it is immutable
 
@@ -80,6 +84,19 @@ class Basis:
         possible = [each for each in patterns if 0 <= each.min() and each.max() <= MAX_BITS]
         best = min(possible, key=lambda each: errors[range(_GROUPS), each].sum())
         return bits if (best == bits).all() else tuple(best.tolist())
+
+
+def restored_basis(axes: Any, weights: Any) -> Basis | None:
+    """The basis of two arrays that were saved, or None if both are None.
+
+    Raises:
+        ValueError: anything else than the arrays of a basis.
+    """
+    if axes is None and weights is None:
+        return None
+    if not (isinstance(axes, mx.array) and isinstance(weights, mx.array)):
+        raise ValueError("Axes or weights of a basis are missing.")
+    return Basis(axes, weights)
 
 
 def learned_basis(covariances: np.ndarray, queries: np.ndarray, seed: int = 0) -> Basis:
@@ -122,7 +139,7 @@ def _inverse(axes: mx.array, weights: mx.array) -> mx.array:
     """The inverse of the axes, after both arrays were checked."""
     heads, _, dim = axes.shape if axes.ndim == 3 else (0, 0, 0)
     fits = axes.shape == (heads, dim, dim) and weights.shape == (heads, 1, dim)
-    if not fits or dim % RUN or {axes.dtype, weights.dtype} != {mx.float32}:
+    if not (fits and axes.size) or dim % RUN or {axes.dtype, weights.dtype} != {mx.float32}:
         raise ValueError(f"Arrays of shapes {axes.shape} and {weights.shape} are no basis.")
     try:
         inverse = np.linalg.inv(np.array(axes, np.float64)).astype(np.float32)

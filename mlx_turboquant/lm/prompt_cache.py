@@ -22,7 +22,7 @@ from .compression import compression_of
 from .identity import CHANGED, Weights, description
 
 # Changes whenever the stored form of a cache's state changes.
-FORMAT_VERSION = "5"
+FORMAT_VERSION = "6"
 
 _MLX_LM_CACHES = (ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache)
 _KNOWN_CACHES = (TurboQuantKVCache, TurboQuantLatentCache, *_MLX_LM_CACHES)

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from mlx_lm import batch_generate
-from tokens import keys_and_values
+from tokens import basis_of, keys_and_values
 
 from mlx_turboquant import TurboQuantKVCache, enable, make_prompt_cache
 from mlx_turboquant.cache.fetched import Link
 from mlx_turboquant.cache.latent import TurboQuantLatentCache
+from mlx_turboquant.codec.basis import Basis
 from mlx_turboquant.kernels.attention import decode_attention
 from mlx_turboquant.kernels.quantize import dense
 from mlx_turboquant.kernels.tokens import CAPACITY_UNIT
@@ -224,9 +225,29 @@ def test_caches_with_different_settings_are_not_batched():
         {"sink_tokens": 0},
         {"seed": 1},
         {"max_size": 500},
+        {"basis": basis_of(DIM, HEADS, 2)},
     ):
         with pytest.raises(ValueError, match="different settings cannot be batched"):
             TurboQuantKVCache.merge([new_cache(), new_cache(**change)])
+
+
+def test_caches_with_equal_bases_are_batched_and_those_with_different_ones_are_not():
+    first, other = basis_of(DIM, HEADS, 2), basis_of(DIM, HEADS, 2, seed=1)
+    equal = Basis(first.axes, first.weights)
+    caches = [new_cache(key_bits=3, basis=basis) for basis in (first, equal)]
+    for row, cache in enumerate(caches):
+        cache.update_and_fetch(*random_tokens(1, 60 + 40 * row, row))
+    batch = TurboQuantKVCache.merge(caches)
+    for row in (1, 0):
+        extracted = batch.extract(row)
+        assert extracted.settings.basis is first
+        for mine, theirs in zip(extracted.state[-8:], caches[row].state[-8:]):
+            assert mx.array_equal(mine, theirs)
+    batch.filter([1])
+    assert batch.extract(0).settings.basis is first
+    names = f"Basis.{other.digest[:8]}.*Basis.{first.digest[:8]}"
+    with pytest.raises(ValueError, match=rf"cannot be batched \(.*{names}.*: use the same"):
+        batch.extend(TurboQuantKVCache.merge([new_cache(key_bits=3, basis=other)]))
 
 
 def test_padding_on_the_left_is_refused():

@@ -8,7 +8,7 @@ from conftest import peak_of_growth
 from hypothesis import example, given
 from hypothesis import strategies as st
 from mlx_lm.models.cache import KVCache
-from tokens import append_in_chunks
+from tokens import append_in_chunks, basis_of
 from tokens import keys_and_values as tokens
 
 from mlx_turboquant import TurboQuantKVCache
@@ -121,11 +121,11 @@ def test_trimming_forgets_the_last_tokens_and_quantizes_none_again(sizes, surplu
         assert restored.shape[2] == cache.offset
 
 
-@given(chunk_sizes)
-def test_a_cache_restored_from_its_state_is_the_same(sizes):
-    cache, _ = filled(sizes, key_bits=3, value_bits=2, window=20, seed=5)
+@given(chunk_sizes, st.sampled_from([None, basis_of(DIM, HEADS, 2)]))
+def test_a_cache_restored_from_its_state_is_the_same(sizes, basis):
+    cache, _ = filled(sizes, key_bits=3, value_bits=2, window=20, seed=5, basis=basis)
     restored = TurboQuantKVCache.from_state(cache.state)
-    assert restored.state[:9] == cache.state[:9]
+    assert restored.state[:9] == cache.state[:9] and restored.settings == cache.settings
     for new in (tokens(1, seed=3), tokens(40, seed=4)):
         for a, b in zip(cache.update_and_fetch(*new), restored.update_and_fetch(*new)):
             assert mx.array_equal(a, b)
@@ -153,13 +153,15 @@ def changed(state: list, choose: random.Random) -> list:
     ]
 
 
-@pytest.mark.parametrize("kind", ["packed", "exact", "limited", "empty", "latent"])
+@pytest.mark.parametrize("kind", ["packed", "exact", "limited", "empty", "latent", "basis"])
 def test_random_states_are_refused_or_usable(kind):
     """2,500 states of each kind."""
     settings = {"window": 64 if kind == "exact" else 0, "sink_tokens": 1}
     settings |= {"max_size": 107} if kind == "limited" else {}
+    settings |= {"basis": basis_of(32, HEADS, 2)} if kind == "basis" else {}
     cache = (TurboQuantLatentCache if kind == "latent" else TurboQuantKVCache)(4, 4, **settings)
-    keys, values = (x[..., :16] for x in tokens(0 if kind == "empty" else 50))
+    dim = 32 if kind == "basis" else 16
+    keys, values = (x[..., :dim] for x in tokens(0 if kind == "empty" else 50))
     for _ in range(0 if kind == "empty" else 3):
         cache.update_and_fetch(keys, values)
     mx.eval(cache.state)
@@ -186,6 +188,43 @@ def test_random_states_are_refused_or_usable(kind):
         assert restored.trim(count) in (0, count)
     assert min(outcomes.values()) > 100
     assert mx.get_peak_memory() - before < 32 * MEGABYTE
+
+
+@pytest.mark.parametrize(
+    "axes, weights",
+    [
+        (None, mx.ones((HEADS, 1, DIM))),
+        ("axes", mx.ones((HEADS, 1, DIM))),
+        (mx.zeros((HEADS, DIM, DIM)), mx.ones((HEADS, 1, DIM))),  # no inverse
+        (mx.eye(DIM)[None], mx.ones((1, 1, DIM))),  # one head
+        (mx.stack([mx.eye(32)] * HEADS), mx.ones((HEADS, 1, 32))),
+        (mx.stack([mx.eye(DIM)] * HEADS), mx.zeros((HEADS, 1, DIM))),
+        (mx.zeros((0, DIM, DIM)), mx.zeros((0, 1, DIM))),
+    ],
+)
+def test_a_state_with_a_basis_that_is_none_or_of_other_keys_is_refused(axes, weights):
+    cache, _ = filled([100], window=16)
+    with pytest.raises(
+        ValueError, match=r"The state of a cache is damaged \(.*[^.]\): use another"
+    ):
+        TurboQuantKVCache.from_state((*cache.state[:-2], axes, weights))
+
+
+def test_latent_vectors_have_no_basis():
+    basis, like = basis_of(DIM, 1, 2), TurboQuantLatentCache()
+    with pytest.raises(ValueError, match="Latent vectors have no basis"):
+        TurboQuantLatentCache(basis=basis)
+    with pytest.raises(ValueError, match="Latent vectors have no basis"):
+        TurboQuantLatentCache.from_state((*like.state[:-3], basis.axes, basis.weights, None))
+
+
+@pytest.mark.parametrize("derived", [copy.deepcopy, lambda x: x.merge([x]).extract(0)])
+def test_a_copy_has_the_same_basis_and_not_another_one_like_it(derived):
+    cache, _ = filled([100], window=16, basis=basis_of(DIM, HEADS, 2))
+    copied = derived(cache)
+    assert copied.settings.basis is cache.settings.basis
+    for a, b in zip(cache.update_and_fetch(*tokens(1)), copied.update_and_fetch(*tokens(1))):
+        assert mx.array_equal(a, b)
 
 
 def test_a_copy_lives_its_own_life():

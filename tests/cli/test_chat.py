@@ -3,10 +3,12 @@ import json
 
 import mlx.core as mx
 import pytest
+from conftest import profile_of
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_turboquant import cache_size, save_prompt_cache
 from mlx_turboquant.cli.chat import Conversation
+from mlx_turboquant.lm.compression import give_profile
 from mlx_turboquant.lm.prompt_store import PromptStore, named
 from mlx_turboquant.lm.settings import Settings
 
@@ -214,6 +216,26 @@ def test_a_loaded_conversation_brings_its_settings(conversation, tiny_lm, tmp_pa
     assert other.settings == Settings(8)
     other.reset()
     assert other.cache[0].key_bits == 8
+
+
+def test_a_loaded_conversation_goes_on_with_the_bases_that_it_began_with(tiny_lm, tmp_path):
+    model, tokenizer = tiny_lm
+    layers = [0.1] * len(model.layers)
+    first, second = (profile_of(model, *layers, seed=seed) for seed in (0, 50))
+    give_profile(model, first)
+    store = PromptStore(tmp_path, delay=0)
+    conversation = Conversation(model, tokenizer, Settings(3), store=store)
+    answer(conversation, "import os\n" * 100)
+    file = conversation.save(tmp_path / "talk")
+    give_profile(model, second)
+    other = Conversation(model, tokenizer, Settings(3), store=store)
+    other.load(file)
+    assert answer(other, "import sys") == answer(conversation, "import sys")
+    assert [layer.settings.basis for layer in other.cache] == list(first.bases)
+    other.reset()
+    answer(other, "import os\n" * 100)
+    assert [layer.settings.basis for layer in other.cache] == list(second.bases)
+    store.close()
 
 
 def test_a_file_without_a_conversation_changes_nothing(conversation, tmp_path):

@@ -13,13 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 import pytest
-from tokens import normal, visible_tokens
+from tokens import basis_of, normal, visible_tokens
 
 from mlx_turboquant import VectorIndex, enable, make_prompt_cache
 from mlx_turboquant.cli import doctor
-from mlx_turboquant.codec.basis import Basis, learned_basis
 from mlx_turboquant.codec.packing import unpack
 from mlx_turboquant.codec.quantizer import QuantizedVectors, TurboQuantizer
 from mlx_turboquant.kernels import attention, reference, runtime, tuning
@@ -692,13 +690,6 @@ def test_doctor_fails_if_a_kernel_does(few_checks, monkeypatch, capsys, tmp_path
     output = capsys.readouterr().out
     assert "WRONG" in output
     assert output.splitlines()[-1] == "Not all is well: 1 of 2 configurations are right."
-
-
-def basis_of(dim: int, heads: int, spread: float) -> Basis:
-    """A basis of keys whose deviations differ by a factor of 4^spread along random axes."""
-    axes = np.linalg.qr(np.random.default_rng(0).standard_normal((heads, dim, dim)))[0]
-    variances = 4 ** np.linspace(spread, -spread, dim)
-    return learned_basis(axes.swapaxes(1, 2) * variances @ axes, np.stack([np.eye(dim)] * heads))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import PROMPT, REPOSITORY, logits, variant
+from conftest import PROMPT, REPOSITORY, logits, profile_of, variant
 from mlx.utils import tree_flatten
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, QuantizedKVCache, RotatingKVCache
@@ -101,6 +101,20 @@ def test_the_beginning_of_a_cache_is_loaded_as_if_it_had_been_trimmed(family, tm
     mx.eval(model(PROMPT[None, 199:], cache=cache), model(PROMPT[None, 199:], cache=loaded))
     assert_same(loaded, cache)
     disable(model)
+
+
+@pytest.mark.parametrize("tokens", [None, 3, 68, 150])
+def test_a_cache_brings_its_bases_whatever_the_profile_is_now(random_model, tmp_path, tokens):
+    first, second = (profile_of(random_model, 0.1, 0.1, seed=seed) for seed in (0, 2))
+    cache = make_prompt_cache(random_model, 3, window=16, profile=first)
+    logits(random_model, cache)
+    file = save_prompt_cache(tmp_path / "cache", cache, random_model)
+    enable(random_model, 3, window=16, profile=second)
+    loaded = load_prompt_cache(file, random_model, tokens=tokens)
+    assert [layer.settings.basis for layer in loaded] == list(first.bases)
+    mlx_lm_cache.trim_prompt_cache(cache, 200 - tokens if tokens else 0)
+    assert_same(loaded, cache)
+    assert mx.array_equal(logits(random_model, loaded), logits(random_model, cache))
 
 
 def test_the_beginning_of_a_cache_takes_the_memory_of_its_tokens(random_model, tmp_path):

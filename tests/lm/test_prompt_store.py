@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from conftest import variant
+from conftest import profile_of, variant
 from damage import claiming_terabytes, emptied, truncated, with_flipped_bits
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -20,7 +20,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from tiny_families import tiny_model
 
-from mlx_turboquant import enable, save_prompt_cache
+from mlx_turboquant import enable, load_prompt_cache, save_prompt_cache
 from mlx_turboquant import make_prompt_cache as make_compressed_cache
 from mlx_turboquant.lm import prompt_store
 from mlx_turboquant.lm.prompt_store import FORMAT_VERSION, PromptStore, clear, reading, version_of
@@ -153,6 +153,22 @@ def test_a_cache_with_tokens_tells_its_settings_as_well(random_model, tmp_path):
     store.close()
     found, known = store.find(random_model, [*tokens, 1], cache)
     assert known == found[0].offset == 250 and settings_of(found) == settings_of(cache)
+
+
+def test_prompts_of_other_bases_are_not_found_and_can_still_be_loaded(random_model, tmp_path):
+    tokens, settings = text(0, 100), {"window": 16}
+    first, second = (profile_of(random_model, 0.1, 0.1, seed=seed) for seed in (0, 2))
+    enable(random_model, 3, profile=first, **settings)
+    store = keep(tmp_path, random_model, tokens)
+    expected = next_logits(random_model, read(random_model, tokens), 7)
+    enable(random_model, 3, profile=second, **settings)
+    assert find(store, random_model, [*tokens, 7]) is None
+    [entry] = store.entries()
+    cache = load_prompt_cache(entry.file, random_model)
+    assert mx.array_equal(next_logits(random_model, cache, 7), expected)
+    # Found again by an equal profile, as another process loads it.
+    enable(random_model, 3, profile=profile_of(random_model, 0.1, 0.1, seed=0), **settings)
+    assert find(store, random_model, [*tokens, 7])[1] == 100
 
 
 def test_other_scopes_do_not_find_it(model, tmp_path):
