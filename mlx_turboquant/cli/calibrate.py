@@ -13,7 +13,7 @@ from ..lm.bit_plan import BitPlan
 from ..lm.calibrate import calibrate
 from ..lm.compression import give_profile
 from ..lm.loading import check_memory, prepare_for_device
-from ..lm.profile import fingerprint, profile_path, save_profile, unfinished_path
+from ..lm.profile import bases_path, fingerprint, profile_path, save_profile, unfinished_path
 from ..lm.texts import read_texts
 from .loading import MODEL_HELP, calibration_errors, load_lazily
 from .results import print_rows
@@ -33,6 +33,7 @@ def main(arguments: list[str]) -> None:
     texts = dict(zip(map(str, args.text), read_texts(args.text))) if args.text else None
     if args.out is not None:
         make_way(args.out, "fingerprint", "profile")
+        bases_path(args.out)  # raises errors here, not after the calibration
     model, tokenizer = load_lazily(args.model)
     check_memory(model)
     prepare_for_device(model)
@@ -53,7 +54,8 @@ def main(arguments: list[str]) -> None:
     finally:  # results are printed even if the disk is full
         print_rows(_rows(give_profile(model, profile).plan()))
         print(_MEANING)
-    print(f"{profile.tokens:,} tokens of {', '.join(profile.texts)} were scored. Wrote {file}")
+    written = f"{file} and {file.with_suffix('.safetensors').name}" if profile.bases else file
+    print(f"{profile.tokens:,} tokens of {', '.join(profile.texts)} were scored. Wrote {written}")
 
 
 def _rows(plan: BitPlan) -> list[dict[str, str]]:
@@ -89,7 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--text", type=Path, nargs="+", help=text)
     text = (
         "File to write the profile to (default: in the user's cache folder, where all "
-        "commands look for it; an older profile of the model is replaced)"
+        "commands look for it; an older profile of the model is replaced). Axes of the keys go to "
+        "a file beside it, with the suffix .safetensors"
     )
     add("--out", type=Path, metavar="FILE", help=text)
     return parser

@@ -183,7 +183,7 @@ def calibrate(
                         save_profile(measured(done), unfinished)
                 advance(start + rest * done // len(places))
             mx.clear_cache()
-    return measured(len(places))._replace(bases=tuple(bases))
+    return measured(len(places))._replace(bases=tuple(bases) if any(bases) else ())
 
 
 def _begun(file: Path, nothing: Profile) -> Profile:

@@ -82,7 +82,7 @@ def compressed_caches(
 ) -> list[Any]:
     """A new prompt cache with these bits of keys and values in the compressed ``places``."""
     new = []
-    for place, pair, basis in zip(places, bits, bases or [None] * len(places)):
+    for place, pair, basis in zip(places, bits, bases or [None] * len(places), strict=True):
         cache_class = TurboQuantLatentCache if place.values is None else TurboQuantKVCache
         new.append(cache_class(**settings.of_layer(*pair, basis)._asdict()))
     return with_caches(plain_caches(model), places, new)

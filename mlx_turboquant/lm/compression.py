@@ -8,10 +8,12 @@ import weakref
 from dataclasses import replace
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
 from ..cache.fetched import Link
+from ..codec.basis import Basis
 from .allocation import Layer
 from .bit_plan import BitPlan
 from .compressible import (
@@ -73,6 +75,7 @@ class Compression:
         if self.profile is not None:
             layers = (self.profile.layers(self.compressible, mean) for mean in (True, False))
             self._plan = BitPlan(*layers)
+            self._bases = self.profile.bases_of(self.compressible, _group_of(model))
         elif before is not None and before.profile is None and before.weights() is self._weights:
             self._plan = before._plan
 
@@ -102,8 +105,7 @@ class Compression:
         if model is None:
             raise ValueError("The model that was enabled is gone: enable its copy.")
         check_compressible(model, self.compressible)
-        bases = () if self.profile is None or settings.is_fixed else self.profile.bases
-        bits = self.bits(settings)
+        bits, bases = self.bits(settings), self.bases(settings)
         cache = compressed_caches(model, self.compressible, bits, settings, bases)
         self.connect(cache)
         return cache
@@ -123,6 +125,10 @@ class Compression:
                 "The model has adapters: bits follow the profile of the model without them."
             )
         return bits
+
+    def bases(self, settings: Settings) -> list[Basis | None]:
+        """The bases of the keys of every compressed cache, or an empty list."""
+        return [] if self.profile is None or settings.is_fixed else self._bases
 
     def plan(self) -> BitPlan:
         """The plan for bits that are not fixed; without a profile, the model runs for it once."""
@@ -163,6 +169,12 @@ class Compression:
                 self._link = None
 
 
+def _group_of(model: nn.Module) -> mx.distributed.Group | None:
+    """The machines that share the heads of a model, if there are several."""
+    groups = (getattr(module, "group", None) for module in model.modules())
+    return next((group for group in groups if isinstance(group, mx.distributed.Group)), None)
+
+
 def known_compression(model: nn.Module) -> Compression | None:
     """The compression of a model, or None; a shallow copy's attribute is that of its original."""
     compression = getattr(model, ATTRIBUTE, None)
@@ -183,7 +195,7 @@ def give_profile(model: nn.Module, profile: Profile) -> Compression:
     """Allocate the bits of a model by a profile, until another one is given.
 
     Raises:
-        ValueError: the profile and the model have different numbers of layers.
+        ValueError: the profile and the model have different layers.
     """
     with _lock:
         before = compression_of(model)

@@ -15,14 +15,15 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from platformdirs import user_cache_path
 
-from ..codec.basis import Basis
+from ..codec.basis import Basis, restored_basis
 from ..codec.quantizer import CODEC_VERSION
-from ..files import write_json
+from ..files import check_target, make_folder, write_json, write_whole
+from ..stored_arrays import StoredFile, room_for_checksums
 from .allocation import Layer, measured_layer
 from .compressible import Compressible
 from .identity import adapters_of
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 # The numbers of bits at which calibration quantizes a side.
 MEASURED_BITS = {"keys": (2, 3), "values": (1, 2)}
 # The least divergence in a profile: smaller ones are lost in rounding.
@@ -40,7 +41,7 @@ class Profile(NamedTuple):
 
     ``keys`` and ``values`` have one entry for each compressed layer, in the order of the layers. An
     entry of ``values`` is None for latent attention. ``tokens`` is the number of tokens that were
-    scored in all ``texts`` together.
+    scored in all ``texts`` together. ``bases`` of the keys are one for each layer, or none at all.
     """
 
     fingerprint: str
@@ -71,6 +72,34 @@ class Profile(NamedTuple):
 
         sides = zip(compressible, map(means, self.keys), map(means, self.values))
         return [measured_layer(place.keys, place.values, *measured) for place, *measured in sides]
+
+    def bases_of(
+        self, compressible: Sequence[Compressible], group: mx.distributed.Group | None
+    ) -> list[Basis | None]:
+        """The bases of the layers, or an empty list.
+
+        A machine of a ``group`` that holds a part of the heads gets the bases of its own.
+
+        Raises:
+            ValueError: a basis is that of keys with other heads or sizes.
+        """
+        bases: list[Basis | None] = []
+        for place, basis in zip(compressible, self.bases):
+            heads, dim = place.keys
+            if basis is not None and basis.axes.shape[:2] != (heads, dim):
+                if group is None:
+                    raise ValueError(
+                        f"The profile has a basis for {len(basis.axes)} heads of "
+                        f"{basis.axes.shape[2]} values and the keys of layer {place.layer} have "
+                        f"{heads} heads of {dim}: calibrate the model again."
+                    )
+                # mlx-lm gives the heads to the machines in order; where it does not, a random
+                # rotation serves any of them.
+                own = slice(heads * group.rank(), heads * (group.rank() + 1))
+                are_parts = basis.axes.shape[:2] == (heads * group.size(), dim)
+                basis = Basis(basis.axes[own], basis.weights[own]) if are_parts else None
+            bases.append(basis)
+        return bases
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -113,32 +142,74 @@ def unfinished_path(fingerprint: str) -> Path:
     return profile_path(fingerprint).with_suffix(".unfinished")
 
 
+def bases_path(file: Path) -> Path:
+    """The file for the bases of a profile, beside its own, in a folder that is made if needed.
+
+    Raises:
+        ValueError: it is the same file, or exists and holds something else.
+        OSError: the folder cannot be made or written to.
+    """
+    beside = file.with_suffix(".safetensors")
+    if beside == file:
+        raise ValueError(f"{file} is a name for the bases of a profile: give one with .json.")
+    make_folder(file.parent)
+    if file.parent != profile_path("").parent:  # where all files are our own, damaged ones too
+        check_target(beside, "bases_of", "file of bases")
+    return beside
+
+
 def save_profile(profile: Profile, file: Path | None = None) -> Path:
     """Write a profile to ``file`` or to :func:`profile_path`, and return the path.
 
-    The file of an interrupted calibration is removed.
+    Bases are written beside it, to a file with the suffix ".safetensors". The file of an
+    interrupted calibration is removed.
 
     Raises:
-        OSError: the file cannot be written.
+        ValueError: the file of the bases is none that this function has written.
+        OSError: a file cannot be written.
     """
     file = file or profile_path(profile.fingerprint)
     contents = {"format": FORMAT_VERSION, "codec": CODEC_VERSION, **profile._asdict()}
+    contents["bases"] = _save_bases(profile, file) if profile.bases else None
     contents["layers"] = [
         {"keys": keys} if values is None else {"keys": keys, "values": values}
         for keys, values in zip(contents.pop("keys"), contents.pop("values"))
     ]
     write_json(file, contents)
     if file != unfinished_path(profile.fingerprint):
-        with suppress(OSError):
-            unfinished_path(profile.fingerprint).unlink()
+        with suppress(OSError, ValueError):
+            unfinished_path(profile.fingerprint).unlink(missing_ok=True)
+            if not profile.bases:  # of the profile before
+                bases_path(file).unlink(missing_ok=True)
     return file
+
+
+def _save_bases(profile: Profile, file: Path) -> str:
+    """Write the bases of a profile beside its file, and return the SHA-256 of theirs."""
+    arrays = {
+        f"{layer}.{name}": getattr(basis, name)
+        for layer, basis in enumerate(profile.bases)
+        for name in ("axes", "weights")
+        if basis is not None
+    }
+    checksums = room_for_checksums(sum(x.nbytes for x in arrays.values()))
+    about = {"bases_of": profile.fingerprint, "checksums": checksums}
+    beside = bases_path(file)
+    write_whole(beside, lambda path: mx.save_safetensors(str(path), arrays, about))
+    return _sha256(beside)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def load_profile(file: Path, model_fingerprints: Sequence[str]) -> Profile:
     """Load a profile, which must have one of the :func:`fingerprints` of a model.
 
     Raises:
-        ValueError: a file that is not a profile, is damaged, or has another model or version.
+        ValueError: a file that is not a profile, is damaged, or has another model or version; or
+            the file of its bases is missing, damaged or that of another profile.
         OSError: the file cannot be read.
     """
     with file.open("rb") as content:
@@ -162,9 +233,36 @@ def load_profile(file: Path, model_fingerprints: Sequence[str]) -> Profile:
             f"has {model_fingerprints[0][:12]}): calibrate this model."
         )
     try:
-        return _checked(contents)
+        profile, bases = _checked(contents), contents["bases"]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file} is damaged ({error}): calibrate the model again.") from error
+    return profile if bases is None else _with_bases(profile, file, bases)
+
+
+def _with_bases(profile: Profile, file: Path, digest: str) -> Profile:
+    """A profile with the bases beside its file, whose SHA-256 is ``digest``."""
+    beside = file.with_suffix(".safetensors")
+    try:
+        if not beside.is_file():
+            raise ValueError("it is missing")
+        if _sha256(beside) != digest:
+            raise ValueError("it has changed since, or belongs to another profile")
+        stored = StoredFile(beside)
+        if (found := stored.metadata.get("bases_of")) != profile.fingerprint:
+            raise ValueError(f"it belongs to another model, with fingerprint {str(found)[:12]}")
+        arrays = dict(zip(stored.arrays, stored.load(list(stored.arrays.values()))))
+        bases = tuple(
+            restored_basis(*(arrays.pop(f"{layer}.{name}", None) for name in ("axes", "weights")))
+            for layer in range(len(profile.keys))
+        )
+        if arrays:
+            raise ValueError(f"it has {min(arrays)} and the profile {len(bases)} layers")
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{beside} is not the file of bases that was written with {file.name} "
+            f"({str(error).rstrip('.')}): copy both files, or calibrate the model again."
+        ) from error
+    return profile._replace(bases=bases)
 
 
 def find_profile(model_fingerprints: Sequence[str]) -> Profile | None:

@@ -182,11 +182,14 @@ def test_a_model_is_calibrated_once_and_then_every_command_uses_its_profile(tmp_
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     first = generate("--kv-bits", "3", env=env)
     assert "is calibrated once" in first.stderr and "%|" in first.stderr  # a progress bar
-    (file,) = (tmp_path / "mlx_turboquant" / "profiles").iterdir()
+    file, bases = sorted((tmp_path / "mlx_turboquant" / "profiles").iterdir())
     second = generate("--kv-bits", "3", "-v", env=env)
     assert second.returncode == 0 and "calibrated" not in second.stderr
     assert "expected divergence" in second.stdout
     moved = file.rename(tmp_path / "profile.json")
+    alone = generate("--kv-bits", "3", "--profile", str(moved), env=env)
+    assert_refused(alone, "(it is missing): copy both files, or calibrate the model again")
+    bases.rename(tmp_path / "profile.safetensors")
     third = generate("--kv-bits", "3", "-v", "--profile", str(moved), env=env)
     assert "calibrated" not in third.stderr and "expected divergence" in third.stdout
     assert not list(file.parent.iterdir())
@@ -206,8 +209,7 @@ def test_ctrl_c_while_a_command_calibrates_goes_on_and_the_next_start_continues(
     assert file.suffix == ".unfinished"
     second = generate(env=env)
     assert "step 12 of 12" in second.stderr and "stopped" not in second.stderr
-    (file,) = file.parent.iterdir()
-    assert file.suffix == ".json"
+    assert sorted(x.suffix for x in file.parent.iterdir()) == [".json", ".safetensors"]
 
 
 def test_without_calibration_nothing_is_measured_or_written(tmp_path):
@@ -230,7 +232,8 @@ def test_calibrate_prints_what_to_expect_of_budgets_and_writes_the_profile(tmp_p
     assert int(budgets["4"][1]) == 528  # 1,024 values of 4 bits and 8 scales of 16
     divergences = [float(row[2]) for row in budgets.values()]
     assert divergences == sorted(divergences) and divergences[-1] > 10 * divergences[0]
-    assert f"were scored. Wrote {out}" in " ".join(result.stdout.split())
+    said = f"were scored. Wrote {out} and profile.safetensors"
+    assert said in " ".join(result.stdout.split()) and out.with_suffix(".safetensors").exists()
     assert json.loads(out.read_text())["texts"] == [str(text)]
 
 
@@ -244,6 +247,9 @@ def test_calibrate_refuses_bad_input_and_writes_nothing(tmp_path):
     assert_refused(run(*arguments[:-1], str(text)), "short.txt exists and is not a profile: give")
     assert text.read_text() == "import os\n"
     assert_refused(run(*arguments[:-1], str(tmp_path)), "exists and is not a profile: give another")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    beside = run(*arguments[:-1], str(tmp_path / "model.json"))
+    assert_refused(beside, "model.safetensors is not a complete safetensors file: use another")
     foreign = tmp_path / "foreign.json"
     foreign.write_text('{"format": "1", "codec": "?", "fingerprint": "?"}')
     assert_refused(generate("--profile", str(foreign)), "calibrate the model again")

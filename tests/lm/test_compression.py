@@ -2,19 +2,13 @@ import logging
 
 import mlx.core as mx
 import pytest
-from conftest import mean_bits, variant
+from conftest import mean_bits, profile_of, variant
+from tokens import basis_of
 
 from mlx_turboquant import enable, make_prompt_cache
 from mlx_turboquant.lm.compression import compression_of, treat_layers_alike
-from mlx_turboquant.lm.profile import Profile, fingerprint, save_profile
+from mlx_turboquant.lm.profile import save_profile
 from mlx_turboquant.lm.settings import Settings
-
-
-def profile_of(model, *weights: float) -> Profile:
-    """A profile in which keys of each layer have this weight, and values a tenth of it."""
-    keys = tuple({2: (weight,), 3: (0.3 * weight,)} for weight in weights)
-    values = tuple({1: (0.1 * weight,), 2: (0.03 * weight,)} for weight in weights)
-    return Profile(fingerprint(model), ("text",), 24, keys, values)
 
 
 def bits(cache) -> list[tuple[int, int]]:
@@ -53,6 +47,27 @@ def test_a_profile_of_another_model_is_refused(random_model, tmp_path):
     file = save_profile(profile._replace(fingerprint="f" * 64), tmp_path / "profile.json")
     with pytest.raises(ValueError, match="is the profile of another model"):
         make_prompt_cache(random_model, 4, profile=file)
+
+
+def test_the_keys_of_a_layer_are_coded_in_the_basis_of_the_profile(random_model):
+    profile = profile_of(random_model, 0.1, 0.1, seed=0)
+    cache = make_prompt_cache(random_model, 4, profile=profile)
+    assert [layer.settings.basis for layer in cache] == list(profile.bases)
+    assert make_prompt_cache(random_model, 4, uniform=True)[0].settings.basis is None
+
+
+def test_a_basis_of_other_keys_is_refused(random_model):
+    first, second = profile_of(random_model, 0.1, 0.1, seed=0).bases
+    for heads, dim, bases in (
+        (1, 64, (first, basis_of(64, 1, 2))),
+        (2, 32, (basis_of(32, 2, 2), second)),
+    ):
+        profile = profile_of(random_model, 0.1, 0.1)._replace(bases=bases)
+        expected = (
+            rf"a basis for {heads} heads of {dim} values and the keys of layer . have 2 heads"
+        )
+        with pytest.raises(ValueError, match=expected + " of 64: calibrate the model again"):
+            enable(random_model, 4, profile=profile)
 
 
 @pytest.mark.parametrize("budget", [2, 2.25, 3, 3.75, 4.5, 8])
