@@ -160,10 +160,12 @@ class TaskRun:
         passage = task.make(rng, length, prose, is_easy)
         shared, rests = prompts_of(self.tokenizer, passage, length, rng)
         every, specs = specs, [spec for spec in specs if spec.name not in self.failures]
-        # The bits of each layer depend on the profile.
-        bits = [spec.settings and compression_of(self.model).bits(spec.settings) for spec in specs]
+        # The bits and bases of each layer depend on the profile.
+        compression = compression_of(self.model)
+        ways = (compression.bits, compression.bases)
+        chosen = [spec.settings and [of(spec.settings) for of in ways] for spec in specs]
         form = (task.name, length, is_easy, seed)
-        keys = {spec: (*form, spec.name, f"{each}") for spec, each in zip(specs, bits)}
+        keys = {spec: (*form, spec.name, f"{each}") for spec, each in zip(specs, chosen)}
         asked = [spec for spec in specs if keys[spec] not in self._kept]
         caches = read_first_chunk(self.model, asked, mx.array(shared)) if asked else []
         replies: dict[str, list[Reply]] = {}

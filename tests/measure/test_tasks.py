@@ -3,7 +3,9 @@ import random
 from dataclasses import replace
 
 import pytest
+from conftest import profile_of
 
+from mlx_turboquant.lm.compression import give_profile
 from mlx_turboquant.lm.settings import Settings
 from mlx_turboquant.measure import finding_tasks
 from mlx_turboquant.measure.cache_specs import EXACT, MLX_LM, preset
@@ -201,7 +203,17 @@ def test_replies_with_other_bits_in_a_layer_are_others(tiny_lm, tmp_path):
         run(tiny_lm, tmp_path, "4").do(TASKS["keys"], 512, 1)
     _, *lines = map(json.loads, (tmp_path / "tasks.jsonl").read_text().splitlines())
     bits = [key[-1] for key, _ in lines if key[-2] == "4 bits"]
-    assert bits == [str([(5, 3)] * 4), str(other)]
+    assert bits == [str([[(5, 3)] * 4, []]), str([other, []])]
+
+
+def test_replies_with_other_bases_in_a_layer_are_others(tiny_lm, tmp_path):
+    for seed in (0, 4, 0):
+        give_profile(tiny_lm[0], profile_of(tiny_lm[0], *[0.1] * 4, seed=seed))
+        specs = [preset("4", Settings())]
+        TaskRun(*tiny_lm, specs, PROSE, tmp_path / "tasks.jsonl", ABOUT).do(TASKS["keys"], 512, 1)
+    _, *lines = map(json.loads, (tmp_path / "tasks.jsonl").read_text().splitlines())
+    assert len({key[-1] for key, _ in lines if key[-2] == "4 bits"}) == 2
+    assert sum(key[-2] == "4 bits" for key, _ in lines) == 2
 
 
 def test_the_replies_of_another_run_are_refused(tiny_lm, tmp_path):
