@@ -140,7 +140,8 @@ def test_a_profile_has_both_sides_of_all_layers_for_every_text(random_model):
     profile = calibrate(random_model, Numbers(), texts, lambda *progress: seen.append(progress))
     assert profile.fingerprint == fingerprint(random_model)
     assert profile.texts == ("one", "other") and profile.tokens == 48 + 48
-    assert len(profile.keys) == len(profile.values) == 2
+    assert len(profile.keys) == len(profile.values) == len(profile.bases) == 2
+    assert all(basis.axes.shape == (2, 64, 64) for basis in profile.bases)
     for keys, values in zip(profile.keys, profile.values):
         # One more bit lowers the squared error, and so the divergence, by a factor of 3 to 4.
         assert all(two > 2 * three > 0 for two, three in zip(keys[2], keys[3]))
@@ -152,7 +153,7 @@ def test_a_profile_has_both_sides_of_all_layers_for_every_text(random_model):
 
 def test_latent_attention_has_no_values_of_its_own():
     profile = calibrate(tiny_model("deepseek_v3"), Numbers(), {"a": "some text " * 20})
-    assert profile.values == (None,) * 4 and len(profile.keys) == 4
+    assert profile.values == (None,) * 4 and len(profile.keys) == 4 and profile.bases == ()
 
 
 def test_a_layer_that_matters_more_weighs_more(random_model):
@@ -172,8 +173,9 @@ def test_bad_input_is_refused(random_model):
         calibrate(tiny_model("deepseek_v32"), Numbers())
 
 
-def test_texts_are_measured_as_if_each_were_alone(random_model):
+def test_texts_are_measured_as_if_each_were_alone(random_model, monkeypatch):
     """Six texts make two batches; float32 sums are in another order."""
+    monkeypatch.setattr(module, "learned_axes", lambda *_: None)  # axes suit all texts together
     texts = {f"text {i}": f"the text number {i}, " * 8 for i in range(6)}
     together = calibrate(random_model, Numbers(), texts)
     for i, (name, text) in enumerate(texts.items()):
