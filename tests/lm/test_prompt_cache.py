@@ -20,7 +20,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, QuantizedKVCache, RotatingKVCache
 from safetensors.numpy import load_file, save_file
 from tiny_families import FAMILIES, tiny_model
-from tokens import normal, random_tokens
+from tokens import basis_of, normal, random_tokens
 
 from mlx_turboquant import (
     TurboQuantKVCache,
@@ -381,15 +381,17 @@ def test_a_header_of_terabytes_is_refused(tmp_path):
 
 
 def small_mixed_caches() -> list:
-    """Ten tokens, two of them in a plain cache, and one recurrent state."""
-    x = normal((1, 1, 40, 16))
+    """40 tokens in caches of all kinds, one of them with a basis, and one recurrent state."""
+    x, wide = normal((1, 1, 40, 16)), normal((1, 1, 40, 32))
     rotating, plain, arrays = RotatingKVCache(8, keep=2), KVCache(), ArraysCache(2)
     compressed = [TurboQuantKVCache(4, 2, window=w, sink_tokens=1) for w in (0, 64)]
     for cache in (rotating, plain, *compressed):
         cache.update_and_fetch(x, x)
+    based = TurboQuantKVCache(3, 2, window=0, sink_tokens=1, basis=basis_of(32, 1, 2))
+    based.update_and_fetch(wide, wide)
     plain.keys, plain.values = plain.keys[:, :, :40], plain.values[:, :, :40]
     arrays[0] = x[:, 0]
-    return [compressed[0], rotating, CacheList(compressed[1], arrays), plain]
+    return [compressed[0], rotating, CacheList(compressed[1], arrays), plain, based]
 
 
 def assert_usable(caches) -> None:
@@ -397,7 +399,7 @@ def assert_usable(caches) -> None:
     for layer in flat_caches(caches):
         assert layer.nbytes >= 0 and layer.size() >= 0
         if isinstance(layer, TurboQuantKVCache):
-            keys = mx.ones((1, 1, 40, 16), mx.float32)
+            keys = mx.ones((1, 1, 40, 32 if layer.settings.basis else 16), mx.float32)
             if not layer.empty():
                 keys = mx.ones((*layer.keys.shape[:2], 40, layer.keys.shape[3]))
             fetched = layer.update_and_fetch(keys, keys)
