@@ -92,8 +92,6 @@ class TurboQuantizer:
         # Bits of all coordinates, or of the eights of a run.
         self.pattern: Bits = bits if basis is None else basis.pattern(bits)
         self.basis = basis
-        # Vectors of a basis have as many heads; kernels are checked with that many.
-        self.heads = 2 if basis is None else len(basis.axes)
         # At 4 bits a byte holds two codes; one look-up finds both levels.
         self._byte_levels: mx.array | None = None
         if self.pattern == 4 and dim % 8 == 0:

@@ -6,10 +6,35 @@ from functools import cache, lru_cache
 import mlx.core as mx
 import numpy as np
 
+from ..codec.basis import Basis
 from ..codec.codebook import POLYNOMIAL_BITS, codebook, level_polynomial
 from ..codec.constants import constant
-from ..codec.packing import EIGHT, RUN
+from ..codec.packing import EIGHT, RUN, Bits
 from ..codec.quantizer import TurboQuantizer
+from ..codec.rotation import gaussian_matrix
+
+
+def example(quantizer: TurboQuantizer) -> TurboQuantizer:
+    """The quantizer with which the kernels for ``quantizer`` are checked.
+
+    Bases of all layers that have the same bits share kernels, which are given coordinates.
+    """
+    if quantizer.basis is None:
+        return quantizer
+    return _example(quantizer.dim, quantizer.bits, quantizer.pattern)
+
+
+@cache
+def _example(dim: int, bits: int, pattern: Bits) -> TurboQuantizer:
+    """A quantizer whose basis, of two heads, has this pattern of bits."""
+    deviations = 2.0 ** np.array(pattern if isinstance(pattern, tuple) else (0,) * 4)
+    weights = np.tile(np.repeat(deviations**2, EIGHT), (2, 1, dim // RUN))
+    axes = np.linalg.qr(gaussian_matrix(dim, dim, 0))[0] / np.sqrt(weights)
+    return TurboQuantizer(dim, bits, basis=Basis(*map(_float32, (axes, weights))))
+
+
+def _float32(x: np.ndarray) -> mx.array:
+    return mx.array(x.astype(np.float32))
 
 
 def pattern(quantizer: TurboQuantizer) -> int:
@@ -47,12 +72,14 @@ def cells(quantizer: TurboQuantizer) -> mx.array:
     return constant(np.concatenate(found).astype(np.float32))
 
 
-@cache
-def weights(quantizer: TurboQuantizer) -> mx.array:
+def weights(basis: Basis | None) -> mx.array:
     """The weights of the eights of a run for each head: float32 (H, 4), ones without a basis."""
-    if quantizer.basis is None:
-        return constant(mx.ones((1, 4)))
-    return constant(mx.contiguous(quantizer.basis.weights[:, 0, :RUN:EIGHT]))
+    return _ones() if basis is None else mx.contiguous(basis.weights[:, 0, :RUN:EIGHT])
+
+
+@cache
+def _ones() -> mx.array:
+    return constant(mx.ones((1, 4)))
 
 
 def _levels(dim: int, bits: int) -> mx.array:

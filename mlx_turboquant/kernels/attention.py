@@ -203,7 +203,7 @@ class DecodeAttention:
         if isinstance(mask, mx.array):
             mask = "boolean" if mask.dtype == mx.bool_ else "additive"
         return Configuration(
-            tokens.keys.quantizer,
+            arguments.example(tokens.keys.quantizer),
             tokens.values.quantizer,
             queries.dtype,
             tokens.exact_keys.dtype,
@@ -282,7 +282,7 @@ class DecodeAttention:
             values.scales,
             tokens.exact_keys,
             tokens.exact_values,
-            arguments.attention(keys.quantizer, values.quantizer, scale),
+            arguments.attention(self._configuration.keys, self._configuration.values, scale),
             sizes,
             *coordinates,
             *masks,

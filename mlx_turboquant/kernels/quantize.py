@@ -29,10 +29,11 @@ def quantize(
     """
     fits = runtime.supports(Quantize.name, max(each.dim for each in quantizers), _MAX_DIM)
     dtypes = tuple(x.dtype for x in vectors)
-    kernel = runtime.checked(Quantize, dtypes, tuple(quantizers)) if fits else None
+    examples = tuple(map(arguments.example, quantizers))
+    kernel = runtime.checked(Quantize, dtypes, examples) if fits else None
     if kernel is None:
         return [reference.quantize(*each) for each in zip(vectors, means, quantizers)]
-    return kernel(vectors, means)
+    return kernel(vectors, means, quantizers)
 
 
 def dense(tokens: VisibleTokens) -> list[mx.array]:
@@ -43,9 +44,8 @@ def dense(tokens: VisibleTokens) -> list[mx.array]:
     if tokens.packed_count == 0:
         return [_exact_tokens(tokens, exact) for _, exact in tokens.sides]
     dtypes = tuple(exact.dtype for _, exact in tokens.sides)
-    kernel = runtime.checked(
-        Dequantize, dtypes, tuple(packed.quantizer for packed, _ in tokens.sides)
-    )
+    examples = tuple(arguments.example(packed.quantizer) for packed, _ in tokens.sides)
+    kernel = runtime.checked(Dequantize, dtypes, examples)
     return reference.dense(tokens) if kernel is None else kernel(tokens)
 
 
@@ -105,11 +105,11 @@ class Quantize:
 
     def check(self) -> Agreement:
         """Compare squared errors with plain MLX; codes may differ where rounding breaks a tie."""
-        heads = self._quantizers[0].heads
-        vectors = [_example(q, dtype, heads) for q, dtype in zip(self._quantizers, self._dtypes)]
+        vectors = [_example(q, dtype) for q, dtype in zip(self._quantizers, self._dtypes)]
         means = [x[:, :, :1].astype(mx.float32) for x in vectors]
         agreements = []
-        for packed, *each in zip(self(vectors, means), vectors, means, self._quantizers):
+        outputs = self(vectors, means, self._quantizers)
+        for packed, *each in zip(outputs, vectors, means, self._quantizers):
             x, mean, quantizer = each
             x = x.astype(mx.float32) - mean
             error, expected = (
@@ -120,14 +120,18 @@ class Quantize:
         return runtime.worst(agreements)
 
     def __call__(
-        self, vectors: Sequence[mx.array], means: Sequence[mx.array]
+        self,
+        vectors: Sequence[mx.array],
+        means: Sequence[mx.array],
+        quantizers: Sequence[TurboQuantizer],
     ) -> list[QuantizedVectors]:
         """Return codes, uint32 (B, H, n, words), and scales, bfloat16 (B, H, n), of each side."""
         batch, heads, count, _ = vectors[0].shape
         inputs, shapes = [], []
-        for x, mean, quantizer in zip(_both(vectors), _both(means), _both(self._quantizers)):
-            if quantizer.basis is not None:
-                x, mean = quantizer.basis.apply(x.astype(mx.float32) - mean), mx.zeros_like(mean)
+        own = zip(_both(vectors), _both(means), (each.basis for each in _both(quantizers)))
+        for (x, mean, basis), quantizer in zip(own, _both(self._quantizers)):
+            if basis is not None:
+                x, mean = basis.apply(x.astype(mx.float32) - mean), mx.zeros_like(mean)
             inputs += [
                 x,
                 mean,
@@ -135,7 +139,7 @@ class Quantize:
                 quantizer.gains,
                 quantizer.rotation.signs,
                 quantizer.rotation.matrix,
-                arguments.weights(quantizer),
+                arguments.weights(basis),
             ]
             words = words_per_vector(quantizer.dim, quantizer.pattern)
             shapes += [(batch, heads, count, words), (batch, heads, count)]
@@ -182,9 +186,9 @@ class Dequantize:
     def __call__(self, tokens: VisibleTokens) -> list[mx.array]:
         """Return dense keys and values, or latent vectors: (B, H, count, dim) each."""
         inputs, shapes = [], []
-        for packed, exact in _both(tokens.sides):
-            constants, mean = arguments.levels_and_rotation(packed.quantizer), packed.mean
-            if packed.quantizer.basis is not None:
+        for (packed, exact), quantizer in zip(_both(tokens.sides), _both(self._quantizers)):
+            constants, mean = arguments.levels_and_rotation(quantizer), packed.mean
+            if quantizer.basis is not None:
                 mean, exact = mx.zeros_like(mean), exact.astype(mx.float32)
             inputs += [packed.codes, packed.scales, mean, constants, exact]
             batch, heads, _, dim = exact.shape
@@ -287,5 +291,5 @@ def _constants(
     return constants
 
 
-def _example(quantizer: TurboQuantizer, dtype: mx.Dtype, heads: int = 2) -> mx.array:
-    return reference.normal((1, heads, 3 * BLOCK + 5, quantizer.dim), 0).astype(dtype)
+def _example(quantizer: TurboQuantizer, dtype: mx.Dtype) -> mx.array:
+    return reference.normal((1, 2, 3 * BLOCK + 5, quantizer.dim), 0).astype(dtype)

@@ -131,12 +131,12 @@ def example_tokens(
 
     The buffers have free space. With one dtype and one quantizer the tokens are latent vectors.
     """
-    heads, packed, exact = quantizers[0].heads, [], []
+    packed, exact = [], []
     for i, (dtype, quantizer) in enumerate(zip(dtypes, quantizers)):
-        x = normal((1, heads, 70, quantizer.dim), i) + mean
+        x = normal((1, 2, 70, quantizer.dim), i) + mean
         means = x.mean(axis=2, keepdims=True)
         packed.append(packed_side(x, means, quantizer, interleaved=i == 0))
-        exact.append(normal((1, heads, 24, quantizer.dim), 2 + i).astype(dtype))
+        exact.append(normal((1, 2, 24, quantizer.dim), 2 + i).astype(dtype))
     return VisibleTokens(packed[0], packed[-1], 70, exact[0], exact[-1], 20, 4, 4)
 
 

@@ -20,8 +20,8 @@ from mlx_turboquant import VectorIndex, enable, make_prompt_cache
 from mlx_turboquant.cli import doctor
 from mlx_turboquant.codec.packing import unpack
 from mlx_turboquant.codec.quantizer import QuantizedVectors, TurboQuantizer
-from mlx_turboquant.kernels import attention, reference, runtime, tuning
-from mlx_turboquant.kernels.attention import Configuration, DecodeAttention
+from mlx_turboquant.kernels import arguments, attention, reference, runtime, tuning
+from mlx_turboquant.kernels.attention import DecodeAttention
 from mlx_turboquant.kernels.quantize import (
     Dequantize,
     InnerProduct,
@@ -278,7 +278,7 @@ def test_attention_is_that_of_the_reference(
 
 
 def attention_arguments(tokens, group, rows, dtype, mask="none", sinks=False):
-    count, query_heads = tokens.count, 2 * group
+    count, query_heads = tokens.count, tokens.exact_keys.shape[1] * group
     random_mask = normal((2, query_heads, rows, count), 7)
     padding = mx.array([0, 9])[:, None, None, None] <= mx.arange(count)
     masks = {
@@ -707,13 +707,17 @@ def test_doctor_fails_if_a_kernel_does(few_checks, monkeypatch, capsys, tmp_path
 )
 @pytest.mark.parametrize("half_sums", [False, True])
 def test_keys_in_a_basis(dim, bits, spread, rows, mask, half_sums, monkeypatch):
-    quantizer = TurboQuantizer(dim, bits, basis=basis_of(dim, 3, spread))
+    """Kernels are built for an example, and then given the bases of layers."""
     target = TARGETS["metal"]._replace(half_sums=half_sums, ahead=half_sums)
     monkeypatch.setitem(TARGETS, "metal", target)
-    values = shared_quantizer(dim, 3, 0)
-    dtypes = (mx.float16, mx.float16)
-    assert Quantize(dtypes, (quantizer, values)).check().holds
-    assert Dequantize(dtypes, (quantizer, values)).check().holds
-    wanted = Configuration(quantizer, values, *[mx.float16] * 3, 2, rows, mask)
-    agreement = DecodeAttention(wanted).check()
-    assert agreement.holds, agreement
+    values, dtypes = shared_quantizer(dim, 3, 0), (mx.float16, mx.float16)
+    own = TurboQuantizer(dim, bits, basis=basis_of(dim, 3, spread))
+    like = arguments.example(own)
+    assert like.pattern == own.pattern
+    assert Quantize(dtypes, (like, values)).check().holds
+    restore = Dequantize(dtypes, (like, values))
+    assert restore.check().holds
+    tokens = visible_tokens(dim, dim, bits, 3, mx.float16, heads=3, basis=own.basis)
+    assert_attention_agrees(*attention_arguments(tokens, 2, rows, mx.float16, mask))
+    for restored, expected in zip(restore(tokens), reference.dense(tokens)):
+        assert runtime.compare(restored, expected, mx.float16).holds
