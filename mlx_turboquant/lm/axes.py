@@ -1,5 +1,9 @@
-"""Axes for the keys of a model, learned from calibration texts."""
+"""Bases for the keys of a model, learned from calibration texts."""
 
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -8,13 +12,24 @@ import numpy as np
 
 from ..codec.basis import Basis, learned_basis
 from ..codec.packing import RUN
-from .compressible import Compressible, plain_caches
+from ..codec.quantizer import TurboQuantizer
+from .compressible import Compressible
 from .hook import observed_attention
 
 _SINKS = 4
-_TOKENS = 1024
-# Places of a text at which axes have to suit: half of them evenly spread, half in their logarithms.
+# Places of a text that a basis has to suit: half of them evenly spread, half in their logarithms.
 _LONGEST, _PLACES = 32768, 64
+# A basis is kept if it has the smaller error at all of these places, with these bits, on every
+# sixteenth token.
+_JUDGED, _JUDGED_BITS, _JUDGED_STEP = (0, 2048, 32768), 3, 16
+# Fewer different tokens for each value of a key leave directions unseen.
+_LEAST_TOKENS = 2
+# Queries of every fourth token are looked at.
+_STEP = 4
+
+_log = logging.getLogger("mlx_turboquant")
+
+Rope = Callable[..., mx.array]
 
 
 class Moments(NamedTuple):
@@ -35,64 +50,140 @@ class Moments(NamedTuple):
         """
 
         def mean(moment: np.ndarray, turns: np.ndarray) -> np.ndarray:
-            return np.mean([a.T @ moment @ a for a in turns], axis=0)
+            return sum(a.T @ moment @ a for a in turns) / len(turns)
 
         left = mean(self.means, turns - np.eye(turns.shape[-1]))
         return Moments(mean(self.keys, turns) + left, self.means, mean(self.queries, turns))
 
 
-def moments(
-    model: nn.Module, places: list[Compressible], texts: list[list[int]]
-) -> list[tuple[Compressible, Moments | None]]:
-    """The moments of the keys of each compressed layer; None for latent attention."""
-    sums: list[Any] = [[0, 0, 0] for _ in places]
-    for text in texts:
-        caches, found = plain_caches(model), {}
+class Watch(NamedTuple):
+    """What a model shows while it reads texts.
 
-        def observe(queries, keys, cache=None, scale=1.0, *_, found=found, **others):
-            found[id(cache)] = queries, keys
+    ``queries`` are a sample of those of each cache, by its ``id``. ``ropes`` are the rotary
+    embeddings of all layers, each with its last two results.
+    """
 
-        with observed_attention(model, observe):
-            model(mx.array([text[:_TOKENS]]), cache=caches)
-        for i, place in enumerate(places):
-            if place.values is None or place.keys.dim % RUN:
-                continue
-            queries, keys = found[id(place.of(caches))]
-            keys = np.array(keys[0, :, _SINKS:].astype(mx.float32), np.float64)
-            queries = np.array(queries[0].astype(mx.float32), np.float64)
-            queries = queries.reshape(len(keys), -1, queries.shape[-1])
-            mean = keys.mean(axis=1, keepdims=True)
-            new = [x.swapaxes(1, 2) @ x / x.shape[1] for x in (keys - mean, mean, queries)]
-            sums[i] = [old + added / len(texts) for old, added in zip(sums[i], new)]
-    return [
-        (place, None if isinstance(sums[i][0], int) else Moments(*sums[i]))
-        for i, place in enumerate(places)
+    queries: dict[int, list[mx.array]]
+    ropes: list[tuple[Rope, deque[mx.array]]]
+
+
+@contextmanager
+def watched(model: nn.Module) -> Iterator[Watch]:
+    """Watch a model, whose rotary embeddings are replaced meanwhile."""
+    watch = Watch({}, [])
+    found = [
+        (module, name, child)
+        for module in model.modules()
+        for name, child in module.items()
+        if isinstance(child, nn.Module) and "rope" in type(child).__name__.lower()
     ]
 
+    def noting(rope: Rope) -> Rope:
+        results: deque[mx.array] = deque(maxlen=2)
+        watch.ropes.append((rope, results))
 
-def learned_axes(model: nn.Module, place: Compressible, found: Moments | None) -> Basis | None:
-    """The basis of the keys of a layer that suits all places of a text, or None."""
-    if found is None:
+        def call(*arguments: Any, **keywords: Any) -> mx.array:
+            results.append(rope(*arguments, **keywords))
+            return results[-1]
+
+        return call
+
+    def observe(queries: mx.array, keys: Any, cache: Any = None, *_: Any, **others: Any) -> None:
+        sample = mx.contiguous(queries[:, :, ::_STEP])
+        watch.queries.setdefault(id(cache), []).append(sample)
+
+    for module, name, rope in found:
+        setattr(module, name, noting(rope))
+    try:
+        with observed_attention(model, observe):
+            yield watch
+    finally:
+        for module, name, rope in found:
+            setattr(module, name, rope)
+
+
+def learned_bases(
+    tokens: mx.array, places: Sequence[Compressible], caches: list[Any], watch: Watch
+) -> tuple[Basis | None, ...]:
+    """The bases of the keys of all layers, from tokens (texts, n) in plain ``caches``.
+
+    A layer keeps a random rotation if that has the smaller error, if no rotary embedding of mlx-lm
+    makes its keys, or if its attention is latent. The tuple is empty if no layer has a basis. A
+    warning says that the tokens are too few.
+    """
+    known = len(set(tokens.flatten().tolist()))
+    least = _LEAST_TOKENS * max((each.keys.dim for each in places if each.values), default=0)
+    if known < least:
+        _log.warning(
+            "The texts have %d different tokens, and axes of keys need %d: give longer texts.",
+            known,
+            least,
+        )
+        return ()
+    bases = tuple(_learned(place, place.of(caches), watch) for place in places)
+    return bases if any(bases) else ()
+
+
+def _learned(place: Compressible, cache: Any, watch: Watch) -> Basis | None:
+    if place.values is None or place.keys.dim % RUN or id(cache) not in watch.queries:
         return None
-    rope = next(
-        (
-            module
-            for name, module in model.layers[place.layer].named_modules()
-            if name.endswith("rope")
-        ),
-        None,
-    )
-    if rope is not None:
-        half = _PLACES // 2
-        offsets = np.append(np.linspace(0, _LONGEST, half), np.geomspace(1, _LONGEST, half))
-        found = found.turned(_turns(rope, place.keys.dim, offsets))
-    return learned_basis(found.keys, found.queries)
+    keys = cache.keys[:, :, : cache.offset]
+    rope = next((rope for rope, made in watch.ropes if any(_ends(keys, x) for x in made)), None)
+    if rope is None:
+        return None
+    queries = mx.concatenate(watch.queries[id(cache)], axis=2).astype(mx.float32)
+    queries = queries.reshape(len(keys), keys.shape[1], -1, queries.shape[3])
+    return suitable_basis(keys[:, :, _SINKS:].astype(mx.float32), queries, rope)
 
 
-def _turns(rope: Any, dim: int, offsets: np.ndarray) -> np.ndarray:
+def _ends(keys: mx.array, x: mx.array) -> bool:
+    """Whether x are the last of the keys."""
+    last = keys[:, :, -x.shape[2] :]
+    return x.shape == last.shape and mx.array_equal(x, last).item()
+
+
+def turns(rope: Rope, dim: int, offsets: Any) -> np.ndarray:
     """Matrices (n, dim, dim) by which a rotary embedding moves vectors x, as x @ A, to places."""
     axes = mx.eye(dim)[:, None, None]
     start, *others = (
         np.array(rope(axes, offset=int(offset))[:, 0, 0], np.float64) for offset in (0, *offsets)
     )
     return np.linalg.inv(start) @ np.stack(others)
+
+
+def all_places() -> np.ndarray:
+    """The places of a text that a basis has to suit."""
+    half = _PLACES // 2
+    return np.append(np.linspace(0, _LONGEST, half), np.geomspace(1, _LONGEST, half))
+
+
+def moments(keys: mx.array, queries: mx.array) -> Moments:
+    """The moments of keys (texts, H, n, dim) and of queries (texts, H, m, dim)."""
+    keys, queries = np.array(keys, np.float64), np.array(queries, np.float64)
+    mean = keys.mean(axis=2, keepdims=True)
+    parts = (keys - mean, mean, queries)
+    return Moments(*((x.swapaxes(2, 3) @ x / x.shape[2]).mean(axis=0) for x in parts))
+
+
+def suitable_basis(keys: mx.array, queries: mx.array, rope: Rope) -> Basis | None:
+    """The basis of keys (texts, H, n, dim) that suits all places; None if random is better.
+
+    The error is that of the scores at which queries (texts, H, m, dim) see keys, in squares.
+    """
+    dim = keys.shape[3]
+    found = moments(keys, queries).turned(turns(rope, dim, all_places()))
+    try:
+        basis = learned_basis(found.keys, found.queries)
+    except ValueError:  # not finite
+        return None
+    quantizers = [TurboQuantizer(dim, _JUDGED_BITS, basis=each) for each in (basis, None)]
+    mean = keys.mean(axis=2, keepdims=True)
+    for turn in mx.array(turns(rope, dim, _JUDGED).astype(np.float32)):
+        losses, queries_here = [], queries @ turn
+        sample = keys[:, :, ::_JUDGED_STEP] @ turn - mean
+        for quantizer in quantizers:
+            error = quantizer.dequantize(quantizer.quantize(sample)) - sample
+            losses.append(mx.square(queries_here @ error.swapaxes(-1, -2)).sum().item())
+        if not losses[0] < losses[1]:
+            return None
+    return basis

@@ -11,7 +11,7 @@ as well.
 import copy
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ..codec.basis import Basis
 from ..kernels.quantize import quantize
 from ..kernels.storage import VALUE_MEAN_ENERGY, removable_mean, shared_quantizer
-from .axes import learned_axes, moments
+from .axes import learned_bases, watched
 from .compressible import Compressible, check_compressible, compressible_caches, plain_caches
 from .loading import prepare_for_device, reason_of
 from .profile import (
@@ -158,19 +158,24 @@ def calibrate(
             progress(finished, steps)
 
     model = _in_float32(model)
-    bases = [learned_axes(model, place, found) for place, found in moments(model, places, tokens)]
+    bases: tuple[Basis | None, ...] = ()
     with bar:
         for i, (batch, count) in enumerate(zip(batches, counts)):
             start = i * each
             rows = _Rows(
-                model, batch, count, lambda share, s=start: advance(s + int(share * ahead))
+                model,
+                batch,
+                count,
+                lambda share, s=start: advance(s + int(share * ahead)),
+                () if i else places,
             )
+            bases = bases or rows.bases
             # Without gradients all the work is in the layers.
             start += ahead if rows.gradients else ahead // 2
             rest = (i + 1) * each - start
             advance(start + rest * known // len(places))
             for done, place in enumerate(places[known:], known + 1):
-                divergences = rows.divergences(place, bases[done - 1])
+                divergences = rows.divergences(place, bases[done - 1] if bases else None)
                 if not all(map(math.isfinite, chain(*divergences))):
                     raise ValueError(
                         f"The output of the model is not finite with layer {place.layer} "
@@ -183,7 +188,7 @@ def calibrate(
                         save_profile(measured(done), unfinished)
                 advance(start + rest * done // len(places))
             mx.clear_cache()
-    return measured(len(places))._replace(bases=tuple(bases) if any(bases) else ())
+    return measured(len(places))._replace(bases=bases)
 
 
 def _begun(file: Path, nothing: Profile) -> Profile:
@@ -206,7 +211,8 @@ def _in_float32(model: nn.Module) -> nn.Module:
 class _Rows:
     """A batch of texts for one model, with all that is the same for every layer.
 
-    ``advance`` is called with the finished share of the reading and of the gradients.
+    ``advance`` is called with the finished share of the reading and of the gradients. ``bases`` are
+    those of ``places``.
     """
 
     def __init__(
@@ -215,16 +221,19 @@ class _Rows:
         texts: list[list[int]],
         scored: int,
         advance: Callable[[float], None] = lambda share: None,
+        places: Sequence[Compressible] = (),
     ):
         self.model = model
         prefix = min(_PREFIX_TOKENS, min(map(len, texts)) - scored)
         tokens = mx.array([text[: prefix + scored] for text in texts])
         self.scored = tokens[:, prefix:]
         self.caches = plain_caches(model)
-        for start in range(0, prefix, _PIECE):
-            model(tokens[:, start : min(start + _PIECE, prefix)], cache=self.caches)
-            mx.eval([cache.state for cache in self.caches])
-            advance(start / (prefix + scored) / 2)
+        with watched(model) as watch:
+            for start in range(0, prefix, _PIECE):
+                model(tokens[:, start : min(start + _PIECE, prefix)], cache=self.caches)
+                mx.eval([cache.state for cache in self.caches])
+                advance(start / (prefix + scored) / 2)
+        self.bases = learned_bases(tokens[:, :prefix], places, self.caches, watch)
         self.layers = _layers(model)
         recorders = [_StandIn(layer) for layer in self.layers]
         self.exact = self._logits(recorders)
