@@ -2,9 +2,12 @@
 #pragma once
 #include "layout.h"
 
-// Length of the array of levels, and of its table in threadgroup memory, which is unused up to 4 bits.
+// The most bits with which levels follow a polynomial.
+constant constexpr int LEVEL_BITS = 6;
+
+// Length of the array of levels, and of its table in threadgroup memory, which is unused up to LEVEL_BITS.
 METAL_FUNC constexpr int level_count(int bits) {
-  return bits == 0 ? 0 : (bits <= 4 ? 8 : 1 << bits);
+  return bits == 0 ? 0 : (bits <= LEVEL_BITS ? 8 : 1 << bits);
 }
 
 // The first eight of a run that has the bits of this one, and so shares its levels.
@@ -29,12 +32,12 @@ METAL_FUNC constexpr int level_place(int pattern, int eight) {
   return place;
 }
 
-// The level of a code. Up to 4 bits `levels` begins with the three coefficients of an odd polynomial, so
-// that no divergent load is needed; the five numbers after them are for level_pair. From 5 bits on it is
+// The level of a code. Up to LEVEL_BITS `levels` begins with the three coefficients of an odd polynomial, so
+// that no divergent load is needed; the five numbers after them are for level_pair. With more bits it is
 // the table of all levels.
 template <typename Levels>
 METAL_FUNC float level_of(int bits, Levels levels, uint code) {
-  if (bits <= 4) {
+  if (bits <= LEVEL_BITS) {
     // The code goes into the mantissa of 2^23, which is faster than a conversion.
     float x = as_type<float>(0x4B000001u | (code << 1)) - (8388608.0f + float(1 << bits));
     float squared = x * x;
@@ -47,7 +50,7 @@ METAL_FUNC float level_of(int bits, Levels levels, uint code) {
 // The four coefficients of level_pair, from the levels of level_of.
 template <typename Levels>
 METAL_FUNC void load_coefficients(int bits, Levels levels, thread half2* coefficients) {
-  if (bits > 0 && bits <= 4) {
+  if (bits > 0 && bits <= LEVEL_BITS) {
 #pragma unroll
     for (int k = 0; k < 4; k++) {
       coefficients[k] = half2(half(levels[3 + k]));
@@ -58,7 +61,7 @@ METAL_FUNC void load_coefficients(int bits, Levels levels, thread half2* coeffic
 // Writes the table of level_pair with `count` threads.
 template <typename Levels>
 METAL_FUNC void store_table(int bits, Levels levels, threadgroup half* table, int index, int count) {
-  if (bits > 4) {
+  if (bits > LEVEL_BITS) {
     for (int i = index; i < 1 << bits; i += count) {
       table[i] = half(levels[i]);
     }
@@ -68,17 +71,17 @@ METAL_FUNC void store_table(int bits, Levels levels, threadgroup half* table, in
 // The unit of the levels of level_pair.
 template <typename Levels>
 METAL_FUNC float level_unit(int bits, Levels levels) {
-  return bits > 0 && bits <= 4 ? levels[7] : 1.0f;
+  return bits > 0 && bits <= LEVEL_BITS ? levels[7] : 1.0f;
 }
 
-// The levels of a pair of codes as halves. Up to 4 bits the codes go into the mantissas of two halves,
+// The levels of a pair of codes as halves. Up to LEVEL_BITS the codes go into the mantissas of two halves,
 // 2^(7-bits) * (1 + code / 64). This needs no conversion, and a subtraction gives x / 2^bits. The power of
 // two is loaded with the levels, because on NVIDIA a mask and an exponent that are both constant cost two
-// instructions. For 3 and 4 bits x (a + b x^2 + c x^4) is computed as c x ((x^2 + q)^2 + p), one
+// instructions. From 3 bits on x (a + b x^2 + c x^4) is computed as c x ((x^2 + q)^2 + p), one
 // operation less, and in units of c. _half_coefficients in arguments.py computes q and p.
 METAL_FUNC half2 level_pair(
     int bits, const thread half2* coefficients, const threadgroup half* table, uint codes) {
-  if (bits <= 4) {
+  if (bits <= LEVEL_BITS) {
     const half2 x = as_type<half2>((codes << 4) | as_type<uint>(coefficients[3])) + coefficients[2];
     if (bits == 1) {
       return x * coefficients[0];

@@ -16,7 +16,7 @@ import numpy as np
 
 MIN_DIM, MAX_DIM = 8, 8192
 MIN_BITS, MAX_BITS = 1, 8
-POLYNOMIAL_BITS = 4
+POLYNOMIAL_BITS = 6
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(48)
 # Beyond 12 standard deviations the density is below 1e-31.
@@ -54,9 +54,9 @@ def check_bits(bits: int) -> None:
 def codebook(dim: int, bits: int) -> Codebook:
     """The codebook of the codec for one dimension and number of bits.
 
-    Up to 4 bits the levels follow :func:`level_polynomial`, which a kernel evaluates without a
-    table. Its mean squared error is within 0.2 % of the optimum. With more bits they are
-    :func:`lloyd_max_levels`.
+    Up to 6 bits the levels follow :func:`level_polynomial`, which a kernel evaluates without a
+    table. Its mean squared error is within 0.2 % of the optimum up to 4 bits, 1.2 % at 5 and 3.2 %
+    at 6 bits. With more bits they are :func:`lloyd_max_levels`.
 
     Raises:
         ValueError: a dimension or a number of bits that is not supported.
@@ -133,7 +133,7 @@ def level_polynomial(dim: int, bits: int) -> tuple[float, float, float]:
     converge. For 1 and 2 bits it is the exact Lloyd-Max quantizer.
 
     Raises:
-        ValueError: a dimension that is not supported, or more than 4 bits.
+        ValueError: a dimension that is not supported, or more than 6 bits.
     """
     if bits not in range(MIN_BITS, POLYNOMIAL_BITS + 1):
         raise ValueError(

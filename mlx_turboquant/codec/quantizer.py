@@ -13,6 +13,8 @@ from .constants import constant
 from .packing import EIGHT, RUN, Bits, byte_order, pack, unpack, words_per_vector
 from .rotation import Rotation
 
+# Up to this many, comparing with all thresholds is 6 to 16 times faster on a CPU than a search.
+_COMPARED_BITS = 4
 # Changes whenever the meaning of stored codes changes.
 CODEC_VERSION = "2"
 SCALES = ("unbiased", "least_squares", "norm", "none")
@@ -245,9 +247,8 @@ def _levels(dim: int, bits: int, codes: mx.array) -> mx.array:
 
 def _codes(dim: int, bits: int, y: mx.array) -> mx.array:
     """The number of thresholds below each value: uint8 or uint32."""
-    if bits > POLYNOMIAL_BITS:
+    if bits > _COMPARED_BITS:
         return mx.searchsorted(_book(dim, bits)[1], y)
-    # On a CPU, a search per value takes 6 to 16 times as long as these comparisons.
     codes = mx.zeros(y.shape, mx.uint8)
     for threshold in _book(dim, bits)[1] if bits else ():
         codes = codes + (y > threshold)
