@@ -14,8 +14,8 @@
 //                  the values, signs and matrix of the rotation of the keys, see rotation.h
 //   sizes          int32: those that _SIZES in attention.py names, then one Span for all sequences or one for
 //                  each: packed tokens, sinks, and the first recent token in the exact buffers
-//   coordinates    with BASIS, in place of signs and matrix: the queries in the basis of the keys, float32 as
-//                  the queries
+//   axes           with BASIS, in place of signs and matrix: half (heads, DIM, DIM), by which queries are
+//                  multiplied
 //   mask           with MASK_ARRAY: bool or float (batch or 1, query heads or 1, rows or 1, tokens)
 //   partial        float32 (batch * heads * GROUP_ROWS, splits, VALUE_DIM + 2): output, maximum and sum;
 //                  the maximum is the reference of the exponentials, which no score exceeds by much
@@ -100,7 +100,7 @@ store_table(VALUE_BITS, constants + VALUE_LEVELS, memory.value_table, thread_ind
 const int mask = 0;
 #endif
 #if !BASIS
-const auto coordinates = queries;
+const auto axes = queries;
 #endif
 
 Running running;
@@ -108,7 +108,8 @@ start(running);
 if (split < packed_splits) {
   place.block_step = packed_splits * SIMDS;
   place.count = sizes[span];
-  prepare_packed_queries(memory, queries, coordinates, key_mean, constants, place, group_rows);
+  prepare_packed_queries(memory, queries, axes + place.head % heads * (DIM * DIM), key_mean, constants, place,
+      group_rows);
   threadgroup_barrier(mem_flags::mem_threadgroup);
   attend_packed(running, memory, keys, values, key_scales, value_scales, constants, last_block,
       sizes[SINK_COLUMNS], mask, place);

@@ -33,12 +33,40 @@ METAL_FUNC uint4 eight_halves(const thread float* x) {
   return pairs;
 }
 
+// Multiplies a row of queries, DIM floats in threadgroup memory, by the `axes` of its head, (DIM, DIM). Lanes
+// take coordinates LANES apart, so that they read neighbouring numbers. Returns the squares of this lane's, added.
+template <typename Axes>
+METAL_FUNC float turn_row(threadgroup float* row, Axes axes, uint lane) {
+  constexpr int count = (DIM + LANES - 1) / LANES;
+  float own[count];
+#pragma unroll
+  for (int k = 0; k < count; k++) {
+    own[k] = 0.0f;
+  }
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll 4
+  for (int i = 0; i < DIM; i++) {
+    const float query = row[i];
+#pragma unroll
+    for (int k = 0; k < count; k++) {
+      own[k] = fma(query, float(axes[i * DIM + k * LANES + int(lane)]), own[k]);
+    }
+  }
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  float squared_norm = 0.0f;
+#pragma unroll
+  for (int k = 0; k < count; k++) {
+    squared_norm += own[k] * own[k];
+    row[k * LANES + int(lane)] = own[k];
+  }
+  return squared_norm;
+}
+
 // Queries for packed tokens: rotated, in units of their root mean square, so that halves hold any query, and
-// times the unit of the levels of their eight.
-// With a BASIS `coordinates` are the queries in it.
-template <typename Queries, typename Coordinates, typename Mean, typename Constants>
-METAL_FUNC void prepare_packed_queries(threadgroup Memory& memory, Queries queries, Coordinates coordinates,
-    Mean key_mean, Constants constants, thread const Place& place, int group_rows) {
+// times the unit of the levels of their eight. With a BASIS they are multiplied by the `axes` of their head.
+template <typename Queries, typename Axes, typename Mean, typename Constants>
+METAL_FUNC void prepare_packed_queries(threadgroup Memory& memory, Queries queries, Axes axes, Mean key_mean,
+    Constants constants, thread const Place& place, int group_rows) {
   threadgroup float* rotated = memory.packed.rotated[place.simd];
   for (int row = place.simd; row < ROWS; row += SIMDS) {
     float mean_score = 0.0f;
@@ -47,9 +75,11 @@ METAL_FUNC void prepare_packed_queries(threadgroup Memory& memory, Queries queri
       const float query = query_at(queries, constants, place, group_rows, row, i);
       const int at = min(i, DIM - 1);
       mean_score += query * key_mean[long(place.head) * DIM + at];
-      const float own = BASIS ? query_at(coordinates, constants, place, group_rows, row, i) : query;
-      squared_norm += own * own;
-      rotated[i] = own * constants[SIGNS + at];
+      squared_norm += query * query;
+      rotated[i] = query * constants[SIGNS + at];
+    }
+    if constexpr (BASIS) {
+      squared_norm = turn_row(rotated, axes, place.lane);
     }
     mean_score = simd_sum(mean_score);
     const float norm = sqrt(simd_sum(squared_norm));

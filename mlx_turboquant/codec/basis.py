@@ -29,14 +29,16 @@ _METRIC = 0.5
 # differ by more than 10,000.
 _RIDGE, _METRIC_RIDGE = 1e-6, 1e-3
 _LEAST_VARIANCE = 1e-6
+# Kernels multiply queries by halves.
+_LARGEST = 65504
 
 
 class Basis:
     """Axes of the vectors of each head, and the variances along them.
 
-    ``axes`` are float32 (H, dim, dim): the coordinates of a vector x are x @ axes, with a variance
-    of 1. ``weights`` are float32 (H, 1, dim): the squared error of a coordinate times its weight is
-    the error that counts. Bases with the same ``digest`` are equal.
+    ``axes`` are float32 (H, dim, dim): the coordinates of a vector x are x @ axes, all with the
+    same variance. ``weights`` are float32 (H, 1, dim): the squared error of a coordinate times its
+    weight is the error that counts. Bases with the same ``digest`` are equal.
 
     Raises:
         ValueError: arrays of another shape or dtype, or from which no vector can be restored.
@@ -45,6 +47,8 @@ class Basis:
     def __init__(self, axes: mx.array, weights: mx.array):
         self.axes, self.weights = constant(axes), constant(weights)
         self.inverse = constant(_inverse(axes, weights))
+        # For kernels, whose queries are halves in the end.
+        self.query_axes = constant(mx.contiguous(self.inverse.swapaxes(1, 2).astype(mx.float16)))
         arrays = (np.array(x).tobytes() for x in (self.axes, self.weights))
         self.digest = hashlib.sha256(b"".join(arrays)).hexdigest()
         # Kernels are given coordinates: the rotation that is left for them changes nothing.
@@ -130,7 +134,8 @@ def learned_basis(covariances: np.ndarray, queries: np.ndarray, seed: int = 0) -
     order = np.arange(dim).reshape(_GROUPS, -1, EIGHT).swapaxes(0, 1).flatten()
     weights = weights[:, None, order]
     axes = (half @ vectors @ turned)[..., order] / np.sqrt(weights)
-    # Only ratios of weights count; with a mean of 1 their products stay in float32.
+    # Only ratios of weights count, and only ratios of axes. So numbers of any keys fit halves.
+    axes = axes * np.sqrt(np.square(np.linalg.inv(axes)).mean(axis=(1, 2), keepdims=True))
     arrays = axes, weights / weights.mean()
     return Basis(*(mx.array(x.astype(np.float32)) for x in arrays))
 
@@ -146,7 +151,7 @@ def _inverse(axes: mx.array, weights: mx.array) -> mx.array:
     except np.linalg.LinAlgError:
         inverse = np.array(np.nan)
     are_positive = np.array(weights > 0).all() and np.isfinite(np.array(weights)).all()
-    if not (np.isfinite(inverse).all() and are_positive):
+    if not (np.abs(inverse).max() < _LARGEST and are_positive):
         raise ValueError("Axes of a basis have no inverse, or weights are not positive.")
     return mx.array(inverse)
 

@@ -154,7 +154,7 @@ class DecodeAttention:
             "AHEAD": self._target.ahead,
             **{name: place for place, name in enumerate(_SIZES)},
         }
-        inputs = _INPUTS if wanted.keys.basis is None else (*_INPUTS, "coordinates")
+        inputs = _INPUTS if wanted.keys.basis is None else (*_INPUTS, "axes")
         inputs = (*inputs, "mask") if mask > 1 else inputs
         blocks = 1 if rows * self._lane_values(coordinates) > 32 else 2
         return runtime.build(self.name, inputs, ("partial",), constants, blocks)
@@ -269,10 +269,7 @@ class DecodeAttention:
         splits, packed_splits, sizes = _divided(
             tuning, most, tokens.exact_count, columns, tokens.spans, strides
         )
-        basis, coordinates = keys.quantizer.basis, []
-        if basis is not None:
-            grouped = queries.reshape(batch, -1, group_rows, queries.shape[3])
-            coordinates = [basis.apply_to_queries(grouped)]
+        basis = keys.quantizer.basis
         inputs = [
             queries,
             keys.codes,
@@ -284,7 +281,7 @@ class DecodeAttention:
             tokens.exact_values,
             arguments.attention(self._configuration.keys, self._configuration.values, scale),
             sizes,
-            *coordinates,
+            *([] if basis is None else [basis.query_axes]),
             *masks,
         ]
         value_dim = self._configuration.values.dim
