@@ -22,8 +22,6 @@ _LONGEST, _PLACES = 32768, 64
 # A basis is kept if it has the smaller error at all of these places, with these bits, on every
 # sixteenth token.
 _JUDGED, _JUDGED_BITS, _JUDGED_STEP = (0, 2048, 32768), 3, 16
-# Fewer different tokens for each value of a key leave directions unseen.
-_LEAST_TOKENS = 2
 # Queries of every fourth token are looked at.
 _STEP = 4
 
@@ -112,10 +110,11 @@ def learned_bases(
     warning says that the tokens are too few.
     """
     known = len(set(tokens.flatten().tolist()))
-    least = _LEAST_TOKENS * max((each.keys.dim for each in places if each.values), default=0)
-    if known < least:
+    least = max((place.keys.dim for place in places if place.values), default=0)
+    if known < least:  # many directions of keys are unseen
         _log.warning(
-            "The texts have %d different tokens, and axes of keys need %d: give longer texts.",
+            "Keys stay in random axes: the texts begin with %d different tokens and need %d: "
+            "give longer texts.",
             known,
             least,
         )
@@ -166,16 +165,16 @@ def moments(keys: mx.array, queries: mx.array) -> Moments:
 
 
 def suitable_basis(keys: mx.array, queries: mx.array, rope: Rope) -> Basis | None:
-    """The basis of keys (texts, H, n, dim) that suits all places; None if random is better.
+    """The basis of keys (texts, H, n, dim) that suits all places, or None.
 
-    The error is that of the scores at which queries (texts, H, m, dim) see keys, in squares.
+    It is None if a random rotation has the smaller error or a number is not finite. The error is
+    that of the scores at which queries (texts, H, m, dim) see keys, in squares.
     """
     dim = keys.shape[3]
-    found = moments(keys, queries).turned(turns(rope, dim, all_places()))
-    try:
-        basis = learned_basis(found.keys, found.queries)
-    except ValueError:  # not finite
+    if not all(mx.isfinite(x).all().item() for x in (keys, queries)):
         return None
+    found = moments(keys, queries).turned(turns(rope, dim, all_places()))
+    basis = learned_basis(found.keys, found.queries)
     quantizers = [TurboQuantizer(dim, _JUDGED_BITS, basis=each) for each in (basis, None)]
     mean = keys.mean(axis=2, keepdims=True)
     for turn in mx.array(turns(rope, dim, _JUDGED).astype(np.float32)):

@@ -140,8 +140,7 @@ def test_a_profile_has_both_sides_of_all_layers_for_every_text(random_model):
     profile = calibrate(random_model, Numbers(), texts, lambda *progress: seen.append(progress))
     assert profile.fingerprint == fingerprint(random_model)
     assert profile.texts == ("one", "other") and profile.tokens == 48 + 48
-    assert len(profile.keys) == len(profile.values) == len(profile.bases) == 2
-    assert all(basis.axes.shape == (2, 64, 64) for basis in profile.bases)
+    assert len(profile.keys) == len(profile.values) == 2
     for keys, values in zip(profile.keys, profile.values):
         # One more bit lowers the squared error, and so the divergence, by a factor of 3 to 4.
         assert all(two > 2 * three > 0 for two, three in zip(keys[2], keys[3]))
@@ -175,7 +174,7 @@ def test_bad_input_is_refused(random_model):
 
 def test_texts_are_measured_as_if_each_were_alone(random_model, monkeypatch):
     """Six texts make two batches; float32 sums are in another order."""
-    monkeypatch.setattr(module, "learned_axes", lambda *_: None)  # axes suit all texts together
+    monkeypatch.setattr(module, "learned_bases", lambda *_: ())  # those suit all texts together
     texts = {f"text {i}": f"the text number {i}, " * 8 for i in range(6)}
     together = calibrate(random_model, Numbers(), texts)
     for i, (name, text) in enumerate(texts.items()):
