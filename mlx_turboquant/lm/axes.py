@@ -119,11 +119,18 @@ def learned_bases(
             least,
         )
         return ()
-    bases = tuple(_learned(place, place.of(caches), watch) for place in places)
+    found = [of_layer(place, place.of(caches), watch) for place in places]
+    bases = tuple(each and suitable_basis(*each) for each in found)
     return bases if any(bases) else ()
 
 
-def _learned(place: Compressible, cache: Any, watch: Watch) -> Basis | None:
+def of_layer(
+    place: Compressible, cache: Any, watch: Watch
+) -> tuple[mx.array, mx.array, Rope] | None:
+    """The keys (texts, H, n, dim) of a layer, its queries (texts, H, m, dim) and what turns both.
+
+    None if the layer can have no basis.
+    """
     if place.values is None or place.keys.dim % RUN or id(cache) not in watch.queries:
         return None
     keys = cache.keys[:, :, : cache.offset]
@@ -132,7 +139,7 @@ def _learned(place: Compressible, cache: Any, watch: Watch) -> Basis | None:
         return None
     queries = mx.concatenate(watch.queries[id(cache)], axis=2).astype(mx.float32)
     queries = queries.reshape(len(keys), keys.shape[1], -1, queries.shape[3])
-    return suitable_basis(keys[:, :, _SINKS:].astype(mx.float32), queries, rope)
+    return keys[:, :, _SINKS:].astype(mx.float32), queries, rope
 
 
 def _ends(keys: mx.array, x: mx.array) -> bool:
