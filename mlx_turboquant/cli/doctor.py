@@ -14,7 +14,10 @@ from mlx_lm import __version__ as mlx_lm_version
 from tqdm import tqdm
 
 from .. import __version__
+from ..codec.basis import PATTERNS
+from ..codec.packing import RUN
 from ..files import make_way, write_json
+from ..kernels.arguments import patterned
 from ..kernels.attention import MAX_DECODE_ROWS, Configuration, DecodeAttention
 from ..kernels.quantize import Dequantize, InnerProduct, Quantize
 from ..kernels.runtime import Kernel, backend
@@ -172,6 +175,14 @@ def _configurations() -> Iterator[tuple[type[Kernel], tuple[Any, ...], str]]:
             pair = (shared_quantizer(dim, key_bits, 0), shared_quantizer(dim, value_bits, 0))
             configuration = Configuration(*pair, *[mx.float16] * 3, group=4, rows=1)
             yield DecodeAttention, (configuration,), f"{dim} values, K{key_bits} V{value_bits}"
+        values = shared_quantizer(dim, 3, 0)
+        for offsets in PATTERNS[1:] if dim % RUN == 0 else ():
+            pattern = tuple(3 + offset for offset in offsets)
+            pair, label = (patterned(dim, 3, pattern), values), f"{dim} values, {pattern} bits"
+            yield Quantize, ((mx.float16,) * 2, pair), label
+            yield Dequantize, ((mx.bfloat16,) * 2, pair), label
+            configuration = Configuration(*pair, *[mx.float16] * 3, group=4, rows=1)
+            yield DecodeAttention, (configuration,), label
     quantizers = (shared_quantizer(128, 4, 0),) * 2
     for dtype in (mx.float32, mx.bfloat16):
         for group, rows, mask, has_logits in (

@@ -21,11 +21,11 @@ def example(quantizer: TurboQuantizer) -> TurboQuantizer:
     """
     if quantizer.basis is None:
         return quantizer
-    return _example(quantizer.dim, quantizer.bits, quantizer.pattern)
+    return patterned(quantizer.dim, quantizer.bits, quantizer.pattern)
 
 
 @cache
-def _example(dim: int, bits: int, pattern: Bits) -> TurboQuantizer:
+def patterned(dim: int, bits: int, pattern: Bits) -> TurboQuantizer:
     """A quantizer whose basis, of two heads, has this pattern of bits."""
     deviations = 2.0 ** np.array(pattern if isinstance(pattern, tuple) else (0,) * 4)
     weights = np.tile(np.repeat(deviations**2, EIGHT), (2, 1, dim // RUN))
