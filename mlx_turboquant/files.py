@@ -38,6 +38,18 @@ def _errors(place: Path, what: str, remedy: str) -> Iterator[None]:
         raise type(error)(reason) from error
 
 
+@contextmanager
+def files_at_once(folder: Path, place: Path) -> Iterator[Path]:
+    """A temporary folder, whose files are moved to ``folder`` at the end; errors name ``place``."""
+    with (
+        write_errors(place),
+        tempfile.TemporaryDirectory(dir=folder, prefix=f".{place.stem}-") as temporary,
+    ):
+        yield Path(temporary)
+        for file in Path(temporary).iterdir():
+            os.replace(file, folder / file.name)
+
+
 def write_whole(file: Path, write: Callable[[Path], None]) -> None:
     """Write ``file`` atomically: under a temporary name, which is then renamed.
 
@@ -47,22 +59,18 @@ def write_whole(file: Path, write: Callable[[Path], None]) -> None:
     Raises:
         OSError: the file cannot be written completely, for example because the disk is full.
     """
-    with (
-        write_errors(file),
-        tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}-") as folder,
-    ):
-        complete = Path(folder) / file.name
+    with files_at_once(file.parent, file) as folder:
+        complete = folder / file.name
         try:
             write(complete)
             StoredFile(complete)  # raises an error if it is not complete
             seal(complete)
         except (RuntimeError, ValueError) as error:
             raise OSError(f"{file} cannot be written whole: is there space for it?") from error
-        os.replace(complete, file)
-        with suppress(OSError):  # some file systems cannot sync folders
-            parent = os.open(file.parent, os.O_RDONLY)
-            os.fsync(parent)  # otherwise a power cut could undo the rename
-            os.close(parent)
+    with suppress(OSError):  # some file systems cannot sync folders
+        parent = os.open(file.parent, os.O_RDONLY)
+        os.fsync(parent)  # otherwise a power cut could undo the rename
+        os.close(parent)
 
 
 def make_folder(folder: Path) -> None:
@@ -79,13 +87,8 @@ def write_json(file: Path, contents: dict[str, Any]) -> None:
         OSError: the file cannot be written.
     """
     make_folder(file.parent)
-    with (
-        write_errors(file),
-        tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}-") as folder,
-    ):
-        complete = Path(folder) / file.name
-        complete.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
-        os.replace(complete, file)
+    with files_at_once(file.parent, file) as folder:
+        (folder / file.name).write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
 
 
 def make_way(file: Path, key: str, what: str) -> None:
