@@ -32,12 +32,14 @@ def ignore(tokens: int) -> None:
 class CacheSpec:
     """A cache to compare; with a ``name`` alone, the exact one.
 
-    ``mlx_lm_bits`` selects mlx-lm's quantized cache, ``settings`` selects ours.
+    ``mlx_lm_bits`` selects mlx-lm's quantized cache, ``settings`` selects ours. Prompts are read in
+    chunks of ``chunk`` tokens.
     """
 
     name: str
     mlx_lm_bits: int | None = None
     settings: Settings | None = None
+    chunk: int = CHUNK
 
     @property
     def needs_profile(self) -> bool:
@@ -62,8 +64,8 @@ class CacheSpec:
         self, model: nn.Module, cache: list[Any], tokens: mx.array, progress: Progress = ignore
     ) -> None:
         """Prefill a cache with tokens (B, n) in chunks, as mlx-lm does."""
-        for start in range(0, tokens.shape[1], CHUNK):
-            chunk = tokens[:, start : start + CHUNK]
+        for start in range(0, tokens.shape[1], self.chunk):
+            chunk = tokens[:, start : start + self.chunk]
             model(chunk, cache=cache)
             self.after_chunk(cache)
             mx.eval([layer.state for layer in cache])
