@@ -114,17 +114,14 @@ class _Kind(NamedTuple):
     each: "_Kind | None" = None
 
 
-def _number(least: float, most: float) -> _Kind:
-    def fits(x: Any) -> bool:
-        return type(x) in (int, float) and least <= x <= most
-
-    return _Kind(f"a number from {least} to {most}", fits)
+def _number(least: float, most: float, name: str = "a number", types=(int, float)) -> _Kind:
+    return _Kind(
+        f"{name} from {least} to {most}", lambda x: type(x) in types and least <= x <= most
+    )
 
 
 def _integer(least: int, most: int) -> _Kind:
-    return _Kind(
-        f"an integer from {least} to {most}", lambda x: type(x) is int and least <= x <= most
-    )
+    return _number(least, most, "an integer", (int,))
 
 
 def _list(name: str, each: _Kind, least: int = 0) -> _Kind:
