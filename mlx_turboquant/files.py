@@ -73,10 +73,10 @@ def write_whole(file: Path, write: Callable[[Path], None]) -> None:
         os.close(parent)
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Path, mode: int = 0o777) -> None:
     """Create a folder unless it exists; OSError if it cannot be created or written to."""
     with write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode, parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
 
 
