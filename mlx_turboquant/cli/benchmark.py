@@ -152,11 +152,7 @@ def _model_and_tokens(args: argparse.Namespace) -> tuple[nn.Module, Any, list[in
 
 
 def shape_config(shape: str) -> dict[str, Any]:
-    """The configuration of a shape, a name in ``SHAPES`` or the path of a config.json.
-
-    Raises:
-        ValueError: ``shape`` is neither of them.
-    """
+    """The configuration of a name in ``SHAPES`` or a config.json; ValueError if it is neither."""
     if shape in SHAPES:
         return SHAPES[shape]
     try:

@@ -23,10 +23,7 @@ def parse(
 ) -> tuple[argparse.Namespace, Settings]:
     """Parse the options of an mlx-lm command, with our cache options in place of its own.
 
-    Given options that are ``without_effect`` are named on stderr.
-
-    Raises:
-        ValueError: an invalid setting or adapter path.
+    Given options that are ``without_effect`` are named on stderr; invalid ones raise ValueError.
     """
     _add_cache_options(parser)
     for each, text in [(parser, "description"), *((x, "help") for x in parser._actions)]:
@@ -110,12 +107,7 @@ def add_store_options(parser: argparse.ArgumentParser) -> argparse._ActionsConta
 
 
 def open_store(args: argparse.Namespace) -> PromptStore | None:
-    """Open the prompt store of the options, if any.
-
-    Raises:
-        ValueError: an invalid folder or size.
-        OSError: the folder cannot be written to.
-    """
+    """Open the prompt store of the options, if any, with the errors of :class:`.PromptStore`."""
     if args.prompt_store is None:
         return None
     return PromptStore(args.prompt_store, parse_size(args.prompt_store_size))

@@ -89,11 +89,7 @@ def _tokens_of(handler: BaseHTTPRequestHandler) -> str:
 def begin_answer(
     begin: Callable[..., None], handler: BaseHTTPRequestHandler, status: int = 200
 ) -> None:
-    """Begin an answer of mlx-lm.
-
-    Raises:
-        BadRequest: the answer would be a refusal, of a path or for an error that mlx-lm caught.
-    """
+    """Begin an answer of mlx-lm; BadRequest if it refuses a path, or for an error it caught."""
     error = sys.exception()
     if status not in (400, 404):
         begin(handler, status)
@@ -259,11 +255,7 @@ _NULL_IS_A_VALUE = "draft_model"
 
 
 def read_request(handler: BaseHTTPRequestHandler) -> bytes:
-    """Read and check the body of a request, and drop fields that are null.
-
-    Raises:
-        BadRequest: an invalid body, or a path that is not served.
-    """
+    """The body of a request without fields that are null; BadRequest if it or its path is wrong."""
     fields = _FIELDS_OF.get(handler.path)
     if fields is None:
         raise _no_such_path(handler)
@@ -329,11 +321,7 @@ def _shown(value: Any) -> str:
 
 
 def check_tokens(args: Any, tokens: Any, tokenizer: Any, vocabulary: int) -> None:
-    """Check a prompt's tokens, and those in ``args`` against the size of the vocabulary.
-
-    Raises:
-        BadRequest: a prompt without tokens, or tokens that the model does not have.
-    """
+    """Raise BadRequest if a prompt has no tokens, or ``args`` has some that the model lacks."""
     if not tokens:
         raise BadRequest("The prompt has no tokens: give one that is not empty.", "prompt")
     if (top_k := args.sampling.top_k) >= vocabulary:

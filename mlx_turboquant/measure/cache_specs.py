@@ -47,11 +47,7 @@ class CacheSpec:
         return self.settings is not None and not self.settings.is_fixed
 
     def make_cache(self, model: nn.Module) -> list[Any]:
-        """An empty prompt cache.
-
-        Raises:
-            ValueError: a model that this cache does not support.
-        """
+        """An empty prompt cache; ValueError for a model that this cache does not support."""
         if self.settings is None:
             return plain_caches(model)
         return make_prompt_cache(model, self.settings)
@@ -80,10 +76,7 @@ MLX_LM = (CacheSpec("mlx-lm 8 bits", 8), CacheSpec("mlx-lm 4 bits", 4))
 def preset(name: str, settings: Settings = _DEFAULTS) -> CacheSpec:
     """Our cache with bits like ``4`` or ``3.5``, or bits of keys and values like ``K5V3``.
 
-    All else is as in ``settings``.
-
-    Raises:
-        ValueError: a name of another form, or invalid bits.
+    All else is as in ``settings``. ValueError for a name of another form, or invalid bits.
     """
     if split := re.fullmatch(r"[Kk](\d)[Vv](\d)", name):
         key_bits, value_bits = map(int, split.groups())

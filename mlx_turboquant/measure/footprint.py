@@ -51,10 +51,8 @@ class Footprint(NamedTuple):
 def footprint(model: nn.Module, spec: CacheSpec) -> Footprint:
     """The footprint of the caches that ``spec`` makes; nothing of the model is evaluated.
 
-    One token goes through the model lazily to find the numbers of heads and dimensions.
-
-    Raises:
-        ValueError: a model that the cache does not support.
+    One token goes through the model lazily to find the numbers of heads and dimensions. ValueError
+    for a model that the cache does not support.
     """
     cache = spec.make_cache(model)
     model(mx.zeros((1, 1), mx.int32), cache=cache)

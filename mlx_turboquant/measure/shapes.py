@@ -92,10 +92,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 def unloaded_model(config: dict[str, Any]) -> nn.Module:
     """The model of an mlx-lm ``config.json`` as shapes only: no array of it is evaluated.
 
-    Its weights are quantized as the configuration says, otherwise bfloat16.
-
-    Raises:
-        ValueError: a configuration that mlx-lm has no model for.
+    Its weights are quantized as the configuration says, otherwise bfloat16. ValueError for a
+    configuration that mlx-lm has no model for.
     """
     try:
         model_class, arguments = _get_classes(config)

@@ -88,10 +88,7 @@ class TaskRun:
     ``prose`` are lines to fill prompts with, and ``about`` says what all replies depend on; those
     of a cache are kept with the bits of its layers. The ``failures`` are those of caches of mlx-lm
     that the model does not support, by name. Progress counts passages that a cache has answered.
-
-    Raises:
-        ValueError: the file is of another run.
-        OSError: the file cannot be read or written.
+    ValueError if the file is of another run; OSError if it cannot be read or written.
     """
 
     model: nn.Module

@@ -54,10 +54,7 @@ def tune(heads: Heads) -> Iterator[Measured]:
     """Measure sensible tunings for these heads at each of ``LENGTHS``, and save the best.
 
     First one number changes at a time. Then those that gained change together, and last the number
-    of threadgroups.
-
-    Raises:
-        OSError: the result cannot be saved.
+    of threadgroups. OSError if the result cannot be saved.
     """
     kernel_of = cache(lambda tuning: _kernel(heads, ((0, tuning),)))
     found: list[tuple[int, Tuning]] = []
