@@ -89,7 +89,6 @@ class _Run:
         }
 
     def attempt(self, spec: CacheSpec, context: int, new_tokens: int) -> None:
-        """Measure a cache at a context length, unless it has failed before."""
         if spec.name in self.failures:
             return
         repeated = self.tokens * -(-context // len(self.tokens))
@@ -105,7 +104,6 @@ class _Run:
         self.measured.setdefault((spec.name, context), []).append(measured)
 
     def result(self) -> dict[str, Any]:
-        """The contents of benchmark.json."""
         args = self.args
         return {
             **machine(),

@@ -258,7 +258,6 @@ def read_request(handler: BaseHTTPRequestHandler) -> bytes:
 
 
 def _no_such_path(handler: BaseHTTPRequestHandler) -> BadRequest:
-    """The refusal of a path that is not served."""
     paths = ", ".join([*_FIELDS_OF, "/v1/models", "/health"])
     message = f"There is nothing at {_shown(handler.path)}: use one of {paths}."
     return BadRequest(message, status=404, code="unknown_url")

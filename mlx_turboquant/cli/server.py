@@ -264,7 +264,6 @@ class _Run:
             self.end(1)
 
     def end(self, status: int) -> NoReturn:
-        """Write pending prompts and logs, and end the process."""
         if self.store is not None:
             self.store.close()
         logging.shutdown()
