@@ -28,12 +28,11 @@ from ..lm.loading import device_nbytes, memory_nbytes, model_errors, reason_of
 from ..lm.prompt_store import PromptStore
 from ..measure.shapes import unloaded_model
 from .admission import Admission
-from .kept_prompts import KeptPrompts
+from .kept_prompts import SCOPES, KeptPrompts, ScopedTokens, scope_of
 from .loading import load_ready
 from .options import add_store_options, open_store, parse, parse_size
 from .replaced import replace, wrap
 from .requests import BadRequest, answer, begin_answer, check_tokens, place_of, read_request
-from .scopes import SCOPES, ScopedTokens, scope_of
 from .signals import ENDINGS
 
 _mlx_lm_server = importlib.import_module("mlx_lm.server")
