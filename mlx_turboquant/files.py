@@ -34,8 +34,7 @@ def _errors(place: Path, what: str, remedy: str) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:  # an inner block has already added them
             raise
-        reason = f"{place} cannot be {what} ({error.strerror}): {remedy}."
-        raise type(error)(reason) from error
+        raise type(error)(f"{place} cannot be {what} ({error.strerror}): {remedy}.") from error
 
 
 @contextmanager

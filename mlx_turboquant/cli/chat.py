@@ -208,8 +208,7 @@ class Conversation:
                 ) from error
         seen = self._text(self.tokens)
         if self.tokens and text.startswith(seen):
-            rest = self.tokenizer.encode(text[len(seen) :], add_special_tokens=False)
-            return self.tokens + rest
+            return self.tokens + self.tokenizer.encode(text[len(seen) :], add_special_tokens=False)
         return self.tokenizer.encode(text, add_special_tokens=is_plain)
 
     def _text(self, tokens: list[int]) -> str:

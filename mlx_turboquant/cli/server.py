@@ -218,8 +218,7 @@ class _Run:
     def complete(self, complete: Callable[..., None], handler: Any, request: Any, *others):
         """Give a request its sender's scope, and let mlx-lm answer it once it fits."""
         request.scope = scope_of(handler, self.scope)
-        draft = handler.requested_draft_model
-        if self.store is not None and draft not in (None, "default_model"):
+        if self.store is not None and handler.requested_draft_model not in (None, "default_model"):
             message = "The prompt store does not keep caches of a draft_model: leave it out."
             raise BadRequest(message, "draft_model")
         request.tokenized = _tokenized(handler, request)

@@ -192,8 +192,7 @@ class Comparison:
     def _score(
         self, scores: Scores, cache: list[Any], tokens: mx.array, exact: list[mx.array]
     ) -> None:
-        steps = log_probabilities(self.model, cache, tokens[:-1], self.progress)
-        for i, rows in enumerate(steps):
+        for i, rows in enumerate(log_probabilities(self.model, cache, tokens[:-1], self.progress)):
             if scores.spec is EXACT:
                 exact.append(rows)
             targets = tokens[1 + i * MAX_DECODE_ROWS :][: len(rows)]
@@ -214,8 +213,7 @@ class Comparison:
         tokens, exact = mx.array(prompt[:-1]), []
 
         def measure(scores: Scores, cache: list[Any]) -> None:
-            following = following_tokens(self.model, cache, prompt[-1], seed)
-            written = list(islice(following, count))
+            written = list(islice(following_tokens(self.model, cache, prompt[-1], seed), count))
             if scores.spec is EXACT:
                 exact.extend(written)
             losses = exact_losses(self.model, prompt, written)

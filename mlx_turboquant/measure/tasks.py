@@ -153,8 +153,7 @@ class TaskRun:
         """Questions, and what each cache replies; those in the file are not asked again."""
         rng = random.Random(f"{task.name} {seed}")
         start = rng.randrange(len(self.prose))
-        prose = self.prose[start:] + self.prose[:start]
-        passage = task.make(rng, length, prose, is_easy)
+        passage = task.make(rng, length, self.prose[start:] + self.prose[:start], is_easy)
         shared, rests = prompts_of(self.tokenizer, passage, length, rng)
         every, specs = specs, [spec for spec in specs if spec.name not in self.failures]
         # The bits and bases of each layer depend on the profile.
