@@ -1,6 +1,7 @@
 """Shared parts of the measuring commands: optional libraries, tables and files of results."""
 
 import itertools
+import json
 import platform
 import shutil
 import sys
@@ -15,7 +16,7 @@ import mlx.core as mx
 from mlx_lm import __version__ as mlx_lm_version
 
 from .. import __version__
-from ..files import files_at_once, write_json
+from ..files import files_at_once
 
 
 @contextmanager
@@ -87,7 +88,7 @@ def write_results(folder: Path, name: str, result: dict[str, Any], pictures: Mod
     """
     try:
         with files_at_once(folder, folder) as temporary:
-            write_json(temporary / f"{name}.json", result)
+            (temporary / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
             pictures.draw(result, temporary)
             written = sorted(file.name for file in temporary.iterdir())
     finally:
