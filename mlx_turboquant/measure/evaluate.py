@@ -104,11 +104,8 @@ def following_tokens(
     ``draft``, the model computes several at once, if the cache can be trimmed.
     """
     written = 0
-    is_sliding = any(isinstance(layer, RotatingKVCache) for layer in flat_caches(cache))
     while True:
-        # The last few tokens of a sliding window cannot always be taken back.
-        can_trim = not is_sliding and can_trim_prompt_cache(cache)
-        ahead = list(draft[: MAX_DECODE_ROWS - 1]) if can_trim else []
+        ahead = list(draft[: MAX_DECODE_ROWS - 1]) if draft and _can_cut_back(cache) else []
         logits = model(mx.array([[token, *ahead]]), cache=cache)[0].astype(mx.float32)
         if seed is not None:
             keys = [mx.random.key(seed * 2**20 + written + i) for i in range(len(logits))]
@@ -124,6 +121,12 @@ def following_tokens(
         yield from best[: right + 1]
         written += right + 1
         token = best[right]
+
+
+def _can_cut_back(cache: list[Any]) -> bool:
+    """Whether the last few tokens can be taken back, whatever they are."""
+    is_sliding = any(isinstance(layer, RotatingKVCache) for layer in flat_caches(cache))
+    return not is_sliding and can_trim_prompt_cache(cache)
 
 
 def first_difference(one: Iterable[int], other: Iterable[int]) -> int | None:
