@@ -34,66 +34,59 @@ def _errors(place: Path, what: str, remedy: str) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:  # an inner block has already added them
             raise
-        reason = f"{place} cannot be {what} ({error.strerror}): {remedy}."
-        raise type(error)(reason) from error
+        raise type(error)(f"{place} cannot be {what} ({error.strerror}): {remedy}.") from error
+
+
+@contextmanager
+def files_at_once(folder: Path, place: Path) -> Iterator[Path]:
+    """A temporary folder, whose files are moved to ``folder`` at the end; errors name ``place``."""
+    with (
+        write_errors(place),
+        tempfile.TemporaryDirectory(dir=folder, prefix=f".{place.stem}-") as temporary,
+    ):
+        yield Path(temporary)
+        for file in Path(temporary).iterdir():
+            os.replace(file, folder / file.name)
 
 
 def write_whole(file: Path, write: Callable[[Path], None]) -> None:
     """Write ``file`` atomically: under a temporary name, which is then renamed.
 
     ``write`` makes a safetensors file with :func:`.room_for_checksums` in its metadata. They are
-    filled in afterwards.
-
-    Raises:
-        OSError: the file cannot be written completely, for example because the disk is full.
+    filled in afterwards. OSError if the file cannot be written whole, as on a full disk.
     """
-    with (
-        write_errors(file),
-        tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}-") as folder,
-    ):
-        complete = Path(folder) / file.name
+    with files_at_once(file.parent, file) as folder:
+        complete = folder / file.name
         try:
             write(complete)
             StoredFile(complete)  # raises an error if it is not complete
             seal(complete)
         except (RuntimeError, ValueError) as error:
             raise OSError(f"{file} cannot be written whole: is there space for it?") from error
-        os.replace(complete, file)
-        with suppress(OSError):  # some file systems cannot sync folders
-            parent = os.open(file.parent, os.O_RDONLY)
-            os.fsync(parent)  # otherwise a power cut could undo the rename
-            os.close(parent)
+    with suppress(OSError):  # some file systems cannot sync folders
+        parent = os.open(file.parent, os.O_RDONLY)
+        os.fsync(parent)  # otherwise a power cut could undo the rename
+        os.close(parent)
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Path, mode: int = 0o777) -> None:
     """Create a folder unless it exists; OSError if it cannot be created or written to."""
     with write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode, parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
 
 
 def write_json(file: Path, contents: dict[str, Any]) -> None:
-    """Write ``file`` atomically, and create its folder if needed.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Write ``file`` atomically, and create its folder if needed; OSError if that fails."""
     make_folder(file.parent)
-    with (
-        write_errors(file),
-        tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}-") as folder,
-    ):
-        complete = Path(folder) / file.name
-        complete.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
-        os.replace(complete, file)
+    with files_at_once(file.parent, file) as folder:
+        (folder / file.name).write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
 
 
 def make_way(file: Path, key: str, what: str) -> None:
-    """Create the folder of a JSON file that will be written.
+    """Create the folder of a JSON file that will be written; OSError if that fails.
 
-    Raises:
-        ValueError: the file exists and is not a ``what``, because it has no ``key``.
-        OSError: the folder cannot be created or written to.
+    ValueError if the file exists and is not a ``what``, because it has no ``key``.
     """
     with read_errors(file):
         is_own = file.is_file() and f'"{key}":'.encode() in file.read_bytes()
@@ -103,14 +96,10 @@ def make_way(file: Path, key: str, what: str) -> None:
 
 
 def check_target(file: str | Path, key: str, what: str) -> Path:
-    """The path to save a file at.
+    """The path to save a file at; OSError if its folder cannot be written to.
 
-    An existing file must have ``key`` in its metadata, which shows that this package wrote it.
-    The error message calls such a file a ``what``.
-
-    Raises:
-        ValueError: there is another file, or no folder.
-        OSError: the folder cannot be written to.
+    ValueError if there is no folder, or another file, which the message says is not a ``what``:
+    one without ``key`` in its metadata, which shows that this package wrote it.
     """
     file = safetensors_path(file)
     if not file.parent.is_dir():

@@ -198,10 +198,7 @@ class VectorIndex:
         self._buffers, self._count = buffers, kept.size
 
     def save(self, file: str | Path) -> Path:
-        """Save the index, packed as it is, for :meth:`load`.
-
-        The file is written atomically, under a temporary name that is then renamed. Returns its
-        path, which ends in ".safetensors".
+        """Save the index atomically, packed as it is; return its path, which ends in .safetensors.
 
         Raises:
             ValueError: the folder does not exist, or the file exists and is not an index.

@@ -41,11 +41,7 @@ class Admission:
         return len(requests) * int(self._footprint.prompt_nbytes(max(requests)))
 
     def room(self, model: nn.Module) -> int:
-        """Bytes left for caches beside a model.
-
-        Raises:
-            ValueError: there is no room for a prompt.
-        """
+        """Bytes left for caches beside a model; ValueError if there is no room for a prompt."""
         needed = device_nbytes(model) + chunk_nbytes(model)
         if needed >= self.limit:
             raise ValueError(

@@ -89,7 +89,6 @@ class _Run:
         }
 
     def attempt(self, spec: CacheSpec, context: int, new_tokens: int) -> None:
-        """Measure a cache at a context length, unless it has failed before."""
         if spec.name in self.failures:
             return
         repeated = self.tokens * -(-context // len(self.tokens))
@@ -105,7 +104,6 @@ class _Run:
         self.measured.setdefault((spec.name, context), []).append(measured)
 
     def result(self) -> dict[str, Any]:
-        """The contents of benchmark.json."""
         args = self.args
         return {
             **machine(),
@@ -152,11 +150,7 @@ def _model_and_tokens(args: argparse.Namespace) -> tuple[nn.Module, Any, list[in
 
 
 def shape_config(shape: str) -> dict[str, Any]:
-    """The configuration of a shape, a name in ``SHAPES`` or the path of a config.json.
-
-    Raises:
-        ValueError: ``shape`` is neither of them.
-    """
+    """The configuration of a name in ``SHAPES`` or a config.json; ValueError if it is neither."""
     if shape in SHAPES:
         return SHAPES[shape]
     try:

@@ -124,11 +124,7 @@ class Conversation:
         return [message for message in self.messages[:1] if message["role"] == "system"]
 
     def set_system_prompt(self, text: str) -> None:
-        """Replace the system prompt; messages stay and are processed again with the new one.
-
-        Raises:
-            ValueError: the chat template has no place for it.
-        """
+        """Replace the system prompt but no messages; ValueError if the template refuses it."""
         message = {"role": "system", "content": text}
         self._prompt([message, {"role": "user", "content": text}])
         self.messages[: len(self.system_messages())] = [message]
@@ -146,10 +142,7 @@ class Conversation:
     ) -> Iterator[GenerationResponse]:
         """Answer ``text``; an answer that is stopped stays in the conversation as far as it got.
 
-        A question without any answer does not.
-
-        Raises:
-            ValueError: the chat template refuses the messages.
+        A question without any answer does not. ValueError if the template refuses the messages.
         """
         question = {"role": "user", "content": text}
         prompt = self._prompt([*self.messages, question])
@@ -215,8 +208,7 @@ class Conversation:
                 ) from error
         seen = self._text(self.tokens)
         if self.tokens and text.startswith(seen):
-            rest = self.tokenizer.encode(text[len(seen) :], add_special_tokens=False)
-            return self.tokens + rest
+            return self.tokens + self.tokenizer.encode(text[len(seen) :], add_special_tokens=False)
         return self.tokenizer.encode(text, add_special_tokens=is_plain)
 
     def _text(self, tokens: list[int]) -> str:

@@ -2,7 +2,6 @@
 
 import argparse
 import datetime
-import platform
 import sys
 import time
 from collections.abc import Iterator
@@ -10,10 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-from mlx_lm import __version__ as mlx_lm_version
 from tqdm import tqdm
 
-from .. import __version__
 from ..codec.basis import PATTERNS
 from ..codec.packing import RUN
 from ..files import make_way, write_json
@@ -33,7 +30,7 @@ from ..kernels.tuning import (
 from ..lm.heads import Heads
 from ..lm.loading import reason_of
 from ..measure.tune import LENGTHS, ratio
-from .results import print_rows
+from .results import machine, print_rows
 from .tune import described
 
 _DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
@@ -62,7 +59,7 @@ def main(arguments: list[str]) -> None:
     configurations = [] if backend() == "reference" else list(_configurations())
     duration = "minutes, most of them to compile" if configurations else "a second"
     print(f"This compares all kernels on this machine with plain MLX, which takes {duration}.")
-    print(f"mlx_turboquant {__version__}, mlx {mx.__version__}, mlx-lm {mlx_lm_version}")
+    print("mlx_turboquant {version}, mlx {mlx}, mlx-lm {mlx_lm}".format(**machine()))
     print(f"Device: {device_name()}. Kernels run on: {backend()}.")
     results = [
         _check(*each) for each in tqdm(configurations, leave=False, disable=not configurations)
@@ -98,7 +95,6 @@ def _check(kernel: type[Kernel], configuration: tuple[Any, ...], label: str) -> 
 
 
 def _print_settings() -> None:
-    """Print the settings of the attention kernel: those of the table and saved ones."""
     for least, tuning in default_tunings(backend(), MAX_DECODE_ROWS):
         print(f"Default settings from {least:,} packed tokens on: {described(tuning)}.")
     for heads, tunings in saved_tunings().items():
@@ -120,19 +116,10 @@ def _report(results: list[Checked]) -> dict[str, Any]:
     """Return what the authors need to know about a machine, and nothing about its user."""
     device = mx.device_info()
     report: dict[str, Any] = {
+        **machine(),
         "date": datetime.date.today().isoformat(),
-        "device": {
-            name: device[name]
-            for name in ("device_name", "architecture", "memory_size")
-            if name in device
-        },
-        "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": {
-            "mlx_turboquant": __version__,
-            "mlx": mx.__version__,
-            "mlx_lm": mlx_lm_version,
-        },
+        "architecture": device.get("architecture"),
+        "memory_size": device.get("memory_size"),
         "kernels": kernel_version(),
         "backend": backend(),
         "checks": [each._asdict() for each in results],

@@ -1,6 +1,8 @@
-"""mlx-lm's caches of prompts in memory, with the prompt store behind them."""
+"""mlx-lm's caches of prompts in memory, by scope, with the prompt store behind them."""
 
+import hashlib
 import logging
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import mlx.nn as nn
@@ -11,9 +13,36 @@ from ..cache.single import TurboQuantKVCache
 from ..lm.compressible import cut_back, flat_caches
 from ..lm.prompt_store import CHECKPOINT_TOKENS, SHOWN_TOKENS, PromptStore, key_of
 from .admission import Admission
-from .scopes import ScopedTokens
+
+SCOPES = ("all", "key", "user")
 
 _log = logging.getLogger("mlx_turboquant")
+
+
+def scope_of(request: BaseHTTPRequestHandler, kind: str) -> str:
+    """The scope of a request for one of ``SCOPES``: a hash of its key or user, "" without one."""
+    if kind == "key":
+        told = request.headers.get("Authorization", "")
+    else:
+        told = request.body.get("user") or "" if kind == "user" else ""
+    return hashlib.sha256(str(told).encode()).hexdigest() if told else ""
+
+
+class ScopedTokens(list):
+    """Tokens with the scope of their request, which slices and additions keep.
+
+    mlx-lm keeps a cache under such a copy of its request's tokens. So the scope of the cache is
+    known, even if several requests have the same tokens.
+    """
+
+    def __init__(self, tokens: list[int], scope: str):
+        super().__init__(tokens)
+        self.scope = scope
+        self.on_disk = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        part = super().__getitem__(index)
+        return ScopedTokens(part, self.scope) if isinstance(index, slice) else part
 
 
 class KeptPrompts(LRUPromptCache):

@@ -23,10 +23,7 @@ def parse(
 ) -> tuple[argparse.Namespace, Settings]:
     """Parse the options of an mlx-lm command, with our cache options in place of its own.
 
-    Given options that are ``without_effect`` are named on stderr.
-
-    Raises:
-        ValueError: an invalid setting or adapter path.
+    Given options that are ``without_effect`` are named on stderr; invalid ones raise ValueError.
     """
     _add_cache_options(parser)
     for each, text in [(parser, "description"), *((x, "help") for x in parser._actions)]:
@@ -66,13 +63,13 @@ def _add_cache_options(parser: argparse.ArgumentParser) -> None:
     parser.conflict_handler = "resolve"
     group = parser.add_argument_group("compressed cache")
     text = f"Mean bits per value, 2 to 8 in steps of 0.25 (default: {Settings.bits})"
-    _add_setting(group, "--kv-bits", "bits", text, float)
+    group.add_argument("--kv-bits", dest="bits", type=float, help=text)
     group.add_argument("--key-bits", type=int, help="Bits per value of all keys, 1 to 8")
     group.add_argument("--value-bits", type=int, help="Bits per value of all values, 1 to 8")
     add_allocation_options(group)
     add_exact_token_options(group)
     text = "Maximum number of tokens in a layer, beyond which the oldest are evicted"
-    _add_setting(group, "--max-kv-size", "max_size", text)
+    group.add_argument("--max-kv-size", dest="max_size", type=int, help=text)
     # With these mlx-lm would convert the layers that are not compressed, and its server would
     # answer one request at a time.
     parser.set_defaults(kv_bits=None, max_kv_size=None)
@@ -91,17 +88,9 @@ def add_allocation_options(group: argparse._ActionsContainer) -> None:
 def add_exact_token_options(group: argparse._ActionsContainer) -> None:
     """Add the options for the tokens that stay exact."""
     text = f"Number of recent tokens that stay exact (default: {Settings.window})"
-    _add_setting(group, "--kv-window", "window", text)
+    group.add_argument("--kv-window", dest="window", type=int, help=text)
     text = f"Number of first tokens that stay exact (default: {Settings.sink_tokens})"
-    _add_setting(group, "--kv-sinks", "sink_tokens", text)
-
-
-def _add_setting(
-    group: argparse._ActionsContainer, option: str, field: str, text: str, kind: type = int
-) -> None:
-    """Add an option, named in mlx-lm's style, for a field of :class:`.Settings`."""
-    metavar = option[2:].upper().replace("-", "_")
-    group.add_argument(option, dest=field, type=kind, metavar=metavar, help=text)
+    group.add_argument("--kv-sinks", dest="sink_tokens", type=int, help=text)
 
 
 def add_store_options(parser: argparse.ArgumentParser) -> argparse._ActionsContainer:
@@ -118,12 +107,7 @@ def add_store_options(parser: argparse.ArgumentParser) -> argparse._ActionsConta
 
 
 def open_store(args: argparse.Namespace) -> PromptStore | None:
-    """Open the prompt store of the options, if any.
-
-    Raises:
-        ValueError: an invalid folder or size.
-        OSError: the folder cannot be written to.
-    """
+    """Open the prompt store of the options, if any, with the errors of :class:`.PromptStore`."""
     if args.prompt_store is None:
         return None
     return PromptStore(args.prompt_store, parse_size(args.prompt_store_size))

@@ -89,11 +89,7 @@ def _tokens_of(handler: BaseHTTPRequestHandler) -> str:
 def begin_answer(
     begin: Callable[..., None], handler: BaseHTTPRequestHandler, status: int = 200
 ) -> None:
-    """Begin an answer of mlx-lm.
-
-    Raises:
-        BadRequest: the answer would be a refusal, of a path or for an error that mlx-lm caught.
-    """
+    """Begin an answer of mlx-lm; BadRequest if it refuses a path, or for an error it caught."""
     error = sys.exception()
     if status not in (400, 404):
         begin(handler, status)
@@ -114,17 +110,14 @@ class _Kind(NamedTuple):
     each: "_Kind | None" = None
 
 
-def _number(least: float, most: float) -> _Kind:
-    def fits(x: Any) -> bool:
-        return type(x) in (int, float) and least <= x <= most
-
-    return _Kind(f"a number from {least} to {most}", fits)
+def _number(least: float, most: float, name: str = "a number", types=(int, float)) -> _Kind:
+    return _Kind(
+        f"{name} from {least} to {most}", lambda x: type(x) in types and least <= x <= most
+    )
 
 
 def _integer(least: int, most: int) -> _Kind:
-    return _Kind(
-        f"an integer from {least} to {most}", lambda x: type(x) is int and least <= x <= most
-    )
+    return _number(least, most, "an integer", (int,))
 
 
 def _list(name: str, each: _Kind, least: int = 0) -> _Kind:
@@ -135,15 +128,9 @@ def _object(which: str, fits: Callable[[dict], bool]) -> _Kind:
     return _Kind(f"an object {which}", lambda x: type(x) is dict and fits(x))
 
 
-def _either(first: _Kind, second: _Kind) -> _Kind:
-    name = f"{first.name} or {second.name}"
-    return _Kind(name, lambda x: first.fits(x) or second.fits(x), second.each)
-
-
 _TEXT = _Kind("a string", lambda x: type(x) is str)
 _SWITCH = _Kind("true or false", lambda x: type(x) is bool)
 _ONE = _Kind("1, as there is one answer", lambda x: type(x) is int and x == 1)
-_OBJECT = _Kind("an object", lambda x: type(x) is dict)
 
 
 def _are(x: Any, fits: Callable[[Any], bool]) -> bool:
@@ -202,7 +189,7 @@ _VARIABLES = _object(
     lambda x: not x.keys() & {*_NO_VARIABLES},
 )
 
-# The fields of all requests. mlx-lm reads those before "user" and ignores the others.
+# The fields that are read, and those that ask for more answers than one; others are ignored.
 _FIELDS = {
     "model": _TEXT,
     "draft_model": _TEXT,
@@ -226,33 +213,20 @@ _FIELDS = {
     "logprobs": _SWITCH,
     "top_logprobs": _integer(-1, 11),
     "seed": _integer(0, 2**64 - 1),
-    "stop": _either(_TEXT, _list("a list of strings", _TEXT)),
+    "stop": _Kind("a string or a list of strings", lambda x: type(x) in (str, list), _TEXT),
     "stream": _SWITCH,
     "stream_options": _STREAM_OPTIONS,
     "chat_template_kwargs": _VARIABLES,
     "user": _TEXT,
     "n": _ONE,
-    "metadata": _OBJECT,
-    "store": _SWITCH,
 }
 _FIELDS_OF = {
-    "/v1/completions": {
-        "prompt": _TEXT,
-        **_FIELDS,
-        "best_of": _ONE,
-        "echo": _SWITCH,
-        "suffix": _TEXT,
-    },
+    "/v1/completions": {"prompt": _TEXT, **_FIELDS, "best_of": _ONE},
     "/v1/chat/completions": {
         "messages": _list("a list of one or more messages", _MESSAGE, 1),
         **_FIELDS,
         "tools": _list("a list of tools", _TOOL),
         "role_mapping": _ROLES,
-        "tool_choice": _either(_TEXT, _OBJECT),
-        "parallel_tool_calls": _SWITCH,
-        "response_format": _OBJECT,
-        "reasoning_effort": _TEXT,
-        "service_tier": _TEXT,
     },
 }
 _FIELDS_OF["/chat/completions"] = _FIELDS_OF["/v1/chat/completions"]
@@ -262,11 +236,7 @@ _NULL_IS_A_VALUE = "draft_model"
 
 
 def read_request(handler: BaseHTTPRequestHandler) -> bytes:
-    """Read and check the body of a request, and drop fields that are null.
-
-    Raises:
-        BadRequest: an invalid body, or a path that is not served.
-    """
+    """The body of a request without fields that are null; BadRequest if it or its path is wrong."""
     fields = _FIELDS_OF.get(handler.path)
     if fields is None:
         raise _no_such_path(handler)
@@ -288,7 +258,6 @@ def read_request(handler: BaseHTTPRequestHandler) -> bytes:
 
 
 def _no_such_path(handler: BaseHTTPRequestHandler) -> BadRequest:
-    """The refusal of a path that is not served."""
     paths = ", ".join([*_FIELDS_OF, "/v1/models", "/health"])
     message = f"There is nothing at {_shown(handler.path)}: use one of {paths}."
     return BadRequest(message, status=404, code="unknown_url")
@@ -332,11 +301,7 @@ def _shown(value: Any) -> str:
 
 
 def check_tokens(args: Any, tokens: Any, tokenizer: Any, vocabulary: int) -> None:
-    """Check a prompt's tokens, and those in ``args`` against the size of the vocabulary.
-
-    Raises:
-        BadRequest: a prompt without tokens, or tokens that the model does not have.
-    """
+    """Raise BadRequest if a prompt has no tokens, or ``args`` has some that the model lacks."""
     if not tokens:
         raise BadRequest("The prompt has no tokens: give one that is not empty.", "prompt")
     if (top_k := args.sampling.top_k) >= vocabulary:

@@ -2,11 +2,9 @@
 
 import itertools
 import json
-import os
 import platform
 import shutil
 import sys
-import tempfile
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +16,7 @@ import mlx.core as mx
 from mlx_lm import __version__ as mlx_lm_version
 
 from .. import __version__
-from ..files import write_errors
+from ..files import files_at_once
 
 
 @contextmanager
@@ -89,16 +87,11 @@ def write_results(folder: Path, name: str, result: dict[str, Any], pictures: Mod
     The table is printed even if the files cannot be written, and they are written before it.
     """
     try:
-        with (
-            write_errors(folder),
-            tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-") as temporary,
-        ):
-            (Path(temporary) / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-            pictures.draw(result, Path(temporary))
-            written = sorted(Path(temporary).iterdir())
-            for file in written:
-                os.replace(file, folder / file.name)
+        with files_at_once(folder, folder) as temporary:
+            (temporary / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+            pictures.draw(result, temporary)
+            written = sorted(file.name for file in temporary.iterdir())
     finally:
         pictures.print_table(result)
     for file in written:
-        print(f"Wrote {folder / file.name}")
+        print(f"Wrote {folder / file}")

@@ -28,12 +28,11 @@ from ..lm.loading import device_nbytes, memory_nbytes, model_errors, reason_of
 from ..lm.prompt_store import PromptStore
 from ..measure.shapes import unloaded_model
 from .admission import Admission
-from .kept_prompts import KeptPrompts
+from .kept_prompts import SCOPES, KeptPrompts, ScopedTokens, scope_of
 from .loading import load_ready
 from .options import add_store_options, open_store, parse, parse_size
 from .replaced import replace, wrap
 from .requests import BadRequest, answer, begin_answer, check_tokens, place_of, read_request
-from .scopes import SCOPES, ScopedTokens, scope_of
 from .signals import ENDINGS
 
 _mlx_lm_server = importlib.import_module("mlx_lm.server")
@@ -219,8 +218,7 @@ class _Run:
     def complete(self, complete: Callable[..., None], handler: Any, request: Any, *others):
         """Give a request its sender's scope, and let mlx-lm answer it once it fits."""
         request.scope = scope_of(handler, self.scope)
-        draft = handler.requested_draft_model
-        if self.store is not None and draft not in (None, "default_model"):
+        if self.store is not None and handler.requested_draft_model not in (None, "default_model"):
             message = "The prompt store does not keep caches of a draft_model: leave it out."
             raise BadRequest(message, "draft_model")
         request.tokenized = _tokenized(handler, request)
@@ -264,7 +262,6 @@ class _Run:
             self.end(1)
 
     def end(self, status: int) -> NoReturn:
-        """Write pending prompts and logs, and end the process."""
         if self.store is not None:
             self.store.close()
         logging.shutdown()

@@ -78,8 +78,7 @@ def enable(
     before = known_compression(model)
     compression = Compression(model, before, settings, _loaded(profile, model))
     if compression.profile is None and tokenizer is not None and not settings.is_fixed:
-        measured = calibrated(model, tokenizer, progress)
-        compression = Compression(model, before, settings, measured)
+        compression = Compression(model, before, settings, calibrated(model, tokenizer, progress))
     compression.new_cache(settings)  # raises errors here, not at generation
     if kernel_backend() != "reference":
         _use_kernels_once(model, compression)
@@ -107,8 +106,7 @@ def disable(model: nn.Module) -> nn.Module:
 
 def _settings(bits: float | Settings, backend: str | None, options: CacheOptions) -> Settings:
     """All settings in one; a backend that is given is chosen if they are valid."""
-    is_whole = isinstance(bits, Settings)
-    settings = replace(bits, **options) if is_whole else Settings(bits, **options)
+    settings = replace(bits, **options) if isinstance(bits, Settings) else Settings(bits, **options)
     if backend is not None:
         force_backend(backend)
     return settings

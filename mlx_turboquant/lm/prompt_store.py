@@ -28,7 +28,7 @@ import numpy as np
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
 from ..cache.single import TurboQuantKVCache
-from ..files import read_errors, write_errors, write_json
+from ..files import make_folder, read_errors, write_errors, write_json
 from ..stored_arrays import Damaged, StoredFile
 from .compressible import flat_caches
 from .identity import description
@@ -109,8 +109,7 @@ class PromptStore:
         self.folder = folder = Path(folder).expanduser()
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is not a folder: give the folder of a prompt store.")
-        with write_errors(folder):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(folder, 0o700)
         version = version_of(folder)
         if version not in (None, FORMAT_VERSION):
             raise ValueError(
@@ -174,8 +173,7 @@ class PromptStore:
     def session_file(self, name: str) -> Path:
         """The file of the conversation with this name."""
         folder = self.folder / _SESSIONS
-        with write_errors(folder):
-            folder.mkdir(mode=0o700, exist_ok=True)
+        make_folder(folder, 0o700)
         return folder / f"{name}{_SUFFIX}"
 
     def writing(self) -> contextlib.AbstractContextManager[None]:

@@ -32,12 +32,14 @@ def ignore(tokens: int) -> None:
 class CacheSpec:
     """A cache to compare; with a ``name`` alone, the exact one.
 
-    ``mlx_lm_bits`` selects mlx-lm's quantized cache, ``settings`` selects ours.
+    ``mlx_lm_bits`` selects mlx-lm's quantized cache, ``settings`` selects ours. Prompts are read in
+    chunks of ``chunk`` tokens.
     """
 
     name: str
     mlx_lm_bits: int | None = None
     settings: Settings | None = None
+    chunk: int = CHUNK
 
     @property
     def needs_profile(self) -> bool:
@@ -45,11 +47,7 @@ class CacheSpec:
         return self.settings is not None and not self.settings.is_fixed
 
     def make_cache(self, model: nn.Module) -> list[Any]:
-        """An empty prompt cache.
-
-        Raises:
-            ValueError: a model that this cache does not support.
-        """
+        """An empty prompt cache; ValueError for a model that this cache does not support."""
         if self.settings is None:
             return plain_caches(model)
         return make_prompt_cache(model, self.settings)
@@ -62,8 +60,8 @@ class CacheSpec:
         self, model: nn.Module, cache: list[Any], tokens: mx.array, progress: Progress = ignore
     ) -> None:
         """Prefill a cache with tokens (B, n) in chunks, as mlx-lm does."""
-        for start in range(0, tokens.shape[1], CHUNK):
-            chunk = tokens[:, start : start + CHUNK]
+        for start in range(0, tokens.shape[1], self.chunk):
+            chunk = tokens[:, start : start + self.chunk]
             model(chunk, cache=cache)
             self.after_chunk(cache)
             mx.eval([layer.state for layer in cache])
@@ -78,10 +76,7 @@ MLX_LM = (CacheSpec("mlx-lm 8 bits", 8), CacheSpec("mlx-lm 4 bits", 4))
 def preset(name: str, settings: Settings = _DEFAULTS) -> CacheSpec:
     """Our cache with bits like ``4`` or ``3.5``, or bits of keys and values like ``K5V3``.
 
-    All else is as in ``settings``.
-
-    Raises:
-        ValueError: a name of another form, or invalid bits.
+    All else is as in ``settings``. ValueError for a name of another form, or invalid bits.
     """
     if split := re.fullmatch(r"[Kk](\d)[Vv](\d)", name):
         key_bits, value_bits = map(int, split.groups())

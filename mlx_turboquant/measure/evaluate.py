@@ -14,16 +14,16 @@ import mlx.nn as nn
 from mlx_lm.models.cache import RotatingKVCache, can_trim_prompt_cache, trim_prompt_cache
 
 from ..kernels.attention import MAX_DECODE_ROWS
-from ..lm.compressible import flat_caches, plain_caches
+from ..lm.compressible import flat_caches
 from ..lm.loading import reason_of
 from ..lm.report import cache_size
 from .cache_specs import CHUNK, EXACT, CacheSpec, Progress, ignore, token_size
 from .scores import Generation, Scores
 
-# Of a chunk, so that queries are not compared with the many keys after them.
-PIECE = 512
-# In which a prompt is read again, for sums in another order.
-_OTHER_CHUNK = 384
+# In pieces of a chunk, queries are not compared with the many keys after them.
+_PIECES = CacheSpec("exact, pieces", chunk=512)
+# A prompt is read again, for sums in another order.
+_OTHER_CHUNKS = CacheSpec("exact, other chunks", chunk=384)
 
 
 def read_prompt(model: nn.Module, spec: CacheSpec, tokens: mx.array) -> list[Any]:
@@ -41,10 +41,8 @@ def read_first_chunk(
     Tokens of a first chunk see each other exactly, so one run of the model is enough for all.
     """
     chunk = tokens[None, :CHUNK]
-    exact = plain_caches(model)
-    for start in range(0, chunk.size, PIECE):
-        model(chunk[:, start : start + PIECE], cache=exact)
-        mx.eval([layer.state for layer in exact])
+    exact = _PIECES.make_cache(model)
+    _PIECES.read(model, exact, chunk)
     caches = [spec.make_cache(model) for spec in specs]
     for cache in caches:
         for layer, own in zip(flat_caches(cache), flat_caches(exact)):
@@ -150,7 +148,7 @@ class Comparison:
         self.model = model
         self.progress = progress
         self.scores = [Scores(spec) for spec in (EXACT, *specs)]
-        self.noise = Scores(CacheSpec("exact, other chunks"))
+        self.noise = Scores(_OTHER_CHUNKS)
 
     def text(self, tokens: list[int], scored: int, greedy: int = 0) -> None:
         """Score the predictions of the last ``scored`` tokens.
@@ -197,8 +195,7 @@ class Comparison:
     def _score(
         self, scores: Scores, cache: list[Any], tokens: mx.array, exact: list[mx.array]
     ) -> None:
-        steps = log_probabilities(self.model, cache, tokens[:-1], self.progress)
-        for i, rows in enumerate(steps):
+        for i, rows in enumerate(log_probabilities(self.model, cache, tokens[:-1], self.progress)):
             if scores.spec is EXACT:
                 exact.append(rows)
             targets = tokens[1 + i * MAX_DECODE_ROWS :][: len(rows)]
@@ -219,8 +216,7 @@ class Comparison:
         tokens, exact = mx.array(prompt[:-1]), []
 
         def measure(scores: Scores, cache: list[Any]) -> None:
-            following = following_tokens(self.model, cache, prompt[-1], seed)
-            written = list(islice(following, count))
+            written = list(islice(following_tokens(self.model, cache, prompt[-1], seed), count))
             if scores.spec is EXACT:
                 exact.extend(written)
             losses = exact_losses(self.model, prompt, written)
@@ -230,12 +226,8 @@ class Comparison:
             self.progress(count)
 
         self._each(tokens, measure)
-        cache = EXACT.make_cache(self.model)
-        for start in range(0, len(tokens), _OTHER_CHUNK):
-            self.model(tokens[None, start : start + _OTHER_CHUNK], cache=cache)
-            mx.eval([layer.state for layer in cache])
+        measure(self.noise, read_prompt(self.model, _OTHER_CHUNKS, tokens))
         self.progress(len(tokens))
-        measure(self.noise, cache)
 
 
 def exact_losses(model: nn.Module, prompt: list[int], following: list[int]) -> list[float]:

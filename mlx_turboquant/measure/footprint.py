@@ -51,10 +51,8 @@ class Footprint(NamedTuple):
 def footprint(model: nn.Module, spec: CacheSpec) -> Footprint:
     """The footprint of the caches that ``spec`` makes; nothing of the model is evaluated.
 
-    One token goes through the model lazily to find the numbers of heads and dimensions.
-
-    Raises:
-        ValueError: a model that the cache does not support.
+    One token goes through the model lazily to find the numbers of heads and dimensions. ValueError
+    for a model that the cache does not support.
     """
     cache = spec.make_cache(model)
     model(mx.zeros((1, 1), mx.int32), cache=cache)
@@ -84,16 +82,15 @@ def footprint(model: nn.Module, spec: CacheSpec) -> Footprint:
 
 def chunk_nbytes(model: nn.Module) -> int:
     """Approximate bytes of the activations of one chunk of a prompt."""
-    sizes = text_arguments(model)
-    hidden, intermediate = _size(sizes, "hidden_size"), _size(sizes, "intermediate_size")
-    experts = _size(sizes, "num_experts_per_tok") * _size(sizes, "moe_intermediate_size")
+    hidden, intermediate = _size(model, "hidden_size"), _size(model, "intermediate_size")
+    experts = _size(model, "num_experts_per_tok") * _size(model, "moe_intermediate_size")
     width = max(intermediate, 2 * hidden, experts) if hidden else _widest(model)
     return 8 * CHUNK * width
 
 
-def _size(sizes: Any, name: str) -> int:
+def _size(model: nn.Module, name: str) -> int:
     """An integer of a configuration, 0 if there is none of this name."""
-    size = getattr(sizes, name, None)
+    size = getattr(text_arguments(model), name, None)
     return size if type(size) is int else 0
 
 
@@ -106,9 +103,8 @@ def _widest(model: nn.Module) -> int:
 
 def _scores(model: nn.Module, spec: CacheSpec) -> int:
     """Bytes of the 16-bit scores of a chunk for one token; 0 if MLX fuses the attention."""
-    sizes = text_arguments(model)
-    heads = _size(sizes, "num_attention_heads")
-    head_dim = _size(sizes, "head_dim") or _size(sizes, "hidden_size") // max(heads, 1)
+    heads = _size(model, "num_attention_heads")
+    head_dim = _size(model, "head_dim") or _size(model, "hidden_size") // max(heads, 1)
     fused = spec.mlx_lm_bits is None and head_dim in _FUSED_DIMS
     return 0 if fused else 2 * 2 * heads * CHUNK
 

@@ -92,10 +92,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 def unloaded_model(config: dict[str, Any]) -> nn.Module:
     """The model of an mlx-lm ``config.json`` as shapes only: no array of it is evaluated.
 
-    Its weights are quantized as the configuration says, otherwise bfloat16.
-
-    Raises:
-        ValueError: a configuration that mlx-lm has no model for.
+    Its weights are quantized as the configuration says, otherwise bfloat16. ValueError for a
+    configuration that mlx-lm has no model for.
     """
     try:
         model_class, arguments = _get_classes(config)
@@ -126,7 +124,10 @@ def random_model(config: dict[str, Any]) -> nn.Module:
         if "scales" in module:
             _fill(module)
         elif isinstance(module, nn.Conv1d):
-            _fill_convolution(module)
+            # With the variance 1 / inputs; MLX's own weights count the inputs of all groups.
+            shape = module.weight.shape
+            scale = (shape[1] * shape[2]) ** -0.5
+            module.weight = mx.random.normal(shape, mx.bfloat16, scale=scale)
     return model
 
 
@@ -154,9 +155,3 @@ def _fill(module: nn.Module) -> None:
     if "biases" in module:
         offset = -scale * (2**module.bits - 1) / 2
         module.biases = mx.full(module.scales.shape, offset, mx.bfloat16)
-
-
-def _fill_convolution(module: nn.Conv1d) -> None:
-    """Fill with weights of variance 1 / inputs; MLX's own count the inputs of all groups."""
-    inputs = module.weight.shape[1] * module.weight.shape[2]
-    module.weight = mx.random.normal(module.weight.shape, mx.bfloat16, scale=inputs**-0.5)

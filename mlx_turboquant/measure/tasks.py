@@ -88,10 +88,7 @@ class TaskRun:
     ``prose`` are lines to fill prompts with, and ``about`` says what all replies depend on; those
     of a cache are kept with the bits of its layers. The ``failures`` are those of caches of mlx-lm
     that the model does not support, by name. Progress counts passages that a cache has answered.
-
-    Raises:
-        ValueError: the file is of another run.
-        OSError: the file cannot be read or written.
+    ValueError if the file is of another run; OSError if it cannot be read or written.
     """
 
     model: nn.Module
@@ -156,8 +153,7 @@ class TaskRun:
         """Questions, and what each cache replies; those in the file are not asked again."""
         rng = random.Random(f"{task.name} {seed}")
         start = rng.randrange(len(self.prose))
-        prose = self.prose[start:] + self.prose[:start]
-        passage = task.make(rng, length, prose, is_easy)
+        passage = task.make(rng, length, self.prose[start:] + self.prose[:start], is_easy)
         shared, rests = prompts_of(self.tokenizer, passage, length, rng)
         every, specs = specs, [spec for spec in specs if spec.name not in self.failures]
         # The bits and bases of each layer depend on the profile.

@@ -45,20 +45,16 @@ def ratio(heads: Heads, length: int) -> float | None:
     It is measured with the settings in use. None means that the kernel does not run.
     """
     setup = _Setup(heads, length)
-    kernel = _kernel(heads, None)
-    arms = {"exact": setup.exact, "ours": kernel and setup.attention(kernel)}
+    arms = {"exact": setup.exact, "ours": setup.attention(_kernel(heads, None))}
     seconds = _seconds(arms, setup.queries)
-    return seconds["ours"] / seconds["exact"] if kernel else None
+    return seconds["ours"] / seconds["exact"] if "ours" in seconds else None
 
 
 def tune(heads: Heads) -> Iterator[Measured]:
     """Measure sensible tunings for these heads at each of ``LENGTHS``, and save the best.
 
     First one number changes at a time. Then those that gained change together, and last the number
-    of threadgroups.
-
-    Raises:
-        OSError: the result cannot be saved.
+    of threadgroups. OSError if the result cannot be saved.
     """
     kernel_of = cache(lambda tuning: _kernel(heads, ((0, tuning),)))
     found: list[tuple[int, Tuning]] = []
@@ -78,15 +74,9 @@ def _tune_length(
     heads: Heads, length: int, kernel_of: Callable[[Tuning], DecodeAttention | None]
 ) -> Measured:
     setup = _Setup(heads, length)
-
-    def attend(tuning: Tuning) -> Attend | None:
-        kernel = kernel_of(tuning)
-        return setup.attention(kernel) if kernel else None
-
     table = tuning_for(default_tunings(backend(), heads.group), length * heads.key_heads)
-    seconds = _seconds(
-        {tuning: attend(tuning) for tuning in _changed(table, heads.group)}, setup.queries
-    )
+    changed = _changed(table, heads.group)
+    seconds = _seconds({each: setup.attention(kernel_of(each)) for each in changed}, setup.queries)
     gains = {
         name: value
         for tuning, each in seconds.items()
@@ -97,7 +87,7 @@ def _tune_length(
     fastest = min((table, together, *seconds), key=lambda each: seconds.get(each, math.inf))
     last = {table, together, fastest}
     last |= {fastest._replace(threadgroups=fastest.threadgroups * n // 2) for n in (1, 4, 8)}
-    arms: dict[Tuning | str, Attend | None] = {tuning: attend(tuning) for tuning in last}
+    arms = {each: setup.attention(kernel_of(each)) for each in last}
     seconds = _seconds({"exact": setup.exact, **arms}, setup.queries)
     mlx = seconds.pop("exact")
     fastest = min(seconds, key=seconds.get)
@@ -136,8 +126,10 @@ class _Setup:
         """Compute MLX's own attention over dense keys and values."""
         return mx.fast.scaled_dot_product_attention(queries, *self._dense, scale=self._scale)
 
-    def attention(self, kernel: DecodeAttention) -> Attend:
-        """Return the attention of ``kernel`` over packed tokens."""
+    def attention(self, kernel: DecodeAttention | None) -> Attend | None:
+        """Return the attention of ``kernel`` over packed tokens, or None without one."""
+        if kernel is None:
+            return None
         return lambda queries: kernel(queries, self._tokens, self._scale, None, None)
 
 

@@ -14,9 +14,8 @@ from tokens import random_tokens
 
 from mlx_turboquant import enable
 from mlx_turboquant.cli.admission import Admission
-from mlx_turboquant.cli.kept_prompts import KeptPrompts
+from mlx_turboquant.cli.kept_prompts import KeptPrompts, ScopedTokens
 from mlx_turboquant.cli.requests import BadRequest
-from mlx_turboquant.cli.scopes import ScopedTokens
 from mlx_turboquant.lm.compressible import compressible_caches
 from mlx_turboquant.lm.loading import device_nbytes
 from mlx_turboquant.lm.settings import Settings

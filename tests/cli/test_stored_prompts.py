@@ -38,8 +38,7 @@ from transformers import AutoTokenizer
 
 from mlx_turboquant import enable, make_prompt_cache
 from mlx_turboquant.cli.admission import Admission
-from mlx_turboquant.cli.kept_prompts import KeptPrompts
-from mlx_turboquant.cli.scopes import ScopedTokens
+from mlx_turboquant.cli.kept_prompts import KeptPrompts, ScopedTokens
 from mlx_turboquant.lm.prompt_store import PromptStore
 from mlx_turboquant.measure.passages import random_names
 
