@@ -128,9 +128,15 @@ def _object(which: str, fits: Callable[[dict], bool]) -> _Kind:
     return _Kind(f"an object {which}", lambda x: type(x) is dict and fits(x))
 
 
+def _either(first: _Kind, second: _Kind) -> _Kind:
+    name = f"{first.name} or {second.name}"
+    return _Kind(name, lambda x: first.fits(x) or second.fits(x), second.each)
+
+
 _TEXT = _Kind("a string", lambda x: type(x) is str)
 _SWITCH = _Kind("true or false", lambda x: type(x) is bool)
 _ONE = _Kind("1, as there is one answer", lambda x: type(x) is int and x == 1)
+_OBJECT = _Kind("an object", lambda x: type(x) is dict)
 
 
 def _are(x: Any, fits: Callable[[Any], bool]) -> bool:
@@ -189,7 +195,7 @@ _VARIABLES = _object(
     lambda x: not x.keys() & {*_NO_VARIABLES},
 )
 
-# The fields that are read, and those that ask for more answers than one; others are ignored.
+# The fields of all requests. mlx-lm reads those before "user" and ignores the others.
 _FIELDS = {
     "model": _TEXT,
     "draft_model": _TEXT,
@@ -213,20 +219,33 @@ _FIELDS = {
     "logprobs": _SWITCH,
     "top_logprobs": _integer(-1, 11),
     "seed": _integer(0, 2**64 - 1),
-    "stop": _Kind("a string or a list of strings", lambda x: type(x) in (str, list), _TEXT),
+    "stop": _either(_TEXT, _list("a list of strings", _TEXT)),
     "stream": _SWITCH,
     "stream_options": _STREAM_OPTIONS,
     "chat_template_kwargs": _VARIABLES,
     "user": _TEXT,
     "n": _ONE,
+    "metadata": _OBJECT,
+    "store": _SWITCH,
 }
 _FIELDS_OF = {
-    "/v1/completions": {"prompt": _TEXT, **_FIELDS, "best_of": _ONE},
+    "/v1/completions": {
+        "prompt": _TEXT,
+        **_FIELDS,
+        "best_of": _ONE,
+        "echo": _SWITCH,
+        "suffix": _TEXT,
+    },
     "/v1/chat/completions": {
         "messages": _list("a list of one or more messages", _MESSAGE, 1),
         **_FIELDS,
         "tools": _list("a list of tools", _TOOL),
         "role_mapping": _ROLES,
+        "tool_choice": _either(_TEXT, _OBJECT),
+        "parallel_tool_calls": _SWITCH,
+        "response_format": _OBJECT,
+        "reasoning_effort": _TEXT,
+        "service_tier": _TEXT,
     },
 }
 _FIELDS_OF["/chat/completions"] = _FIELDS_OF["/v1/chat/completions"]
