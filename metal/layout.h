@@ -131,15 +131,24 @@ METAL_FUNC constexpr bool has_plane(int bits, int plane) {
   return plane == 0 ? bits >= 4 : (plane == 1 ? bits == 8 : bits < 8 && (bits & plane_width(plane)) != 0);
 }
 
+// How many of the first `count` eights have a plane.
+METAL_FUNC constexpr int eights_with(int pattern, int plane, int count) {
+  return int(count > 0 && has_plane(bits_of(pattern, 0), plane)) +
+      int(count > 1 && has_plane(bits_of(pattern, 1), plane)) +
+      int(count > 2 && has_plane(bits_of(pattern, 2), plane)) +
+      int(count > 3 && has_plane(bits_of(pattern, 3), plane));
+}
+
+// The bits that the fields before this one take in a plane.
+METAL_FUNC constexpr int bits_before(int pattern, int eight, int plane, int other) {
+  return 4 * plane_width(other) * eights_with(pattern, other, other < plane ? 4 : (other == plane ? eight : 0));
+}
+
 // Where a plane of an eight begins in its run, in bits of the halves of words: a half has four of its codes.
+// There is no loop, as words are in registers: a compiler might see the index of a word too late.
 METAL_FUNC constexpr int field_start(int pattern, int eight, int plane) {
-  int start = 0;
-#pragma unroll
-  for (int i = 0; i < 16; i++) {
-    const bool is_before = i < 4 * plane + eight && has_plane(bits_of(pattern, i % 4), i / 4);
-    start += is_before ? 4 * plane_width(i / 4) : 0;
-  }
-  return start;
+  return bits_before(pattern, eight, plane, 0) + bits_before(pattern, eight, plane, 1) +
+      bits_before(pattern, eight, plane, 2) + bits_before(pattern, eight, plane, 3);
 }
 
 // The codes of coordinates 2 * pair and 2 * pair + 1 of an eight, in the low and the high half of a word, from

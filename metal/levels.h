@@ -10,14 +10,11 @@ METAL_FUNC constexpr int level_count(int bits) {
   return bits == 0 ? 0 : (bits <= LEVEL_BITS ? 8 : 1 << bits);
 }
 
-// The first eight of a run that has the bits of this one, and so shares its levels.
+// The first eight of a run that has the bits of this one, and so shares its levels. It is an index of arrays in
+// registers, so it has no loop: a compiler might see its value too late.
 METAL_FUNC constexpr int first_alike(int pattern, int eight) {
-  int first = eight;
-#pragma unroll
-  for (int other = 3; other >= 0; other--) {
-    first = other < eight && bits_of(pattern, other) == bits_of(pattern, eight) ? other : first;
-  }
-  return first;
+  const int bits = bits_of(pattern, eight);
+  return bits == bits_of(pattern, 0) ? 0 : (bits == bits_of(pattern, 1) ? 1 : (bits == bits_of(pattern, 2) ? 2 : 3));
 }
 
 // Where the levels of an eight begin in an array that has those of all bits of a pattern once, in the order of

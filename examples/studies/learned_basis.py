@@ -9,11 +9,11 @@ e^T M e. Groups of axes get bits by their variance, and a random rotation evens 
 of a group. Everything else is as in our codec: the mean is removed, gains are searched, and one
 scale a vector makes products with M unbiased.
 
-Words behind the numbers change an arm. ``floor``: a group has one bit at least. ``layer``: the
-heads of a layer have one pattern of bits. ``few``: it is one of those in ``_FEW``. ``shared``: the
-heads of a layer have one basis. ``far``: the rotary embedding turns keys and queries to 64 places
-of a text of 32,768 tokens, and moments are the means over them. ``mixed``: the same, with half of
-the places evenly spread in their logarithms.
+Words behind the numbers change an arm. ``layer``: the heads of a layer have one pattern of bits.
+``few``: it is one of those that the package has. ``shared``: the heads of a layer have one basis.
+``far``: the rotary embedding turns keys and queries to 64 places of a text of 32,768 tokens, and
+moments are the means over them. ``mixed``: the same, with half of the places evenly spread in their
+logarithms. The package's axes for keys of 64 values are those of ``0.5:16:mixed:few``.
 
 Bits of layers and sides follow a calibration that codes keys in the arm's basis. Prints the mean KL
 divergence of each arm for each seed of the rotations; its ratio to ``random``, both in the mean
@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -36,64 +37,27 @@ from compare_codecs import SINKS, filled_cache, turboquant
 from simulated import Rounding
 from tqdm import tqdm
 
-from mlx_turboquant.codec.codebook import MAX_BITS, codebook, relative_error
+from mlx_turboquant.codec.basis import _METRIC_RIDGE, _RIDGE, PATTERNS, _errors, _power
+from mlx_turboquant.codec.codebook import MAX_BITS, codebook
 from mlx_turboquant.codec.rotation import gaussian_matrix
 from mlx_turboquant.kernels.storage import removable_mean
 from mlx_turboquant.lm import calibrate, texts
+from mlx_turboquant.lm.axes import Moments, all_places, moments, turns, watched
 from mlx_turboquant.lm.compressible import Compressible, plain_caches
 from mlx_turboquant.lm.compression import compression_of, give_profile
-from mlx_turboquant.lm.hook import observed_attention
 from mlx_turboquant.lm.loading import prepare_for_device
 from mlx_turboquant.measure.cache_specs import EXACT, preset
 from mlx_turboquant.measure.evaluate import divergence, log_probabilities, read_prompt
 
 _GAINS = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2)
-# Of the mean variance, so that a basis from few tokens stays invertible.
-_RIDGE, _METRIC_RIDGE = 1e-6, 1e-3
-_LEAST_VARIANCE = 1e-6
 _TOKENS = 1024
-_LONGEST, _PLACES = 32768, 64
-# Bits more than the mean for the quarters of the axes.
-_FEW = ((0, 0, 0, 0), (1, 0, 0, -1), (2, 0, -1, -1), (3, 0, -1, -2))
-
-
-class Moments(NamedTuple):
-    """Moments for each key head, float64 (H, d, d), over texts.
-
-    They are the covariances of keys within a text, and the second moments of the means of keys and
-    of queries.
-    """
-
-    keys: np.ndarray
-    means: np.ndarray
-    queries: np.ndarray
-
-    def turned(self, turns: np.ndarray) -> "Moments":
-        """The mean moments where x becomes x @ A, for each A of turns (n, d, d).
-
-        A codec removes the mean of the first tokens, so means that turn away from it remain.
-        """
-
-        def mean(moment: np.ndarray, turns: np.ndarray) -> np.ndarray:
-            return np.mean([a.T @ moment @ a for a in turns], axis=0)
-
-        left = mean(self.means, turns - np.eye(turns.shape[-1]))
-        return Moments(mean(self.keys, turns) + left, self.means, mean(self.queries, turns))
-
-
-def turns_of(rope: Callable[..., mx.array], dim: int, places: np.ndarray) -> np.ndarray:
-    """Matrices (n, dim, dim) by which a rotary embedding moves vectors x, as x @ A, to places."""
-    axes = mx.eye(dim)[:, None, None]
-    start, *others = (
-        np.array(rope(axes, offset=int(place))[:, 0, 0], np.float64) for place in (0, *places)
-    )
-    return np.linalg.inv(start) @ np.stack(others)
 
 
 class Basis(NamedTuple):
     """Axes of each key head: float32 (H, d, d), their inverse, and variances (H, d) in groups.
 
-    ``bits`` (H, d) are those of a coordinate, by the variance of its group.
+    ``bits`` (H, d) are those of a coordinate, by the variance of its group. The package's own basis
+    has four groups, and heads that share a pattern of bits.
     """
 
     axes: mx.array
@@ -102,36 +66,23 @@ class Basis(NamedTuple):
     bits: np.ndarray
 
 
-def moments(model: nn.Module, tokens: list[list[int]]) -> dict[int, Moments]:
-    """The moments of each compressed layer over texts, by the place of its cache."""
-    sums: dict[int, list[np.ndarray]] = {}
+def moments_of(model: nn.Module, tokens: list[list[int]]) -> dict[int, Moments]:
+    """The moments of each compressed layer, by the place of its cache: the means over texts."""
+    found: dict[int, list[Moments]] = {}
     for text in tokens:
-        caches, found = plain_caches(model), {}
-
-        def observe(queries, keys, cache=None, scale=1.0, *_, found=found, **others):
-            found[id(cache)] = queries, keys
-
-        with observed_attention(model, observe):
+        caches = plain_caches(model)
+        with watched(model) as watch:
             model(mx.array([text]), cache=caches)
         for place in compression_of(model).compressible:
-            queries, keys = found[id(place.of(caches))]
-            keys = np.array(keys[0, :, SINKS:].astype(mx.float32), np.float64)
-            queries = np.array(queries[0].astype(mx.float32), np.float64)
-            queries = queries.reshape(len(keys), -1, queries.shape[-1])
-            centred = keys - keys.mean(axis=1, keepdims=True)
-            parts = (centred, keys.mean(axis=1, keepdims=True), queries)
-            new = [x.swapaxes(1, 2) @ x / x.shape[1] / len(tokens) for x in parts]
-            before = sums.get(place.place, [0, 0, 0])
-            sums[place.place] = [old + added for old, added in zip(before, new)]
-    return {place: Moments(*all_three) for place, all_three in sums.items()}
-
-
-def _power(x: np.ndarray, exponent: float, ridge: float) -> np.ndarray:
-    """A power of symmetric matrices (..., d, d) plus a share of their mean eigenvalue."""
-    mean = np.trace(x, axis1=-2, axis2=-1)[..., None, None] / x.shape[-1]
-    mean = np.maximum(mean, _LEAST_VARIANCE)
-    values, vectors = np.linalg.eigh(x + ridge * mean * np.eye(x.shape[-1]))
-    return (vectors * values[..., None, :] ** exponent) @ vectors.swapaxes(-1, -2)
+            cache = place.of(caches)
+            keys = cache.keys[:, :, SINKS : cache.offset].astype(mx.float32)
+            [queries] = watch.queries[id(cache)]
+            queries = queries.reshape(1, keys.shape[1], -1, keys.shape[3]).astype(mx.float32)
+            found.setdefault(place.place, []).append(moments(keys, queries))
+    return {
+        place: Moments(*(np.mean(of_texts, axis=0) for of_texts in zip(*each)))
+        for place, each in found.items()
+    }
 
 
 def learned(
@@ -159,7 +110,7 @@ def learned(
     if "few" in words:
         patterns = [_one_of_few(each, bits, dim) for each in judged]
     else:
-        patterns = [_pattern(each, bits, int("floor" in words), dim) for each in judged]
+        patterns = [_pattern(each, bits, dim) for each in judged]
     chosen = np.broadcast_to(patterns, (len(values), dim // group))
     inverse = np.linalg.inv(axes)
     arrays = (mx.array(x.astype(np.float32)) for x in (axes, inverse))
@@ -167,21 +118,17 @@ def learned(
 
 
 def _one_of_few(variances: np.ndarray, bits: int, dim: int) -> np.ndarray:
-    """The pattern of least squared error of those in ``_FEW``."""
-    quarters = [bits + np.array(offsets) for offsets in _FEW]
+    """The pattern of least squared error of those that the package has."""
+    quarters = [bits + np.array(offsets) for offsets in PATTERNS]
     possible = [q for q in quarters if q.min() >= 0 and q.max() <= MAX_BITS]
     patterns = np.repeat(possible, len(variances) // 4, axis=1)
     return patterns[np.argmin((_errors(dim)[patterns] * variances).sum(axis=1))]
 
 
-def _errors(dim: int) -> np.ndarray:
-    return np.array([1.0, *(relative_error(dim, b) for b in range(1, MAX_BITS + 1))])
-
-
-def _pattern(variances: np.ndarray, bits: int, floor: int, dim: int) -> np.ndarray:
+def _pattern(variances: np.ndarray, bits: int, dim: int) -> np.ndarray:
     """Bits of groups: one more goes where it lowers the squared error most."""
     errors = _errors(dim)
-    chosen = np.full(len(variances), min(floor, bits))
+    chosen = np.zeros(len(variances), int)
     while chosen.sum() < bits * len(variances):
         gains = [
             v * (errors[b] - errors[b + 1]) if b < MAX_BITS else -1
@@ -238,22 +185,21 @@ def _keys_rounded(rounding_of: Callable[[Compressible, int], Rounding]) -> Itera
     places: list[Compressible] = []
     divergences, quantized = calibrate._Rows.divergences, calibrate._quantized
 
-    def noted(self: Any, place: Compressible) -> list[list[float]]:
+    def noted(self: Any, place: Compressible, basis: None = None) -> list[list[float]]:
         places[:] = [place]
         return divergences(self, place)
 
-    def rounded(x: mx.array, count: int, bits: int, are_keys: bool) -> mx.array:
+    def rounded(x: mx.array, count: int, bits: int, are_keys: bool, basis: None = None) -> mx.array:
         if not are_keys:
             return quantized(x, count, bits, are_keys)
         end = count - int(calibrate._EXACT_PART * count)
         middle = rounding_of(places[0], bits)(x[:, :, SINKS:end])
         return mx.concatenate([x[:, :, :SINKS], middle, x[:, :, end:]], axis=2)
 
-    calibrate._Rows.divergences, calibrate._quantized = noted, rounded
-    try:
+    # The package would learn bases too, and judge bits with them.
+    own = {"_quantized": rounded, "learned_bases": lambda *_: ()}
+    with patch.object(calibrate._Rows, "divergences", noted), patch.multiple(calibrate, **own):
         yield
-    finally:
-        calibrate._Rows.divergences, calibrate._quantized = divergences, quantized
 
 
 class Arm:
@@ -281,15 +227,13 @@ class Arm:
 
     def _moments(self, place: Compressible, words: list[str]) -> Moments:
         found = self.found[place.place]
-        if "far" in words:
-            offsets = np.linspace(0, _LONGEST, _PLACES)
-        elif "mixed" in words:
-            half = _PLACES // 2
-            offsets = np.append(np.linspace(0, _LONGEST, half), np.geomspace(1, _LONGEST, half))
-        else:
+        if not {"far", "mixed"} & set(words):
             return found
+        offsets = all_places()
+        if "far" in words:
+            offsets = np.linspace(0, offsets.max(), len(offsets))
         rope = self.model.layers[place.layer].self_attn.rope
-        return found.turned(turns_of(rope, place.keys.dim, offsets))
+        return found.turned(turns(rope, place.keys.dim, offsets))
 
     def patterns(self, chosen: list[tuple[Compressible, int]]) -> int:
         """How many patterns of bits these layers have, each with its bits of keys."""
@@ -325,7 +269,7 @@ def main() -> None:
         source = [learning.pop(args.leave_out)]
     start = texts.start_tokens(tokenizer)
     encoded = texts.encode(tokenizer, learning.values())
-    found = moments(model, [(start + tokens)[:_TOKENS] for tokens in encoded])
+    found = moments_of(model, [(start + tokens)[:_TOKENS] for tokens in encoded])
     contexts = texts.contexts(tokenizer, source, args.context, args.samples)
     read = [read_prompt(model, EXACT, mx.array(text[: -args.scored])) for text in contexts]
     scored = [mx.array(text[-args.scored :]) for text in contexts]

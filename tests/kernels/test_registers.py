@@ -15,8 +15,10 @@ import mlx.core as mx
 import pytest
 from metal_on_linux import toolchain
 from metal_on_linux.translate import translate
+from tokens import basis_of
 
-from mlx_turboquant.kernels import runtime
+from mlx_turboquant.codec.quantizer import TurboQuantizer
+from mlx_turboquant.kernels import arguments, runtime
 from mlx_turboquant.kernels.attention import Configuration, DecodeAttention
 from mlx_turboquant.kernels.quantize import Dequantize, InnerProduct, Quantize
 from mlx_turboquant.kernels.storage import shared_quantizer
@@ -67,8 +69,19 @@ def arrays_in_memory(program: str, *flags: str) -> list[str]:
     return toolchain.remember(compiled, program, *flags, Path(__file__).read_text())
 
 
-def attention(dim, key_bits, value_bits, query_rows, mask, dtype=mx.bfloat16, is_latent=False):
-    keys = shared_quantizer(dim, key_bits, 0)
+def keys_with_pattern(dim, bits, spread):
+    """A quantizer of keys whose bits differ within a run, the more the larger the ``spread``."""
+    quantizer = TurboQuantizer(dim, bits, basis=basis_of(dim, 2, spread))
+    assert isinstance(quantizer.pattern, tuple)
+    return arguments.example(quantizer)
+
+
+def attention(
+    dim, key_bits, value_bits, query_rows, mask, dtype=mx.bfloat16, is_latent=False, spread=0
+):
+    keys = (
+        keys_with_pattern(dim, key_bits, spread) if spread else shared_quantizer(dim, key_bits, 0)
+    )
     values = keys if is_latent else shared_quantizer(dim, value_bits, 0)
     dtypes = (dtype, dtype, dtype)
     return Configuration(keys, values, *dtypes, query_rows, 1, mask, mask == "causal", is_latent)
@@ -83,6 +96,9 @@ def attention(dim, key_bits, value_bits, query_rows, mask, dtype=mx.bfloat16, is
         attention(256, 2, 8, 6, "none"),
         attention(128, 7, 7, 8, "causal"),
         attention(512, 4, 4, 4, "none", is_latent=True),
+        attention(128, 3, 4, 4, "none", spread=2),  # 5, 3, 2, 2 bits
+        attention(256, 4, 4, 8, "causal", spread=3),  # 7, 4, 3, 2 bits
+        attention(64, 2, 2, 1, "additive", mx.float16, spread=3),  # 5, 2, 1, 0 bits
     ],
 )
 def test_attention_keeps_its_arrays_in_registers(programs, configuration):
@@ -101,6 +117,23 @@ def test_other_kernels_keep_their_arrays_in_registers(programs, dim, bits, dtype
     Dequantize((dtype,), (quantizer,)).check()
     InnerProduct(quantizer).check()
     assert len(programs) == 3
+    for program in programs.values():
+        assert arrays_in_memory(program) == arrays_in_memory(program, ONLY_PRAGMAS) == []
+
+
+@pytest.mark.parametrize(
+    "dim, bits, spread, dtype",
+    [
+        (128, 3, 2, mx.bfloat16),  # 5, 3, 2, 2 bits
+        (64, 2, 3, mx.float16),  # 5, 2, 1, 0 bits
+        (96, 7, 2, mx.float32),  # 8, 7, 7, 6 bits
+    ],
+)
+def test_kernels_of_a_pattern_keep_their_arrays_in_registers(programs, dim, bits, spread, dtype):
+    quantizer = keys_with_pattern(dim, bits, spread)
+    Quantize((dtype,), (quantizer,)).check()
+    Dequantize((dtype,), (quantizer,)).check()
+    assert len(programs) == 2
     for program in programs.values():
         assert arrays_in_memory(program) == arrays_in_memory(program, ONLY_PRAGMAS) == []
 
