@@ -119,7 +119,7 @@ def learned_bases(
             least,
         )
         return ()
-    found = [of_layer(place, place.of(caches), watch) for place in places]
+    found = (of_layer(place, place.of(caches), watch) for place in places)
     bases = tuple(each and suitable_basis(*each) for each in found)
     return bases if any(bases) else ()
 
@@ -136,6 +136,10 @@ def of_layer(
     keys = cache.keys[:, :, : cache.offset]
     rope = next((rope for rope, made in watch.ropes if any(_ends(keys, x) for x in made)), None)
     if rope is None:
+        return None
+    try:
+        turns(rope, place.keys.dim, [1])
+    except Exception:  # an unusual embedding may raise anything
         return None
     queries = mx.concatenate(watch.queries[id(cache)], axis=2).astype(mx.float32)
     queries = queries.reshape(len(keys), keys.shape[1], -1, queries.shape[3])

@@ -101,14 +101,27 @@ def test_layers_have_bases_where_a_rotary_embedding_makes_their_keys(family):
             assert basis.axes.shape == (place.keys.heads, dim, dim)
 
 
-def test_a_layer_whose_keys_are_made_otherwise_has_no_basis(tiny_lm):
+class PickyRoPE(nn.RoPE):
+    """A rotary embedding for few texts at once."""
+
+    def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
+        if x.shape[0] > 8:
+            raise TypeError("many texts")
+        return super().__call__(x, offset)
+
+
+@pytest.mark.parametrize("embedding", ["another function", "picky"])
+def test_a_layer_whose_keys_are_made_otherwise_has_no_basis(tiny_lm, embedding):
     model, tokenizer = variant(tiny_lm[0]), tiny_lm[1]
     texts = encode(tokenizer, calibration_texts().values())
     tokens = mx.array([text[:512] for text in texts])
     *others, last = bases_of(model, tokens)
     assert last is not None
     rope = model.layers[-1].self_attn.rope
-    model.layers[-1].self_attn.rope = lambda x, offset: rope(x, offset=offset) * 0.5
+    model.layers[-1].self_attn.rope = {
+        "another function": lambda x, offset: rope(x, offset=offset) * 0.5,
+        "picky": PickyRoPE(rope.dims, rope.traditional, rope.base, rope.scale),
+    }[embedding]
     assert bases_of(model, tokens) == (*others, None)
 
 
