@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
     finally:  # results are printed even if the disk is full
         print_rows(_rows(give_profile(model, profile).plan()))
         print(_MEANING)
-    written = f"{file} and {file.with_suffix('.safetensors').name}" if profile.bases else file
+    written = f"{file} and {bases_path(file).name}" if profile.bases else file
     print(f"{profile.tokens:,} tokens of {', '.join(profile.texts)} were scored. Wrote {written}")
 
 

@@ -10,6 +10,7 @@ its coordinates alike. Each run of :mod:`.packing` has eight coordinates of ever
 import hashlib
 from functools import cache
 from typing import Any
+from weakref import WeakValueDictionary
 
 import mlx.core as mx
 import numpy as np
@@ -31,6 +32,8 @@ _RIDGE, _METRIC_RIDGE = 1e-6, 1e-3
 _LEAST_VARIANCE = 1e-6
 # Kernels multiply queries by halves.
 _LARGEST = 65504
+
+_restored: "WeakValueDictionary[str, Basis]" = WeakValueDictionary()
 
 
 class Basis:
@@ -100,7 +103,8 @@ def restored_basis(axes: Any, weights: Any) -> Basis | None:
         return None
     if not (isinstance(axes, mx.array) and isinstance(weights, mx.array)):
         raise ValueError("Axes or weights of a basis are missing.")
-    return Basis(axes, weights)
+    basis = Basis(axes, weights)
+    return _restored.setdefault(basis.digest, basis)  # layers of many caches share theirs
 
 
 def learned_basis(covariances: np.ndarray, queries: np.ndarray, seed: int = 0) -> Basis:
@@ -150,9 +154,12 @@ def _inverse(axes: mx.array, weights: mx.array) -> mx.array:
         inverse = np.linalg.inv(np.array(axes, np.float64)).astype(np.float32)
     except np.linalg.LinAlgError:
         inverse = np.array(np.nan)
-    are_positive = np.array(weights > 0).all() and np.isfinite(np.array(weights)).all()
-    if not (np.abs(inverse).max() < _LARGEST and are_positive):
-        raise ValueError("Axes of a basis have no inverse, or weights are not positive.")
+    groups = np.array(weights).reshape(heads, -1, _GROUPS, EIGHT)
+    fit = (groups == groups[:, :1, :, :1]).all() and (groups > 1 / _LARGEST**2).all()
+    if not (fit and groups.max() < _LARGEST**2 and np.abs(inverse).max() < _LARGEST):
+        raise ValueError("Axes of a basis have no inverse, or its weights are not those of groups.")
+    if not np.allclose(np.square(inverse).mean(axis=(1, 2)), 1, rtol=1e-2):
+        raise ValueError("Axes of a basis have a wrong length.")
     return mx.array(inverse)
 
 

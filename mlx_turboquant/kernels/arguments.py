@@ -28,8 +28,8 @@ def example(quantizer: TurboQuantizer) -> TurboQuantizer:
 def patterned(dim: int, bits: int, pattern: Bits) -> TurboQuantizer:
     """A quantizer whose basis, of two heads, has this pattern of bits."""
     deviations = 2.0 ** np.array(pattern if isinstance(pattern, tuple) else (0,) * 4)
-    weights = np.tile(np.repeat(deviations**2, EIGHT), (2, 1, dim // RUN))
-    axes = np.linalg.qr(gaussian_matrix(dim, dim, 0))[0] / np.sqrt(weights)
+    weights = np.tile(np.repeat(deviations**2 / (deviations**2).mean(), EIGHT), (2, 1, dim // RUN))
+    axes = np.linalg.qr(gaussian_matrix(dim, dim, 0))[0] / np.sqrt(dim * weights)
     return TurboQuantizer(dim, bits, basis=Basis(*map(_float32, (axes, weights))))
 
 

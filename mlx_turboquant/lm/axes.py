@@ -76,28 +76,35 @@ def watched(model: nn.Module) -> Iterator[Watch]:
         if isinstance(child, nn.Module) and "rope" in type(child).__name__.lower()
     ]
 
-    def noting(rope: Rope) -> Rope:
-        results: deque[mx.array] = deque(maxlen=2)
-        watch.ropes.append((rope, results))
-
-        def call(*arguments: Any, **keywords: Any) -> mx.array:
-            results.append(rope(*arguments, **keywords))
-            return results[-1]
-
-        return call
-
     def observe(queries: mx.array, keys: Any, cache: Any = None, *_: Any, **others: Any) -> None:
         sample = mx.contiguous(queries[:, :, ::_STEP])
         watch.queries.setdefault(id(cache), []).append(sample)
 
-    for module, name, rope in found:
-        setattr(module, name, noting(rope))
     try:
+        for module, name, rope in found:
+            watch.ropes.append((rope, deque(maxlen=2)))
+            # As an item it keeps its place, and so the order of the weights.
+            module[name] = _Noting(*watch.ropes[-1])
         with observed_attention(model, observe):
             yield watch
     finally:
         for module, name, rope in found:
-            setattr(module, name, rope)
+            module[name] = rope
+
+
+class _Noting:
+    """Stands for a rotary embedding, and notes its results."""
+
+    def __init__(self, rope: Rope, results: "deque[mx.array]"):
+        self.rope, self.results = rope, results
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rope, name)
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> mx.array:
+        result = self.rope(*arguments, **keywords)
+        self.results.append(result)
+        return result
 
 
 def learned_bases(

@@ -231,7 +231,8 @@ class _Rows:
         with watched(model) as watch:
             for start in range(0, prefix, _PIECE):
                 model(tokens[:, start : min(start + _PIECE, prefix)], cache=self.caches)
-                mx.eval([cache.state for cache in self.caches])
+                # A sample that is not evaluated would hold all queries.
+                mx.eval([cache.state for cache in self.caches], list(watch.queries.values()))
                 advance(start / (prefix + scored) / 2)
         self.bases = learned_bases(tokens[:, :prefix], places, self.caches, watch)
         self.layers = _layers(model)

@@ -17,7 +17,7 @@ from platformdirs import user_cache_path
 
 from ..codec.basis import Basis, restored_basis
 from ..codec.quantizer import CODEC_VERSION
-from ..files import check_target, make_folder, write_json, write_whole
+from ..files import check_target, files_at_once, make_folder, write_json, write_whole
 from ..stored_arrays import StoredFile, room_for_checksums
 from .allocation import Layer, measured_layer
 from .compressible import Compressible
@@ -149,8 +149,8 @@ def bases_path(file: Path) -> Path:
         ValueError: it is the same file, or exists and holds something else.
         OSError: the folder cannot be made or written to.
     """
-    beside = file.with_suffix(".safetensors")
-    if beside == file:
+    beside = file.with_name(file.name.removesuffix(".json") + ".safetensors")
+    if file.suffix == ".safetensors":
         raise ValueError(f"{file} is a name for the bases of a profile: give one with .json.")
     make_folder(file.parent)
     if file.parent != profile_path("").parent:  # where all files are our own, damaged ones too
@@ -170,12 +170,15 @@ def save_profile(profile: Profile, file: Path | None = None) -> Path:
     """
     file = file or profile_path(profile.fingerprint)
     contents = {"format": FORMAT_VERSION, "codec": CODEC_VERSION, **profile._asdict()}
-    contents["bases"] = _save_bases(profile, file) if profile.bases else None
     contents["layers"] = [
         {"keys": keys} if values is None else {"keys": keys, "values": values}
         for keys, values in zip(contents.pop("keys"), contents.pop("values"))
     ]
-    write_json(file, contents)
+    make_folder(file.parent)
+    name = bases_path(file).name if profile.bases else ""
+    with files_at_once(file.parent, file) as folder:  # so that no file is replaced alone
+        contents["bases"] = _save_bases(profile, folder / name) if profile.bases else None
+        write_json(folder / file.name, contents)
     if file != unfinished_path(profile.fingerprint):
         with suppress(OSError, ValueError):
             unfinished_path(profile.fingerprint).unlink(missing_ok=True)
@@ -185,7 +188,7 @@ def save_profile(profile: Profile, file: Path | None = None) -> Path:
 
 
 def _save_bases(profile: Profile, file: Path) -> str:
-    """Write the bases of a profile beside its file, and return the SHA-256 of theirs."""
+    """Write the bases of a profile to a file, and return its SHA-256."""
     arrays = {
         f"{layer}.{name}": getattr(basis, name)
         for layer, basis in enumerate(profile.bases)
@@ -194,9 +197,8 @@ def _save_bases(profile: Profile, file: Path) -> str:
     }
     checksums = room_for_checksums(sum(x.nbytes for x in arrays.values()))
     about = {"bases_of": profile.fingerprint, "checksums": checksums}
-    beside = bases_path(file)
-    write_whole(beside, lambda path: mx.save_safetensors(str(path), arrays, about))
-    return _sha256(beside)
+    write_whole(file, lambda path: mx.save_safetensors(str(path), arrays, about))
+    return _sha256(file)
 
 
 def _sha256(file: Path) -> str:
@@ -241,7 +243,7 @@ def load_profile(file: Path, model_fingerprints: Sequence[str]) -> Profile:
 
 def _with_bases(profile: Profile, file: Path, digest: str) -> Profile:
     """A profile with the bases beside its file, whose SHA-256 is ``digest``."""
-    beside = file.with_suffix(".safetensors")
+    beside = file.with_name(file.name.removesuffix(".json") + ".safetensors")
     try:
         if not beside.is_file():
             raise ValueError("it is missing")
