@@ -52,21 +52,30 @@ def files_at_once(folder: Path, place: Path) -> Iterator[Path]:
 def write_whole(file: Path, write: Callable[[Path], None]) -> None:
     """Write ``file`` atomically: under a temporary name, which is then renamed.
 
-    ``write`` makes a safetensors file with :func:`.room_for_checksums` in its metadata. They are
-    filled in afterwards. OSError if the file cannot be written whole, as on a full disk.
+    OSError if the file cannot be written whole, as on a full disk.
     """
     with files_at_once(file.parent, file) as folder:
-        complete = folder / file.name
-        try:
-            write(complete)
-            StoredFile(complete)  # raises an error if it is not complete
-            seal(complete)
-        except (RuntimeError, ValueError) as error:
-            raise OSError(f"{file} cannot be written whole: is there space for it?") from error
+        write_sealed(folder, file, write)
     with suppress(OSError):  # some file systems cannot sync folders
         parent = os.open(file.parent, os.O_RDONLY)
         os.fsync(parent)  # otherwise a power cut could undo the rename
         os.close(parent)
+
+
+def write_sealed(folder: Path, file: Path, write: Callable[[Path], None]) -> Path:
+    """Write what will be ``file``, which errors name, to a temporary ``folder``.
+
+    ``write`` makes a safetensors file with :func:`.room_for_checksums` in its metadata. They are
+    filled in afterwards. OSError if the file cannot be written whole, as on a full disk.
+    """
+    complete = folder / file.name
+    try:
+        write(complete)
+        StoredFile(complete)  # raises an error if it is not complete
+        seal(complete)
+    except (RuntimeError, ValueError) as error:
+        raise OSError(f"{file} cannot be written whole: is there space for it?") from error
+    return complete
 
 
 def make_folder(folder: Path, mode: int = 0o777) -> None:

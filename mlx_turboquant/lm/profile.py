@@ -17,7 +17,7 @@ from platformdirs import user_cache_path
 
 from ..codec.basis import Basis, restored_basis
 from ..codec.quantizer import CODEC_VERSION
-from ..files import check_target, files_at_once, make_folder, write_json, write_whole
+from ..files import check_target, files_at_once, make_folder, write_json, write_sealed
 from ..stored_arrays import StoredFile, room_for_checksums
 from .allocation import Layer, measured_layer
 from .compressible import Compressible
@@ -175,9 +175,9 @@ def save_profile(profile: Profile, file: Path | None = None) -> Path:
         for keys, values in zip(contents.pop("keys"), contents.pop("values"))
     ]
     make_folder(file.parent)
-    name = bases_path(file).name if profile.bases else ""
+    beside = bases_path(file) if profile.bases else None
     with files_at_once(file.parent, file) as folder:  # so that no file is replaced alone
-        contents["bases"] = _save_bases(profile, folder / name) if profile.bases else None
+        contents["bases"] = beside and _save_bases(profile, folder, beside)
         write_json(folder / file.name, contents)
     if file != unfinished_path(profile.fingerprint):
         with suppress(OSError, ValueError):
@@ -187,8 +187,8 @@ def save_profile(profile: Profile, file: Path | None = None) -> Path:
     return file
 
 
-def _save_bases(profile: Profile, file: Path) -> str:
-    """Write the bases of a profile to a file, and return its SHA-256."""
+def _save_bases(profile: Profile, folder: Path, file: Path) -> str:
+    """Write what will be the file of bases to a temporary folder, and return its SHA-256."""
     arrays = {
         f"{layer}.{name}": getattr(basis, name)
         for layer, basis in enumerate(profile.bases)
@@ -197,8 +197,9 @@ def _save_bases(profile: Profile, file: Path) -> str:
     }
     checksums = room_for_checksums(sum(x.nbytes for x in arrays.values()))
     about = {"bases_of": profile.fingerprint, "checksums": checksums}
-    write_whole(file, lambda path: mx.save_safetensors(str(path), arrays, about))
-    return _sha256(file)
+    return _sha256(
+        write_sealed(folder, file, lambda path: mx.save_safetensors(str(path), arrays, about))
+    )
 
 
 def _sha256(file: Path) -> str:

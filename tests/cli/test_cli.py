@@ -28,6 +28,7 @@ from mlx_turboquant.cli.chat import Conversation
 from mlx_turboquant.cli.loading import ensure_profile
 from mlx_turboquant.cli.options import given_prompt
 from mlx_turboquant.lm import profile
+from mlx_turboquant.lm.calibrate import calibration_texts
 from mlx_turboquant.lm.compression import compression_of
 from mlx_turboquant.lm.prompt_store import PromptStore
 from mlx_turboquant.lm.settings import Settings
@@ -222,7 +223,7 @@ def test_without_calibration_nothing_is_measured_or_written(tmp_path):
 
 def test_calibrate_prints_what_to_expect_of_budgets_and_writes_the_profile(tmp_path):
     text, out = tmp_path / "some.txt", tmp_path / "profile.json"
-    text.write_text("def add(a, b):\n    return a + b\n" * 20)
+    text.write_text(calibration_texts()["code"])
     arguments = ("calibrate", "--model", TINY_LM, "--out", str(out))
     result = run(*arguments, "--text", str(text))
     assert result.returncode == 0, result.stderr
