@@ -97,7 +97,7 @@ def test_a_code_is_evaluated_at_an_odd_integer(dim, bits):
         (lambda: codebook(128, 0), "0 bits"),
         (lambda: codebook(128, 9), "9 bits"),
         (lambda: codebook(128, 2.5), "2.5 bits"),
-        (lambda: level_polynomial(128, 5), "5 bits"),
+        (lambda: level_polynomial(128, 7), "7 bits"),
     ],
 )
 def test_a_size_without_codebook_is_refused(call, message):

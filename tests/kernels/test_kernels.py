@@ -129,7 +129,7 @@ def pairwise(*factors):
 
 def quantized(x, mean, quantizer) -> QuantizedVectors:
     """Quantize by the kernel, whatever the result of its check."""
-    return Quantize((x.dtype,), (quantizer,))([x], [mean])[0]
+    return Quantize((x.dtype,), (quantizer,))([x], [mean], [quantizer])[0]
 
 
 def squared_errors(quantizer, packed, x) -> mx.array:
@@ -544,7 +544,7 @@ def test_keys_and_values_are_quantized_in_one_launch(kernels_run):
     quantizers = TurboQuantizer(128, 4), TurboQuantizer(320, 3)
     vectors = [normal((1, 2, 33, q.dim), q.dim) for q in quantizers]
     means = [normal((1, 2, 1, q.dim), 1) for q in quantizers]
-    both = Quantize((mx.float32,) * 2, quantizers)(vectors, means)
+    both = Quantize((mx.float32,) * 2, quantizers)(vectors, means, quantizers)
     if ON_EXECUTOR:
         assert len(kernels_run) == 1
     for packed, *each in zip(both, vectors, means, quantizers):
