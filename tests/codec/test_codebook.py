@@ -71,10 +71,11 @@ def test_one_bit_has_a_closed_form():
     assert lloyd_max_levels(9, 1)[1] / 3 == pytest.approx(35 / 128, rel=1e-12)
 
 
-@given(dims, st.integers(1, 4))
-def test_the_polynomial_costs_less_than_a_fifth_of_a_percent(dim, bits):
+@given(dims, st.integers(1, 6))
+def test_the_polynomial_costs_little(dim, bits):
     exact = distortion(dim, lloyd_max_levels(dim, bits))
-    assert exact * (1 - 1e-9) <= distortion(dim, codebook(dim, bits).levels) <= exact * 1.002
+    most = {5: 1.013, 6: 1.035}.get(bits, 1.002)
+    assert exact * (1 - 1e-9) <= distortion(dim, codebook(dim, bits).levels) <= exact * most
 
 
 @given(dims, st.integers(1, 2))
@@ -82,7 +83,7 @@ def test_the_polynomial_is_exact_for_one_and_two_bits(dim, bits):
     np.testing.assert_allclose(codebook(dim, bits).levels, lloyd_max_levels(dim, bits), atol=1e-9)
 
 
-@given(dims, st.integers(1, 4))
+@given(dims, st.integers(1, 6))
 def test_a_code_is_evaluated_at_an_odd_integer(dim, bits):
     x = 2.0 * np.arange(2**bits) + 1 - 2**bits
     levels = evaluate_polynomial(level_polynomial(dim, bits), x)
