@@ -352,7 +352,7 @@ def test_any_changed_bit_is_found(saved):
         ({"next_id": "19"}, "ids do not ascend"),
         ({"seed": None}, "seed"),
         ({"vector_index": "99"}, "vector_index version 99, this is version 2: build the index"),
-        ({"codec": "99"}, "codec version 99, this is version 1: build the index again"),
+        ({"codec": "99"}, "codec version 99, this is version 2: build the index again"),
     ],
 )
 def test_a_file_whose_description_is_wrong_is_refused(saved, change, reason):
