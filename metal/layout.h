@@ -151,39 +151,35 @@ METAL_FUNC constexpr int field_start(int pattern, int eight, int plane) {
       bits_before(pattern, eight, plane, 2) + bits_before(pattern, eight, plane, 3);
 }
 
-// The codes of coordinates 2 * pair and 2 * pair + 1 of an eight, in the low and the high half of a word, from
-// the words of a run.
-template <int PATTERN>
-METAL_FUNC uint code_pair_of_run(const thread uint* words, int eight, int pair) {
+// Codes of a pair of coordinates of an eight, from the words of a run: with `ones` of 0x00010001 both of them, in
+// the low and the high half of a word, and with 1 the one that begins at bit `first`, 0 or 16.
+template <int PATTERN, typename Words>
+METAL_FUNC uint codes_of_pair(Words words, int stride, int eight, int pair, int first, uint ones) {
   uint code = 0u;
 #pragma unroll
   for (int plane = 0; plane < 4; plane++) {
     if (has_plane(bits_of(PATTERN, eight), plane)) {
       const int width = plane_width(plane);
       const int start = field_start(PATTERN, eight, plane);
-      const uint mask = ((1u << width) - 1u) * 0x00010001u;
-      code = (code << width) | ((words[start / 16] >> (start % 16 + pair * width)) & mask);
+      const uint field = words[start / 16 * stride] >> (start % 16 + pair * width + first);
+      code = (code << width) | (field & (((1u << width) - 1u) * ones));
     }
   }
   return code;
 }
 
+// The codes of coordinates 2 * pair and 2 * pair + 1 of an eight, in the low and the high half of a word, from
+// the words of a run.
+template <int PATTERN>
+METAL_FUNC uint code_pair_of_run(const thread uint* words, int eight, int pair) {
+  return codes_of_pair<PATTERN>(words, 1, eight, pair, 0, 0x00010001u);
+}
+
 // The code of coordinate i of a vector whose runs have a pattern.
 template <int PATTERN, typename Words>
 METAL_FUNC uint code_by_pattern(Words words, int stride, int i) {
-  const int eight = i / 8 % 4;
   words += i / 32 * pattern_words(PATTERN) * stride;
-  uint code = 0u;
-#pragma unroll
-  for (int plane = 0; plane < 4; plane++) {
-    if (has_plane(bits_of(PATTERN, eight), plane)) {
-      const int width = plane_width(plane);
-      const int start = field_start(PATTERN, eight, plane);
-      const int shift = start % 16 + i % 8 / 2 * width + i % 2 * 16;
-      code = (code << width) | ((words[start / 16 * stride] >> shift) & ((1u << width) - 1u));
-    }
-  }
-  return code;
+  return codes_of_pair<PATTERN>(words, stride, i / 8 % 4, i % 8 / 2, i % 2 * 16, 1u);
 }
 
 // The codes of coordinates 2 * pair and 2 * pair + 1, in the low and the high half of a word, from

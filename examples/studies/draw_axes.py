@@ -12,7 +12,7 @@ import mlx_lm
 import numpy as np
 from matplotlib.figure import Figure
 
-from mlx_turboquant.codec.basis import learned_basis
+from mlx_turboquant.codec.basis import _METRIC, _METRIC_RIDGE, _power, learned_basis
 from mlx_turboquant.lm import axes, texts
 from mlx_turboquant.lm.calibrate import calibration_texts
 from mlx_turboquant.lm.compressible import compressible_caches, plain_caches
@@ -31,8 +31,7 @@ def variances(model, tokenizer, layer: int) -> tuple[np.ndarray, tuple[int, ...]
         model(tokens, cache=caches)
     keys, queries, rope = axes.of_layer(place, place.of(caches), watch)
     found = axes.moments(keys, queries).turned(axes.turns(rope, keys.shape[3], axes.all_places()))
-    values, vectors = np.linalg.eigh(found.queries)
-    metric = (vectors * np.sqrt(np.maximum(values, 0))[:, None]) @ vectors.swapaxes(1, 2)
+    metric = _power(found.queries, _METRIC, _METRIC_RIDGE)
     spectrum = np.sort(np.linalg.eigvals(found.keys @ metric).real, axis=1)[:, ::-1]
     bits = learned_basis(found.keys, found.queries).pattern(3)
     return spectrum, bits if isinstance(bits, tuple) else (bits,) * 4

@@ -13,7 +13,14 @@ from ..lm.bit_plan import BitPlan
 from ..lm.calibrate import calibrate
 from ..lm.compression import give_profile
 from ..lm.loading import check_memory, prepare_for_device
-from ..lm.profile import bases_path, fingerprint, profile_path, save_profile, unfinished_path
+from ..lm.profile import (
+    bases_path,
+    beside_profile,
+    fingerprint,
+    profile_path,
+    save_profile,
+    unfinished_path,
+)
 from ..lm.texts import read_texts
 from .loading import MODEL_HELP, calibration_errors, load_lazily
 from .results import print_rows
@@ -54,7 +61,7 @@ def main(arguments: list[str]) -> None:
     finally:  # results are printed even if the disk is full
         print_rows(_rows(give_profile(model, profile).plan()))
         print(_MEANING)
-    written = f"{file} and {bases_path(file).name}" if profile.bases else file
+    written = f"{file} and {beside_profile(file).name}" if profile.bases else file
     print(f"{profile.tokens:,} tokens of {', '.join(profile.texts)} were scored. Wrote {written}")
 
 

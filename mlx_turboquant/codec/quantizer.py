@@ -81,7 +81,7 @@ class TurboQuantizer:
         gain_search: bool = True,
         basis: Basis | None = None,
     ):
-        self.levels, self.thresholds = _book(dim, bits)
+        codebook(dim, bits)  # raises an error for sizes without one
         if scale not in SCALES:
             raise ValueError(f"Scale {scale!r} is not known: use one of {', '.join(SCALES)}.")
         self.dim = dim

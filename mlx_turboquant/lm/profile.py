@@ -142,6 +142,11 @@ def unfinished_path(fingerprint: str) -> Path:
     return profile_path(fingerprint).with_suffix(".unfinished")
 
 
+def beside_profile(file: Path) -> Path:
+    """The name of the file for the bases of a profile."""
+    return file.with_name(file.name.removesuffix(".json") + ".safetensors")
+
+
 def bases_path(file: Path) -> Path:
     """The file for the bases of a profile, beside its own, in a folder that is made if needed.
 
@@ -149,7 +154,7 @@ def bases_path(file: Path) -> Path:
         ValueError: it is the same file, or exists and holds something else.
         OSError: the folder cannot be made or written to.
     """
-    beside = file.with_name(file.name.removesuffix(".json") + ".safetensors")
+    beside = beside_profile(file)
     if file.suffix == ".safetensors":
         raise ValueError(f"{file} is a name for the bases of a profile: give one with .json.")
     make_folder(file.parent)
@@ -244,7 +249,7 @@ def load_profile(file: Path, model_fingerprints: Sequence[str]) -> Profile:
 
 def _with_bases(profile: Profile, file: Path, digest: str) -> Profile:
     """A profile with the bases beside its file, whose SHA-256 is ``digest``."""
-    beside = file.with_name(file.name.removesuffix(".json") + ".safetensors")
+    beside = beside_profile(file)
     try:
         if not beside.is_file():
             raise ValueError("it is missing")
