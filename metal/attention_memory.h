@@ -37,11 +37,12 @@ constant constexpr int ROW_WORDS = (ROWS + 1) / 2;
 constant constexpr int JOINED = ROWS < 2 ? ROWS : 2;
 
 // Queries for packed tokens: rotated halves, eight coordinates in a uint4. The weights reuse the memory in
-// which rows were rotated.
+// which rows were rotated. With a BASIS that first has the originals, floats in the order (DIM, ROWS).
 struct PackedMemory {
   uint4 queries[PADDED / 8][ROWS];
   union {
-    float rotated[SIMDS][PADDED];
+    float rotated[BASIS && ROWS > SIMDS ? ROWS : SIMDS][PADDED];
+    uint4 originals[BASIS ? DIM * ROWS / 4 : 1];
     uint4 weights[SIMDS][BLOCK_TOKENS * ROW_WORDS / 4];
   };
 };

@@ -36,22 +36,9 @@ METAL_FUNC void store_eight(const thread float* x, device T* out) {
   }
 }
 
-// The level of coordinate i of a vector.
-template <int DIM, int PATTERN, typename Levels>
-METAL_FUNC float level_at(Levels levels, const device uint* words, int stride, int i) {
-  if constexpr (is_uniform(PATTERN)) {
-    return level_of(PATTERN & 15, levels, code_at<DIM, PATTERN & 15>(words, stride, i));
-  } else {
-    const int eight = i / 8 % 4;
-    const int bits = bits_of(PATTERN, eight);
-    const uint code = code_by_pattern<PATTERN>(words, stride, i);
-    return bits == 0 ? 0.0f : level_of(bits, levels + level_place(PATTERN, eight), code);
-  }
-}
-
 // Restores one token with one SIMD group, for any rotation. A `packed` token is mean + R^T (scale * levels) of
 // vector `from` of its row, whose words are STRIDE apart. Any other token is exact vector `from`.
-template <int DIM, int PATTERN, int ORDER, int POWER, int STRIDE, typename Scales, typename Mean,
+template <int DIM, int BITS, int ORDER, int POWER, int STRIDE, typename Scales, typename Mean,
           typename Constants, typename T>
 METAL_FUNC void restore_vector(const device uint* codes, Scales scales, Mean mean, Constants constants,
     const device T* exact, bool packed, int from, device T* out, threadgroup float* values, int lane) {
@@ -61,11 +48,11 @@ METAL_FUNC void restore_vector(const device uint* codes, Scales scales, Mean mea
     }
     return;
   }
-  constexpr int SIGNS = level_place(PATTERN, 4);
-  const device uint* words = codes + token_start<vector_words<DIM, PATTERN>(), STRIDE>(from);
+  constexpr int SIGNS = level_count(BITS);
+  const device uint* words = codes + token_start<vector_words<DIM, BITS * 0x1111>(), STRIDE>(from);
   const float scale = float(scales[from]);
   for (int i = lane; i < DIM; i += LANES) {
-    values[i] = scale * level_at<DIM, PATTERN>(constants, words, STRIDE, i);
+    values[i] = scale * level_of(BITS, constants, code_at<DIM, BITS>(words, STRIDE, i));
   }
   simdgroup_barrier(mem_flags::mem_threadgroup);
   butterflies<DIM, POWER>(values, uint(lane));
@@ -77,10 +64,34 @@ METAL_FUNC void restore_vector(const device uint* codes, Scales scales, Mean mea
   simdgroup_barrier(mem_flags::mem_threadgroup);
 }
 
+// Restores one run of the coordinates of a vector on the axes of a basis. The words of the run are STRIDE apart.
+template <int PATTERN, int STRIDE, typename Constants, typename T>
+METAL_FUNC void restore_run(const device uint* words, float scale, Constants constants, device T* out) {
+  uint loaded[pattern_words(PATTERN)];
+#pragma unroll
+  for (int word = 0; word < pattern_words(PATTERN); word++) {
+    loaded[word] = words[word * STRIDE];
+  }
+#pragma unroll
+  for (int eight = 0; eight < 4; eight++) {
+    const int bits = bits_of(PATTERN, eight);
+    const auto levels = constants + level_place(PATTERN, eight);
+    float x[8];
+#pragma unroll
+    for (int pair = 0; pair < 4; pair++) {
+      const uint codes = code_pair_of_run<PATTERN>(loaded, eight, pair, 0);
+      x[2 * pair] = bits == 0 ? 0.0f : scale * level_of(bits, levels, codes & 0xFFFFu);
+      x[2 * pair + 1] = bits == 0 ? 0.0f : scale * level_of(bits, levels, codes >> 16);
+    }
+    store_eight(x, out + eight * 8);
+  }
+}
+
 // Restores tokens `first` to `last` - 1 of a row with one SIMD group. `sizes` are those of dequantize.metal;
-// `codes` to `out` belong to the row. For a Hadamard rotation of a power of two several vectors are restored at
-// once: a lane has at least eight coordinates in its registers, with their signs and means. Any other rotation
-// goes through `values` in threadgroup memory. 32 bits are enough for indices within a row.
+// `codes` to `out` belong to the row. Vectors on the axes of a basis have no rotation here, and their bits may
+// differ. For a Hadamard rotation of a power of two several vectors are restored at once: a lane has at least
+// eight coordinates in its registers, with their signs and means. Any other rotation goes through `values` in
+// threadgroup memory. 32 bits are enough for indices within a row.
 template <int DIM, int PATTERN, int ORDER, int POWER, int STRIDE, typename Scales, typename Mean,
           typename Constants, typename T, typename Sizes>
 METAL_FUNC void restore_tokens(const device uint* codes, Scales scales, Mean mean, Constants constants,
@@ -89,7 +100,28 @@ METAL_FUNC void restore_tokens(const device uint* codes, Scales scales, Mean mea
   const int sinks = sizes[0];
   const int recent = sizes[0] + sizes[1];
   const int shift = sizes[2] - recent;
-  if constexpr (ORDER == 1 && POWER >= 64) {
+  if constexpr (ORDER == 1 && POWER == 1) {
+    // A lane takes a run: those of a token are neighbours.
+    constexpr int RUNS = DIM / 32;
+    constexpr int WORDS = vector_words<DIM, PATTERN>();
+    for (int item = lane; item < (last - first) * RUNS; item += LANES) {
+      const int token = first + item / RUNS;
+      const int run = item % RUNS;
+      device T* to = out + (token * DIM + run * 32);
+      if (token >= sinks && token < recent) {
+        const int from = token - sinks;
+        restore_run<PATTERN, STRIDE>(
+            codes + (token_start<WORDS, STRIDE>(from) + run * pattern_words(PATTERN) * STRIDE),
+            float(scales[from]), constants, to);
+      } else {
+        const device T* from = exact + ((token < sinks ? token : token + shift) * DIM + run * 32);
+#pragma unroll
+        for (int i = 0; i < 32; i += 8) {
+          copy_eight(from + i, to + i);
+        }
+      }
+    }
+  } else if constexpr (ORDER == 1 && POWER >= 64) {
     constexpr int BITS = PATTERN & 15;
     constexpr int COUNT = DIM > 256 ? DIM / LANES : 8;
     constexpr int VECTOR_LANES = DIM / COUNT;
@@ -117,7 +149,7 @@ METAL_FUNC void restore_tokens(const device uint* codes, Scales scales, Mean mea
           load_eight<32, BITS, STRIDE>(loaded, words + i / 32 * BITS * STRIDE, i % 32);
 #pragma unroll
           for (int pair = 0; pair < 4; pair++) {
-            const uint codes_of_pair = code_pair<8, BITS>(loaded, pair);
+            const uint codes_of_pair = code_pair<8, BITS>(loaded, pair, 0);
             x[eight + 2 * pair] = level_of(BITS, constants, codes_of_pair & 0xFFFFu);
             x[eight + 2 * pair + 1] = level_of(BITS, constants, codes_of_pair >> 16);
           }
@@ -146,7 +178,7 @@ METAL_FUNC void restore_tokens(const device uint* codes, Scales scales, Mean mea
     for (int token = first; token < last; token++) {
       const bool packed = token >= sinks && token < recent;
       const int from = token < sinks ? token : token + (packed ? -sinks : shift);
-      restore_vector<DIM, PATTERN, ORDER, POWER, STRIDE>(codes, scales, mean, constants, exact, packed, from,
+      restore_vector<DIM, PATTERN & 15, ORDER, POWER, STRIDE>(codes, scales, mean, constants, exact, packed, from,
           out + token * DIM, values, lane);
     }
   }

@@ -151,47 +151,39 @@ METAL_FUNC constexpr int field_start(int pattern, int eight, int plane) {
       bits_before(pattern, eight, plane, 2) + bits_before(pattern, eight, plane, 3);
 }
 
-// Codes of a pair of coordinates of an eight, from the words of a run: with `ones` of 0x00010001 both of them, in
-// the low and the high half of a word, and with 1 the one that begins at bit `first`, 0 or 16.
-template <int PATTERN, typename Words>
-METAL_FUNC uint codes_of_pair(Words words, int stride, int eight, int pair, int first, uint ones) {
-  uint code = 0u;
+METAL_FUNC constexpr uint moved_right(uint word, int bits) {
+  return bits >= 0 ? word >> bits : word << -bits;
+}
+
+// The codes of coordinates 2 * pair and 2 * pair + 1 of an eight, from bit `at` on of the low and the high half of
+// a word, from the words of a run. Each field is moved to its place by one shift.
+template <int PATTERN>
+METAL_FUNC uint code_pair_of_run(const thread uint* words, int eight, int pair, int at) {
+  uint codes = 0u;
+  int rest = bits_of(PATTERN, eight);
 #pragma unroll
   for (int plane = 0; plane < 4; plane++) {
     if (has_plane(bits_of(PATTERN, eight), plane)) {
       const int width = plane_width(plane);
       const int start = field_start(PATTERN, eight, plane);
-      const uint field = words[start / 16 * stride] >> (start % 16 + pair * width + first);
-      code = (code << width) | (field & (((1u << width) - 1u) * ones));
+      rest -= width;
+      const uint field = moved_right(words[start / 16], start % 16 + pair * width - at - rest);
+      codes |= field & ((((1u << width) - 1u) * 0x00010001u) << (at + rest));
     }
   }
-  return code;
+  return codes;
 }
 
-// The codes of coordinates 2 * pair and 2 * pair + 1 of an eight, in the low and the high half of a word, from
-// the words of a run.
-template <int PATTERN>
-METAL_FUNC uint code_pair_of_run(const thread uint* words, int eight, int pair) {
-  return codes_of_pair<PATTERN>(words, 1, eight, pair, 0, 0x00010001u);
-}
-
-// The code of coordinate i of a vector whose runs have a pattern.
-template <int PATTERN, typename Words>
-METAL_FUNC uint code_by_pattern(Words words, int stride, int i) {
-  words += i / 32 * pattern_words(PATTERN) * stride;
-  return codes_of_pair<PATTERN>(words, stride, i / 8 % 4, i % 8 / 2, i % 2 * 16, 1u);
-}
-
-// The codes of coordinates 2 * pair and 2 * pair + 1, in the low and the high half of a word, from
-// the loaded words of COUNT coordinates.
+// The codes of coordinates 2 * pair and 2 * pair + 1, from bit `at` on of the low and the high half of a word,
+// from the loaded words of COUNT coordinates.
 template <int COUNT, int BITS>
-METAL_FUNC uint code_pair(const thread uint* words, int pair) {
+METAL_FUNC uint code_pair(const thread uint* words, int pair, int at) {
   constexpr int width = first_plane<BITS>();
-  constexpr uint mask = ((1u << width) - 1u) * 0x00010001u;
-  const uint field = (words[pair * 2 * width / 32] >> field_shift<width>(pair * 2)) & mask;
+  const int to = at + BITS - width;
+  const uint field = moved_right(words[pair * 2 * width / 32], int(field_shift<width>(pair * 2)) - to) &
+      ((((1u << width) - 1u) * 0x00010001u) << to);
   if constexpr (BITS > width) {
-    constexpr int count = plane_words<COUNT, width>();
-    return (field << (BITS - width)) | code_pair<COUNT, BITS - width>(words + count, pair);
+    return field | code_pair<COUNT, BITS - width>(words + plane_words<COUNT, width>(), pair, at);
   } else {
     return field;
   }

@@ -71,7 +71,12 @@ METAL_FUNC float level_unit(int bits, Levels levels) {
   return bits > 0 && bits <= LEVEL_BITS ? levels[7] : 1.0f;
 }
 
-// The levels of a pair of codes as halves. Up to LEVEL_BITS the codes go into the mantissas of two halves,
+// Where level_pair expects a code in each half of a word.
+METAL_FUNC constexpr int code_place(int bits) {
+  return bits <= LEVEL_BITS ? 4 : 0;
+}
+
+// The levels of a pair of codes at their code_place as halves. Up to LEVEL_BITS the codes go into the mantissas of two halves,
 // 2^(7-bits) * (1 + code / 64). This needs no conversion, and a subtraction gives x / 2^bits. The power of
 // two is loaded with the levels, because on NVIDIA a mask and an exponent that are both constant cost two
 // instructions. From 3 bits on x (a + b x^2 + c x^4) is computed as c x ((x^2 + q)^2 + p), one
@@ -79,7 +84,7 @@ METAL_FUNC float level_unit(int bits, Levels levels) {
 METAL_FUNC half2 level_pair(
     int bits, const thread half2* coefficients, const threadgroup half* table, uint codes) {
   if (bits <= LEVEL_BITS) {
-    const half2 x = as_type<half2>((codes << 4) | as_type<uint>(coefficients[3])) + coefficients[2];
+    const half2 x = as_type<half2>(codes | as_type<uint>(coefficients[3])) + coefficients[2];
     if (bits == 1) {
       return x * coefficients[0];
     } else if (bits == 2) {

@@ -55,7 +55,8 @@ METAL_FUNC void add_scores(thread Sum (&sums)[TOKENS][ROWS], const thread uint (
 #pragma unroll
       for (int k = 0; k < 4; k++) {
         levels[t][k] = level_pair(bits, key_levels.coefficients[first_alike(KEY_PATTERN, i)],
-            memory.key_table + level_place(KEY_PATTERN, i), code_pair_of_run<KEY_PATTERN>(words[t], i, k));
+            memory.key_table + level_place(KEY_PATTERN, i),
+            code_pair_of_run<KEY_PATTERN>(words[t], i, k, code_place(bits)));
       }
     }
 #pragma unroll
@@ -85,7 +86,7 @@ METAL_FUNC void add_values(thread Pair (&sums)[ROWS][PAIRS], const thread uint (
     for (int k = 0; k < PAIRS; k++) {
       const int piece = 2 * k / COORDINATES;
       const half2 level = level_pair(VALUE_BITS, coefficients, memory.value_table,
-          code_pair<8, VALUE_BITS>(words[b][piece], k % (COORDINATES / 2)));
+          code_pair<8, VALUE_BITS>(words[b][piece], k % (COORDINATES / 2), code_place(VALUE_BITS)));
 #pragma unroll
       for (int r = 0; r < ROWS; r++) {
         const half2 two = as_type<half2>(weights[r / 2]);

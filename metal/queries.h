@@ -33,33 +33,70 @@ METAL_FUNC uint4 eight_halves(const thread float* x) {
   return pairs;
 }
 
-// Multiplies a row of queries, DIM floats in threadgroup memory, by the `axes` of its head, (DIM, DIM). Lanes
-// take coordinates LANES apart, so that they read neighbouring numbers. Returns the squares of this lane's, added.
-template <typename Axes>
-METAL_FUNC float turn_row(threadgroup float* row, Axes axes, uint lane) {
-  constexpr int count = (DIM + LANES - 1) / LANES;
-  float own[count];
-#pragma unroll
-  for (int k = 0; k < count; k++) {
-    own[k] = 0.0f;
-  }
-  simdgroup_barrier(mem_flags::mem_threadgroup);
-#pragma unroll 4
-  for (int i = 0; i < DIM; i++) {
-    const float query = row[i];
-#pragma unroll
-    for (int k = 0; k < count; k++) {
-      own[k] = fma(query, float(axes[i * DIM + k * LANES + int(lane)]), own[k]);
+// Multiplies the queries of all rows by the `axes` of their head, (DIM, DIM). A SIMD group takes 32 neighbouring
+// coordinates at once, and a lane four of them for every fourth row of the axes, so that each number of the axes is
+// loaded once for all queries, and four in one load.
+template <typename Queries, typename Axes, typename Constants>
+METAL_FUNC void turn_queries(threadgroup Memory& memory, Queries queries, Axes axes, Constants constants,
+    thread const Place& place, int group_rows) {
+  constexpr int COUNT = (DIM / 32 + SIMDS - 1) / SIMDS;
+  const int quarter = int(place.lane) / 8;
+  for (int row = place.simd; row < ROWS; row += SIMDS) {
+    for (int i = int(place.lane); i < DIM; i += LANES) {
+      ((threadgroup float*)memory.packed.originals)[i * ROWS + row] =
+          query_at(queries, constants, place, group_rows, row, i);
     }
   }
-  simdgroup_barrier(mem_flags::mem_threadgroup);
-  float squared_norm = 0.0f;
+  float turned[COUNT][ROWS][4];
 #pragma unroll
-  for (int k = 0; k < count; k++) {
-    squared_norm += own[k] * own[k];
-    row[k * LANES + int(lane)] = own[k];
+  for (int k = 0; k < COUNT; k++) {
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+#pragma unroll
+      for (int c = 0; c < 4; c++) {
+        turned[k][r][c] = 0.0f;
+      }
+    }
   }
-  return squared_norm;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll 16
+  for (int i = quarter; i < DIM; i += 4) {
+    uint words[ROWS];
+    load_words<ROWS>(memory.packed.originals, i * ROWS, words);
+#pragma unroll
+    for (int k = 0; k < COUNT; k++) {
+      const int run = min(k * SIMDS + place.simd, DIM / 32 - 1);
+      const uint2 pairs = *(const device uint2*)(axes + (i * DIM + run * 32 + int(place.lane) % 8 * 4));
+      const half2 first = as_type<half2>(pairs.x);
+      const half2 second = as_type<half2>(pairs.y);
+      const float axis[4] = {float(first.x), float(first.y), float(second.x), float(second.y)};
+#pragma unroll
+      for (int r = 0; r < ROWS; r++) {
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+          turned[k][r][c] = fma(as_type<float>(words[r]), axis[c], turned[k][r][c]);
+        }
+      }
+    }
+  }
+  // They take the memory of the originals.
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
+  for (int k = 0; k < COUNT; k++) {
+    const int run = k * SIMDS + place.simd;
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+#pragma unroll
+      for (int c = 0; c < 4; c++) {
+        float sum = turned[k][r][c] + simd_shuffle_xor(turned[k][r][c], ushort(8));
+        sum += simd_shuffle_xor(sum, ushort(16));
+        if (run < DIM / 32 && quarter == r % 4) {
+          memory.packed.rotated[r][run * 32 + int(place.lane) % 8 * 4 + c] = sum;
+        }
+      }
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
 // Queries for packed tokens: rotated, in units of their root mean square, so that halves hold any query, and
@@ -67,19 +104,19 @@ METAL_FUNC float turn_row(threadgroup float* row, Axes axes, uint lane) {
 template <typename Queries, typename Axes, typename Mean, typename Constants>
 METAL_FUNC void prepare_packed_queries(threadgroup Memory& memory, Queries queries, Axes axes, Mean key_mean,
     Constants constants, thread const Place& place, int group_rows) {
-  threadgroup float* rotated = memory.packed.rotated[place.simd];
+  if constexpr (BASIS) {
+    turn_queries(memory, queries, axes, constants, place, group_rows);
+  }
   for (int row = place.simd; row < ROWS; row += SIMDS) {
+    threadgroup float* rotated = memory.packed.rotated[BASIS ? row : place.simd];
     float mean_score = 0.0f;
     float squared_norm = 0.0f;
-    for (int i = int(place.lane); i < PADDED; i += LANES) {
+    for (int i = int(place.lane); i < DIM; i += LANES) {
       const float query = query_at(queries, constants, place, group_rows, row, i);
-      const int at = min(i, DIM - 1);
-      mean_score += query * key_mean[long(place.head) * DIM + at];
-      squared_norm += query * query;
-      rotated[i] = query * constants[SIGNS + at];
-    }
-    if constexpr (BASIS) {
-      squared_norm = turn_row(rotated, axes, place.lane);
+      const float own = BASIS ? rotated[i] : query * constants[SIGNS + i];
+      mean_score += query * key_mean[long(place.head) * DIM + i];
+      squared_norm += own * own;
+      rotated[i] = own;
     }
     mean_score = simd_sum(mean_score);
     const float norm = sqrt(simd_sum(squared_norm));

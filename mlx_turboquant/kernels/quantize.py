@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import mlx.core as mx
 
@@ -85,7 +86,8 @@ class Quantize:
     def __init__(self, dtypes: tuple[mx.Dtype, ...], quantizers: tuple[TurboQuantizer, ...]):
         self._dtypes = dtypes
         self._quantizers = quantizers
-        constants = {"GROUPS": SIMDS, **_constants(dtypes, quantizers)}
+        given = [x if q.basis is None else mx.float32 for x, q in zip(dtypes, quantizers)]
+        constants = {"GROUPS": SIMDS, **_constants(given, quantizers)}
         lanes = [32 if q.dim > 256 else 16 if q.dim > 128 else 8 for q in _both(quantizers)]
         constants["VECTOR_LANES"], constants["VALUE_VECTOR_LANES"] = lanes
         weighted = [q.basis is not None for q in _both(quantizers)]
@@ -187,10 +189,8 @@ class Dequantize:
         """Return dense keys and values, or latent vectors: (B, H, count, dim) each."""
         inputs, shapes = [], []
         for (packed, exact), quantizer in zip(_both(tokens.sides), _both(self._quantizers)):
-            constants, mean = arguments.levels_and_rotation(quantizer), packed.mean
-            if quantizer.basis is not None:
-                mean, exact = mx.zeros_like(mean), exact.astype(mx.float32)
-            inputs += [packed.codes, packed.scales, mean, constants, exact]
+            constants = arguments.levels_and_rotation(quantizer)
+            inputs += [packed.codes, packed.scales, packed.mean, constants, exact]
             batch, heads, _, dim = exact.shape
             shapes.append((batch, heads, tokens.count, dim))
         sides = len(tokens.sides)
@@ -203,10 +203,7 @@ class Dequantize:
             grid=(-(-runs // self._groups) * LANES * self._groups, sides, 1),
             threadgroup=(LANES * self._groups, 1, 1),
             output_shapes=shapes if sides == 2 else [shapes[0], (1,)],
-            output_dtypes=[
-                dtype if quantizer.basis is None else mx.float32
-                for dtype, quantizer in zip(_both(self._dtypes), _both(self._quantizers))
-            ],
+            output_dtypes=_both(self._dtypes),
         )
         return [_in_place(*each, tokens) for each in zip(outputs, tokens.sides)]
 
@@ -219,9 +216,17 @@ def _in_place(
     if packed.quantizer.basis is None:
         return restored
     sinks, recent = tokens.split(exact)
-    middle = restored[:, :, tokens.sink_count : tokens.sink_count + tokens.packed_count]
-    middle = packed.quantizer.basis.invert(middle) + packed.mean
-    return mx.concatenate([sinks, middle.astype(exact.dtype), recent], axis=2)
+    inverse = packed.quantizer.basis.inverse.astype(exact.dtype)
+    vectors = _moved(restored @ inverse, packed.mean)
+    # In place: only exact tokens are written again.
+    vectors[:, :, : tokens.sink_count] = sinks
+    vectors[:, :, tokens.count - recent.shape[2] :] = recent
+    return vectors
+
+
+@partial(mx.compile, shapeless=True)
+def _moved(x: mx.array, mean: mx.array) -> mx.array:
+    return (x + mean).astype(x.dtype)
 
 
 class InnerProduct:
@@ -281,7 +286,6 @@ def _constants(
     """The constants of keys and values in quantize.metal and dequantize.metal."""
     constants: dict[str, Constant] = {}
     for name, dtype, quantizer in zip(("", "VALUE_"), _both(dtypes), _both(quantizers)):
-        dtype = dtype if quantizer.basis is None else mx.float32
         order, power = quantizer.rotation.factors
         constants |= {f"{name}T": dtype, f"{name}DIM": quantizer.dim, f"{name}ORDER": order}
         constants |= {

@@ -21,6 +21,7 @@ from ..kernels.attention import MAX_DECODE_ROWS, decode_attention
 from ..kernels.quantize import dense
 from ..kernels.tokens import BLOCK
 from .compressible import Compressible, compressed_caches, flat_caches, link_caches
+from .prefill import attend_in_parts
 from .settings import Settings
 
 _NAME = "scaled_dot_product_attention"
@@ -38,7 +39,8 @@ class _AttentionHook:
     """Replaces ``scaled_dot_product_attention`` in a scope.
 
     Decode steps read packed tokens directly. All other calls go to the original function, which
-    gets dense arrays. The hook stays while there are ``users``: links of models, and observers.
+    gets dense arrays, chunks of prompts in parts. The hook stays while there are ``users``: links
+    of models, and observers.
     """
 
     def __init__(self, original: Callable[..., mx.array]):
@@ -58,9 +60,13 @@ class _AttentionHook:
                 return _decode(queries, tokens, *arguments, **keywords)
             keys, values = dense(tokens) * (2 if tokens.is_latent else 1)
             return self.original(queries, keys, values, *arguments, **keywords)
+        if queries.shape[2] <= MAX_DECODE_ROWS:
+            return self.original(queries, keys, values, *arguments, **keywords)
+        if self._are_known(arguments, keywords):
+            keywords |= zip(_ARGUMENTS, arguments)
+            return attend_in_parts(self.original, queries, keys, values, **keywords)
         output = self.original(queries, keys, values, *arguments, **keywords)
-        if queries.shape[2] > MAX_DECODE_ROWS:
-            submit_attention(output)
+        submit_attention(output)
         return output
 
     def _are_known(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:

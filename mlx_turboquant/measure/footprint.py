@@ -10,12 +10,15 @@ from mlx_lm.models.cache import KVCache
 from ..cache.single import TurboQuantKVCache
 from ..kernels.storage import GROWTH, LEAST_GROWTH
 from ..lm.compressible import flat_caches, text_arguments
+from ..lm.prefill import scores_nbytes
 from .cache_specs import CHUNK, GROUP_SIZE, CacheSpec
 
 # With other head dimensions, MLX's attention over many query rows holds all scores in memory.
 _FUSED_DIMS = (64, 80, 128)
-# Dense tokens on axes are restored in float32 first: 3.5 times the bytes of dense ones, measured.
-_COPIES = 3.5
+# Keys on axes are restored as coordinates first: 1.5 times the bytes of dense tokens, measured.
+_COPIES = 1.5
+# Arrays of scores that exist at once.
+_SCORES = 2
 
 
 class Footprint(NamedTuple):
@@ -24,13 +27,15 @@ class Footprint(NamedTuple):
     ``per_token`` counts a token in all layers without a limit; ``constant`` counts what layers
     hold for any text (exact tokens, states). ``bounded`` has the bytes per token and the maximum
     number of tokens of each sliding window. ``workspace_per_token`` counts the additional bytes of
-    a layer for each token in its cache, during prefill.
+    a layer for each token in its cache, during prefill, and ``scores_per_token`` those of scores
+    of which only a part exists at once.
     """
 
     per_token: float
     constant: float
     bounded: tuple[tuple[float, int], ...]
     workspace_per_token: float
+    scores_per_token: float = 0.0
 
     def nbytes(self, tokens: int) -> float:
         """Bytes of the cache of ``tokens`` tokens."""
@@ -43,7 +48,8 @@ class Footprint(NamedTuple):
         A sliding window then holds the last chunk as well.
         """
         chunk = sum(each * min(max(tokens - most, 0), CHUNK) for each, most in self.bounded)
-        return self.nbytes(tokens) + chunk + self.workspace_per_token * tokens
+        scores = min(self.scores_per_token * tokens, _SCORES * scores_nbytes())
+        return self.nbytes(tokens) + chunk + self.workspace_per_token * tokens + scores
 
     def longest(self, nbytes: float) -> int:
         """The length in tokens of the longest prompt that fits into ``nbytes``."""
@@ -58,7 +64,7 @@ def footprint(model: nn.Module, spec: CacheSpec) -> Footprint:
     """
     cache = spec.make_cache(model)
     model(mx.zeros((1, 1), mx.int32), cache=cache)
-    per_token, constant, bounded, workspaces = 0.0, 0.0, [], [0.0]
+    per_token, constant, bounded, workspaces, scores = 0.0, 0.0, [], [0.0], 0
     for layer in flat_caches(cache):
         if isinstance(layer, TurboQuantKVCache):
             packed = layer.token_nbytes * (1 + GROWTH)
@@ -68,7 +74,8 @@ def footprint(model: nn.Module, spec: CacheSpec) -> Footprint:
                 bounded.append((packed, layer.max_size))
             constant += layer.exact_nbytes + LEAST_GROWTH * layer.token_nbytes
             copies = 1 if layer.settings.basis is None else _COPIES
-            workspaces.append(copies * layer.fp16_nbytes + _scores(model, spec))  # dequantized
+            workspaces.append(copies * layer.fp16_nbytes)  # dequantized
+            scores = _scores(model, spec)
         elif type(layer) is KVCache:
             dense = _token_nbytes(layer)
             if spec.mlx_lm_bits is not None:
@@ -80,7 +87,7 @@ def footprint(model: nn.Module, spec: CacheSpec) -> Footprint:
             bounded.append((_token_nbytes(layer), layer.max_size))
         else:
             constant += layer.nbytes
-    return Footprint(per_token, constant, tuple(bounded), max(workspaces))
+    return Footprint(per_token, constant, tuple(bounded), max(workspaces), scores)
 
 
 def chunk_nbytes(model: nn.Module) -> int:
@@ -109,7 +116,7 @@ def _scores(model: nn.Module, spec: CacheSpec) -> int:
     heads = _size(model, "num_attention_heads")
     head_dim = _size(model, "head_dim") or _size(model, "hidden_size") // max(heads, 1)
     fused = spec.mlx_lm_bits is None and head_dim in _FUSED_DIMS
-    return 0 if fused else 2 * 2 * heads * CHUNK
+    return 0 if fused else _SCORES * 2 * heads * CHUNK
 
 
 def _token_nbytes(layer: Any) -> float:
