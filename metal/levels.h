@@ -71,20 +71,27 @@ METAL_FUNC float level_unit(int bits, Levels levels) {
   return bits > 0 && bits <= LEVEL_BITS ? levels[7] : 1.0f;
 }
 
-// Where level_pair expects a code in each half of a word.
-METAL_FUNC constexpr int code_place(int bits) {
-  return bits <= LEVEL_BITS ? 4 : 0;
+// Where level_pair finds a code in each half of a word. With floats, codes of 4 bits may lie at 0 too, where a
+// polynomial needs an offset of more bits than a half has: so one shift is enough for the eight codes of a word.
+METAL_FUNC constexpr int code_place(int bits, int pair, bool floats) {
+  return bits > LEVEL_BITS || (floats && bits == 4 && pair % 2 == 0) ? 0 : 4;
 }
 
-// The levels of a pair of codes at their code_place as halves. Up to LEVEL_BITS the codes go into the mantissas of two halves,
+// The levels of a pair of codes at `place` as halves. Up to LEVEL_BITS the codes go into the mantissas of two halves,
 // 2^(7-bits) * (1 + code / 64). This needs no conversion, and a subtraction gives x / 2^bits. The power of
 // two is loaded with the levels, because on NVIDIA a mask and an exponent that are both constant cost two
 // instructions. From 3 bits on x (a + b x^2 + c x^4) is computed as c x ((x^2 + q)^2 + p), one
 // operation less, and in units of c. _half_coefficients in arguments.py computes q and p.
 METAL_FUNC half2 level_pair(
-    int bits, const thread half2* coefficients, const threadgroup half* table, uint codes) {
+    int bits, const thread half2* coefficients, const threadgroup half* table, uint codes, int place) {
   if (bits <= LEVEL_BITS) {
-    const half2 x = as_type<half2>(codes | as_type<uint>(coefficients[3])) + coefficients[2];
+    half2 x;
+    if (place == 0) {
+      const half2 sum = as_type<half2>(codes | 0x58005800u);  // 128 + code / 8
+      x = half2(half(float(sum.x) - 128.9375f), half(float(sum.y) - 128.9375f));
+    } else {
+      x = as_type<half2>(codes | as_type<uint>(coefficients[3])) + coefficients[2];
+    }
     if (bits == 1) {
       return x * coefficients[0];
     } else if (bits == 2) {

@@ -54,9 +54,10 @@ METAL_FUNC void add_scores(thread Sum (&sums)[TOKENS][ROWS], const thread uint (
     for (int t = 0; t < TOKENS; t++) {
 #pragma unroll
       for (int k = 0; k < 4; k++) {
+        const int place = code_place(bits, k, !HALF_SUMS);
         levels[t][k] = level_pair(bits, key_levels.coefficients[first_alike(KEY_PATTERN, i)],
             memory.key_table + level_place(KEY_PATTERN, i),
-            code_pair_of_run<KEY_PATTERN>(words[t], i, k, code_place(bits)));
+            code_pair_of_run<KEY_PATTERN>(words[t], i, k, place), place);
       }
     }
 #pragma unroll
@@ -85,8 +86,10 @@ METAL_FUNC void add_values(thread Pair (&sums)[ROWS][PAIRS], const thread uint (
 #pragma unroll
     for (int k = 0; k < PAIRS; k++) {
       const int piece = 2 * k / COORDINATES;
+      const int pair = k % (COORDINATES / 2);
+      const int place = code_place(VALUE_BITS, pair, !HALF_SUMS);
       const half2 level = level_pair(VALUE_BITS, coefficients, memory.value_table,
-          code_pair<8, VALUE_BITS>(words[b][piece], k % (COORDINATES / 2), code_place(VALUE_BITS)));
+          code_pair<8, VALUE_BITS>(words[b][piece], pair, place), place);
 #pragma unroll
       for (int r = 0; r < ROWS; r++) {
         const half2 two = as_type<half2>(weights[r / 2]);

@@ -169,6 +169,41 @@ def test_few_codes_differ(kernels_run, bits, fraction):
     assert errors[0] == pytest.approx(errors[1], rel=0.01)
 
 
+LEVELS_AT_BOTH_PLACES = """
+half2 coefficients[4];
+load_coefficients(4, levels, coefficients);
+threadgroup half table[1];
+const uint i = thread_position_in_grid.x;
+const uint codes = i | ((15u - i) << 16);
+const half2 low = level_pair(4, coefficients, table, codes, 0);
+const half2 high = level_pair(4, coefficients, table, codes << 4, 4);
+out[4 * i] = float(low.x);
+out[4 * i + 1] = float(low.y);
+out[4 * i + 2] = float(high.x);
+out[4 * i + 3] = float(high.y);
+"""
+
+
+@pytest.mark.skipif(runtime.backend() == "cuda", reason="on CUDA codes have one place")
+def test_a_code_of_4_bits_has_the_same_level_at_both_places():
+    kernel = mx.fast.metal_kernel(
+        name="levels",
+        input_names=["levels"],
+        output_names=["out"],
+        header=runtime._joined("levels.h", set()),
+        source=LEVELS_AT_BOTH_PLACES,
+    )
+    [out] = kernel(
+        inputs=[arguments.levels(TurboQuantizer(128, 4))],
+        grid=(16, 1, 1),
+        threadgroup=(16, 1, 1),
+        output_shapes=[(16, 4)],
+        output_dtypes=[mx.float32],
+    )
+    assert mx.array_equal(out[:, :2], out[:, 2:])
+    assert len(set(out[:, 0].tolist())) == 16
+
+
 def test_quantize_packs_every_code_where_the_layout_says():
     """With the identity as a dense rotation, the test chooses the codes."""
     for bits in BITS:
