@@ -223,7 +223,11 @@ class TurboQuantizer:
         product = self._sum(rotated * levels)
         if self.scale == "least_squares":
             return product / squared_length
-        return squared_norm / mx.where(product == 0, 1, product)
+        unbiased = squared_norm / mx.where(product == 0, 1, product)
+        if self.basis is None:
+            return unbiased
+        # Then no error is larger than the vector, however unlike those of the basis it is.
+        return mx.minimum(unbiased, 2 * product / squared_length)
 
 
 @cache
