@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
     prompt = given_prompt(args.prompt)
     store = open_store(args)
     if args.prompt_cache_file is not None:
-        if given_settings(args):
+        if given_settings(args) or args.profile is not None:
             raise ValueError(
                 f"{args.prompt_cache_file} was saved with settings of its own: "
                 "leave out the options of the compressed cache."

@@ -19,9 +19,9 @@ _SHARE = 16
 _LEAST_ROWS = 16
 
 
-def scores_nbytes() -> int:
-    """The bytes that the scores of a part may take."""
-    return memory_nbytes() // _SHARE
+def scores_nbytes(memory: float | None = None) -> int:
+    """The bytes that the scores of a part may take, on this machine or with that memory."""
+    return int(memory or memory_nbytes()) // _SHARE
 
 
 def attend_in_parts(
@@ -40,6 +40,8 @@ def attend_in_parts(
     batch, heads, rows, _ = queries.shape
     count = keys.shape[2]
     scores = batch * heads * count * max(x.dtype.size for x in (queries, keys, values))
+    if keywords.get("sinks") is not None:
+        scores *= 2  # MLX copies them to append a column
     most = max(_LEAST_ROWS, scores_nbytes() // scores)
     if most >= rows or _is_fused(*map(_like, (queries, keys, values, mask))):
         output = attention(queries, keys, values, mask=mask, **keywords)

@@ -144,22 +144,23 @@ def unfinished_path(fingerprint: str) -> Path:
 
 def beside_profile(file: Path) -> Path:
     """The name of the file for the bases of a profile."""
-    return file.with_name(file.name.removesuffix(".json") + ".safetensors")
+    return file.with_suffix(".safetensors")
 
 
 def bases_path(file: Path) -> Path:
     """The file for the bases of a profile, beside its own, in a folder that is made if needed.
 
     Raises:
-        ValueError: it is the same file, or exists and holds something else.
+        ValueError: the profile's own name has another ending than ".json", so that two profiles
+            could share the file; or it exists and holds something else.
         OSError: the folder cannot be made or written to.
     """
     beside = beside_profile(file)
-    if file.suffix == ".safetensors":
-        raise ValueError(f"{file} is a name for the bases of a profile: give one with .json.")
+    if file.suffix != ".json":
+        raise ValueError(f"{file} is no name for a profile: use one that ends with .json.")
     make_folder(file.parent)
     if file.parent != profile_path("").parent:  # where all files are our own, damaged ones too
-        check_target(beside, "bases_of", "file of bases")
+        check_target(beside, "bases_of", "file of axes")
     return beside
 
 
@@ -267,8 +268,8 @@ def _with_bases(profile: Profile, file: Path, digest: str) -> Profile:
             raise ValueError(f"it has {min(arrays)} and the profile {len(bases)} layers")
     except (ValueError, OSError) as error:
         raise ValueError(
-            f"{beside} is not the file of bases that was written with {file.name} "
-            f"({str(error).rstrip('.')}): copy both files, or calibrate the model again."
+            f"{beside}, the axes of {file}, cannot be used ({str(error).rstrip('.')}): "
+            "copy both files, or calibrate the model again."
         ) from error
     return profile._replace(bases=bases)
 

@@ -7,9 +7,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
+from ..cache.fetched import KVArray
+from ..cache.latent import TurboQuantLatentCache
 from ..cache.single import TurboQuantKVCache
 from ..kernels.storage import GROWTH, LEAST_GROWTH
 from ..lm.compressible import flat_caches, text_arguments
+from ..lm.hook import observed_attention
 from ..lm.prefill import scores_nbytes
 from .cache_specs import CHUNK, GROUP_SIZE, CacheSpec
 
@@ -27,8 +30,8 @@ class Footprint(NamedTuple):
     ``per_token`` counts a token in all layers without a limit; ``constant`` counts what layers
     hold for any text (exact tokens, states). ``bounded`` has the bytes per token and the maximum
     number of tokens of each sliding window. ``workspace_per_token`` counts the additional bytes of
-    a layer for each token in its cache, during prefill, and ``scores_per_token`` those of scores
-    of which only a part exists at once.
+    a layer for each token in its cache, during prefill. ``scores_per_token`` counts those of
+    scores that exist in parts, which take ``most_scores`` bytes at once.
     """
 
     per_token: float
@@ -36,6 +39,7 @@ class Footprint(NamedTuple):
     bounded: tuple[tuple[float, int], ...]
     workspace_per_token: float
     scores_per_token: float = 0.0
+    most_scores: float = 0.0
 
     def nbytes(self, tokens: int) -> float:
         """Bytes of the cache of ``tokens`` tokens."""
@@ -48,7 +52,7 @@ class Footprint(NamedTuple):
         A sliding window then holds the last chunk as well.
         """
         chunk = sum(each * min(max(tokens - most, 0), CHUNK) for each, most in self.bounded)
-        scores = min(self.scores_per_token * tokens, _SCORES * scores_nbytes())
+        scores = min(self.scores_per_token * tokens, self.most_scores)
         return self.nbytes(tokens) + chunk + self.workspace_per_token * tokens + scores
 
     def longest(self, nbytes: float) -> int:
@@ -56,15 +60,24 @@ class Footprint(NamedTuple):
         return bisect_right(range(1, (1 << 40) + 1), nbytes, key=self.prompt_nbytes)
 
 
-def footprint(model: nn.Module, spec: CacheSpec) -> Footprint:
+def footprint(model: nn.Module, spec: CacheSpec, memory: float | None = None) -> Footprint:
     """The footprint of the caches that ``spec`` makes; nothing of the model is evaluated.
 
-    One token goes through the model lazily to find the numbers of heads and dimensions. ValueError
-    for a model that the cache does not support.
+    One token goes through the model lazily to find the numbers of heads and dimensions. The model
+    is to run with ``memory`` bytes, or on this machine. ValueError for a model that the cache does
+    not support.
     """
-    cache = spec.make_cache(model)
-    model(mx.zeros((1, 1), mx.int32), cache=cache)
-    per_token, constant, bounded, workspaces, scores = 0.0, 0.0, [], [0.0], 0
+    cache, hooked = spec.make_cache(model), []
+
+    def observe(queries: mx.array, keys: Any, *_: Any, **others: Any) -> None:
+        hooked.append(isinstance(keys, KVArray))
+
+    with observed_attention(model, observe):
+        model(mx.zeros((1, 1), mx.int32), cache=cache)
+    ours = [layer for layer in flat_caches(cache) if isinstance(layer, TurboQuantKVCache)]
+    # Others look at arrays that they make of the keys and values of a prompt, as a whole.
+    in_parts = sum(hooked) >= len(ours) and not any(map(_is_latent, ours))
+    per_token, constant, bounded, workspaces, divided = 0.0, 0.0, [], [0.0], 0
     for layer in flat_caches(cache):
         if isinstance(layer, TurboQuantKVCache):
             packed = layer.token_nbytes * (1 + GROWTH)
@@ -74,8 +87,9 @@ def footprint(model: nn.Module, spec: CacheSpec) -> Footprint:
                 bounded.append((packed, layer.max_size))
             constant += layer.exact_nbytes + LEAST_GROWTH * layer.token_nbytes
             copies = 1 if layer.settings.basis is None else _COPIES
-            workspaces.append(copies * layer.fp16_nbytes)  # dequantized
-            scores = _scores(model, spec)
+            dense, scores = copies * layer.fp16_nbytes, _scores(model, spec)  # dequantized
+            divided = scores if in_parts else 0
+            workspaces.append(dense + scores - divided)
         elif type(layer) is KVCache:
             dense = _token_nbytes(layer)
             if spec.mlx_lm_bits is not None:
@@ -87,7 +101,8 @@ def footprint(model: nn.Module, spec: CacheSpec) -> Footprint:
             bounded.append((_token_nbytes(layer), layer.max_size))
         else:
             constant += layer.nbytes
-    return Footprint(per_token, constant, tuple(bounded), max(workspaces), scores)
+    most_scores = _SCORES * scores_nbytes(memory)
+    return Footprint(per_token, constant, tuple(bounded), max(workspaces), divided, most_scores)
 
 
 def chunk_nbytes(model: nn.Module) -> int:
@@ -117,6 +132,10 @@ def _scores(model: nn.Module, spec: CacheSpec) -> int:
     head_dim = _size(model, "head_dim") or _size(model, "hidden_size") // max(heads, 1)
     fused = spec.mlx_lm_bits is None and head_dim in _FUSED_DIMS
     return 0 if fused else _SCORES * 2 * heads * CHUNK
+
+
+def _is_latent(layer: TurboQuantKVCache) -> bool:
+    return isinstance(layer, TurboQuantLatentCache)
 
 
 def _token_nbytes(layer: Any) -> float:

@@ -109,9 +109,9 @@ def test_generate_goes_on_from_a_saved_cache(tiny_lm, tmp_path):
     result = run("generate", "--prompt-cache-file", str(file), "--prompt", "    return", "-m", "8")
     assert result.returncode == 0, result.stderr
     assert " a" in result.stdout
-    assert_refused(
-        run("generate", "--prompt-cache-file", str(file), "--kv-bits", "4"), "settings of its own"
-    )
+    for option in (["--kv-bits", "4"], ["--profile", str(file)]):
+        refused = run("generate", "--prompt-cache-file", str(file), *option)
+        assert_refused(refused, "settings of its own")
 
 
 def test_a_prompt_is_processed_once_and_continued_as_if_it_were_read_again(tmp_path):
@@ -251,6 +251,8 @@ def test_calibrate_refuses_bad_input_and_writes_nothing(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     beside = run(*arguments[:-1], str(tmp_path / "model.json"))
     assert_refused(beside, "model.safetensors is not a complete safetensors file: use another")
+    no_ending = run(*arguments[:-1], str(tmp_path / "profile"))
+    assert_refused(no_ending, "profile is no name for a profile: use one that ends with .json")
     foreign = tmp_path / "foreign.json"
     foreign.write_text('{"format": "1", "codec": "?", "fingerprint": "?"}')
     assert_refused(generate("--profile", str(foreign)), "calibrate the model again")

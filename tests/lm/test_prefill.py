@@ -6,6 +6,7 @@ import mlx.core as mx
 import pytest
 from conftest import logits, variant
 from mlx_lm.models.base import scaled_dot_product_attention
+from tiny_families import tiny_model
 
 from mlx_turboquant import make_prompt_cache
 from mlx_turboquant.cache.fetched import KVArray, submit_attention
@@ -63,7 +64,8 @@ def test_parts_are_the_whole_and_their_scores_fit(few_scores, chunk, mask, sinks
     attention = Counted(scaled_dot_product_attention)
     settings = {"cache": None, "scale": 0.125, "mask": mask, "sinks": sinks}
     output = attend_in_parts(attention, *chunk, **settings)
-    assert len(attention.scores) == 4 and max(attention.scores) <= few_scores
+    copies, parts = (1, 4) if sinks is None else (2, 7)
+    assert len(attention.scores) == parts and max(attention.scores) * copies <= few_scores
     expected = scaled_dot_product_attention(*chunk, **settings)
     # float32 sums over fewer keys, whose weights are zero otherwise.
     assert mx.allclose(output, expected, atol=1e-5)
@@ -113,10 +115,18 @@ def test_attention_with_an_unknown_argument_is_not_divided(few_scores, chunk):
     assert calls == [20]
 
 
-def test_the_workspace_of_a_prompt_has_a_part_of_its_scores(random_model, monkeypatch):
-    foreseen = footprint(variant(random_model, head_dim=192), preset("4"))
-    monkeypatch.setattr("mlx_turboquant.measure.footprint.scores_nbytes", lambda: 10_000_000)
+def test_the_workspace_of_a_prompt_has_a_part_of_its_scores(random_model):
+    foreseen = footprint(variant(random_model, head_dim=192), preset("4"), memory=16 * 10_000_000)
     short, long = 100, 1_000_000
     assert foreseen.scores_per_token * short < 2 * 10_000_000 < foreseen.scores_per_token * long
     expected = foreseen.nbytes(long) + foreseen.workspace_per_token * long + 2 * 10_000_000
     assert foreseen.prompt_nbytes(long) == expected
+
+
+@pytest.mark.parametrize("family", ["gemma2", "deepseek_v3"])
+def test_scores_that_the_hook_does_not_divide_are_counted_whole(family):
+    model = tiny_model(family, head_dim=192)
+    foreseen = footprint(model, preset("4"), memory=16)
+    assert foreseen.scores_per_token == 0
+    heads = model.args.num_attention_heads
+    assert foreseen.workspace_per_token >= 2 * 2 * heads * 2048

@@ -160,7 +160,7 @@ def test_bases_that_are_missing_damaged_or_foreign_are_refused(
     file = save_profile(WITH_BASIS)
     beside = file.with_suffix(".safetensors")
     change(beside)
-    whole = rf"{beside} is not the file of bases .* {file.name} \({message}.*\): copy both files"
+    whole = rf"{beside}, the axes of {file}, cannot be used \({message}.*\): copy both files"
     with pytest.raises(ValueError, match=whole + ", or calibrate the model again") as error:
         load_profile(file, [FINGERPRINT])
     assert ".)" not in str(error.value)
@@ -172,7 +172,9 @@ def test_bases_that_are_missing_damaged_or_foreign_are_refused(
 
 def test_bases_of_another_calibration_are_refused(tmp_path):
     other = PROFILE._replace(bases=(basis_of(64, 2, 2, seed=1),))
-    files = [save_profile(x, tmp_path / name) for x, name in ((WITH_BASIS, "a"), (other, "b"))]
+    files = [
+        save_profile(x, tmp_path / name) for x, name in ((WITH_BASIS, "a.json"), (other, "b.json"))
+    ]
     shutil.copy(*(file.with_suffix(".safetensors") for file in files))
     with pytest.raises(ValueError, match="it has changed since, or belongs to another profile"):
         load_profile(files[1], [FINGERPRINT])
@@ -184,9 +186,9 @@ def test_weights_with_the_name_of_bases_are_never_overwritten(tmp_path, profile)
     mx.save_safetensors(str(weights), {"weight": mx.ones(3)}, {"format": "mlx"})
     before = weights.read_bytes()
     if profile.bases:
-        with pytest.raises(ValueError, match="exists and is not a file of bases .*: use another"):
+        with pytest.raises(ValueError, match="exists and is not a file of axes .*: use another"):
             save_profile(profile, tmp_path / "model.json")
-        with pytest.raises(ValueError, match="is a name for the bases of a profile: give one"):
+        with pytest.raises(ValueError, match="is no name for a profile: use one that ends"):
             save_profile(profile, weights)
     else:
         save_profile(profile, tmp_path / "model.json")
