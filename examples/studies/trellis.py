@@ -15,7 +15,6 @@ import argparse
 import copy
 import json
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -91,7 +90,6 @@ def _initial(bits: int) -> mx.array:
     return mx.array(quantiles[(window % (1 << bits)) * (_STATES >> bits) + fine].astype(np.float32))
 
 
-@cache
 def distortion(bits: int) -> float:
     """The mean squared error of unit Gaussian values that the table was not trained on."""
     x = mx.random.normal((512, 128), key=mx.random.key(10_000))
@@ -187,6 +185,12 @@ def main() -> None:
     give_profile(model, load_profile(args.profile, [own]))
     compression = compression_of(model)
     contexts = texts.contexts(tokenizer, texts.bundled_texts(), args.context, args.samples)
+    read = [read_prompt(model, EXACT, mx.array(text[: -args.scored])) for text in contexts]
+    scored = [mx.array(text[-args.scored :]) for text in contexts]
+    exact = [
+        list(log_probabilities(model, copy.deepcopy(cache), tokens))
+        for cache, tokens in zip(read, scored)
+    ]
     print("| bits | code | KL | of each text, to scalar |\n|---|---|---|---|", flush=True)
     for budget in args.kv_bits:
         settings = preset(budget).settings
@@ -195,10 +199,7 @@ def main() -> None:
         baseline = None
         for name, rounding in ROUNDINGS.items():
             found = []
-            for text in contexts:
-                read = read_prompt(model, EXACT, mx.array(text[: -args.scored]))
-                scored = mx.array(text[-args.scored :])
-                expected = log_probabilities(model, copy.deepcopy(read), scored)
+            for prompt, tokens, expected in zip(read, scored, exact):
                 roundings = [
                     (
                         rounding(shared_quantizer(place.keys.dim, keys, 0, basis), 0.0),
@@ -206,7 +207,7 @@ def main() -> None:
                     )
                     for (place, (keys, values)), basis in zip(sides, bases)
                 ]
-                rows = log_probabilities(model, filled_cache(model, read, roundings), scored)
+                rows = log_probabilities(model, filled_cache(model, prompt, roundings), tokens)
                 each = mx.concatenate([divergence(*pair) for pair in zip(expected, rows)])
                 found.append(each.mean().item())
             baseline = baseline or found

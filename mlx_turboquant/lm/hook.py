@@ -60,13 +60,13 @@ class _AttentionHook:
                 return _decode(queries, tokens, *arguments, **keywords)
             keys, values = dense(tokens) * (2 if tokens.is_latent else 1)
             return self.original(queries, keys, values, *arguments, **keywords)
-        if queries.shape[2] <= MAX_DECODE_ROWS:
-            return self.original(queries, keys, values, *arguments, **keywords)
-        if self._are_known(arguments, keywords):
+        is_chunk = queries.shape[2] > MAX_DECODE_ROWS
+        if is_chunk and self._are_known(arguments, keywords):
             keywords |= zip(_ARGUMENTS, arguments)
             return attend_in_parts(self.original, queries, keys, values, **keywords)
         output = self.original(queries, keys, values, *arguments, **keywords)
-        submit_attention(output)
+        if is_chunk:
+            submit_attention(output)
         return output
 
     def _are_known(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:

@@ -76,8 +76,11 @@ def footprint(model: nn.Module, spec: CacheSpec, memory: float | None = None) ->
         model(mx.zeros((1, 1), mx.int32), cache=cache)
     ours = [layer for layer in flat_caches(cache) if isinstance(layer, TurboQuantKVCache)]
     # Others look at arrays that they make of the keys and values of a prompt, as a whole.
-    in_parts = sum(hooked) >= len(ours) and not any(map(_is_latent, ours))
-    per_token, constant, bounded, workspaces, divided = 0.0, 0.0, [], [0.0], 0
+    in_parts = sum(hooked) >= len(ours) > 0 and not any(
+        isinstance(layer, TurboQuantLatentCache) for layer in ours
+    )
+    scores = _scores(model, spec)
+    per_token, constant, bounded, workspaces = 0.0, 0.0, [], [0.0]
     for layer in flat_caches(cache):
         if isinstance(layer, TurboQuantKVCache):
             packed = layer.token_nbytes * (1 + GROWTH)
@@ -87,22 +90,21 @@ def footprint(model: nn.Module, spec: CacheSpec, memory: float | None = None) ->
                 bounded.append((packed, layer.max_size))
             constant += layer.exact_nbytes + LEAST_GROWTH * layer.token_nbytes
             copies = 1 if layer.settings.basis is None else _COPIES
-            dense, scores = copies * layer.fp16_nbytes, _scores(model, spec)  # dequantized
-            divided = scores if in_parts else 0
-            workspaces.append(dense + scores - divided)
+            dense = copies * layer.fp16_nbytes  # dequantized
+            workspaces.append(dense if in_parts else dense + scores)
         elif type(layer) is KVCache:
             dense = _token_nbytes(layer)
             if spec.mlx_lm_bits is not None:
                 dense *= (spec.mlx_lm_bits + 32 / GROUP_SIZE) / (8 * layer.keys.itemsize)
             per_token += dense
             # A cache is copied when it grows.
-            workspaces.append(dense + _scores(model, spec))
+            workspaces.append(dense + scores)
         elif getattr(layer, "max_size", None):
             bounded.append((_token_nbytes(layer), layer.max_size))
         else:
             constant += layer.nbytes
-    most_scores = _SCORES * scores_nbytes(memory)
-    return Footprint(per_token, constant, tuple(bounded), max(workspaces), divided, most_scores)
+    divided = (scores, _SCORES * scores_nbytes(memory)) if in_parts else ()
+    return Footprint(per_token, constant, tuple(bounded), max(workspaces), *divided)
 
 
 def chunk_nbytes(model: nn.Module) -> int:
@@ -132,10 +134,6 @@ def _scores(model: nn.Module, spec: CacheSpec) -> int:
     head_dim = _size(model, "head_dim") or _size(model, "hidden_size") // max(heads, 1)
     fused = spec.mlx_lm_bits is None and head_dim in _FUSED_DIMS
     return 0 if fused else _SCORES * 2 * heads * CHUNK
-
-
-def _is_latent(layer: TurboQuantKVCache) -> bool:
-    return isinstance(layer, TurboQuantLatentCache)
 
 
 def _token_nbytes(layer: Any) -> float:
