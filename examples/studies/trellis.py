@@ -106,6 +106,8 @@ def trellis_levels(y: mx.array, quantizer: TurboQuantizer) -> mx.array:
     bits = np.array([eights[i // 8 % 4] for i in range(dim)])
     coded = np.flatnonzero((bits > 0) & (bits <= _MOST_BITS))
     levels = quantizer._levels_of(quantizer._codes_of(y))
+    if not coded.size:
+        return levels
     basis = quantizer.basis
     found = []
     for head in range(heads):
