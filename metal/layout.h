@@ -151,12 +151,14 @@ METAL_FUNC constexpr int field_start(int pattern, int eight, int plane) {
       bits_before(pattern, eight, plane, 2) + bits_before(pattern, eight, plane, 3);
 }
 
-METAL_FUNC constexpr uint moved_right(uint word, int bits) {
-  return bits >= 0 ? word >> bits : word << -bits;
+// The field of `width` bits from bit `from` on of both halves of a word, moved to bit `to` on by one shift.
+METAL_FUNC uint moved_field(uint word, int from, int width, int to) {
+  const uint mask = (((1u << width) - 1u) * 0x00010001u) << to;
+  return (from >= to ? word >> (from - to) : word << (to - from)) & mask;
 }
 
 // The codes of coordinates 2 * pair and 2 * pair + 1 of an eight, from bit `at` on of the low and the high half of
-// a word, from the words of a run. Each field is moved to its place by one shift.
+// a word, from the words of a run.
 template <int PATTERN>
 METAL_FUNC uint code_pair_of_run(const thread uint* words, int eight, int pair, int at) {
   uint codes = 0u;
@@ -167,8 +169,7 @@ METAL_FUNC uint code_pair_of_run(const thread uint* words, int eight, int pair, 
       const int width = plane_width(plane);
       const int start = field_start(PATTERN, eight, plane);
       rest -= width;
-      const uint field = moved_right(words[start / 16], start % 16 + pair * width - at - rest);
-      codes |= field & ((((1u << width) - 1u) * 0x00010001u) << (at + rest));
+      codes |= moved_field(words[start / 16], start % 16 + pair * width, width, at + rest);
     }
   }
   return codes;
@@ -179,9 +180,8 @@ METAL_FUNC uint code_pair_of_run(const thread uint* words, int eight, int pair, 
 template <int COUNT, int BITS>
 METAL_FUNC uint code_pair(const thread uint* words, int pair, int at) {
   constexpr int width = first_plane<BITS>();
-  const int to = at + BITS - width;
-  const uint field = moved_right(words[pair * 2 * width / 32], int(field_shift<width>(pair * 2)) - to) &
-      ((((1u << width) - 1u) * 0x00010001u) << to);
+  const uint field =
+      moved_field(words[pair * 2 * width / 32], int(field_shift<width>(pair * 2)), width, at + BITS - width);
   if constexpr (BITS > width) {
     return field | code_pair<COUNT, BITS - width>(words + plane_words<COUNT, width>(), pair, at);
   } else {
