@@ -1,6 +1,6 @@
 // What the phases of decode_attention.metal share: sizes, threadgroup memory, a thread's place, small loads.
 #pragma once
-#include "levels.h"
+#include "pair_table.h"
 #include "rotation.h"
 
 // Packed and exact tokens in a step of a SIMD group. A lane scores TOKENS packed tokens.
@@ -31,6 +31,9 @@ constant constexpr int KEY_LEVELS = 8;
 constant constexpr int VALUE_LEVELS = KEY_LEVELS + level_place(KEY_PATTERN, 4);
 constant constexpr int SIGNS = VALUE_LEVELS + level_count(VALUE_BITS);
 constant constexpr int MATRIX = SIGNS + DIM;
+// Words of the tables of levels.
+constant constexpr int KEY_TABLE = table_place(KEY_PATTERN, 4);
+constant constexpr int VALUE_TABLE = table_words(VALUE_BITS);
 // Words with the weights of a token, two rows in each.
 constant constexpr int ROW_WORDS = (ROWS + 1) / 2;
 // Rows that are joined at once.
@@ -75,8 +78,8 @@ struct Memory {
   int row_count;
   uint first_output;
   uint output_stride;
-  half key_table[level_place(KEY_PATTERN, 4)];
-  half value_table[level_count(VALUE_BITS)];
+  uint key_table[KEY_TABLE > 0 ? KEY_TABLE : 1];
+  uint value_table[VALUE_TABLE > 0 ? VALUE_TABLE : 1];
 };
 
 // The work of a SIMD group. It takes the rows of key head `head`, counted over all sequences, from `first_row`

@@ -151,10 +151,14 @@ METAL_FUNC constexpr int field_start(int pattern, int eight, int plane) {
       bits_before(pattern, eight, plane, 2) + bits_before(pattern, eight, plane, 3);
 }
 
-// The field of `width` bits from bit `from` on of both halves of a word, moved to bit `to` on by one shift.
+// The field of `mask` from bit `from` of a word on, moved to bit `to` on by one shift.
+METAL_FUNC uint moved(uint word, int from, int to, uint mask) {
+  return (from >= to ? word >> (from - to) : word << (to - from)) & (mask << to);
+}
+
+// The same for the fields of `width` bits in both halves of a word.
 METAL_FUNC uint moved_field(uint word, int from, int width, int to) {
-  const uint mask = (((1u << width) - 1u) * 0x00010001u) << to;
-  return (from >= to ? word >> (from - to) : word << (to - from)) & mask;
+  return moved(word, from, to, ((1u << width) - 1u) * 0x00010001u);
 }
 
 // The codes of coordinates 2 * pair and 2 * pair + 1 of an eight, from bit `at` on of the low and the high half of

@@ -5,7 +5,7 @@
 // The most bits with which levels follow a polynomial.
 constant constexpr int LEVEL_BITS = 6;
 
-// Length of the array of levels, and of its table in threadgroup memory, which is unused up to LEVEL_BITS.
+// Length of the array of levels.
 METAL_FUNC constexpr int level_count(int bits) {
   return bits == 0 ? 0 : (bits <= LEVEL_BITS ? 8 : 1 << bits);
 }
@@ -51,16 +51,6 @@ METAL_FUNC void load_coefficients(int bits, Levels levels, thread half2* coeffic
 #pragma unroll
     for (int k = 0; k < 4; k++) {
       coefficients[k] = half2(half(levels[3 + k]));
-    }
-  }
-}
-
-// Writes the table of level_pair with `count` threads.
-template <typename Levels>
-METAL_FUNC void store_table(int bits, Levels levels, threadgroup half* table, int index, int count) {
-  if (bits > LEVEL_BITS) {
-    for (int i = index; i < 1 << bits; i += count) {
-      table[i] = half(levels[i]);
     }
   }
 }

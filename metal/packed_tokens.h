@@ -49,15 +49,20 @@ METAL_FUNC void add_scores(thread Sum (&sums)[TOKENS][ROWS], const thread uint (
     if (bits == 0) {
       continue;
     }
+    const threadgroup uint* table = memory.key_table + table_place(KEY_PATTERN, i);
     half2 levels[TOKENS][4];
 #pragma unroll
     for (int t = 0; t < TOKENS; t++) {
 #pragma unroll
       for (int k = 0; k < 4; k++) {
-        const int place = code_place(bits, k, !HALF_SUMS);
-        levels[t][k] = level_pair(bits, key_levels.coefficients[first_alike(KEY_PATTERN, i)],
-            memory.key_table + level_place(KEY_PATTERN, i),
-            code_pair_of_run<KEY_PATTERN>(words[t], i, k, place), place);
+        if (!is_paired(bits)) {
+          const int place = code_place(bits, k, !HALF_SUMS);
+          levels[t][k] = level_pair(bits, key_levels.coefficients[first_alike(KEY_PATTERN, i)],
+              (const threadgroup half*)table, code_pair_of_run<KEY_PATTERN>(words[t], i, k, place), place);
+        } else if (k % 2 == 0) {
+          two_pairs(table, entry_of_run<KEY_PATTERN>(words[t], i, 2 * k),
+              entry_of_run<KEY_PATTERN>(words[t], i, 2 * k + 1), levels[t] + k);
+        }
       }
     }
 #pragma unroll
@@ -83,17 +88,23 @@ METAL_FUNC void add_values(thread Pair (&sums)[ROWS][PAIRS], const thread uint (
     const uint token = (step + b) * AT_ONCE + place.lane / VALUE_LANES;
     uint weights[ROW_WORDS];
     load_words<ROW_WORDS>(memory.packed.weights[place.simd], token * ROW_WORDS, weights);
+    half2 levels[2];
 #pragma unroll
     for (int k = 0; k < PAIRS; k++) {
       const int piece = 2 * k / COORDINATES;
       const int pair = k % (COORDINATES / 2);
-      const int place = code_place(VALUE_BITS, pair, !HALF_SUMS);
-      const half2 level = level_pair(VALUE_BITS, coefficients, memory.value_table,
-          code_pair<8, VALUE_BITS>(words[b][piece], pair, place), place);
+      if constexpr (!is_paired(VALUE_BITS)) {
+        const int place = code_place(VALUE_BITS, pair, !HALF_SUMS);
+        levels[pair % 2] = level_pair(VALUE_BITS, coefficients, (const threadgroup half*)memory.value_table,
+            code_pair<8, VALUE_BITS>(words[b][piece], pair, place), place);
+      } else if (pair % 2 == 0) {
+        two_pairs(memory.value_table, entry_of<VALUE_BITS>(words[b][piece], 2 * pair),
+            entry_of<VALUE_BITS>(words[b][piece], 2 * pair + 1), levels);
+      }
 #pragma unroll
       for (int r = 0; r < ROWS; r++) {
         const half2 two = as_type<half2>(weights[r / 2]);
-        add_weighted(level, r % 2 == 0 ? two.x : two.y, sums[r][k]);
+        add_weighted(levels[pair % 2], r % 2 == 0 ? two.x : two.y, sums[r][k]);
       }
     }
   }

@@ -87,18 +87,23 @@ def make_folder(folder: Path, mode: int = 0o777) -> None:
 
 def write_json(file: Path, contents: dict[str, Any]) -> None:
     """Write ``file`` atomically, and create its folder if needed; OSError if that fails."""
+    write_text(file, json.dumps(contents, indent=1) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write ``file`` atomically, and create its folder if needed; OSError if that fails."""
     make_folder(file.parent)
     with files_at_once(file.parent, file) as folder:
-        (folder / file.name).write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+        (folder / file.name).write_text(text, encoding="utf-8")
 
 
-def make_way(file: Path, key: str, what: str) -> None:
-    """Create the folder of a JSON file that will be written; OSError if that fails.
+def make_way(file: Path, mark: str, what: str) -> None:
+    """Create the folder of a text file that will be written; OSError if that fails.
 
-    ValueError if the file exists and is not a ``what``, because it has no ``key``.
+    ValueError if the file exists and is not a ``what``, because it does not contain the ``mark``.
     """
     with read_errors(file):
-        is_own = file.is_file() and f'"{key}":'.encode() in file.read_bytes()
+        is_own = file.is_file() and mark.encode() in file.read_bytes()
         if file.exists() and not is_own:
             raise ValueError(f"{file} exists and is not a {what}: give another name.")
     make_folder(file.parent)

@@ -3,48 +3,86 @@
 import itertools
 
 import mlx.core as mx
-import numpy as np
 import pytest
-from trellis import ScalarRounding, TrellisRounding, best_windows, distortion, table
+from trellis import (
+    Code,
+    ScalarRounding,
+    TrellisRounding,
+    best_windows,
+    code_of,
+    distortion,
+    roundings,
+    table,
+)
 
 from mlx_turboquant.codec.codebook import relative_error
 from mlx_turboquant.codec.quantizer import TurboQuantizer
 
+WEIGHTS = mx.array([1.0, 4.0, 2.0, 0.5])
 
-def windows_of(stream: tuple[int, ...], bits: list[int]) -> list[int]:
+
+def error(x: mx.array, bits: list[int], windows: list[mx.array]) -> mx.array:
+    """The weighted error of the windows of each vector."""
+    levels = mx.stack([table(8, k)[window] for k, window in zip(bits, windows)], axis=1)
+    return (WEIGHTS * mx.square(levels - x)).sum(axis=1)
+
+
+def windows_of(stream: tuple[int, ...], bits: list[int]) -> list[mx.array]:
     window, found = 0, []
     for new, k in zip(stream, bits):
         window = (window << k | new) % 256
-        found.append(window)
+        found.append(mx.array([window], mx.uint32))
     return found
 
 
 @pytest.mark.parametrize("bits", [[2, 2, 2, 2], [1, 3, 1, 3]])
 def test_no_stream_is_better_than_the_one_found(bits):
-    x = np.random.default_rng(0).standard_normal(4).astype(np.float32)
-    weights = [1.0, 4.0, 2.0, 0.5]
-
-    def error(windows: list[int]) -> float:
-        levels = [table(k)[window].item() for k, window in zip(bits, windows)]
-        return sum(w * (a - b) ** 2 for w, a, b in zip(weights, levels, x))
-
-    [*found] = (window.item() for window in best_windows(mx.array(x[None]), bits, weights))
-    streams = list(itertools.product(*(range(1 << k) for k in bits)))
-    assert found in [windows_of(stream, bits) for stream in streams]
-    least = min(error(windows_of(stream, bits)) for stream in streams)
-    assert error(found) == pytest.approx(least, rel=1e-4)
+    x = mx.random.normal((1, 4), key=mx.random.key(0))
+    found = best_windows(x, bits, WEIGHTS, 8)
+    streams = itertools.product(*(range(1 << k) for k in bits))
+    possible = [windows_of(stream, bits) for stream in streams]
+    errors = {str(mx.stack(each)): error(x, bits, each).item() for each in possible}
+    assert errors[str(mx.stack(found))] == pytest.approx(min(errors.values()), rel=1e-4)
 
 
+@pytest.mark.parametrize("bits", [[2] * 16, [1, 3, 2, 2] * 4])
+def test_the_last_bits_of_a_ring_stand_before_its_first(bits):
+    x = mx.random.normal((8, 16), key=mx.random.key(0))
+    found = best_windows(x, bits, mx.ones(16), 8, is_ring=True)
+    before = found[-1]
+    for k, window in zip(bits, found):
+        assert (window >> k).tolist() == (before & ((256 >> k) - 1)).tolist()
+        before = window
+
+
+@pytest.mark.parametrize("is_ring", [False, True])
 @pytest.mark.parametrize("bits", [2, 3])
-def test_values_are_nearer_than_with_scalar_codes(bits):
-    assert distortion(bits) < 0.75 * relative_error(128, bits)
+def test_values_are_nearer_than_with_scalar_codes(bits, is_ring):
+    assert distortion(bits, is_ring=is_ring) < 0.75 * relative_error(128, bits)
+
+
+def test_a_code_is_named_by_its_window_its_wrap_its_gains_and_its_side():
+    assert code_of("8") == Code()
+    assert code_of("10:run:1:keys") == Code(10, "run", (1.0,), ("keys",))
+
+
+@pytest.mark.parametrize("name", ["", "4", "x", "8:word", "8:run:2", "8:run:3:queries"])
+def test_another_name_is_refused(name):
+    with pytest.raises(ValueError, match="is not a code: use a name like"):
+        code_of(name)
+
+
+def test_only_the_named_side_has_a_trellis():
+    quantizers = (TurboQuantizer(64, 3), TurboQuantizer(64, 2))
+    kinds = [type(each) for each in roundings(quantizers, code_of("8:zero:3:values"))]
+    assert kinds == [ScalarRounding, TrellisRounding]
 
 
 def test_vectors_are_restored_better_than_with_scalar_codes():
     x = mx.random.normal((1, 2, 64, 64), key=mx.random.key(0)) + 3
     quantizer = TurboQuantizer(64, 3)
     errors = []
-    for rounding in (TrellisRounding, ScalarRounding):
-        errors.append(mx.square(rounding(quantizer, 0.0)(x) - x).mean().item())
+    for rounding in (TrellisRounding(quantizer, 0.0, Code()), ScalarRounding(quantizer, 0.0, None)):
+        errors.append(mx.square(rounding(x) - x).mean().item())
     # 0.72 in the mean over many vectors, with the search for the gain on both sides.
     assert errors[0] < 0.85 * errors[1]

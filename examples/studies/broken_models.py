@@ -17,6 +17,7 @@ import mlx.nn as nn
 import mlx_lm
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama, qwen3
+from simulated import simulated_preset
 
 from mlx_turboquant.lm import texts
 from mlx_turboquant.lm.calibrate import calibrate
@@ -176,7 +177,7 @@ def main() -> None:
     for name, change in variants(model.args.head_dim).items():
         changed = change(load()[0])
         # The first preset is our codec without removing means.
-        specs = [preset(name) for name in ("turboquant:4", "K4V4", "4")]
+        specs = [simulated_preset(name) for name in ("turboquant:4", "K4V4", "4")]
         exact, *others = compare(changed, specs, contexts, args.scored)
         give_profile(changed, calibrate(changed, tokenizer))
         others.append(compare(changed, [preset("4")], contexts, args.scored)[1])

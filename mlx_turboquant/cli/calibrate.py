@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
     args = _parser().parse_args(arguments)
     texts = dict(zip(map(str, args.text), read_texts(args.text))) if args.text else None
     if args.out is not None:
-        make_way(args.out, "fingerprint", "profile")
+        make_way(args.out, '"fingerprint":', "profile")
         bases_path(args.out)  # raises errors here, not after the calibration
     model, tokenizer = load_lazily(args.model)
     check_memory(model)

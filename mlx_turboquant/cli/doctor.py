@@ -13,14 +13,13 @@ from tqdm import tqdm
 
 from ..codec.basis import PATTERNS
 from ..codec.packing import RUN
-from ..files import make_way, write_json
+from ..files import make_way, write_text
 from ..kernels.arguments import patterned
 from ..kernels.attention import MAX_DECODE_ROWS, Configuration, DecodeAttention
 from ..kernels.quantize import Dequantize, InnerProduct, Quantize
 from ..kernels.runtime import Kernel, backend
 from ..kernels.storage import shared_quantizer
 from ..kernels.tuning import (
-    as_entries,
     default_tunings,
     device_name,
     heads_key,
@@ -28,8 +27,8 @@ from ..kernels.tuning import (
     saved_tunings,
 )
 from ..lm.heads import Heads
-from ..lm.loading import reason_of
-from ..measure.tune import LENGTHS, ratio
+from ..lm.loading import memory_nbytes, reason_of
+from ..measure.tune import LENGTHS, ratios
 from .results import machine, print_rows
 from .tune import described
 
@@ -37,7 +36,8 @@ _DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
 _SPLITS = ((4, 4), (4, 2), (3, 2), (3, 1), (5, 4), (6, 6), (8, 8))
 # Heads that a report times: those of Llama-3.1-8B, Qwen3-30B-A3B and Qwen3.8-27B.
 _TIMED = (Heads(8, 4, 128, 128, False), Heads(4, 8, 128, 128, False), Heads(4, 6, 256, 256, False))
-_DEFAULT_REPORT = Path("mlx_turboquant-report.json")
+_DEFAULT_REPORT = Path("mlx_turboquant-report.md")
+_TITLE = "# Report of mlx_turboquant doctor"
 
 
 class Checked(NamedTuple):
@@ -55,29 +55,25 @@ def main(arguments: list[str]) -> None:
     """Run the checks and print a table; exit status 1 if a kernel failed."""
     args = _parser().parse_args(arguments)
     if args.report is not None:
-        make_way(args.report, "kernels", "report")
+        make_way(args.report, _TITLE, "report")
     configurations = [] if backend() == "reference" else list(_configurations())
     duration = "minutes, most of them to compile" if configurations else "a second"
     print(f"This compares all kernels on this machine with plain MLX, which takes {duration}.")
-    print("mlx_turboquant {version}, mlx {mlx}, mlx-lm {mlx_lm}".format(**machine()))
-    print(f"Device: {device_name()}. Kernels run on: {backend()}.")
+    print(*_about(), sep="\n")
     results = [
         _check(*each) for each in tqdm(configurations, leave=False, disable=not configurations)
     ]
     try:
         if args.report is not None:
-            write_json(args.report, _report(results))
+            write_text(args.report, _report(results))
     finally:  # results are printed even if the disk is full
         if configurations:
-            _print_settings()
+            print(*_settings(), sep="\n")
             _print_results(results)
     if args.report is not None:
-        print(f"The report is in {args.report}. It says nothing about you; please attach it.")
-    right = sum(each.verdict == "ok" for each in results)
-    verdict = "All is well" if right == len(results) else "Not all is well"
-    what = f"{right} of {len(results)} configurations are right"
-    print(f"{verdict}: {what if results else 'without a GPU, plain MLX replaces the kernels'}.")
-    sys.exit(1 if right < len(results) else 0)
+        print(f"The report is in {args.report}: one page for an issue, with nothing about you.")
+    print(_verdict(results))
+    sys.exit(0 if all(each.verdict == "ok" for each in results) else 1)
 
 
 def _check(kernel: type[Kernel], configuration: tuple[Any, ...], label: str) -> Checked:
@@ -94,12 +90,28 @@ def _check(kernel: type[Kernel], configuration: tuple[Any, ...], label: str) -> 
     return Checked(kernel.name, label, error, allowed, time.perf_counter() - begin, verdict)
 
 
-def _print_settings() -> None:
-    for least, tuning in default_tunings(backend(), MAX_DECODE_ROWS):
-        print(f"Default settings from {least:,} packed tokens on: {described(tuning)}.")
-    for heads, tunings in saved_tunings().items():
-        for least, tuning in tunings:
-            print(f"Tuned for {heads}, from {least:,} packed tokens on: {described(tuning)}.")
+def _about() -> list[str]:
+    return [
+        "mlx_turboquant {version}, mlx {mlx}, mlx-lm {mlx_lm}".format(**machine()),
+        f"Device: {device_name()}. Kernels run on: {backend()}.",
+    ]
+
+
+def _verdict(results: list[Checked]) -> str:
+    right = sum(each.verdict == "ok" for each in results)
+    verdict = "All is well" if right == len(results) else "Not all is well"
+    what = f"{right} of {len(results)} configurations are right"
+    return f"{verdict}: {what if results else 'without a GPU, plain MLX replaces the kernels'}."
+
+
+def _settings() -> list[str]:
+    found = {"Default settings": default_tunings(backend(), MAX_DECODE_ROWS)}
+    found |= {f"Tuned for {heads}": each for heads, each in saved_tunings().items()}
+    return [
+        f"{name}, from {least:,} packed tokens on: {described(tuning)}."
+        for name, tunings in found.items()
+        for least, tuning in tunings
+    ]
 
 
 def _print_results(results: list[Checked]) -> None:
@@ -112,36 +124,46 @@ def _print_results(results: list[Checked]) -> None:
     print_rows(rows, keys=2)
 
 
-def _report(results: list[Checked]) -> dict[str, Any]:
+def _report(results: list[Checked]) -> str:
     """Return what the authors need to know about a machine, and nothing about its user."""
-    device = mx.device_info()
-    report: dict[str, Any] = {
-        **machine(),
-        "date": datetime.date.today().isoformat(),
-        "architecture": device.get("architecture"),
-        "memory_size": device.get("memory_size"),
-        "kernels": kernel_version(),
-        "backend": backend(),
-        "checks": [each._asdict() for each in results],
-    }
-    if backend() == "reference":
-        return report
-    report["settings"] = {
-        "table": as_entries(default_tunings(backend(), MAX_DECODE_ROWS)),
-        "tuned": {heads: as_entries(each) for heads, each in saved_tunings().items()},
-    }
-    report["ratios"] = []
+    architecture = mx.device_info().get("architecture", "architecture unknown")
+    lines = [
+        _TITLE,
+        "",
+        *_about(),
+        "{system}, Python {python}, ".format(**machine())
+        + f"{architecture}, {memory_nbytes() / 2**30:.0f} GiB of memory for MLX.",
+        f"{datetime.date.today().isoformat()}, kernels {kernel_version()}.",
+        "",
+        f"{_verdict(results)} This took {sum(each.seconds for each in results):.0f} s.",
+    ]
+    lines += [
+        f"- {each.kernel}, {each.configuration}: {each.verdict}"
+        for each in results
+        if each.verdict != "ok"
+    ]
+    if backend() != "reference":
+        lines += ["", *(f"- {line}" for line in _settings()), "", *_times()]
+    return "\n".join(lines) + "\n"
+
+
+def _times() -> Iterator[str]:
+    """Yield a table of the speed of attention."""
+    yield "Time of attention for one token at K4V4, relative to MLX's own in bfloat16:"
+    yield ""
+    yield "| heads | packed tokens | levels computed | levels in a table |"
+    yield "|---|---|---|---|"
     for heads in _TIMED:
         name = heads_key(heads.dim, heads.value_dim, heads.group)
-        about = {"heads": f"{name} on {heads.key_heads} key heads"}
-        report["ratios"] += [{**about, "tokens": n, "ratio": ratio(heads, n)} for n in LENGTHS]
-    return report
+        for length in LENGTHS:
+            cells = ("does not run" if x is None else f"{x:.2f}x" for x in ratios(heads, length))
+            yield f"| {name}, {heads.key_heads} key heads | {length:,} | {' | '.join(cells)} |"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlx_turboquant doctor", description=__doc__)
     text = (
-        "Write the results and the speed of attention to a file, for an issue "
+        "Write the results and the speed of attention to a page for an issue "
         f"(default: {_DEFAULT_REPORT})"
     )
     add = parser.add_argument

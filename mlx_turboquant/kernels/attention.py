@@ -150,6 +150,7 @@ class DecodeAttention:
             "TOKENS": tuning.tokens,
             "BATCH": tuning.batch,
             "SIMDS": tuning.simds,
+            "PAIR_TABLE": bool(tuning.pair_table),
             "HALF_SUMS": self._target.half_sums,
             "AHEAD": self._target.ahead,
             **{name: place for place, name in enumerate(_SIZES)},

@@ -28,6 +28,7 @@ _ALLOWED = {
     "batch": (2, 4, 8),
     "simds": range(1, 9),
     "threadgroups": range(1, (1 << 14) + 1),
+    "pair_table": (0, 1),
 }
 
 _log = logging.getLogger("mlx_turboquant")
@@ -38,7 +39,8 @@ class Tuning(NamedTuple):
 
     A threadgroup of ``simds`` SIMD groups takes at most ``rows`` query rows, for which a lane holds
     up to ``accumulators`` output floats. A lane scores ``tokens`` packed tokens at once and loads
-    the value words of ``batch`` steps at once. ``threadgroups`` fill the GPU.
+    the value words of ``batch`` steps at once. ``threadgroups`` fill the GPU. With ``pair_table``
+    levels of up to 4 bits are looked up in threadgroup memory, not computed.
     """
 
     rows: int
@@ -47,6 +49,7 @@ class Tuning(NamedTuple):
     batch: int
     simds: int
     threadgroups: int
+    pair_table: int = 0
 
 
 class Target(NamedTuple):
@@ -127,11 +130,6 @@ def tuning_path() -> Path:
     return user_cache_path("mlx_turboquant") / "tunings.json"
 
 
-def as_entries(tunings: Tunings) -> list[dict[str, int]]:
-    """Return tunings in the form of files and reports."""
-    return [{"packed_tokens": least, **tuning._asdict()} for least, tuning in tunings]
-
-
 def save_tunings(found: dict[str, Tunings]) -> Path:
     """Add tunings, by :func:`heads_key`, to this machine's file; kernels built later use them.
 
@@ -143,7 +141,10 @@ def save_tunings(found: dict[str, Tunings]) -> Path:
         "format": _FORMAT_VERSION,
         "device": device_name(),
         "kernels": kernel_version(),
-        "tunings": {heads: as_entries(each) for heads, each in (_load(file) | found).items()},
+        "tunings": {
+            heads: [{"packed_tokens": least, **tuning._asdict()} for least, tuning in each]
+            for heads, each in (_load(file) | found).items()
+        },
     }
     write_json(file, contents)
     saved_tunings.cache_clear()

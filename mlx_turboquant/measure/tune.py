@@ -13,7 +13,15 @@ from ..kernels.attention import Configuration, DecodeAttention
 from ..kernels.runtime import backend
 from ..kernels.storage import PackedKV, layouts_of, shared_quantizer
 from ..kernels.tokens import VisibleTokens
-from ..kernels.tuning import Tuning, Tunings, default_tunings, heads_key, save_tunings, tuning_for
+from ..kernels.tuning import (
+    Tuning,
+    Tunings,
+    default_tunings,
+    heads_key,
+    save_tunings,
+    tuning_for,
+    tunings,
+)
 from ..lm.heads import Heads
 
 # Packed tokens of a sequence: a short chat, a document, a repository.
@@ -39,15 +47,20 @@ class Measured(NamedTuple):
     is_table: bool
 
 
-def ratio(heads: Heads, length: int) -> float | None:
-    """Return the time over ``length`` packed tokens, relative to MLX's attention in bfloat16.
+def ratios(heads: Heads, length: int) -> list[float | None]:
+    """Return the times over ``length`` packed tokens, relative to MLX's attention in bfloat16.
 
-    It is measured with the settings in use. None means that the kernel does not run.
+    They are those of the settings in use, with levels that are computed and with a table of pairs.
+    None means that the kernel does not run.
     """
     setup = _Setup(heads, length)
-    arms = {"exact": setup.exact, "ours": setup.attention(_kernel(heads, None))}
-    seconds = _seconds(arms, setup.queries)
-    return seconds["ours"] / seconds["exact"] if "ours" in seconds else None
+    used = tuning_for(
+        tunings(backend(), heads.dim, heads.value_dim, heads.group), length * heads.key_heads
+    )
+    both = [used._replace(pair_table=pair_table) for pair_table in (0, 1)]
+    arms = {each: setup.attention(_kernel(heads, ((0, each),))) for each in both}
+    seconds = _seconds({"exact": setup.exact, **arms}, setup.queries)
+    return [seconds[each] / seconds["exact"] if each in seconds else None for each in both]
 
 
 def tune(heads: Heads) -> Iterator[Measured]:
@@ -141,19 +154,20 @@ def _changed(table: Tuning, group: int) -> list[Tuning]:
         "tokens": (1, 2),
         "batch": (2, 4, 8),
         "simds": (2, 4, 8),
+        "pair_table": (0, 1),
     }
     changed = [table._replace(**{name: value}) for name in others for value in others[name]]
     return list(dict.fromkeys([table, *changed]))
 
 
-def _kernel(heads: Heads, tunings: Tunings | None) -> DecodeAttention | None:
-    """Return the kernel with these tunings or those in use; None if its check fails here."""
+def _kernel(heads: Heads, chosen: Tunings) -> DecodeAttention | None:
+    """Return the kernel with these tunings; None if its check fails here."""
     quantizers = [shared_quantizer(dim, _BITS, 0) for dim in (heads.dim, heads.value_dim)]
     configuration = Configuration(
         *quantizers, *[mx.bfloat16] * 3, heads.group, 1, is_latent=heads.is_latent
     )
     try:
-        kernel = DecodeAttention(configuration, tunings)
+        kernel = DecodeAttention(configuration, chosen)
         return kernel if kernel.check().holds else None
     except (RuntimeError, ValueError):
         return None

@@ -222,7 +222,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_work_is_done(tmp_p
 )
 def test_a_full_disk_is_one_sentence_and_leaves_no_half_made_file(tmp_path, command):
     environment = {**os.environ, "MLX_TURBOQUANT_BACKEND": "reference"}
-    place = tmp_path / "report.json" if command[0] == "doctor" else tmp_path
+    place = tmp_path / "report.md" if command[0] == "doctor" else tmp_path
     result = restricted(no_space, *command, str(place), env=environment)
     assert_refused(result, f"{tmp_path}")
     assert "cannot be written (File too large): use a place with space" in result.stderr
@@ -278,8 +278,8 @@ def test_doctor_refuses_to_replace_what_is_no_report_before_it_works(tmp_path):
     assert_refused(result, f"{tmp_path} exists and is not a report: give another name.")
     assert result.stdout == ""
     for _ in range(2):
-        result = run("doctor", "--report", "report.json", env=environment, cwd=tmp_path)
-        assert result.returncode == 0 and (tmp_path / "report.json").exists()
+        result = run("doctor", "--report", "report.md", env=environment, cwd=tmp_path)
+        assert result.returncode == 0 and (tmp_path / "report.md").exists()
 
 
 def test_the_report_of_doctor_is_there_before_anything_is_printed_of_it(monkeypatch, tmp_path):
@@ -289,11 +289,11 @@ def test_the_report_of_doctor_is_there_before_anything_is_printed_of_it(monkeypa
     monkeypatch.setattr(doctor, "backend", lambda: "metal")
     monkeypatch.setattr(doctor, "_configurations", lambda: [()])
     monkeypatch.setattr(doctor, "_check", lambda: doctor.Checked("k", "c", 0.0, 1.0, 0.1, "ok"))
-    monkeypatch.setattr(doctor, "_report", lambda results: {"kernels": "?"})
-    monkeypatch.setattr(doctor, "_print_settings", fail)
+    monkeypatch.setattr(doctor, "_report", lambda results: "?")
+    monkeypatch.setattr(doctor, "_settings", fail)
     with pytest.raises(BrokenPipeError):
-        doctor.main(["--report", str(tmp_path / "report.json")])
-    assert (tmp_path / "report.json").exists()
+        doctor.main(["--report", str(tmp_path / "report.md")])
+    assert (tmp_path / "report.md").exists()
 
 
 def test_doctor_says_what_it_does_and_ends_with_whether_all_is_well():
@@ -311,7 +311,7 @@ def test_doctor_ends_with_whether_all_is_well_on_a_gpu(monkeypatch, capsys, wron
     monkeypatch.setattr(
         doctor, "_check", lambda *_: doctor.Checked("k", "c", 0.0, 1.0, 0.1, next(verdicts))
     )
-    monkeypatch.setattr(doctor, "_print_settings", lambda: None)
+    monkeypatch.setattr(doctor, "_settings", lambda: [])
     with pytest.raises(SystemExit) as leaving:
         doctor.main([])
     first, *_, last = capsys.readouterr().out.splitlines()

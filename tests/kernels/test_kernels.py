@@ -6,9 +6,9 @@ finding fails the test. If the product of all settings is too large, all pairs a
 
 import copy
 import itertools
-import json
 import platform
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -421,6 +421,25 @@ def test_a_tuning_does_not_change_the_result(monkeypatch, chosen, dim, key_bits,
 
 
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "dim, key_bits, value_bits, spread",
+    [(128, 4, 4, 0), (64, 3, 2, 0), (80, 2, 3, 0), (96, 7, 1, 0), (128, 3, 4, 2), (64, 2, 4, 3)],
+)
+def test_a_table_of_pairs_changes_no_bit(monkeypatch, target, dim, key_bits, value_bits, spread):
+    """Of up to 4 bits; others, and those of patterns that have more, are as without it."""
+    monkeypatch.setitem(attention.TARGETS, "metal", TARGETS[target])
+    basis = basis_of(dim, 2, spread) if spread else None
+    tokens = visible_tokens(dim, dim, key_bits, value_bits, packed=300, basis=basis)
+    arguments = attention_arguments(tokens, 4, 2, mx.float32, "causal")
+    outputs = []
+    for pair_table in (0, 1):
+        tune(monkeypatch, (0, EIGHT_ROWS._replace(pair_table=pair_table)))
+        outputs.append(launched_attention(*arguments))
+    assert mx.array_equal(*outputs)
+    assert_is_attention(outputs[1], *arguments)
+
+
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dim, value_dim, bits", [(128, 128, 4), (80, 96, 3), (512, 512, 6)])
 def test_the_text_is_right_as_each_gpu_gets_it(monkeypatch, target, dim, value_dim, bits):
     """Including sums in half precision and prefetched words, which only CUDA gets."""
@@ -692,14 +711,25 @@ def test_a_report_has_checks_speed_and_settings(few_checks, monkeypatch, tmp_pat
     monkeypatch.setattr(doctor, "_TIMED", [Heads(2, 4, 64, 64, False)])
     monkeypatch.setattr(doctor, "LENGTHS", [64])
     with pytest.raises(SystemExit):
-        doctor.main(["--report", str(tmp_path / "report.json")])
-    text = (tmp_path / "report.json").read_text()
-    report = json.loads(text)
-    assert [each["verdict"] for each in report["checks"]] == ["ok", "ok"]
-    assert report["ratios"][0]["ratio"] > 0
-    assert report["settings"]["table"][0]["rows"] >= 1
-    assert report["kernels"] == kernel_version()
+        doctor.main(["--report", str(tmp_path / "report.md")])
+    text = (tmp_path / "report.md").read_text()
+    assert "All is well: 2 of 2 configurations are right." in text
+    assert "Default settings, from 0 packed tokens on: rows" in text
+    heads, tokens, *times = text.splitlines()[-1].strip("| ").split(" | ")
+    assert (heads, tokens) == ("64 values, 4 query rows, 2 key heads", "64")
+    assert [re.fullmatch(r"\d+\.\d\dx", time) is not None for time in times] == [True, True]
+    assert kernel_version() in text
     assert str(Path.home()) not in text and platform.node() not in text
+
+
+def test_a_report_names_what_is_wrong_and_stays_a_page(few_checks, monkeypatch, tmp_path):
+    plant(monkeypatch, tmp_path, dequantize=("key_mean + row * DIM", "key_mean"))
+    monkeypatch.setattr(doctor, "LENGTHS", [64])
+    with pytest.raises(SystemExit):
+        doctor.main(["--report", str(tmp_path / "report.md")])
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    assert "- dequantize, 64 values: WRONG" in lines
+    assert len(lines) < 40
 
 
 def test_tune_keeps_what_is_fastest(monkeypatch, tmp_path):

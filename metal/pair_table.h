@@ -1,0 +1,91 @@
+// With PAIR_TABLE the levels of two codes are looked up together, in a table in threadgroup memory, up to 4 bits.
+// The table has what level_pair computes, so outputs are the same bit for bit.
+//
+// Entry i has the levels of the coordinates j and j + 2 of an eight, whose codes are neighbours in one half of a word.
+// The bits of i are their bits in the first plane, then those in the second one: i is what a plane holds, moved by one
+// shift. At 3 bits i is aabbcd: the codes are bbd and aac.
+#pragma once
+#include "levels.h"
+
+constant constexpr int PAIRED_BITS = 4;
+
+METAL_FUNC constexpr bool is_paired(int bits) {
+  return PAIR_TABLE && bits > 0 && bits <= PAIRED_BITS;
+}
+
+// Words of the table of an eight: pairs, or two levels of one code in a word.
+METAL_FUNC constexpr int table_words(int bits) {
+  return is_paired(bits) ? 1 << (2 * bits) : (bits > LEVEL_BITS ? 1 << (bits - 1) : 0);
+}
+
+// Where the table of an eight begins in one array, which has those of all bits of a pattern once. Its length is that of
+// eight 4.
+METAL_FUNC constexpr int table_place(int pattern, int eight) {
+  int place = 0;
+#pragma unroll
+  for (int other = 0; other < 4; other++) {
+    const bool is_before = eight == 4 || other < first_alike(pattern, eight);
+    place += is_before && first_alike(pattern, other) == other ? table_words(bits_of(pattern, other)) : 0;
+  }
+  return place;
+}
+
+// The codes of an entry, at bit 4 of both halves of a word.
+METAL_FUNC uint codes_of_entry(int bits, uint i) {
+  const uint first = bits == 3 ? (i >> 1 & 6u) | (i & 1u) : i & ((1u << bits) - 1u);
+  const uint second = bits == 3 ? (i >> 3 & 6u) | (i >> 1 & 1u) : i >> bits;
+  return (first | second << 16) << 4;
+}
+
+// Writes the table of an eight with `count` threads.
+template <typename Levels>
+METAL_FUNC void store_table(int bits, Levels levels, threadgroup uint* table, int index, int count) {
+  half2 coefficients[4];
+  load_coefficients(bits, levels, coefficients);
+#pragma unroll 1
+  for (int i = index; i < table_words(bits); i += count) {
+    const half2 pair = is_paired(bits)
+        ? level_pair(bits, coefficients, (const threadgroup half*)table, codes_of_entry(bits, uint(i)), 4)
+        : half2(half(levels[2 * i]), half(levels[2 * i + 1]));
+    table[i] = as_type<uint>(pair);
+  }
+}
+
+// The entry of the coordinates j and j + 2 of an eight, from the words of a run; j is 0, 1, 4 or 5.
+template <int PATTERN>
+METAL_FUNC uint entry_of_run(const thread uint* words, int eight, int j) {
+  uint entry = 0u;
+  int rest = bits_of(PATTERN, eight);
+#pragma unroll
+  for (int plane = 0; plane < 4; plane++) {
+    if (has_plane(bits_of(PATTERN, eight), plane)) {
+      const int width = plane_width(plane);
+      const int start = field_start(PATTERN, eight, plane);
+      rest -= width;
+      const int from = start % 16 + j % 2 * 16 + j / 2 * width;
+      entry |= moved(words[start / 16], from, 2 * rest, (1u << 2 * width) - 1u);
+    }
+  }
+  return entry;
+}
+
+// The entry of the coordinates j and j + 2 from the loaded words of eight coordinates, or of the first four.
+template <int BITS>
+METAL_FUNC uint entry_of(const thread uint* words, int j) {
+  constexpr int width = first_plane<BITS>();
+  const int from = j % 2 * 16 + j / 2 * width;
+  const uint entry = moved(words[0], from, 2 * (BITS - width), (1u << 2 * width) - 1u);
+  if constexpr (BITS > width) {
+    return entry | entry_of<BITS - width>(words + 1, j);
+  } else {
+    return entry;
+  }
+}
+
+// The levels of two neighbouring pairs of coordinates, from the entry of the even ones and that of the odd ones.
+METAL_FUNC void two_pairs(const threadgroup uint* table, uint even, uint odd, thread half2* levels) {
+  const half2 evens = as_type<half2>(table[even]);
+  const half2 odds = as_type<half2>(table[odd]);
+  levels[0] = half2(evens.x, odds.x);
+  levels[1] = half2(evens.y, odds.y);
+}
