@@ -39,35 +39,32 @@ struct KeyLevels {
   half2 coefficients[4][4];
 };
 
-// Adds the products of a run of keys and queries.
-template <typename Sum>
-METAL_FUNC void add_scores(thread Sum (&sums)[TOKENS][ROWS], const thread uint (&words)[TOKENS][KEY_BITS],
+// Adds the products of an eight of a run of keys with queries. As a template it keeps one of its branches; as the body
+// of a loop it had both, and was too long for a compiler to unroll.
+template <int EIGHT, typename Sum>
+METAL_FUNC void add_eight(thread Sum (&sums)[TOKENS][ROWS], const thread uint (&words)[TOKENS][KEY_BITS],
     thread const KeyLevels& key_levels, const threadgroup Memory& memory, int run) {
-#pragma unroll
-  for (int i = 0; i < RUN / 8; i++) {
-    const int bits = bits_of(KEY_PATTERN, i);
-    if (bits == 0) {
-      continue;
-    }
-    const threadgroup uint* table = memory.key_table + table_place(KEY_PATTERN, i);
+  constexpr int bits = bits_of(KEY_PATTERN, EIGHT);
+  if constexpr (bits > 0) {
+    const threadgroup uint* table = memory.key_table + table_place(KEY_PATTERN, EIGHT);
     half2 levels[TOKENS][4];
 #pragma unroll
     for (int t = 0; t < TOKENS; t++) {
 #pragma unroll
       for (int k = 0; k < 4; k++) {
-        if (!is_paired(bits)) {
+        if constexpr (!is_paired(bits)) {
           const int place = code_place(bits, k, !HALF_SUMS);
-          levels[t][k] = level_pair(bits, key_levels.coefficients[first_alike(KEY_PATTERN, i)],
-              (const threadgroup half*)table, code_pair_of_run<KEY_PATTERN>(words[t], i, k, place), place);
+          levels[t][k] = level_pair(bits, key_levels.coefficients[first_alike(KEY_PATTERN, EIGHT)],
+              (const threadgroup half*)table, code_pair_of_run<KEY_PATTERN>(words[t], EIGHT, k, place), place);
         } else if (k % 2 == 0) {
-          two_pairs(table, entry_of_run<KEY_PATTERN>(words[t], i, 2 * k),
-              entry_of_run<KEY_PATTERN>(words[t], i, 2 * k + 1), levels[t] + k);
+          two_pairs(table, entry_of_run<KEY_PATTERN>(words[t], EIGHT, 2 * k),
+              entry_of_run<KEY_PATTERN>(words[t], EIGHT, 2 * k + 1), levels[t] + k);
         }
       }
     }
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-      const uint4 query = memory.packed.queries[run * (RUN / 8) + i][r];
+      const uint4 query = memory.packed.queries[run * (RUN / 8) + EIGHT][r];
 #pragma unroll
       for (int t = 0; t < TOKENS; t++) {
         sums[t][r] = add_product(levels[t][0], as_type<half2>(query.x), sums[t][r]);
@@ -77,6 +74,16 @@ METAL_FUNC void add_scores(thread Sum (&sums)[TOKENS][ROWS], const thread uint (
       }
     }
   }
+}
+
+// Adds the products of a run of keys with queries.
+template <typename Sum>
+METAL_FUNC void add_scores(thread Sum (&sums)[TOKENS][ROWS], const thread uint (&words)[TOKENS][KEY_BITS],
+    thread const KeyLevels& key_levels, const threadgroup Memory& memory, int run) {
+  add_eight<0>(sums, words, key_levels, memory, run);
+  add_eight<1>(sums, words, key_levels, memory, run);
+  add_eight<2>(sums, words, key_levels, memory, run);
+  add_eight<3>(sums, words, key_levels, memory, run);
 }
 
 // Adds the values of BATCH steps from step `step` of the block on, times the weights of their tokens.

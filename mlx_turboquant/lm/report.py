@@ -59,7 +59,8 @@ class LayerKind(NamedTuple):
 class CacheReport(NamedTuple):
     """The size of a prompt cache, its layers by class, and the bits of the compressed ones.
 
-    ``token_nbytes`` are the bytes of one more token in compressed layers. ``divergence`` is the
+    ``has_axes`` says for each of them whether its keys have axes of their own. ``token_nbytes`` are
+    the bytes of one more token in compressed layers. ``divergence`` is the
     expected KL divergence of the output with these bits, in nats. ``heaviest`` names the three
     sides (keys or values) of layers with the largest shares. Both are None without a profile.
     """
@@ -68,6 +69,7 @@ class CacheReport(NamedTuple):
     kinds: list[LayerKind]
     key_bits: list[int]
     value_bits: list[int]
+    has_axes: list[bool]
     token_nbytes: int
     divergence: float | None = None
     heaviest: list[str] | None = None
@@ -91,6 +93,9 @@ class CacheReport(NamedTuple):
             return "\n".join([*lines, "Nothing is compressed."])
         for name, bits in (("keys", self.key_bits), ("values", self.value_bits)):
             lines.append(f"bits of {name:7} {' '.join(map(str, bits))}")
+        if any(self.has_axes):
+            marks = ("+" if each else "-" for each in self.has_axes)
+            lines.append(f"axes of keys    {' '.join(marks)}  (+ learned, - random rotation)")
         line = f"{self.token_nbytes:,} bytes a token"
         if self.divergence is not None:
             line += f", expected divergence {self.divergence:.2g} nats"
@@ -126,6 +131,7 @@ def cache_report(cache: list[Any], model: nn.Module | None = None) -> CacheRepor
         [_layer_kind(name, layers) for name, layers in groups.items()],
         [layer.key_bits for layer in compressed],
         [layer.value_bits for layer in compressed],
+        [layer.settings.basis is not None for layer in compressed],
         sum(layer.token_nbytes for layer in compressed),
     )
     if not compressed:

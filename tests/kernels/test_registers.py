@@ -101,8 +101,11 @@ def attention(
         attention(64, 2, 2, 1, "additive", mx.float16, spread=3),  # 5, 2, 1, 0 bits
     ],
 )
-def test_attention_keeps_its_arrays_in_registers(programs, configuration):
-    DecodeAttention(configuration).check()
+@pytest.mark.parametrize("pair_table", [0, 1])
+def test_attention_keeps_its_arrays_in_registers(programs, configuration, pair_table):
+    [(least, tuning)] = DecodeAttention(configuration).tunings
+    programs.clear()
+    DecodeAttention(configuration, ((least, tuning._replace(pair_table=pair_table)),)).check()
     assert len(programs) == 2
     for program in programs.values():
         assert arrays_in_memory(program) == arrays_in_memory(program, ONLY_PRAGMAS) == []

@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 from tiny_families import tiny_model
-from tokens import keys_and_values
+from tokens import basis_of, keys_and_values
 
 from mlx_turboquant import TurboQuantKVCache, cache_report, cache_size, make_prompt_cache
 from mlx_turboquant.lm.profile import Profile, fingerprint
@@ -76,6 +76,15 @@ def test_the_report_lists_the_bits_of_all_layers_and_the_bytes_of_a_token(mixed)
         "bits of values  2 2",
         f"{report.token_nbytes} bytes a token",
     ]
+
+
+def test_the_report_says_which_layers_have_axes_of_their_own():
+    basis = basis_of(64, 2, 2)
+    layers = [filled(TurboQuantKVCache(4, 4, basis=each), 300) for each in (basis, None)]
+    report = cache_report(layers)
+    assert report.has_axes == [True, False]
+    assert "axes of keys    + -  (+ learned, - random rotation)" in str(report).splitlines()
+    assert "axes of keys" not in str(cache_report(layers[1:]))
 
 
 def test_with_a_profile_the_report_says_what_to_expect_and_what_weighs_most(random_model):
