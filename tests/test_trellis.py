@@ -1,9 +1,11 @@
 """Trellis codes of the study: the best path of all, whose levels are nearer than scalar ones."""
 
 import itertools
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
+from tokens import basis_of
 from trellis import (
     Code,
     ScalarRounding,
@@ -13,6 +15,7 @@ from trellis import (
     distortion,
     roundings,
     table,
+    trellis_levels,
 )
 
 from mlx_turboquant.codec.codebook import relative_error
@@ -66,7 +69,9 @@ def test_a_code_is_named_by_its_window_its_wrap_its_gains_and_its_side():
     assert code_of("10:run:1:keys") == Code(10, "run", (1.0,), ("keys",))
 
 
-@pytest.mark.parametrize("name", ["", "4", "x", "8:word", "8:run:2", "8:run:3:queries"])
+@pytest.mark.parametrize(
+    "name", ["", "4", "x", "\u00b2", "8:word", "8:run:2", "8:run:3:queries", "8:zero:3:keys:values"]
+)
 def test_another_name_is_refused(name):
     with pytest.raises(ValueError, match="is not a code: use a name like"):
         code_of(name)
@@ -86,3 +91,41 @@ def test_vectors_are_restored_better_than_with_scalar_codes():
         errors.append(mx.square(rounding(x) - x).mean().item())
     # 0.72 in the mean over many vectors, with the search for the gain on both sides.
     assert errors[0] < 0.85 * errors[1]
+
+
+def levels_of(code: Code, quantizer: TurboQuantizer) -> mx.array:
+    return trellis_levels(mx.random.normal((2, 8, 64), key=mx.random.key(1)), quantizer, code)
+
+
+@pytest.mark.parametrize("wraps", [("zero", "run"), ("run", "group"), ("group", "vector")])
+def test_each_wrap_has_streams_of_its_own(wraps):
+    one, other = (levels_of(Code(wrap=wrap), TurboQuantizer(64, 2)) for wrap in wraps)
+    assert not mx.array_equal(one, other)
+
+
+def test_a_ring_with_fewer_bits_than_a_window_keeps_scalar_codes():
+    quantizer = TurboQuantizer(16, 1)
+    y = mx.random.normal((1, 8, 16), key=mx.random.key(1))
+    scalar = quantizer._levels_of(quantizer._codes_of(y))
+    assert mx.array_equal(trellis_levels(y, quantizer, Code(12, "group")), scalar)  # 8 bits
+    assert not mx.array_equal(trellis_levels(y, quantizer, Code(12, "vector")), scalar)  # 16
+
+
+def test_errors_count_by_the_weights_of_a_basis():
+    quantizer = TurboQuantizer(64, 2, basis=basis_of(64, 2, 3))
+    y = mx.random.normal((2, 64, 64), key=mx.random.key(1))
+    errors = mx.square(trellis_levels(y, quantizer, Code()) - y)
+    unweighted = TurboQuantizer(64, 2, basis=basis_of(64, 2, 3))
+    unweighted.basis = SimpleNamespace(weights=mx.ones((2, 1, 64)))
+    others = mx.square(trellis_levels(y, unweighted, Code()) - y)
+    assert quantizer._sum(errors).mean() < quantizer._sum(others).mean()
+
+
+def test_more_gains_find_a_smaller_error():
+    x = mx.random.normal((1, 2, 64, 64), key=mx.random.key(0))
+    quantizer = TurboQuantizer(64, 3)
+    one, three = (
+        mx.square(TrellisRounding(quantizer, 0.0, code_of(name))(x) - x).mean().item()
+        for name in ("8:zero:1", "8:zero:3")
+    )
+    assert three < 0.97 * one

@@ -27,6 +27,7 @@ from unittest.mock import patch
 import mlx.core as mx
 import mlx_lm
 import numpy as np
+from mlx_lm.models.cache import KVCache
 
 from mlx_turboquant.lm import texts
 from mlx_turboquant.lm.loading import prepare_for_device
@@ -42,18 +43,29 @@ class Skipping:
 
     def __init__(self, attention: Callable[..., mx.array], rule: str):
         self.attention = attention
-        kind, _, number = rule.partition(":")
-        self.kind, self.limit = kind, float(number)
+        self.kind, _, number = rule.partition(":")
+        if self.kind not in ("nats", "exact", "sinks"):
+            raise ValueError(f"{rule!r} is not a rule: use nats:8, exact:0.1 or sinks:0.1.")
+        self.limit = float(number)
         self.read = self.blocks = 0
 
     def __call__(
         self, queries: mx.array, keys: mx.array, values: mx.array, cache: Any, **others: Any
     ) -> mx.array:
-        """Attention of queries (1, H, L, dim) over keys and values (1, heads, n, dim)."""
+        """Attention of queries (1, H, L, dim) over keys and values (1, heads, n, dim).
+
+        Layers whose cache is bounded, such as sliding ones, stay exact, and so do long prompts.
+
+        Raises:
+            ValueError: a mask other than that of causal attention, sink logits, or a batch.
+        """
         _, heads, rows, dim = queries.shape
         count = (keys.shape[2] - SINKS - WINDOW) // BLOCK
-        if rows > 8 or count < 1:
+        if rows > 8 or count < 1 or type(cache) is not KVCache:
             return self.attention(queries, keys, values, cache, **others)
+        is_causal = isinstance(others.get("mask"), str | None)
+        if len(queries) > 1 or not is_causal or others.get("sinks") is not None:
+            raise ValueError("Only causal attention of one sequence is known: use another model.")
         end = SINKS + count * BLOCK
         grouped = queries.reshape(keys.shape[1], -1, rows, dim) * others["scale"]
         scores = grouped @ keys[0][:, None].swapaxes(-1, -2)

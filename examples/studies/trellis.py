@@ -63,9 +63,9 @@ def code_of(name: str) -> Code:
     Raises:
         ValueError: a name that is none.
     """
-    window, wrap, gains, *sides = (name.split(":") + ["zero", "3"][name.count(":") :])[:4]
-    fits = wrap in WRAPS and gains.isdigit() and int(gains) in _GAINS and window.isdigit()
-    if not (fits and _MOST_BITS < int(window) <= 12 and set(sides) <= {"keys", "values"}):
+    window, wrap, gains, *sides = name.split(":") + ["zero", "3"][name.count(":") :]
+    fits = wrap in WRAPS and gains in map(str, _GAINS) and window in map(str, range(5, 13))
+    if not (fits and len(sides) < 2 and set(sides) <= {"keys", "values"}):
         raise ValueError(f"{name!r} is not a code: use a name like 8, 10:run or 8:zero:3:keys.")
     return Code(int(window), wrap, _GAINS[int(gains)], tuple(sides) or ("keys", "values"))
 
@@ -174,6 +174,8 @@ def trellis_levels(y: mx.array, quantizer: TurboQuantizer, code: Code) -> mx.arr
     step = max(1, _COSTS >> code.window)
     for ring in _rings(coordinates, code.wrap):
         own, at = bits[ring].tolist(), mx.array(ring)
+        if code.wrap != "zero" and sum(own) < code.window:
+            continue  # a window has bits twice: such a ring keeps scalar codes
         parts = []
         for start in range(0, y[..., 0].size, step):
             x, w = (z.reshape(-1, dim)[start : start + step][:, at] for z in (y, weights))
@@ -250,11 +252,12 @@ def main() -> None:
     add("--model", required=True)
     add("--profile", type=Path, required=True, help="a file that calibrate wrote")
     add("--kv-bits", nargs="+", default=["3", "2"])
-    add("--codes", nargs="+", type=code_of, default=[Code()])
+    add("--codes", nargs="+", default=["8"])
     add("--context", type=int, default=1280, help="tokens per text")
     add("--scored", type=int, default=128, help="last tokens to compare")
     add("--samples", type=int, default=2, help="texts")
     args = parser.parse_args()
+    codes = {"scalar": None, **{name: code_of(name) for name in args.codes}}
 
     model, tokenizer = mlx_lm.load(args.model)
     prepare_for_device(model)
@@ -269,7 +272,7 @@ def main() -> None:
         for cache, tokens in zip(read, scored)
     ]
     print("| bits | code | KL | to scalar | of each text |\n|---|---|---|---|---|", flush=True)
-    bar = tqdm(total=len(args.kv_bits) * (1 + len(args.codes)) * len(read), unit="texts")
+    bar = tqdm(total=len(args.kv_bits) * len(codes) * len(read), unit="texts")
     for budget in args.kv_bits:
         settings = preset(budget).settings
         sides = list(zip(compression.compressible, compression.bits(settings)))
@@ -282,7 +285,7 @@ def main() -> None:
             for (place, (keys, values)), basis in zip(sides, bases)
         ]
         scalar: list[float] = []
-        for code in (None, *args.codes):
+        for name, code in codes.items():
             found = []
             for prompt, tokens, expected in zip(read, scored, exact):
                 cache = filled_cache(model, prompt, [roundings(each, code) for each in quantizers])
@@ -292,7 +295,6 @@ def main() -> None:
                 bar.update()
             scalar = scalar or found
             ratios = " ".join(f"{x / y:.2f}" for x, y in zip(found, scalar))
-            name = ":".join(map(str, code)) if code else "scalar"
             share = np.mean(found) / np.mean(scalar)
             print(
                 f"| {budget} | {name} | {np.mean(found):.5f} | {share:.2f} | {ratios} |", flush=True

@@ -20,11 +20,13 @@ from ..kernels.quantize import Dequantize, InnerProduct, Quantize
 from ..kernels.runtime import Kernel, backend
 from ..kernels.storage import shared_quantizer
 from ..kernels.tuning import (
+    Tunings,
     default_tunings,
     device_name,
     heads_key,
     kernel_version,
     saved_tunings,
+    tunings,
 )
 from ..lm.heads import Heads
 from ..lm.loading import memory_nbytes, reason_of
@@ -38,6 +40,8 @@ _SPLITS = ((4, 4), (4, 2), (3, 2), (3, 1), (5, 4), (6, 6), (8, 8))
 _TIMED = (Heads(8, 4, 128, 128, False), Heads(4, 8, 128, 128, False), Heads(4, 6, 256, 256, False))
 _DEFAULT_REPORT = Path("mlx_turboquant-report.md")
 _TITLE = "# Report of mlx_turboquant doctor"
+# Configurations that are not right and that a report names; others are counted.
+_NAMED = 20
 
 
 class Checked(NamedTuple):
@@ -109,8 +113,8 @@ def _settings() -> list[str]:
     found |= {f"Tuned for {heads}": each for heads, each in saved_tunings().items()}
     return [
         f"{name}, from {least:,} packed tokens on: {described(tuning)}."
-        for name, tunings in found.items()
-        for least, tuning in tunings
+        for name, each in found.items()
+        for least, tuning in each
     ]
 
 
@@ -137,11 +141,12 @@ def _report(results: list[Checked]) -> str:
         "",
         f"{_verdict(results)} This took {sum(each.seconds for each in results):.0f} s.",
     ]
-    lines += [
-        f"- {each.kernel}, {each.configuration}: {each.verdict}"
-        for each in results
-        if each.verdict != "ok"
-    ]
+    wrong = [each for each in results if each.verdict != "ok"]
+    for each in wrong[:_NAMED]:
+        errors = "" if each.error is None else f" (error {each.error:.1e} of {each.allowed:.1e})"
+        lines.append(f"- {each.kernel}, {each.configuration}: {each.verdict}{errors}")
+    if len(wrong) > _NAMED:
+        lines.append(f"- and {len(wrong) - _NAMED} more")
     if backend() != "reference":
         lines += ["", *(f"- {line}" for line in _settings()), "", *_times()]
     return "\n".join(lines) + "\n"
@@ -172,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _configurations() -> Iterator[tuple[type[Kernel], tuple[Any, ...], str]]:
-    """Yield kernels, configurations and labels: all dimensions, bits and masks."""
+    """Yield kernels, configurations and labels: all dimensions, bits, ways to levels and masks."""
     for dim in _DIMS:
         for bits in range(1, 9):
             quantizers = (shared_quantizer(dim, bits, 0),) * 2
@@ -183,7 +188,8 @@ def _configurations() -> Iterator[tuple[type[Kernel], tuple[Any, ...], str]]:
         for key_bits, value_bits in _SPLITS:
             pair = (shared_quantizer(dim, key_bits, 0), shared_quantizer(dim, value_bits, 0))
             configuration = Configuration(*pair, *[mx.float16] * 3, group=4, rows=1)
-            yield DecodeAttention, (configuration,), f"{dim} values, K{key_bits} V{value_bits}"
+            label = f"{dim} values, K{key_bits} V{value_bits}"
+            yield DecodeAttention, (configuration, _both_ways(dim)), label
         values = shared_quantizer(dim, 3, 0)
         for offsets in PATTERNS[1:] if dim % RUN == 0 else ():
             pattern = tuple(3 + offset for offset in offsets)
@@ -191,7 +197,7 @@ def _configurations() -> Iterator[tuple[type[Kernel], tuple[Any, ...], str]]:
             yield Quantize, ((mx.float16,) * 2, pair), label
             yield Dequantize, ((mx.bfloat16,) * 2, pair), label
             configuration = Configuration(*pair, *[mx.float16] * 3, group=4, rows=1)
-            yield DecodeAttention, (configuration,), label
+            yield DecodeAttention, (configuration, _both_ways(dim)), label
     quantizers = (shared_quantizer(128, 4, 0),) * 2
     for dtype in (mx.float32, mx.bfloat16):
         for group, rows, mask, has_logits in (
@@ -206,3 +212,10 @@ def _configurations() -> Iterator[tuple[type[Kernel], tuple[Any, ...], str]]:
     latents = (shared_quantizer(512, 4, 0),) * 2
     configuration = Configuration(*latents, *[mx.bfloat16] * 3, 16, 1, "additive", is_latent=True)
     yield DecodeAttention, (configuration,), "512 values, K4, latent vectors"
+
+
+def _both_ways(dim: int) -> Tunings:
+    """Return the settings in use for four query heads, with and without a table of pairs."""
+    used = [tuning for _, tuning in tunings(backend(), dim, dim, 4)]
+    both = [tuning._replace(pair_table=way) for tuning in used for way in (0, 1)]
+    return tuple(enumerate(both))

@@ -420,21 +420,45 @@ def test_a_tuning_does_not_change_the_result(monkeypatch, chosen, dim, key_bits,
     assert_attention_agrees(*attention_arguments(tokens, 6, 1, mx.float32, "boolean"))
 
 
+def both_ways_to_levels(monkeypatch, arguments, accumulators=32) -> list[mx.array]:
+    """Outputs with levels that are computed, and with a table of pairs."""
+    outputs, ways = [], []
+    build = runtime.build
+    monkeypatch.setattr(
+        runtime, "build", lambda *each: ways.append(each[3].get("PAIR_TABLE")) or build(*each)
+    )
+    for pair_table in (0, 1):
+        chosen = EIGHT_ROWS._replace(pair_table=pair_table, accumulators=accumulators)
+        tune(monkeypatch, (0, chosen))
+        outputs.append(launched_attention(*arguments))
+    assert ways == [False, None, True, None]  # combine has no levels
+    return outputs
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
-    "dim, key_bits, value_bits, spread",
-    [(128, 4, 4, 0), (64, 3, 2, 0), (80, 2, 3, 0), (96, 7, 1, 0), (128, 3, 4, 2), (64, 2, 4, 3)],
+    "dim, key_bits, value_bits, spread, coordinates",
+    [
+        (128, 4, 4, 0, 8),
+        (64, 3, 2, 0, 8),
+        (80, 2, 3, 0, 8),
+        (96, 7, 1, 0, 4),
+        (128, 3, 4, 2, 4),
+        (64, 2, 3, 3, 4),
+    ],
 )
-def test_a_table_of_pairs_changes_no_bit(monkeypatch, target, dim, key_bits, value_bits, spread):
-    """Of up to 4 bits; others, and those of patterns that have more, are as without it."""
+def test_a_table_of_pairs_changes_no_bit(
+    monkeypatch, target, dim, key_bits, value_bits, spread, coordinates
+):
+    """Of up to 4 bits; others, and those of patterns that have more, are as without it.
+
+    A lane takes 4 or 8 ``coordinates`` of a value.
+    """
     monkeypatch.setitem(attention.TARGETS, "metal", TARGETS[target])
     basis = basis_of(dim, 2, spread) if spread else None
     tokens = visible_tokens(dim, dim, key_bits, value_bits, packed=300, basis=basis)
     arguments = attention_arguments(tokens, 4, 2, mx.float32, "causal")
-    outputs = []
-    for pair_table in (0, 1):
-        tune(monkeypatch, (0, EIGHT_ROWS._replace(pair_table=pair_table)))
-        outputs.append(launched_attention(*arguments))
+    outputs = both_ways_to_levels(monkeypatch, arguments, accumulators=8 * coordinates)
     assert mx.array_equal(*outputs)
     assert_is_attention(outputs[1], *arguments)
 
@@ -468,6 +492,15 @@ def test_attention_reads_sequences_of_different_length(mask):
         tokens.keys.scales[1, :, 33:] = mx.nan
     rows = 1 if mask == "none" else 3
     assert_attention_agrees(*attention_arguments(tokens, 2, rows, mx.float32, mask))
+
+
+def test_a_table_of_pairs_changes_no_bit_of_latent_attention(monkeypatch):
+    tokens = visible_tokens(128, 128, 3, 3)
+    tokens = replace(tokens, values=tokens.keys, exact_values=tokens.exact_keys)
+    arguments = attention_arguments(tokens, 4, 1, mx.float32, "additive")
+    outputs = both_ways_to_levels(monkeypatch, arguments)
+    assert mx.array_equal(*outputs)
+    assert_is_attention(outputs[1], *arguments)
 
 
 @pytest.mark.parametrize("dim, bits", [(512, 4), (512, 3), (128, 6), (256, 8)])
@@ -608,12 +641,13 @@ def test_keys_and_values_are_quantized_in_one_launch(kernels_run):
 
 
 def plant(monkeypatch, folder, **replacements):
-    """Build kernels from a text with some strings replaced."""
+    """Build kernels from a text with some strings replaced, by kernel or header."""
     right = runtime._file
-    for kernel, (old, new) in replacements.items():
-        text = right(f"{kernel}.metal").read_text()
+    for name, (old, new) in replacements.items():
+        file = name if name.endswith(".h") else f"{name}.metal"
+        text = right(file).read_text()
         assert old in text
-        (folder / f"{kernel}.metal").write_text(text.replace(old, new))
+        (folder / file).write_text(text.replace(old, new))
 
     def planted(name):
         return folder / name if (folder / name).exists() else right(name)
@@ -728,8 +762,23 @@ def test_a_report_names_what_is_wrong_and_stays_a_page(few_checks, monkeypatch, 
     with pytest.raises(SystemExit):
         doctor.main(["--report", str(tmp_path / "report.md")])
     lines = (tmp_path / "report.md").read_text().splitlines()
-    assert "- dequantize, 64 values: WRONG" in lines
-    assert len(lines) < 40
+    [wrong] = [line for line in lines if line.startswith("- dequantize, 64 values: WRONG (error ")]
+    assert wrong.endswith(")")
+    many = [doctor.Checked("k", "c", None, None, 0.0, "not built")] * 300
+    page = doctor._report(many)
+    assert "- and 280 more" in page and len(page.splitlines()) < 60
+
+
+def test_the_doctor_finds_a_wrong_table_of_pairs(monkeypatch, tmp_path):
+    monkeypatch.setattr(runtime, "_metal_reads_files", lambda: False)  # reads headers by itself
+    changed = ("moved(words[start / 16], from,", "moved(words[start / 16], from ^ 1,")
+    plant(monkeypatch, tmp_path, **{"pair_table.h": changed})
+    checks = [
+        each
+        for each in doctor._configurations()
+        if each[0] is DecodeAttention and each[2] == "64 values, K4 V4"
+    ]
+    assert [doctor._check(*each).verdict for each in checks] == ["WRONG"]
 
 
 def test_tune_keeps_what_is_fastest(monkeypatch, tmp_path):
