@@ -61,8 +61,8 @@ def main(arguments: list[str]) -> None:
     if args.report is not None:
         make_way(args.report, _TITLE, "report")
     configurations = [] if backend() == "reference" else list(_configurations())
-    duration = "minutes, most of them to compile" if configurations else "a second"
-    print(f"This compares all kernels on this machine with plain MLX, which takes {duration}.")
+    if configurations:
+        print("This compares all kernels with plain MLX, which takes minutes, most to compile.")
     print(*_about(), sep="\n")
     results = [
         _check(*each) for each in tqdm(configurations, leave=False, disable=not configurations)
@@ -102,10 +102,11 @@ def _about() -> list[str]:
 
 
 def _verdict(results: list[Checked]) -> str:
+    if not results:
+        return "Nothing was compared: without a GPU, plain MLX replaces the kernels."
     right = sum(each.verdict == "ok" for each in results)
     verdict = "All is well" if right == len(results) else "Not all is well"
-    what = f"{right} of {len(results)} configurations are right"
-    return f"{verdict}: {what if results else 'without a GPU, plain MLX replaces the kernels'}."
+    return f"{verdict}: {right} of {len(results)} configurations are right."
 
 
 def _settings() -> list[str]:
