@@ -314,7 +314,7 @@ def test_doctor_ends_with_whether_all_is_well_on_a_gpu(monkeypatch, capsys, wron
     with pytest.raises(SystemExit) as leaving:
         doctor.main([])
     first, *_, last = capsys.readouterr().out.splitlines()
-    assert first.endswith("with plain MLX, which takes minutes, most of them to compile.")
+    assert first.endswith("with plain MLX, which takes minutes, most to compile.")
     count = len(list(doctor._configurations()))
     assert last == f"{verdict}: {count - wrong} of {count} configurations are right."
     assert leaving.value.code == wrong
