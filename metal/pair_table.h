@@ -40,6 +40,9 @@ METAL_FUNC uint codes_of_entry(int bits, uint i) {
 // Writes the table of an eight with `count` threads.
 template <typename Levels>
 METAL_FUNC void store_table(int bits, Levels levels, threadgroup uint* table, int index, int count) {
+  if (table_words(bits) == 0) {
+    return;
+  }
   half2 coefficients[4];
   load_coefficients(bits, levels, coefficients);
 #pragma unroll 1
