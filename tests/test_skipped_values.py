@@ -3,9 +3,10 @@
 import mlx.core as mx
 import mlx_lm.models.llama
 import pytest
+from compare_codecs import SINKS
 from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, RotatingKVCache
-from skipped_values import BLOCK, SINKS, Skipping, skipping
+from skipped_values import BLOCK, Skipping, skipping
 from tokens import normal
 
 
@@ -43,7 +44,6 @@ def test_what_is_left_out_is_within_the_bound(rule):
 
 def test_many_blocks_leave_out_no_more_together_than_few():
     """The bound of a block falls with their number."""
-    queries, keys, values = arrays(4.0)
     weights = mx.ones((1, 1, 1, 10, BLOCK)) * 0.01
     ours = Skipping(scaled_dot_product_attention, "sinks:0.1")
     known = mx.full((1, 1, 1, SINKS), 8.0)  # 32 in all: a block of 0.32 is a tenth of a tenth

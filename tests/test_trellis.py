@@ -87,7 +87,7 @@ def test_vectors_are_restored_better_than_with_scalar_codes():
     x = mx.random.normal((1, 2, 64, 64), key=mx.random.key(0)) + 3
     quantizer = TurboQuantizer(64, 3)
     errors = []
-    for rounding in (TrellisRounding(quantizer, 0.0, Code()), ScalarRounding(quantizer, 0.0, None)):
+    for rounding in (TrellisRounding(quantizer, 0.0, Code()), ScalarRounding(quantizer, 0.0)):
         errors.append(mx.square(rounding(x) - x).mean().item())
     # 0.72 in the mean over many vectors, with the search for the gain on both sides.
     assert errors[0] < 0.85 * errors[1]

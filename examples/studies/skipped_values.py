@@ -27,6 +27,7 @@ from unittest.mock import patch
 import mlx.core as mx
 import mlx_lm
 import numpy as np
+from compare_codecs import SINKS, WINDOW
 from mlx_lm.models.cache import KVCache
 
 from mlx_turboquant.lm import texts
@@ -34,7 +35,7 @@ from mlx_turboquant.lm.loading import prepare_for_device
 from mlx_turboquant.measure.cache_specs import EXACT
 from mlx_turboquant.measure.evaluate import divergence, log_probabilities, read_prompt
 
-SINKS, WINDOW, BLOCK = 4, 128, 32
+BLOCK = 32
 _NAME = "scaled_dot_product_attention"
 
 

@@ -32,6 +32,7 @@ from simulated import Rounding
 from tqdm import tqdm
 
 from mlx_turboquant.codec.quantizer import TurboQuantizer
+from mlx_turboquant.kernels.arguments import _eights
 from mlx_turboquant.kernels.storage import VALUE_MEAN_ENERGY, removable_mean, shared_quantizer
 from mlx_turboquant.lm import texts
 from mlx_turboquant.lm.compression import compression_of, give_profile
@@ -164,9 +165,7 @@ def distortion(bits: int, window: int = 8, is_ring: bool = False) -> float:
 def trellis_levels(y: mx.array, quantizer: TurboQuantizer, code: Code) -> mx.array:
     """The levels of coordinates y (H, n, d) of unit mean square, with the bits of a quantizer."""
     dim, basis = y.shape[-1], quantizer.basis
-    pattern = quantizer.pattern
-    eights = [pattern] * 4 if isinstance(pattern, int) else list(pattern)
-    bits = np.array([eights[i // 8 % 4] for i in range(dim)])
+    bits = np.array(_eights(quantizer))[np.arange(dim) // 8 % 4]
     coordinates = np.flatnonzero((bits > 0) & (bits <= _MOST_BITS))
     levels = quantizer._levels_of(quantizer._codes_of(y))
     weights = mx.ones(y.shape) if basis is None else mx.broadcast_to(basis.weights, y.shape)
@@ -193,18 +192,35 @@ def _rings(coordinates: np.ndarray, wrap: str) -> list[np.ndarray]:
     return [coordinates[part == each] for each in np.unique(part)]
 
 
-class TrellisRounding:
-    """Rounds vectors (1, H, n, d) as a quantizer does, with trellis codes."""
+class ScalarRounding:
+    """Rounds vectors (1, H, n, d) as a quantizer does, after the mean of the first is removed."""
 
-    def __init__(self, quantizer: TurboQuantizer, least_energy: float, code: Code | None):
-        self.quantizer, self.least_energy, self.code = quantizer, least_energy, code
+    def __init__(self, quantizer: TurboQuantizer, least_energy: float):
+        self.quantizer, self.least_energy = quantizer, least_energy
         self.mean: mx.array | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
         if self.mean is None:
             self.mean = removable_mean(x, self.least_energy)
+        return (self.restored(x.astype(mx.float32) - self.mean) + self.mean).astype(x.dtype)
+
+    def restored(self, x: mx.array) -> mx.array:
+        """What codes keep of float32 vectors without their mean."""
+        packed = self.quantizer.quantize(x)
+        packed = packed._replace(scales=packed.scales.astype(mx.bfloat16))
+        return self.quantizer.dequantize(packed)
+
+
+class TrellisRounding(ScalarRounding):
+    """The same with trellis codes."""
+
+    def __init__(self, quantizer: TurboQuantizer, least_energy: float, code: Code):
+        super().__init__(quantizer, least_energy)
+        self.code = code
+
+    def restored(self, x: mx.array) -> mx.array:
         total = self.quantizer._sum
-        y = self.quantizer.rotation.apply(x.astype(mx.float32) - self.mean)[0]
+        y = self.quantizer.rotation.apply(x)[0]
         length = mx.sqrt(mx.square(y).mean(axis=-1, keepdims=True)) + 1e-20
         y = y / length
         best, best_cosine = mx.zeros_like(y), mx.full(length.shape, -mx.inf)
@@ -217,19 +233,7 @@ class TrellisRounding:
         product = total(y * best)
         scale = mx.minimum(total(y * y) / product, 2 * product / total(best * best))
         scale = (scale * length).astype(mx.bfloat16).astype(mx.float32)
-        restored = self.quantizer.rotation.invert((best * scale)[None])
-        return (restored + self.mean).astype(x.dtype)
-
-
-class ScalarRounding(TrellisRounding):
-    """Rounds vectors (1, H, n, d) as a quantizer does."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        if self.mean is None:
-            self.mean = removable_mean(x, self.least_energy)
-        packed = self.quantizer.quantize(x.astype(mx.float32) - self.mean)
-        packed = packed._replace(scales=packed.scales.astype(mx.bfloat16))
-        return (self.quantizer.dequantize(packed) + self.mean).astype(x.dtype)
+        return self.quantizer.rotation.invert((best * scale)[None])
 
 
 def roundings(
@@ -242,7 +246,7 @@ def roundings(
         if code and side in code.sides:
             found.append(TrellisRounding(quantizer, energy, code))
         else:
-            found.append(ScalarRounding(quantizer, energy, None))
+            found.append(ScalarRounding(quantizer, energy))
     return found
 
 

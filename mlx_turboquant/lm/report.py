@@ -60,9 +60,9 @@ class CacheReport(NamedTuple):
     """The size of a prompt cache, its layers by class, and the bits of the compressed ones.
 
     ``has_axes`` says for each of them whether its keys have axes of their own. ``token_nbytes`` are
-    the bytes of one more token in compressed layers. ``divergence`` is the
-    expected KL divergence of the output with these bits, in nats. ``heaviest`` names the three
-    sides (keys or values) of layers with the largest shares. Both are None without a profile.
+    the bytes of one more token in compressed layers. ``divergence`` is the expected KL divergence
+    of the output with these bits, in nats. ``heaviest`` names the three sides (keys or values) of
+    layers with the largest shares. Both are None without a profile.
     """
 
     size: CacheSize
