@@ -79,7 +79,7 @@ METAL_FUNC void restore_run(const device uint* words, float scale, Constants con
     float x[8];
 #pragma unroll
     for (int pair = 0; pair < 4; pair++) {
-      const uint codes = code_pair_of_run<PATTERN>(loaded, eight, pair, 0);
+      const uint codes = two_codes_of_run<PATTERN, false>(loaded, eight, 2 * pair, 0);
       x[2 * pair] = bits == 0 ? 0.0f : scale * level_of(bits, levels, codes & 0xFFFFu);
       x[2 * pair + 1] = bits == 0 ? 0.0f : scale * level_of(bits, levels, codes >> 16);
     }

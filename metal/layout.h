@@ -161,10 +161,11 @@ METAL_FUNC uint moved_field(uint word, int from, int width, int to) {
   return moved(word, from, to, ((1u << width) - 1u) * 0x00010001u);
 }
 
-// The codes of coordinates 2 * pair and 2 * pair + 1 of an eight, from bit `at` on of the low and the high half of
-// a word, from the words of a run.
-template <int PATTERN>
-METAL_FUNC uint code_pair_of_run(const thread uint* words, int eight, int pair, int at) {
+// The codes of coordinates i and i + 1 of an eight, from bit `at` on of the low and the high half of a word, from the
+// words of a run; i is even. With IN_HALF those of i and i + 2, whose fields in a plane are neighbours and stay so:
+// both in the first plane, then both in the second one.
+template <int PATTERN, bool IN_HALF>
+METAL_FUNC uint two_codes_of_run(const thread uint* words, int eight, int i, int at) {
   uint codes = 0u;
   int rest = bits_of(PATTERN, eight);
 #pragma unroll
@@ -173,7 +174,10 @@ METAL_FUNC uint code_pair_of_run(const thread uint* words, int eight, int pair, 
       const int width = plane_width(plane);
       const int start = field_start(PATTERN, eight, plane);
       rest -= width;
-      codes |= moved_field(words[start / 16], start % 16 + pair * width, width, at + rest);
+      const uint word = words[start / 16];
+      const int from = start % 16 + i % 2 * 16 + i / 2 * width;
+      codes |= IN_HALF ? moved(word, from, at + 2 * rest, (1u << 2 * width) - 1u)
+                       : moved_field(word, from, width, at + rest);
     }
   }
   return codes;

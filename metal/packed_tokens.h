@@ -55,10 +55,11 @@ METAL_FUNC void add_eight(thread Sum (&sums)[TOKENS][ROWS], const thread uint (&
         if constexpr (!is_paired(bits)) {
           const int place = code_place(bits, k, !HALF_SUMS);
           levels[t][k] = level_pair(bits, key_levels.coefficients[first_alike(KEY_PATTERN, EIGHT)],
-              (const threadgroup half*)table, code_pair_of_run<KEY_PATTERN>(words[t], EIGHT, k, place), place);
+              (const threadgroup half*)table,
+              two_codes_of_run<KEY_PATTERN, false>(words[t], EIGHT, 2 * k, place), place);
         } else if (k % 2 == 0) {
-          two_pairs(table, entry_of_run<KEY_PATTERN>(words[t], EIGHT, 2 * k),
-              entry_of_run<KEY_PATTERN>(words[t], EIGHT, 2 * k + 1), levels[t] + k);
+          two_pairs(table, two_codes_of_run<KEY_PATTERN, true>(words[t], EIGHT, 2 * k, 0),
+              two_codes_of_run<KEY_PATTERN, true>(words[t], EIGHT, 2 * k + 1, 0), levels[t] + k);
         }
       }
     }

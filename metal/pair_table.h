@@ -54,25 +54,8 @@ METAL_FUNC void store_table(int bits, Levels levels, threadgroup uint* table, in
   }
 }
 
-// The entry of the coordinates j and j + 2 of an eight, from the words of a run; j is 0, 1, 4 or 5.
-template <int PATTERN>
-METAL_FUNC uint entry_of_run(const thread uint* words, int eight, int j) {
-  uint entry = 0u;
-  int rest = bits_of(PATTERN, eight);
-#pragma unroll
-  for (int plane = 0; plane < 4; plane++) {
-    if (has_plane(bits_of(PATTERN, eight), plane)) {
-      const int width = plane_width(plane);
-      const int start = field_start(PATTERN, eight, plane);
-      rest -= width;
-      const int from = start % 16 + j % 2 * 16 + j / 2 * width;
-      entry |= moved(words[start / 16], from, 2 * rest, (1u << 2 * width) - 1u);
-    }
-  }
-  return entry;
-}
-
-// The entry of the coordinates j and j + 2 from the loaded words of eight coordinates, or of the first four.
+// The entry of the coordinates j and j + 2 from the loaded words of eight coordinates, or of the first four. From the
+// words of a run it is two_codes_of_run. Here j is 0, 1, 4 or 5.
 template <int BITS>
 METAL_FUNC uint entry_of(const thread uint* words, int j) {
   constexpr int width = first_plane<BITS>();

@@ -771,7 +771,7 @@ def test_a_report_names_what_is_wrong_and_stays_a_page(few_checks, monkeypatch, 
 
 def test_the_doctor_finds_a_wrong_table_of_pairs(monkeypatch, tmp_path):
     monkeypatch.setattr(runtime, "_metal_reads_files", lambda: False)  # reads headers by itself
-    changed = ("moved(words[start / 16], from,", "moved(words[start / 16], from ^ 1,")
+    changed = ("moved(words[0], from,", "moved(words[0], from ^ 1,")
     plant(monkeypatch, tmp_path, **{"pair_table.h": changed})
     checks = [
         each
