@@ -4,6 +4,7 @@ from functools import lru_cache
 from operator import attrgetter
 
 import mlx.core as mx
+import numpy as np
 
 from ..codec.constants import constant
 from ..kernels.attention import MAX_DECODE_ROWS
@@ -166,5 +167,8 @@ def write_tokens(buffer: mx.array, x: mx.array, start: int) -> None:
 
 @lru_cache(maxsize=64)
 def _column(token: int, capacity: int) -> mx.array:
-    """A mask of one token in a buffer, for all layers of a step: boolean (capacity, 1)."""
-    return constant(mx.arange(capacity)[:, None] == token)
+    """A mask of one token in a buffer, for all layers of a step: boolean (capacity, 1).
+
+    The host makes it: a GPU would first finish the step before, and the host would wait for it.
+    """
+    return constant(np.arange(capacity)[:, None] == token)

@@ -10,7 +10,9 @@ import platform
 import random
 import re
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
@@ -18,6 +20,7 @@ from tokens import basis_of, normal, visible_tokens
 
 from mlx_turboquant import VectorIndex, enable, make_prompt_cache
 from mlx_turboquant.cli import doctor
+from mlx_turboquant.codec import constants
 from mlx_turboquant.codec.packing import unpack
 from mlx_turboquant.codec.quantizer import QuantizedVectors, TurboQuantizer
 from mlx_turboquant.kernels import arguments, attention, reference, runtime, tuning
@@ -583,6 +586,27 @@ def test_a_cache_that_has_been_read_can_be_copied(kernels_run, random_model, bac
     assert (kernels_run == []) == (backend is not None)
     following = [random_model(mx.ones((1, 1), mx.int32), cache=each) for each in (cache, copied)]
     assert mx.array_equal(*following)
+
+
+def test_a_step_waits_for_nothing_that_a_gpu_computes(random_model, monkeypatch):
+    """A constant that a GPU computes comes after the step before, and the host waits for it."""
+    cache = make_prompt_cache(random_model, 4, window=0, sink_tokens=0)
+    tokens = mx.ones((1, 80), mx.int32)
+    for count in (70, 1):
+        mx.eval(random_model(tokens[:, :count], cache=cache))
+    graphs = []
+
+    def evaluate(array):
+        graph = StringIO()
+        mx.export_to_dot(graph, array)
+        graphs.append(graph.getvalue())
+
+    monkeypatch.setattr(constants, "mx", SimpleNamespace(array=mx.array, eval=evaluate))
+    random_model(tokens[:, :1], cache=cache)
+    operations = "shape=rectangle"
+    assert graphs and not any(operations in graph for graph in graphs)
+    evaluate(mx.ones(3) + 1)
+    assert operations in graphs[-1]  # they would have been seen
 
 
 @pytest.mark.skipif(not ON_EXECUTOR, reason="a GPU has one kind of compiler")
