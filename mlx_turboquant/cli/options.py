@@ -63,7 +63,7 @@ def _add_cache_options(parser: argparse.ArgumentParser) -> None:
     parser.conflict_handler = "resolve"
     group = parser.add_argument_group("compressed cache")
     text = f"Mean bits per value, 2 to 8 in steps of 0.25 (default: {Settings.bits})"
-    group.add_argument("--kv-bits", dest="bits", type=float, help=text)
+    group.add_argument("--kv-bits", dest="bits", type=_mean_bits, help=text)
     group.add_argument("--key-bits", type=int, help="Bits per value of all keys, 1 to 8")
     group.add_argument("--value-bits", type=int, help="Bits per value of all values, 1 to 8")
     add_allocation_options(group)
@@ -73,6 +73,15 @@ def _add_cache_options(parser: argparse.ArgumentParser) -> None:
     # With these mlx-lm would convert the layers that are not compressed, and its server would
     # answer one request at a time.
     parser.set_defaults(kv_bits=None, max_kv_size=None)
+
+
+def _mean_bits(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number: use 2 to 8 in quarters, or --key-bits and --value-bits"
+        ) from None
 
 
 def add_allocation_options(group: argparse._ActionsContainer) -> None:

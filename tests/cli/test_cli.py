@@ -157,6 +157,12 @@ def test_bad_input_is_one_sentence_and_status_2(arguments, message):
     assert_refused(generate(*arguments), message)
 
 
+def test_bits_that_are_no_number_get_the_ways_to_give_them():
+    result = generate("--kv-bits", "K4V4")
+    expected = "'K4V4' is not a number: use 2 to 8 in quarters, or --key-bits and --value-bits\n"
+    assert result.returncode == 2 and result.stderr.endswith(expected)
+
+
 @pytest.mark.parametrize("command", ["generate", "chat", "server", "cache_prompt"])
 def test_the_help_lists_the_options_of_the_cache(command):
     result = run(command, "--help")
