@@ -2,7 +2,7 @@
 
     python examples/studies/skipped_values.py --model MODEL --context 4096 --rules nats:8 exact:0.1
 
-Attention sinks and recent tokens are read in any case. The tokens between them lie in blocks of 32.
+Attention sinks and recent tokens are read in any case. The tokens between them lie in blocks.
 A step need not read the values of a block that counts for nothing for all query heads of a key
 head. A rule says when:
 
@@ -35,15 +35,15 @@ from mlx_turboquant.lm.loading import prepare_for_device
 from mlx_turboquant.measure.cache_specs import EXACT
 from mlx_turboquant.measure.evaluate import divergence, log_probabilities, read_prompt
 
-BLOCK = 32
 _NAME = "scaled_dot_product_attention"
 
 
 class Skipping:
     """Attention that leaves values out by a ``rule``, and counts blocks: ``read`` of ``blocks``."""
 
-    def __init__(self, attention: Callable[..., mx.array], rule: str):
+    def __init__(self, attention: Callable[..., mx.array], rule: str, block: int = 32):
         self.attention = attention
+        self.block = block
         self.kind, _, number = rule.partition(":")
         if self.kind not in ("nats", "exact", "sinks"):
             raise ValueError(f"{rule!r} is not a rule: use nats:8, exact:0.1 or sinks:0.1.")
@@ -61,20 +61,20 @@ class Skipping:
             ValueError: a mask other than that of causal attention, sink logits, or a batch.
         """
         _, heads, rows, dim = queries.shape
-        count = (keys.shape[2] - SINKS - WINDOW) // BLOCK
+        count = (keys.shape[2] - SINKS - WINDOW) // self.block
         if rows > 8 or count < 1 or type(cache) is not KVCache:
             return self.attention(queries, keys, values, cache, **others)
         is_causal = isinstance(others.get("mask"), str | None)
         if len(queries) > 1 or not is_causal or others.get("sinks") is not None:
             raise ValueError("Only causal attention of one sequence is known: use another model.")
-        end = SINKS + count * BLOCK
+        end = SINKS + count * self.block
         grouped = queries.reshape(keys.shape[1], -1, rows, dim) * others["scale"]
         scores = grouped @ keys[0][:, None].swapaxes(-1, -2)
         last = keys.shape[2] - rows + mx.arange(rows)[:, None]
         scores = mx.where(mx.arange(keys.shape[2]) <= last, scores, -mx.inf)
         weights = mx.softmax(scores, axis=-1)
         parts = weights[..., :SINKS], weights[..., SINKS:end], weights[..., end:]
-        blocks = mx.unflatten(parts[1], -1, (count, BLOCK))
+        blocks = mx.unflatten(parts[1], -1, (count, self.block))
         skipped = self._counts_for_nothing(blocks, parts[0], parts[2]).all(axis=1, keepdims=True)
         self.read += (~skipped).sum().item()
         self.blocks += skipped.size
@@ -92,14 +92,14 @@ class Skipping:
 
 
 @contextmanager
-def skipping(rule: str) -> Iterator[Skipping]:
+def skipping(rule: str, block: int = 32) -> Iterator[Skipping]:
     """Replace mlx-lm's attention for a while."""
     models = [
         module
         for name, module in sys.modules.items()
         if name.startswith("mlx_lm.models.") and hasattr(module, _NAME)
     ]
-    attention = Skipping(getattr(models[0], _NAME), rule)
+    attention = Skipping(getattr(models[0], _NAME), rule, block)
     with ExitStack() as stack:
         for module in models:
             stack.enter_context(patch.object(module, _NAME, attention))
@@ -111,6 +111,7 @@ def main() -> None:
     add = parser.add_argument
     add("--model", required=True)
     add("--rules", nargs="+", default=["nats:8", "exact:0.1", "sinks:0.1"])
+    add("--block", type=int, default=32, help="tokens of a block")
     add("--context", type=int, default=4096, help="tokens per text")
     add("--scored", type=int, default=64, help="last tokens to compare")
     add("--samples", type=int, default=2, help="texts")
@@ -123,10 +124,10 @@ def main() -> None:
     for context in contexts:
         read = read_prompt(model, EXACT, mx.array(context[: -args.scored]))
         tokens = mx.array(context[-args.scored :])
-        with skipping("sinks:0"):  # the same sums, in the same order
+        with skipping("sinks:0", args.block):  # the same sums, in the same order
             exact = mx.concatenate([*log_probabilities(model, copy.deepcopy(read), tokens)])
         for rule in args.rules:
-            with skipping(rule) as attention:
+            with skipping(rule, args.block) as attention:
                 rows = mx.concatenate([*log_probabilities(model, copy.deepcopy(read), tokens)])
             found[rule].append(divergence(exact, rows))
             shares[rule].append(attention.read / attention.blocks)
