@@ -542,18 +542,21 @@ def test_attention_is_two_launches_with_whole_buffers(kernels_run):
 
 @pytest.mark.skipif(not ON_EXECUTOR, reason="the type checker is part of the executor")
 @pytest.mark.parametrize(
-    "dim, bits, dtype",
-    [(64, 1, mx.float16), (80, 3, mx.bfloat16), (128, 4, mx.float32), (72, 8, mx.bfloat16)],
+    "dim, bits, dtype, mask",
+    [
+        (64, 1, mx.float16, "additive"),
+        (80, 3, mx.bfloat16, "none"),
+        (128, 4, mx.float32, "boolean"),
+        (72, 8, mx.bfloat16, "causal"),
+    ],
 )
-def test_the_text_is_what_metal_accepts(kernels_run, dim, bits, dtype):
+def test_the_text_is_what_metal_accepts(kernels_run, dim, bits, dtype, mask):
     quantizer = shared_quantizer(dim, bits, 0)
     Quantize((dtype,), (quantizer,)).check()
     Dequantize((dtype, dtype), (quantizer, quantizer)).check()
     InnerProduct(quantizer).check()
     tokens = visible_tokens(dim, dim, bits, bits, dtype)
-    for mask in ("none", "boolean", "additive"):
-        arguments = attention_arguments(tokens, 2, 1, dtype, mask, mask == "none")
-        launched_attention(*arguments)
+    launched_attention(*attention_arguments(tokens, 2, 1, dtype, mask, mask == "none"))
     for kernel, call in kernels_run:
         assert metal_on_linux.check(kernel, **call) == []
 
@@ -789,7 +792,8 @@ def test_a_report_has_checks_speed_and_settings(few_checks, monkeypatch, tmp_pat
 
 def test_a_report_names_what_is_wrong_and_stays_a_page(few_checks, monkeypatch, tmp_path):
     plant(monkeypatch, tmp_path, dequantize=("key_mean + row * DIM", "key_mean"))
-    monkeypatch.setattr(doctor, "LENGTHS", [64])
+    timed = [f"{heads}" for heads in doctor._TIMED for _ in doctor.LENGTHS]
+    monkeypatch.setattr(doctor, "_times", lambda: iter(timed))
     with pytest.raises(SystemExit):
         doctor.main(["--report", str(tmp_path / "report.md")])
     lines = (tmp_path / "report.md").read_text().splitlines()
