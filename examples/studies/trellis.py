@@ -3,8 +3,8 @@
     python examples/studies/trellis.py --model MODEL --profile FILE --kv-bits 3 2 --codes 8 8:run
 
 The level of a coordinate is an entry of a table at a window of the code stream, of which as many
-bits are new as the coordinate has. An encoder searches the best path (Viterbi). Tables are trained
-on Gaussian values. Coordinates of 5 and more bits keep scalar codes. All else is as in our codec,
+bits are new as the coordinate has. An encoder searches the best path (Viterbi). trellis_tables.py
+trains the tables. Coordinates of 5 and more bits keep scalar codes. All else is as in our codec,
 for all codes: axes of keys with bits by variance, bits allocated over layers and sides, means
 removed, a search for the gain and the unbiased scale.
 
@@ -19,8 +19,8 @@ Prints the mean KL divergence of each code, its ratio to scalar codes, and that 
 
 import argparse
 import copy
+import itertools
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +30,7 @@ import numpy as np
 from compare_codecs import filled_cache
 from simulated import Rounding
 from tqdm import tqdm
+from trellis_tables import BITS, WINDOWS, best_windows, distortion, table
 
 from mlx_turboquant.codec.quantizer import TurboQuantizer
 from mlx_turboquant.kernels.arguments import _eights
@@ -41,12 +42,10 @@ from mlx_turboquant.lm.profile import load_profile
 from mlx_turboquant.measure.cache_specs import EXACT, preset
 from mlx_turboquant.measure.evaluate import divergence, log_probabilities, read_prompt
 
-_MOST_BITS = 4
 _GAINS = {1: (1.0,), 3: (0.9, 1.0, 1.1), 5: (0.8, 0.9, 1.0, 1.1, 1.2)}
 WRAPS = ("zero", "run", "group", "vector")
 # Costs that are compared at once: of all windows of several vectors.
 _COSTS = 1 << 19 if mx.default_device().type == mx.DeviceType.cpu else 1 << 24
-_ROUNDS, _TRAINED = 30, (256, 128)
 
 
 class Code(NamedTuple):
@@ -65,108 +64,17 @@ def code_of(name: str) -> Code:
         ValueError: a name that is none.
     """
     window, wrap, gains, *sides = name.split(":") + ["zero", "3"][name.count(":") :]
-    fits = wrap in WRAPS and gains in map(str, _GAINS) and window in map(str, range(5, 13))
+    fits = wrap in WRAPS and gains in map(str, _GAINS) and window in map(str, WINDOWS)
     if not (fits and len(sides) < 2 and set(sides) <= {"keys", "values"}):
-        raise ValueError(f"{name!r} is not a code: use a name like 8, 10:run or 8:zero:3:keys.")
+        raise ValueError(f"{name!r} is not a code: use a name like 8, 8:run or 8:zero:3:keys.")
     return Code(int(window), wrap, _GAINS[int(gains)], tuple(sides) or ("keys", "values"))
-
-
-def best_windows(
-    x: mx.array, bits: Sequence[int], weights: mx.array, window: int, is_ring: bool = False
-) -> list[mx.array]:
-    """The windows of x (n, d), one array (n,) for each coordinate, with the least squared error.
-
-    ``bits`` are those of each coordinate, and ``weights`` (n, d) or (d,) the weights of its error.
-    In a ring the last bits stand before the first ones. The stream then starts as it does in the
-    best path of a doubled vector, which is nearly always the best ring.
-    """
-    start, weights = mx.zeros((len(x), 1), mx.uint32), mx.broadcast_to(weights, x.shape)
-    if is_ring:
-        twice = [mx.concatenate([each, each], axis=1) for each in (x, weights)]
-        start = _path(twice[0], [*bits, *bits], twice[1], window)[len(bits) - 1][:, None]
-    return _path(x, bits, weights, window, start, is_ring)
-
-
-def _path(
-    x: mx.array,
-    bits: Sequence[int],
-    weights: mx.array,
-    window: int,
-    start: mx.array | None = None,
-    is_ring: bool = False,
-) -> list[mx.array]:
-    """The best windows behind a window ``start`` (n, 1), or any; those of a ring end with it."""
-    states = 1 << window
-    cost = mx.zeros((len(x), states))
-    if start is not None:
-        cost = mx.where(mx.arange(states) == start, cost, 1e9)
-    choices = []
-    for i, k in enumerate(bits):
-        # A window's low bits are the high ones of the next.
-        before = cost.reshape(len(x), 1 << k, states >> k)
-        choices.append(before.argmin(axis=1).astype(mx.uint8))
-        cost = _with_error(before.min(axis=1), x[:, i, None], weights[:, i, None], table(window, k))
-    last = start[:, 0] if is_ring else cost.argmin(axis=1)
-    found = []
-    for k, choice in zip(reversed(bits), reversed(choices)):
-        found.append(last)
-        rest = last >> k
-        high = mx.take_along_axis(choice, rest[:, None], axis=1)[:, 0].astype(mx.uint32)
-        last = (high << (window - k)) | rest
-    return found[::-1]
-
-
-@mx.compile
-def _with_error(cost: mx.array, x: mx.array, weight: mx.array, levels: mx.array) -> mx.array:
-    """Costs (n, s) of windows before, repeated for those after, whose levels are given."""
-    errors = mx.square(x - levels).reshape(len(x), cost.shape[1], -1)
-    return (cost[..., None] + weight[..., None] * errors).reshape(len(x), -1)
-
-
-_tables: dict[tuple[int, int], mx.array] = {}
-
-
-def table(window: int, bits: int) -> mx.array:
-    """The levels of all windows."""
-    if (window, bits) not in _tables:
-        _tables[window, bits] = _initial(window, bits)
-        size = 1 << window
-        for round in range(_ROUNDS):
-            x = mx.random.normal(_TRAINED, key=mx.random.key(round))
-            found = best_windows(x, [bits] * x.shape[1], mx.ones(x.shape[1]), window)
-            windows, values = np.array(mx.stack(found, axis=1)), np.array(x)
-            counts = np.bincount(windows.ravel(), minlength=size)
-            sums = np.bincount(windows.ravel(), values.ravel(), size)
-            before = np.array(_tables[window, bits])
-            levels = np.where(counts > 3, sums / np.maximum(counts, 1), before)
-            _tables[window, bits] = mx.array(levels.astype(np.float32))
-    return _tables[window, bits]
-
-
-def _initial(window: int, bits: int) -> mx.array:
-    """Quantiles: the new bits choose a cell, and the others, in any order, a place within it."""
-    size = 1 << window
-    quantiles = np.sort(np.random.default_rng(0).standard_normal(100 * size))[50::100]
-    all_windows = np.arange(size)
-    fine = np.random.default_rng(1).permutation(size >> bits)[all_windows >> bits]
-    return mx.array(
-        quantiles[(all_windows % (1 << bits)) * (size >> bits) + fine].astype(np.float32)
-    )
-
-
-def distortion(bits: int, window: int = 8, is_ring: bool = False) -> float:
-    """The mean squared error of unit Gaussian values that the table was not trained on."""
-    x = mx.random.normal((512, 128), key=mx.random.key(10_000))
-    windows = best_windows(x, [bits] * 128, mx.ones(128), window, is_ring)
-    levels = mx.stack([mx.take(table(window, bits), each) for each in windows], axis=1)
-    return mx.square(levels - x).mean().item()
 
 
 def trellis_levels(y: mx.array, quantizer: TurboQuantizer, code: Code) -> mx.array:
     """The levels of coordinates y (H, n, d) of unit mean square, with the bits of a quantizer."""
     dim, basis = y.shape[-1], quantizer.basis
     bits = np.array(_eights(quantizer))[np.arange(dim) // 8 % 4]
-    coordinates = np.flatnonzero((bits > 0) & (bits <= _MOST_BITS))
+    coordinates = np.flatnonzero((bits > 0) & (bits <= max(BITS)))
     levels = quantizer._levels_of(quantizer._codes_of(y))
     weights = mx.ones(y.shape) if basis is None else mx.broadcast_to(basis.weights, y.shape)
     columns = list(mx.unstack(levels.reshape(-1, dim), axis=1))
@@ -303,7 +211,9 @@ def main() -> None:
             print(
                 f"| {budget} | {name} | {np.mean(found):.5f} | {share:.2f} | {ratios} |", flush=True
             )
-    print(", ".join(f"{at}: {distortion(*at[::-1]):.4f}" for at in sorted(_tables)))
+    windows = {code.window for code in codes.values() if code}
+    for window, bits in itertools.product(sorted(windows), BITS):
+        print(f"Windows of {window} bits, {bits} new: squared error {distortion(bits, window):.4f}")
 
 
 if __name__ == "__main__":
