@@ -6,7 +6,7 @@ import pytest
 from compare_codecs import SINKS
 from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, RotatingKVCache
-from skipped_values import Skipping, skipping
+from skipped_values import BLOCK, Skipping, skipping
 from tokens import normal
 
 
@@ -29,7 +29,7 @@ def attention(rule, queries, keys, values, cache=None, **others):
 @pytest.mark.parametrize("rule", ["nats:100", "exact:0", "sinks:0"])
 def test_attention_is_exact_where_nothing_is_left_out(rule):
     output, expected, ours = attention(rule, *arrays(1.0))
-    assert ours.read == ours.blocks == 2 * 2 * ((1000 - SINKS - 128) // 32)
+    assert ours.read == ours.blocks == 2 * 2 * ((1000 - SINKS - 128) // BLOCK)
     assert mx.allclose(output, expected, atol=1e-5)  # rounding of float32 sums
 
 
@@ -44,7 +44,7 @@ def test_what_is_left_out_is_within_the_bound(rule):
 
 def test_many_blocks_leave_out_no_more_together_than_few():
     """The bound of a block falls with their number."""
-    weights = mx.ones((1, 1, 1, 10, 32)) * 0.01
+    weights = mx.ones((1, 1, 1, 10, BLOCK)) * 0.01
     ours = Skipping(scaled_dot_product_attention, "sinks:0.1")
     known = mx.full((1, 1, 1, SINKS), 8.0)  # 32 in all: a block of 0.32 is a tenth of a tenth
     assert ours._counts_for_nothing(weights, known, mx.zeros((1, 1, 1, 128))).all()
@@ -52,7 +52,7 @@ def test_many_blocks_leave_out_no_more_together_than_few():
 
 
 def test_recent_tokens_count_for_exact_and_not_for_sinks():
-    weights, sinks = mx.full((1, 1, 1, 1, 32), 0.01), mx.zeros((1, 1, 1, SINKS))
+    weights, sinks = mx.full((1, 1, 1, 1, BLOCK), 0.01), mx.zeros((1, 1, 1, SINKS))
     found = [
         Skipping(scaled_dot_product_attention, rule)
         ._counts_for_nothing(weights, sinks, mx.ones((1, 1, 1, 128)))

@@ -35,13 +35,14 @@ from mlx_turboquant.lm.loading import prepare_for_device
 from mlx_turboquant.measure.cache_specs import EXACT
 from mlx_turboquant.measure.evaluate import divergence, log_probabilities, read_prompt
 
+BLOCK = 32
 _NAME = "scaled_dot_product_attention"
 
 
 class Skipping:
     """Attention that leaves values out by a ``rule``, and counts blocks: ``read`` of ``blocks``."""
 
-    def __init__(self, attention: Callable[..., mx.array], rule: str, block: int = 32):
+    def __init__(self, attention: Callable[..., mx.array], rule: str, block: int = BLOCK):
         self.attention = attention
         self.block = block
         self.kind, _, number = rule.partition(":")
@@ -92,7 +93,7 @@ class Skipping:
 
 
 @contextmanager
-def skipping(rule: str, block: int = 32) -> Iterator[Skipping]:
+def skipping(rule: str, block: int = BLOCK) -> Iterator[Skipping]:
     """Replace mlx-lm's attention for a while."""
     models = [
         module
@@ -111,7 +112,7 @@ def main() -> None:
     add = parser.add_argument
     add("--model", required=True)
     add("--rules", nargs="+", default=["nats:8", "exact:0.1", "sinks:0.1"])
-    add("--block", type=int, default=32, help="tokens of a block")
+    add("--block", type=int, default=BLOCK, help="tokens of a block")
     add("--context", type=int, default=4096, help="tokens per text")
     add("--scored", type=int, default=64, help="last tokens to compare")
     add("--samples", type=int, default=2, help="texts")

@@ -19,7 +19,6 @@ Prints the mean KL divergence of each code, its ratio to scalar codes, and that 
 
 import argparse
 import copy
-import itertools
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +29,7 @@ import numpy as np
 from compare_codecs import filled_cache
 from simulated import Rounding
 from tqdm import tqdm
-from trellis_tables import BITS, WINDOWS, best_windows, distortion, table
+from trellis_tables import BITS, WINDOWS, best_windows, table
 
 from mlx_turboquant.codec.quantizer import TurboQuantizer
 from mlx_turboquant.kernels.arguments import _eights
@@ -211,9 +210,6 @@ def main() -> None:
             print(
                 f"| {budget} | {name} | {np.mean(found):.5f} | {share:.2f} | {ratios} |", flush=True
             )
-    windows = {code.window for code in codes.values() if code}
-    for window, bits in itertools.product(sorted(windows), BITS):
-        print(f"Windows of {window} bits, {bits} new: squared error {distortion(bits, window):.4f}")
 
 
 if __name__ == "__main__":

@@ -19,9 +19,8 @@ from tqdm import tqdm
 
 from mlx_turboquant.files import write_json
 
-WINDOWS = (6, 8, 10)
+WINDOWS, BITS = (6, 8, 10), (1, 2, 3, 4)
 _FILE = Path(__file__).with_suffix(".json")
-BITS = (1, 2, 3, 4)
 _ROUNDS, _TRAINED = 240, (1024, 128)
 
 

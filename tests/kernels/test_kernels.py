@@ -601,7 +601,7 @@ def test_a_step_evaluates_only_what_the_host_has_made(random_model, monkeypatch,
     tokens = mx.ones((sequences, 80), mx.int32)
     for count in (70, 1):
         mx.eval(random_model(tokens[:, :count], cache=cache))
-    for remembered in (base._column, attention._divided, attention.arguments.sizes):
+    for remembered in (base._column, attention._divided, arguments.sizes):
         remembered.cache_clear()
     evaluate, graphs = mx.eval, []
 
