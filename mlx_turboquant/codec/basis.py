@@ -15,7 +15,8 @@ from weakref import WeakValueDictionary
 import mlx.core as mx
 import numpy as np
 
-from .codebook import MAX_BITS, relative_error
+from . import codebook, trellis
+from .codebook import MAX_BITS
 from .constants import constant
 from .packing import EIGHT, RUN, Bits
 from .rotation import gaussian_matrix
@@ -82,11 +83,11 @@ class Basis:
         """The vectors of coordinates (..., H, n, dim): float32 of the same shape."""
         return y.astype(mx.float32) @ self.inverse
 
-    def pattern(self, bits: int) -> Bits:
+    def pattern(self, bits: int, is_trellis: bool = False) -> Bits:
         """Bits of the four groups, with a mean of ``bits``: those of least error over all heads."""
         dim = self.axes.shape[-1]
         variances = np.array(self.weights.sum(axis=(0, 1))).reshape(-1, _GROUPS, EIGHT)
-        errors = _errors(dim) * variances.sum(axis=(0, 2))[:, None]
+        errors = _errors(dim, is_trellis) * variances.sum(axis=(0, 2))[:, None]
         patterns = [bits + np.array(offsets) for offsets in PATTERNS]
         possible = [each for each in patterns if 0 <= each.min() and each.max() <= MAX_BITS]
         best = min(possible, key=lambda each: errors[range(_GROUPS), each].sum())
@@ -172,5 +173,6 @@ def _power(x: np.ndarray, exponent: float, ridge: float) -> np.ndarray:
 
 
 @cache
-def _errors(dim: int) -> np.ndarray:
-    return np.array([1.0, *(relative_error(dim, bits) for bits in range(1, MAX_BITS + 1))])
+def _errors(dim: int, is_trellis: bool) -> np.ndarray:
+    codec = trellis if is_trellis else codebook
+    return np.array([1.0, *(codec.relative_error(dim, bits) for bits in range(1, MAX_BITS + 1))])

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from . import packing, trellis
 from .basis import Basis
 from .codebook import POLYNOMIAL_BITS, codebook, evaluate_polynomial, level_polynomial
 from .constants import constant
-from .packing import EIGHT, RUN, Bits, byte_order, pack, unpack, words_per_vector
+from .packing import EIGHT, RUN, Bits, byte_order, words_per_vector
 from .rotation import Rotation
 
 # Up to this many, comparing with all thresholds is 6 to 16 times faster on a CPU than a search.
@@ -18,8 +19,11 @@ _COMPARED_BITS = 4
 # Changes whenever the meaning of stored codes changes.
 CODEC_VERSION = "2"
 SCALES = ("unbiased", "least_squares", "norm", "none")
+CODECS = ("scalar", "trellis")
 # The 5th to the 95th percentile of the best gain at 2 to 4 bits and 64 to 256 dimensions.
 _GAINS = tuple(round(0.75 + 0.05 * i, 2) for i in range(12))
+# Five are 1 to 2 % better.
+_TRELLIS_GAINS = (0.9, 1.0, 1.1)
 # The largest bfloat16, because caches store scales in this dtype.
 LARGEST_SCALE = 3.3895e38
 _FLOAT_DTYPES = (mx.float16, mx.bfloat16, mx.float32)
@@ -28,8 +32,9 @@ _FLOAT_DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 class QuantizedVectors(NamedTuple):
     """Packed vectors: all that is stored of them.
 
-    ``codes`` are uint32 (..., words_per_vector) in the layout of :mod:`.packing`. ``scales`` are
-    float32 (...): a level times the scale is a value of the rotated vector.
+    ``codes`` are uint32 (..., words_per_vector) in the layout of :mod:`.packing`, or those of a
+    stream of :mod:`.trellis`. ``scales`` are float32 (...): a level times the scale is a value of
+    the rotated vector.
     """
 
     codes: mx.array
@@ -60,8 +65,12 @@ class TurboQuantizer:
         basis: Axes of the vectors, in place of a rotation. Vectors are then (..., H, n, dim), and
             ``bits`` are the mean of the pattern of bits that suits the axes. Errors count by the
             weights of the axes, for the gain and the scale as well.
-        gain_search: Try a dozen gains per vector and keep the one with the largest cosine between
-            y and q. Without it, or at 1 bit, the gain is 1. Costs time in ``quantize`` only.
+        gain_search: Try a dozen gains per vector, or three with a trellis, and keep the one with
+            the largest cosine between y and q. Without it, or with scalar codes of 1 bit, the gain
+            is 1. Costs time in ``quantize`` only.
+        codec: "scalar" codes round each coordinate by itself. "trellis" codes, see
+            :mod:`.trellis`, have up to 4 bits and a third less error; ``quantize`` takes some
+            hundred times as long on a CPU. With more bits they are scalar.
 
     ``bits_per_value`` counts the codes, padded to whole words, and the float32 scale. A cache
     stores scales in bfloat16, which takes 16 / dim bits less.
@@ -80,23 +89,29 @@ class TurboQuantizer:
         scale: str = "unbiased",
         gain_search: bool = True,
         basis: Basis | None = None,
+        codec: str = "scalar",
     ):
         codebook(dim, bits)  # raises an error for sizes without one
+        if codec not in CODECS:
+            raise ValueError(f"Codec {codec!r} is not known: use one of {', '.join(CODECS)}.")
         if scale not in SCALES:
             raise ValueError(f"Scale {scale!r} is not known: use one of {', '.join(SCALES)}.")
         self.dim = dim
         self.bits = bits
         self.scale = scale
         self.seed = seed
-        self.bits_per_value = 32 * (words_per_vector(dim, bits) + 1) / dim
-        self.gains = constant(_GAINS if gain_search and bits > 1 else (1.0,))
         self.rotation = Rotation(dim, rotation, seed) if basis is None else basis
-        # Bits of all coordinates, or of the eights of a run.
-        self.pattern: Bits = bits if basis is None else basis.pattern(bits)
         self.basis = basis
+        self.is_trellis = codec == "trellis" and bits <= trellis.MOST_BITS
+        self._packing = trellis if self.is_trellis else packing
+        # Bits of all coordinates, or of the eights of a run.
+        self.pattern: Bits = bits if basis is None else basis.pattern(bits, self.is_trellis)
+        gains = _TRELLIS_GAINS if self.is_trellis else _GAINS
+        self.gains = constant(gains if gain_search and (self.is_trellis or bits > 1) else (1.0,))
+        self.bits_per_value = 32 * (words_per_vector(dim, bits) + 1) / dim
         # At 4 bits a byte holds two codes; one look-up finds both levels.
         self._byte_levels: mx.array | None = None
-        if self.pattern == 4 and dim % 8 == 0:
+        if self.pattern == 4 and dim % 8 == 0 and not self.is_trellis:
             levels = self._levels_of(mx.arange(256)[:, None] >> mx.array([0, 4]) & 15)
             self._byte_levels = constant(levels.view(mx.uint64).flatten())
             self._order = constant(byte_order(dim))
@@ -122,7 +137,7 @@ class TurboQuantizer:
         codes, gain = self._encode(rotated / mx.where(rms == 0, 1, rms))
         scales = mx.minimum(self._scales(rotated, codes, gain) * largest, LARGEST_SCALE)
         scales = mx.where(mx.isfinite(largest), scales, mx.nan)
-        return QuantizedVectors(pack(codes, self.pattern), scales.squeeze(-1))
+        return QuantizedVectors(self._packing.pack(codes, self.pattern), scales.squeeze(-1))
 
     def dequantize(self, packed: QuantizedVectors, dtype: mx.Dtype = mx.float32) -> mx.array:
         """The reconstructed vectors (..., dim) in ``dtype``.
@@ -167,7 +182,7 @@ class TurboQuantizer:
     def rotated_levels(self, packed: QuantizedVectors) -> mx.array:
         """q, the levels of packed vectors: float32 (..., dim)."""
         self._check_packed(packed)
-        return self._levels_of(unpack(packed.codes, self.pattern, self.dim))
+        return self._levels_of(self._packing.unpack(packed.codes, self.pattern, self.dim))
 
     def _check_packed(self, packed: QuantizedVectors) -> None:
         words = words_per_vector(self.dim, self.pattern)
@@ -179,12 +194,18 @@ class TurboQuantizer:
             )
 
     def _levels_of(self, codes: mx.array) -> mx.array:
-        """Levels of codes (..., dim) in float32."""
-        return self._by_part(_levels, codes)
+        """Levels of codes, or of the windows of a trellis, (..., dim) in float32."""
+        return self._by_part(_window_levels if self.is_trellis else _levels, codes)
 
     def _codes_of(self, y: mx.array) -> mx.array:
-        """The codes of y (..., dim): uint8 or uint32."""
-        return self._by_part(_codes, y)
+        """The codes of y (..., dim), or the windows of a trellis: uint8 or uint32."""
+        if not self.is_trellis:
+            return self._by_part(_codes, y)
+        weights = mx.ones(self.dim) if self.basis is None else self.basis.weights
+        vectors, weights = (x.reshape(-1, self.dim) for x in mx.broadcast_arrays(y, weights))
+        bits = trellis.coordinate_bits(self.pattern, self.dim)
+        tables = [trellis.table(own) if own else None for own in bits]
+        return trellis.best_windows(vectors, bits, weights, tables).reshape(y.shape)
 
     def _by_part(self, function: Callable[[int, int, mx.array], mx.array], x: mx.array) -> mx.array:
         """The results of ``function`` for x (..., dim), by the bits of the eights of a run."""
@@ -200,18 +221,24 @@ class TurboQuantizer:
 
     def _encode(self, y: mx.array) -> tuple[mx.array, mx.array]:
         """Codes of y (..., dim) and the gain (..., 1) that they were found with."""
+        best = self._codes_of(self.gains[0] * y)
         gain = mx.full((*y.shape[:-1], 1), self.gains[0])
         if len(self.gains) > 1:
-            cosines = []
-            for each in self.gains:
+            largest = self._cosine(best, y)
+            for each in self.gains[1:]:
                 # One after the other: all at once take four times the memory and the time.
-                y = mx.depends([y], cosines[-1:])[0]
-                levels = self._levels_of(self._codes_of(each * y))
-                length = mx.sqrt(self._sum(levels * levels))
-                cosines.append(self._sum(levels * y) / length)
-            best = mx.argmax(mx.concatenate(cosines, axis=-1), axis=-1, keepdims=True)
-            gain = self.gains[best]
-        return self._codes_of(gain * y), gain
+                y = mx.depends([y], [largest])[0]
+                codes = self._codes_of(each * y)
+                cosine = self._cosine(codes, y)
+                best = mx.where(cosine > largest, codes, best)
+                gain = mx.where(cosine > largest, each, gain)
+                largest = mx.maximum(cosine, largest)
+        return best, gain
+
+    def _cosine(self, codes: mx.array, y: mx.array) -> mx.array:
+        """The cosine between the levels of codes and y (..., dim), times |y|: (..., 1)."""
+        levels = self._levels_of(codes)
+        return self._sum(levels * y) / mx.sqrt(self._sum(levels * levels))
 
     def _scales(self, rotated: mx.array, codes: mx.array, gain: mx.array) -> mx.array:
         levels = self._levels_of(codes)
@@ -247,6 +274,10 @@ def _levels(dim: int, bits: int, codes: mx.array) -> mx.array:
         return levels.reshape(codes.shape)
     x = codes.astype(mx.float32) * 2 + (1 - 2**bits)
     return evaluate_polynomial(level_polynomial(dim, bits), x)
+
+
+def _window_levels(dim: int, bits: int, windows: mx.array) -> mx.array:
+    return trellis.levels(bits, windows)
 
 
 def _codes(dim: int, bits: int, y: mx.array) -> mx.array:
