@@ -76,12 +76,12 @@ METAL_FUNC void attend_packed(thread Running& running, threadgroup Memory& memor
 #pragma unroll
   for (int eight = 0; eight < 4; eight++) {
     if (first_alike(KEY_PATTERN, eight) == eight) {
-      load_coefficients(bits_of(KEY_PATTERN, eight), constants + KEY_LEVELS + level_place(KEY_PATTERN, eight),
+      load_coefficients(digit_of(KEY_PATTERN, eight), constants + KEY_LEVELS + level_place(KEY_PATTERN, eight),
           key_levels.coefficients[eight]);
     }
   }
   if (AHEAD) {
-    load_coefficients(VALUE_BITS, constants + VALUE_LEVELS, value_coefficients);
+    load_coefficients(VALUE_DIGIT, constants + VALUE_LEVELS, value_coefficients);
   }
   for (int block = place.first_block; block * BLOCK_TOKENS < place.count; block += place.block_step) {
     // Words that are loaded ahead after the last block are not used, but must exist.
@@ -100,12 +100,12 @@ METAL_FUNC void attend_packed(thread Running& running, threadgroup Memory& memor
     weigh_block(running, scores, scales, memory, block * BLOCK_TOKENS, sink_columns, mask, place);
     if (!AHEAD) {
       // Loaded here they take no registers during the scores, where registers are scarcest.
-      load_coefficients(VALUE_BITS, constants + VALUE_LEVELS, value_coefficients);
+      load_coefficients(VALUE_DIGIT, constants + VALUE_LEVELS, value_coefficients);
     }
     add_block(running, values, uint(blocks), value_coefficients, memory, place);
     simdgroup_barrier(mem_flags::mem_threadgroup);
   }
-  const float unit = level_unit(VALUE_BITS, constants + VALUE_LEVELS);
+  const float unit = level_unit(VALUE_DIGIT, constants + VALUE_LEVELS);
 #pragma unroll
   for (int r = 0; r < ROWS; r++) {
 #pragma unroll

@@ -2,6 +2,7 @@
 #pragma once
 #include "pair_table.h"
 #include "rotation.h"
+#include "trellis.h"
 
 // Packed and exact tokens in a step of a SIMD group. A lane scores TOKENS packed tokens.
 constant constexpr int BLOCK_TOKENS = LANES * TOKENS;
@@ -21,19 +22,22 @@ constant constexpr int PIECES = (VALUE_DIM + LANES * COORDINATES - 1) / (LANES *
 constant constexpr int PAIRS = PIECES * COORDINATES / 2;
 constant constexpr int AT_ONCE = LANES / VALUE_LANES;
 constant constexpr int STEPS = BLOCK_TOKENS / AT_ONCE;
-constant constexpr int PLANES = plane_count<VALUE_BITS>();
-constant constexpr int VALUE_WORDS = vector_words<VALUE_DIM, VALUE_BITS * 0x1111>();
+constant constexpr int VALUE_BITS = bits_of(VALUE_PATTERN, 0);
+constant constexpr int VALUE_DIGIT = digit_of(VALUE_PATTERN, 0);
+constant constexpr int VALUE_WORDS = vector_words<VALUE_DIM, VALUE_PATTERN>();
+// Words that a lane loads of a piece: one of each plane, or the last two that have its codes of a trellis.
+constant constexpr int PLANES = is_trellis(VALUE_PATTERN) ? 2 : plane_count<VALUE_BITS>();
 // How often loops are unrolled: twice with AHEAD, so that words loaded ahead stay in their registers.
 constant constexpr int UNROLLED = AHEAD ? 2 : 1;
 constant constexpr int EXACT_UNROLLED = AHEAD ? DIM / 8 : 4;
 // Where the parts of `constants` begin.
 constant constexpr int KEY_LEVELS = 8;
 constant constexpr int VALUE_LEVELS = KEY_LEVELS + level_place(KEY_PATTERN, 4);
-constant constexpr int SIGNS = VALUE_LEVELS + level_count(VALUE_BITS);
+constant constexpr int SIGNS = VALUE_LEVELS + level_count(VALUE_DIGIT);
 constant constexpr int MATRIX = SIGNS + DIM;
 // Words of the tables of levels.
 constant constexpr int KEY_TABLE = table_place(KEY_PATTERN, 4);
-constant constexpr int VALUE_TABLE = table_words(VALUE_BITS);
+constant constexpr int VALUE_TABLE = table_words(VALUE_DIGIT);
 // Words with the weights of a token, two rows in each.
 constant constexpr int ROW_WORDS = (ROWS + 1) / 2;
 // Rows that are joined at once.

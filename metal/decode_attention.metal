@@ -90,11 +90,11 @@ if (MASK > 0 && thread_index < ROWS) {
 #pragma unroll
 for (int eight = 0; eight < 4; eight++) {
   if (first_alike(KEY_PATTERN, eight) == eight) {
-    store_table(bits_of(KEY_PATTERN, eight), constants + KEY_LEVELS + level_place(KEY_PATTERN, eight),
+    store_table(digit_of(KEY_PATTERN, eight), constants + KEY_LEVELS + level_place(KEY_PATTERN, eight),
         memory.key_table + table_place(KEY_PATTERN, eight), thread_index, SIMDS * LANES);
   }
 }
-store_table(VALUE_BITS, constants + VALUE_LEVELS, memory.value_table, thread_index, SIMDS * LANES);
+store_table(VALUE_DIGIT, constants + VALUE_LEVELS, memory.value_table, thread_index, SIMDS * LANES);
 #if !MASK_ARRAY
 const int mask = 0;
 #endif

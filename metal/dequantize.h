@@ -1,7 +1,7 @@
 // How dequantize.metal restores tokens.
 #pragma once
-#include "levels.h"
 #include "rotation.h"
+#include "trellis.h"
 
 // Copies eight values of a vector, 16 bytes at a time; both pointers are multiples of that.
 template <typename T>
@@ -38,7 +38,7 @@ METAL_FUNC void store_eight(const thread float* x, device T* out) {
 
 // Restores one token with one SIMD group, for any rotation. A `packed` token is mean + R^T (scale * levels) of
 // vector `from` of its row, whose words are STRIDE apart. Any other token is exact vector `from`.
-template <int DIM, int BITS, int ORDER, int POWER, int STRIDE, typename Scales, typename Mean,
+template <int DIM, int PATTERN, int ORDER, int POWER, int STRIDE, typename Scales, typename Mean,
           typename Constants, typename T>
 METAL_FUNC void restore_vector(const device uint* codes, Scales scales, Mean mean, Constants constants,
     const device T* exact, bool packed, int from, device T* out, threadgroup float* values, int lane) {
@@ -48,11 +48,16 @@ METAL_FUNC void restore_vector(const device uint* codes, Scales scales, Mean mea
     }
     return;
   }
-  constexpr int SIGNS = level_count(BITS);
-  const device uint* words = codes + token_start<vector_words<DIM, BITS * 0x1111>(), STRIDE>(from);
+  constexpr int BITS = bits_of(PATTERN, 0);
+  constexpr int SIGNS = level_place(PATTERN, 4);
+  const device uint* words = codes + token_start<vector_words<DIM, PATTERN>(), STRIDE>(from);
   const float scale = float(scales[from]);
   for (int i = lane; i < DIM; i += LANES) {
-    values[i] = scale * level_of(BITS, constants, code_at<DIM, BITS>(words, STRIDE, i));
+    if constexpr (is_trellis(PATTERN)) {
+      values[i] = scale * constants[window_at(words, STRIDE, (i + 1) * BITS)];
+    } else {
+      values[i] = scale * level_of(BITS, constants, code_at<DIM, BITS>(words, STRIDE, i));
+    }
   }
   simdgroup_barrier(mem_flags::mem_threadgroup);
   butterflies<DIM, POWER>(values, uint(lane));
@@ -64,9 +69,10 @@ METAL_FUNC void restore_vector(const device uint* codes, Scales scales, Mean mea
   simdgroup_barrier(mem_flags::mem_threadgroup);
 }
 
-// Restores one run of the coordinates of a vector on the axes of a basis. The words of the run are STRIDE apart.
+// Restores one run of the coordinates of a vector on the axes of a basis. The words of the run are STRIDE apart, and
+// `before` is the word before it.
 template <int PATTERN, int STRIDE, typename Constants, typename T>
-METAL_FUNC void restore_run(const device uint* words, float scale, Constants constants, device T* out) {
+METAL_FUNC void restore_run(const device uint* words, uint before, float scale, Constants constants, device T* out) {
   uint loaded[pattern_words(PATTERN)];
 #pragma unroll
   for (int word = 0; word < pattern_words(PATTERN); word++) {
@@ -79,6 +85,14 @@ METAL_FUNC void restore_run(const device uint* words, float scale, Constants con
     float x[8];
 #pragma unroll
     for (int pair = 0; pair < 4; pair++) {
+      if constexpr (is_trellis(PATTERN)) {
+#pragma unroll
+        for (int i = 2 * pair; i < 2 * pair + 2; i++) {
+          const uint window = window_of_run(loaded, before, code_end(PATTERN, eight * 8 + i));
+          x[i] = bits == 0 ? 0.0f : scale * levels[window];
+        }
+        continue;
+      }
       const uint codes = two_codes_of_run<PATTERN, false>(loaded, eight, 2 * pair, 0);
       x[2 * pair] = bits == 0 ? 0.0f : scale * level_of(bits, levels, codes & 0xFFFFu);
       x[2 * pair + 1] = bits == 0 ? 0.0f : scale * level_of(bits, levels, codes >> 16);
@@ -110,9 +124,10 @@ METAL_FUNC void restore_tokens(const device uint* codes, Scales scales, Mean mea
       device T* to = out + (token * DIM + run * 32);
       if (token >= sinks && token < recent) {
         const int from = token - sinks;
-        restore_run<PATTERN, STRIDE>(
-            codes + (token_start<WORDS, STRIDE>(from) + run * pattern_words(PATTERN) * STRIDE),
-            float(scales[from]), constants, to);
+        const device uint* words =
+            codes + (token_start<WORDS, STRIDE>(from) + run * pattern_words(PATTERN) * STRIDE);
+        const uint before = is_trellis(PATTERN) && run > 0 ? words[-STRIDE] : 0u;
+        restore_run<PATTERN, STRIDE>(words, before, float(scales[from]), constants, to);
       } else {
         const device T* from = exact + ((token < sinks ? token : token + shift) * DIM + run * 32);
 #pragma unroll
@@ -122,10 +137,10 @@ METAL_FUNC void restore_tokens(const device uint* codes, Scales scales, Mean mea
       }
     }
   } else if constexpr (ORDER == 1 && POWER >= 64) {
-    constexpr int BITS = PATTERN & 15;
+    constexpr int BITS = bits_of(PATTERN, 0);
     constexpr int COUNT = DIM > 256 ? DIM / LANES : 8;
     constexpr int VECTOR_LANES = DIM / COUNT;
-    constexpr int SIGNS = level_count(BITS);
+    constexpr int SIGNS = level_place(PATTERN, 4);
     constexpr int PLANES = plane_count<BITS>();
     const int begin = uint(lane) % VECTOR_LANES * COUNT;
     float signs[COUNT];
@@ -144,14 +159,24 @@ METAL_FUNC void restore_tokens(const device uint* codes, Scales scales, Mean mea
         const device uint* words = codes + token_start<vector_words<DIM, PATTERN>(), STRIDE>(from);
 #pragma unroll
         for (int eight = 0; eight < COUNT; eight += 8) {
-          uint loaded[PLANES];
           const int i = begin + eight;
-          load_eight<32, BITS, STRIDE>(loaded, words + i / 32 * BITS * STRIDE, i % 32);
+          if constexpr (is_trellis(PATTERN)) {
+            const int word = last_word<BITS, 8>(i);
+            uint loaded[2];
+            align_codes<BITS, 8>(word > 0 ? words[(word - 1) * STRIDE] : 0u, words[word * STRIDE], i, loaded);
 #pragma unroll
-          for (int pair = 0; pair < 4; pair++) {
-            const uint codes_of_pair = code_pair<8, BITS>(loaded, pair, 0);
-            x[eight + 2 * pair] = level_of(BITS, constants, codes_of_pair & 0xFFFFu);
-            x[eight + 2 * pair + 1] = level_of(BITS, constants, codes_of_pair >> 16);
+            for (int k = 0; k < 8; k++) {
+              x[eight + k] = constants[window_of(loaded[0], loaded[1], (7 - k) * BITS)];
+            }
+          } else {
+            uint loaded[PLANES];
+            load_eight<32, BITS, STRIDE>(loaded, words + i / 32 * BITS * STRIDE, i % 32);
+#pragma unroll
+            for (int pair = 0; pair < 4; pair++) {
+              const uint codes_of_pair = code_pair<8, BITS>(loaded, pair, 0);
+              x[eight + 2 * pair] = level_of(BITS, constants, codes_of_pair & 0xFFFFu);
+              x[eight + 2 * pair + 1] = level_of(BITS, constants, codes_of_pair >> 16);
+            }
           }
         }
         lane_butterflies<DIM, COUNT>(x, lane);
@@ -178,7 +203,7 @@ METAL_FUNC void restore_tokens(const device uint* codes, Scales scales, Mean mea
     for (int token = first; token < last; token++) {
       const bool packed = token >= sinks && token < recent;
       const int from = token < sinks ? token : token + (packed ? -sinks : shift);
-      restore_vector<DIM, PATTERN & 15, ORDER, POWER, STRIDE>(codes, scales, mean, constants, exact, packed, from,
+      restore_vector<DIM, PATTERN, ORDER, POWER, STRIDE>(codes, scales, mean, constants, exact, packed, from,
           out + token * DIM, values, lane);
     }
   }

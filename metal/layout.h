@@ -98,9 +98,19 @@ METAL_FUNC void load_eight(thread uint* out, const device uint* words, int i) {
 }
 
 // Bits of the four eights of a run, as the digits of a pattern: those of the first eight are the last digit.
-// 0x3333 is 3 bits everywhere.
-METAL_FUNC constexpr int bits_of(int pattern, int eight) {
+// 0x3333 is 3 bits everywhere. From 9 on a digit is 8 more than the bits of a trellis code, see trellis.h.
+METAL_FUNC constexpr int digit_of(int pattern, int eight) {
   return pattern >> (4 * eight) & 15;
+}
+
+METAL_FUNC constexpr int bits_of(int pattern, int eight) {
+  const int digit = digit_of(pattern, eight);
+  return digit > 8 ? digit - 8 : digit;
+}
+
+// A pattern with codes of a trellis has no others.
+METAL_FUNC constexpr bool is_trellis(int pattern) {
+  return digit_of(pattern, 0) > 8 || digit_of(pattern, 1) > 8 || digit_of(pattern, 2) > 8 || digit_of(pattern, 3) > 8;
 }
 
 METAL_FUNC constexpr bool is_uniform(int pattern) {
@@ -116,7 +126,7 @@ METAL_FUNC constexpr int pattern_words(int pattern) {
 template <int DIM, int PATTERN>
 METAL_FUNC constexpr int vector_words() {
   if constexpr (DIM % 32 > 0) {
-    return DIM / 32 * (PATTERN & 15) + run_words<DIM % 32, PATTERN & 15>();
+    return DIM / 32 * bits_of(PATTERN, 0) + run_words<DIM % 32, bits_of(PATTERN, 0)>();
   } else {
     return DIM / 32 * pattern_words(PATTERN);
   }

@@ -4,10 +4,13 @@
 
 // The most bits with which levels follow a polynomial.
 constant constexpr int LEVEL_BITS = 6;
+// Levels of a trellis code.
+constant constexpr int WINDOWS = 256;
 
-// Length of the array of levels.
+// Length of the array of levels. Here and below `bits` may be the digit of a trellis code, see layout.h, whose codes
+// are its windows.
 METAL_FUNC constexpr int level_count(int bits) {
-  return bits == 0 ? 0 : (bits <= LEVEL_BITS ? 8 : 1 << bits);
+  return bits == 0 ? 0 : (bits <= LEVEL_BITS ? 8 : (bits <= 8 ? 1 << bits : WINDOWS));
 }
 
 // The first eight of a run that has the bits of this one, and so shares its levels. It is an index of arrays in
@@ -24,7 +27,7 @@ METAL_FUNC constexpr int level_place(int pattern, int eight) {
 #pragma unroll
   for (int other = 0; other < 4; other++) {
     const bool is_before = eight == 4 || other < first_alike(pattern, eight);
-    place += is_before && first_alike(pattern, other) == other ? level_count(bits_of(pattern, other)) : 0;
+    place += is_before && first_alike(pattern, other) == other ? level_count(digit_of(pattern, other)) : 0;
   }
   return place;
 }

@@ -41,6 +41,9 @@ template <class T> __device__ inline T simd_max(T x) {
 template <class T> __device__ inline T simd_shuffle_xor(T x, ushort mask) {
   return __shfl_xor_sync(~0u, x, mask);
 }
+template <class T> __device__ inline T simd_shuffle(T x, ushort lane) {
+  return __shfl_sync(~0u, x, lane);
+}
 __device__ inline bool simd_any(bool x) { return __any_sync(~0u, x); }
 
 enum class mem_flags { mem_none, mem_threadgroup };
@@ -51,6 +54,7 @@ __device__ inline void threadgroup_barrier(mem_flags) { __syncthreads(); }
 __device__ inline float max(float a, float b) { return ::fmaxf(a, b); }
 __device__ inline float min(float a, float b) { return ::fminf(a, b); }
 __device__ inline int min(int a, int b) { return a < b ? a : b; }
+__device__ inline uint min(uint a, uint b) { return a < b ? a : b; }
 // Two instructions, as short as Metal's. The error of one per million is far below the codec's.
 __device__ inline float exp(float x) {
   float power;

@@ -34,6 +34,12 @@ METAL_FUNC void clear(thread Sum (&sums)[COUNT][OTHERS]) {
   }
 }
 
+// The levels of two windows of a trellis code.
+METAL_FUNC half2 two_levels(const threadgroup uint* table, uint first, uint second) {
+  const threadgroup half* levels = (const threadgroup half*)table;
+  return half2(levels[first], levels[second]);
+}
+
 // The coefficients of level_pair for each eight of a run; eights of the same bits share those of the first one.
 struct KeyLevels {
   half2 coefficients[4][4];
@@ -43,8 +49,8 @@ struct KeyLevels {
 // of a loop it had both, and was too long for a compiler to unroll.
 template <int EIGHT, typename Sum>
 METAL_FUNC void add_eight(thread Sum (&sums)[TOKENS][ROWS], const thread uint (&words)[TOKENS][KEY_BITS],
-    thread const KeyLevels& key_levels, const threadgroup Memory& memory, int run) {
-  constexpr int bits = bits_of(KEY_PATTERN, EIGHT);
+    const thread uint (&before)[TOKENS], thread const KeyLevels& key_levels, const threadgroup Memory& memory, int run) {
+  constexpr int bits = digit_of(KEY_PATTERN, EIGHT);
   if constexpr (bits > 0) {
     const threadgroup uint* table = memory.key_table + table_place(KEY_PATTERN, EIGHT);
     half2 levels[TOKENS][4];
@@ -52,7 +58,11 @@ METAL_FUNC void add_eight(thread Sum (&sums)[TOKENS][ROWS], const thread uint (&
     for (int t = 0; t < TOKENS; t++) {
 #pragma unroll
       for (int k = 0; k < 4; k++) {
-        if constexpr (!is_paired(bits)) {
+        if constexpr (is_trellis(KEY_PATTERN)) {
+          const int end = code_end(KEY_PATTERN, EIGHT * 8 + 2 * k);
+          levels[t][k] = two_levels(table, window_of_run(words[t], before[t], end),
+              window_of_run(words[t], before[t], end + bits_of(KEY_PATTERN, EIGHT)));
+        } else if constexpr (!is_paired(bits)) {
           const int place = code_place(bits, k, !HALF_SUMS);
           levels[t][k] = level_pair(bits, key_levels.coefficients[first_alike(KEY_PATTERN, EIGHT)],
               (const threadgroup half*)table,
@@ -79,12 +89,12 @@ METAL_FUNC void add_eight(thread Sum (&sums)[TOKENS][ROWS], const thread uint (&
 
 // Adds the products of a run of keys with queries.
 template <typename Sum>
-METAL_FUNC void add_scores(thread Sum (&sums)[TOKENS][ROWS], const thread uint (&words)[TOKENS][KEY_BITS],
+METAL_FUNC void add_scores(thread Sum (&sums)[TOKENS][ROWS], thread const Keys& keys,
     thread const KeyLevels& key_levels, const threadgroup Memory& memory, int run) {
-  add_eight<0>(sums, words, key_levels, memory, run);
-  add_eight<1>(sums, words, key_levels, memory, run);
-  add_eight<2>(sums, words, key_levels, memory, run);
-  add_eight<3>(sums, words, key_levels, memory, run);
+  add_eight<0>(sums, keys.words, keys.before, key_levels, memory, run);
+  add_eight<1>(sums, keys.words, keys.before, key_levels, memory, run);
+  add_eight<2>(sums, keys.words, keys.before, key_levels, memory, run);
+  add_eight<3>(sums, keys.words, keys.before, key_levels, memory, run);
 }
 
 // Adds the values of BATCH steps from step `step` of the block on, times the weights of their tokens.
@@ -101,7 +111,12 @@ METAL_FUNC void add_values(thread Pair (&sums)[ROWS][PAIRS], const thread uint (
     for (int k = 0; k < PAIRS; k++) {
       const int piece = 2 * k / COORDINATES;
       const int pair = k % (COORDINATES / 2);
-      if constexpr (!is_paired(VALUE_BITS)) {
+      if constexpr (is_trellis(VALUE_PATTERN)) {
+        const thread uint* two = words[b][piece];
+        const int below = (COORDINATES - 1 - 2 * pair) * VALUE_BITS;
+        levels[pair % 2] = two_levels(memory.value_table, window_of(two[0], two[1], below),
+            window_of(two[0], two[1], below - VALUE_BITS));
+      } else if constexpr (!is_paired(VALUE_BITS)) {
         const int place = code_place(VALUE_BITS, pair, !HALF_SUMS);
         levels[pair % 2] = level_pair(VALUE_BITS, coefficients, (const threadgroup half*)memory.value_table,
             code_pair<8, VALUE_BITS>(words[b][piece], pair, place), place);
@@ -136,9 +151,9 @@ METAL_FUNC void score_block(thread float (&scores)[TOKENS][ROWS], thread Keys& k
       }
       load(keys, is_last ? 0 : run + AHEAD);
       if constexpr (HALF_SUMS) {
-        add_scores(sums, AHEAD ? now.words : keys.words, key_levels, memory, run);
+        add_scores(sums, AHEAD ? now : keys, key_levels, memory, run);
       } else {
-        add_scores(scores, AHEAD ? now.words : keys.words, key_levels, memory, run);
+        add_scores(scores, AHEAD ? now : keys, key_levels, memory, run);
       }
     }
 #pragma unroll

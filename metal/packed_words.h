@@ -11,6 +11,7 @@ struct Keys {
   const device uint* block;
   const device uint* run;
   uint words[TOKENS][KEY_BITS];
+  uint before[TOKENS];  // the word before those, for a trellis code
 };
 
 struct Values {
@@ -30,14 +31,26 @@ METAL_FUNC void turn(thread Keys& keys, uint blocks) {
   keys.run = keys.block;
 }
 
+// Where word j of a run of keys lies in the last run, if that is shorter; -1 if there is no such word.
+METAL_FUNC constexpr int word_of_last_run(int j) {
+  if constexpr (is_trellis(KEY_PATTERN)) {
+    return j < KEY_WORDS - DIM / RUN * KEY_BITS ? j : -1;
+  } else {
+    return word_in_run<DIM % RUN, KEY_BITS>(j);
+  }
+}
+
 // Loads run `run` of TOKENS keys. The last run may be longer than the rest of a vector: missing words are zeros,
 // and their levels do not count because the queries are zero there.
 METAL_FUNC void load(thread Keys& keys, int run) {
 #pragma unroll
   for (int t = 0; t < TOKENS; t++) {
+    if constexpr (is_trellis(KEY_PATTERN)) {
+      keys.before[t] = run == 0 ? 0u : keys.words[t][KEY_BITS - 1];
+    }
 #pragma unroll
     for (int j = 0; j < KEY_BITS; j++) {
-      const int rest = word_in_run<DIM % RUN, KEY_BITS>(j);
+      const int rest = word_of_last_run(j);
       const bool is_whole = DIM % (RUNS * RUN) == 0 || run < DIM / RUN;
       const bool exists = is_whole || (run == DIM / RUN && rest >= 0);
       keys.words[t][j] = exists ? keys.run[(t * KEY_WORDS + (is_whole ? j : rest)) * LANES] : 0u;
@@ -69,9 +82,14 @@ METAL_FUNC void begin(thread Values& values, const device uint* codes, uint firs
 #pragma unroll
   for (int piece = 0; piece < PIECES; piece++) {
     const uint i = value_coordinate(lane, piece);
-    const device uint* run =
-        codes + (start + lane / VALUE_LANES * TOKEN_STRIDE + i / 32 * (VALUE_BITS * VALUE_STRIDE));
-    if (VALUE_DIM % 32 > 0 && i >= VALUE_DIM / 32 * 32) {
+    const device uint* token = codes + (start + lane / VALUE_LANES * TOKEN_STRIDE);
+    const device uint* run = token + i / 32 * (VALUE_BITS * VALUE_STRIDE);
+    if constexpr (is_trellis(VALUE_PATTERN)) {
+      const int word = last_word<VALUE_BITS, COORDINATES>(int(i));
+      values.planes[piece][0] = token + (word > 0 ? word - 1 : 0) * VALUE_STRIDE;
+      // The last coordinates of a piece may not exist.
+      values.planes[piece][1] = token + (word < VALUE_WORDS ? word : VALUE_WORDS - 1) * VALUE_STRIDE;
+    } else if (VALUE_DIM % 32 > 0 && i >= VALUE_DIM / 32 * 32) {
       begin_planes<VALUE_DIM % 32, VALUE_BITS>(values, run, i % 32, piece);
     } else {
       begin_planes<32, VALUE_BITS>(values, run, i % 32, piece);
@@ -108,9 +126,29 @@ METAL_FUNC void load_planes(thread Values& values, int step, uint lane, int piec
   }
 }
 
+// The same for a trellis code.
+METAL_FUNC void load_streams(thread Values& values, int step, uint lane, int piece) {
+  const int i = int(value_coordinate(lane, piece));
+#pragma unroll
+  for (int b = 0; b < BATCH; b++) {
+    const uint before = values.planes[piece][0][b * AT_ONCE * TOKEN_STRIDE];
+    const uint last = values.planes[piece][1][b * AT_ONCE * TOKEN_STRIDE];
+    align_codes<VALUE_BITS, COORDINATES>(
+        last_word<VALUE_BITS, COORDINATES>(i) > 0 ? before : 0u, last, i, values.words[b][piece]);
+  }
+  const int further = token_start<VALUE_WORDS, VALUE_STRIDE>((step + BATCH) * AT_ONCE) -
+      token_start<VALUE_WORDS, VALUE_STRIDE>(step * AT_ONCE);
+  values.planes[piece][0] += further;
+  values.planes[piece][1] += further;
+}
+
 METAL_FUNC void load(thread Values& values, int step, uint lane) {
 #pragma unroll
   for (int piece = 0; piece < PIECES; piece++) {
-    load_planes<VALUE_BITS>(values, step, lane, piece);
+    if constexpr (is_trellis(VALUE_PATTERN)) {
+      load_streams(values, step, lane, piece);
+    } else {
+      load_planes<VALUE_BITS>(values, step, lane, piece);
+    }
   }
 }

@@ -15,7 +15,7 @@ METAL_FUNC constexpr bool is_paired(int bits) {
 
 // Words of the table of an eight: pairs, or two levels of one code in a word.
 METAL_FUNC constexpr int table_words(int bits) {
-  return is_paired(bits) ? 1 << (2 * bits) : (bits > LEVEL_BITS ? 1 << (bits - 1) : 0);
+  return is_paired(bits) ? 1 << (2 * bits) : (bits > LEVEL_BITS ? level_count(bits) / 2 : 0);
 }
 
 // Where the table of an eight begins in one array, which has those of all bits of a pattern once. Its length is that of
@@ -25,7 +25,7 @@ METAL_FUNC constexpr int table_place(int pattern, int eight) {
 #pragma unroll
   for (int other = 0; other < 4; other++) {
     const bool is_before = eight == 4 || other < first_alike(pattern, eight);
-    place += is_before && first_alike(pattern, other) == other ? table_words(bits_of(pattern, other)) : 0;
+    place += is_before && first_alike(pattern, other) == other ? table_words(digit_of(pattern, other)) : 0;
   }
   return place;
 }

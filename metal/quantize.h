@@ -2,6 +2,7 @@
 #pragma once
 #include "levels.h"
 #include "rotation.h"
+#include "trellis_search.h"
 
 // Word w of a run of COUNT codes, which lie in threadgroup memory as floats.
 template <int COUNT, int BITS>
@@ -72,6 +73,17 @@ METAL_FUNC constexpr int cell_place(int pattern, int eight) {
   return place;
 }
 
+// How many cells there are. The tables of a trellis code take their place, two levels in a cell.
+METAL_FUNC constexpr int cell_count(int pattern) {
+  return is_trellis(pattern) ? level_place(pattern, 4) / 2 : cell_place(pattern, 4);
+}
+
+// Words of threadgroup memory for the search of a stream, and for the stream.
+template <int DIM, int PATTERN>
+METAL_FUNC constexpr int search_words() {
+  return is_trellis(PATTERN) ? (DIM + 7) / 8 * LANES + vector_words<DIM, PATTERN>() : 0;
+}
+
 // The cell of y >= 0: how many of the limits between the positive levels are below it.
 METAL_FUNC int cell_of(int bits, const threadgroup float2* cells, float y) {
   int cell = 0;
@@ -82,18 +94,137 @@ METAL_FUNC int cell_of(int bits, const threadgroup float2* cells, float y) {
   return cell;
 }
 
+// Replaces coordinates in units of `inverse_rms` by their codes, with the best of the gains. The sums are those of <y, y>,
+// <y, q> and <q, q> by their weights.
+template <int DIM, int PATTERN, int GAINS, int VECTOR_LANES, bool WEIGHTED, typename Gains, typename Weights>
+METAL_FUNC void encode(threadgroup float* values, float inverse_rms, Gains gains, Weights weights,
+    const threadgroup float2* cells, int lane, thread float& squared_sum, thread float& product,
+    thread float& squared_length) {
+  constexpr int COORDINATES = (DIM + VECTOR_LANES - 1) / VECTOR_LANES;
+  constexpr bool ALIKE = is_uniform(PATTERN) && !WEIGHTED;
+  threadgroup float* own = values + lane;
+  float tried[GAINS];
+  float products[GAINS];
+  float squared_lengths[GAINS];
+#pragma unroll
+  for (int g = 0; g < GAINS; g++) {
+    tried[g] = gains[g];
+    products[g] = 0.0f;
+    squared_lengths[g] = 0.0f;
+  }
+  // The gains ascend, so a coordinate only moves to higher cells. Up to 5 bits it moves one cell at most,
+  // because cells are wider than the steps of the gains.
+  squared_sum = ALIKE ? float(DIM) : 0.0f;
+  for (int i = 0; i < DIM - lane; i += VECTOR_LANES) {
+    const int eight = ALIKE ? 0 : (i + lane) / 8 % 4;
+    const int bits = bits_of(PATTERN, eight);
+    const float weight = WEIGHTED ? float(weights[eight]) : 1.0f;
+    const float y = abs(own[i]) * inverse_rms;
+    if (!ALIKE) {
+      squared_sum = fma(weight * y, y, squared_sum);
+    }
+    if (bits == 0) {
+      continue;
+    }
+    const threadgroup float2* own_cells = cells + cell_place(PATTERN, eight);
+    int cell = cell_of(bits, own_cells, tried[0] * y);
+    float2 limit_and_level = own_cells[cell];
+#pragma unroll
+    for (int g = 0; g < GAINS; g++) {
+      while (tried[g] * y > limit_and_level.x) {
+        limit_and_level = own_cells[++cell];
+        if (bits <= 5) {
+          break;
+        }
+      }
+      const float weighted = weight * limit_and_level.y;
+      products[g] = fma(weighted, y, products[g]);
+      squared_lengths[g] = fma(weighted, limit_and_level.y, squared_lengths[g]);
+    }
+  }
+  if (!ALIKE) {
+    squared_sum = shared_sum<VECTOR_LANES>(squared_sum);
+  }
+  // The largest cosine, product / length, without a division.
+  float gain = 1.0f;
+  product = 0.0f;
+  squared_length = 1.0f;
+#pragma unroll
+  for (int g = 0; g < GAINS; g++) {
+    const float candidate = shared_sum<VECTOR_LANES>(products[g]);
+    const float candidate_length = shared_sum<VECTOR_LANES>(squared_lengths[g]);
+    if (candidate * candidate * squared_length > product * product * candidate_length) {
+      gain = tried[g];
+      product = candidate;
+      squared_length = candidate_length;
+    }
+  }
+
+#pragma unroll
+  for (int k = 0; k < COORDINATES; k++) {
+    const int i = k * VECTOR_LANES;
+    if (i + lane < DIM) {
+      const int eight = ALIKE ? 0 : (i + lane) / 8 % 4;
+      const int bits = bits_of(PATTERN, eight);
+      const int positive = 1 << bits >> 1;
+      const float y = own[i];
+      const int cell =
+          cell_of(bits, cells + cell_place(PATTERN, eight), gain * (abs(y) * inverse_rms));
+      own[i] = bits == 0 ? 0.0f : float(y > 0.0f ? positive + cell : positive - 1 - cell);
+    }
+  }
+}
+
+// The same with a trellis code, whose stream goes behind `starts`. The least cost in units of the squared gain is that
+// of nearly the largest cosine, without a stream for each gain.
+template <int DIM, int PATTERN, int GAINS, bool WEIGHTED, typename Gains, typename Weights>
+METAL_FUNC void encode_stream(const threadgroup float* values, float inverse_rms, Gains gains, Weights weights,
+    const threadgroup float* tables, threadgroup uint* starts, int lane, thread float& squared_sum,
+    thread float& product, thread float& squared_length) {
+  threadgroup uint* stream = starts + (DIM + 7) / 8 * LANES;
+  float least = INFINITY;
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll 1
+  for (int g = 0; g < GAINS; g++) {
+    const float gain = gains[g];
+    const uint last = search_stream<DIM, PATTERN, WEIGHTED>(values, gain * inverse_rms, weights, tables, starts, lane);
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    const float cost = as_type<float>(last & ~(WINDOWS - 1u)) / (gain * gain);
+    if (g == 0 || cost < least) {
+      least = cost;
+      write_stream<DIM, PATTERN>(last & (WINDOWS - 1u), starts, stream, lane);
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+  }
+  float sums[3] = {0.0f, 0.0f, 0.0f};
+  for (int i = lane; i < DIM; i += LANES) {
+    const int eight = i / 8 % 4;
+    const float weight = WEIGHTED ? float(weights[eight]) : 1.0f;
+    const float y = values[i] * inverse_rms;
+    const float level = bits_of(PATTERN, eight) == 0
+        ? 0.0f
+        : tables[level_place(PATTERN, eight) + window_at(stream, 1, code_end(PATTERN, i))];
+    sums[0] += weight * y * y;
+    sums[1] += weight * y * level;
+    sums[2] += weight * level * level;
+  }
+  squared_sum = simd_sum(sums[0]);
+  product = simd_sum(sums[1]);
+  squared_length = simd_sum(sums[2]);
+}
+
 // Quantizes one vector with VECTOR_LANES lanes, as quantize.metal describes. Lane `lane` holds the
 // coordinates k * VECTOR_LANES + lane. `values` are DIM floats of threadgroup memory for these lanes alone.
-// `cells` are shared by the threadgroup: the limit above a positive level, and that level. All threads take
-// part, but only those that are `inside` write results.
+// `cells` are shared by the threadgroup: the limit above a positive level, and that level. `starts` are search_words
+// of threadgroup memory for a trellis code. All threads take part, but only those that are `inside` write results.
 template <int DIM, int PATTERN, int ORDER, int POWER, int GAINS, int VECTOR_LANES, bool WEIGHTED, typename X,
           typename Mean, typename Cells, typename Gains, typename Signs, typename Matrix, typename Weights>
 METAL_FUNC void quantize_vector(X x, Mean mean, Cells given_cells, Gains gains, Signs signs, Matrix matrix,
     Weights weights, device uint* codes, device bfloat16_t* scale_out, threadgroup float* values,
-    threadgroup float2* cells, bool inside, int lane, int thread_index, int thread_count) {
+    threadgroup float2* cells, threadgroup uint* starts, bool inside, int lane, int thread_index, int thread_count) {
   constexpr int COORDINATES = (DIM + VECTOR_LANES - 1) / VECTOR_LANES;
   constexpr bool ALIKE = is_uniform(PATTERN) && !WEIGHTED;
-  for (int cell = thread_index; cell < cell_place(PATTERN, 4); cell += thread_count) {
+  for (int cell = thread_index; cell < cell_count(PATTERN); cell += thread_count) {
     cells[cell].x = given_cells[2 * cell];
     cells[cell].y = given_cells[2 * cell + 1];
   }
@@ -153,75 +284,15 @@ METAL_FUNC void quantize_vector(X x, Mean mean, Cells given_cells, Gains gains, 
       own[i] = coordinates[k];
     }
   }
-  float tried[GAINS];
-  float products[GAINS];
-  float squared_lengths[GAINS];
-#pragma unroll
-  for (int g = 0; g < GAINS; g++) {
-    tried[g] = gains[g];
-    products[g] = 0.0f;
-    squared_lengths[g] = 0.0f;
-  }
-  // The gains ascend, so a coordinate only moves to higher cells. Up to 5 bits it moves one cell at most,
-  // because cells are wider than the steps of the gains.
-  float squared_sum = ALIKE ? float(DIM) : 0.0f;
-  for (int i = 0; i < DIM - lane; i += VECTOR_LANES) {
-    const int eight = ALIKE ? 0 : (i + lane) / 8 % 4;
-    const int bits = bits_of(PATTERN, eight);
-    const float weight = WEIGHTED ? float(weights[eight]) : 1.0f;
-    const float y = abs(own[i]) * inverse_rms;
-    if (!ALIKE) {
-      squared_sum = fma(weight * y, y, squared_sum);
-    }
-    if (bits == 0) {
-      continue;
-    }
-    const threadgroup float2* own_cells = cells + cell_place(PATTERN, eight);
-    int cell = cell_of(bits, own_cells, tried[0] * y);
-    float2 limit_and_level = own_cells[cell];
-#pragma unroll
-    for (int g = 0; g < GAINS; g++) {
-      while (tried[g] * y > limit_and_level.x) {
-        limit_and_level = own_cells[++cell];
-        if (bits <= 5) {
-          break;
-        }
-      }
-      const float weighted = weight * limit_and_level.y;
-      products[g] = fma(weighted, y, products[g]);
-      squared_lengths[g] = fma(weighted, limit_and_level.y, squared_lengths[g]);
-    }
-  }
-  if (!ALIKE) {
-    squared_sum = shared_sum<VECTOR_LANES>(squared_sum);
-  }
-  // The largest cosine, product / length, without a division.
-  float gain = 1.0f;
+  float squared_sum = 0.0f;
   float product = 0.0f;
   float squared_length = 1.0f;
-#pragma unroll
-  for (int g = 0; g < GAINS; g++) {
-    const float candidate = shared_sum<VECTOR_LANES>(products[g]);
-    const float candidate_length = shared_sum<VECTOR_LANES>(squared_lengths[g]);
-    if (candidate * candidate * squared_length > product * product * candidate_length) {
-      gain = tried[g];
-      product = candidate;
-      squared_length = candidate_length;
-    }
-  }
-
-#pragma unroll
-  for (int k = 0; k < COORDINATES; k++) {
-    const int i = k * VECTOR_LANES;
-    if (i + lane < DIM) {
-      const int eight = ALIKE ? 0 : (i + lane) / 8 % 4;
-      const int bits = bits_of(PATTERN, eight);
-      const int positive = 1 << bits >> 1;
-      const float y = own[i];
-      const int cell =
-          cell_of(bits, cells + cell_place(PATTERN, eight), gain * (abs(y) * inverse_rms));
-      own[i] = bits == 0 ? 0.0f : float(y > 0.0f ? positive + cell : positive - 1 - cell);
-    }
+  if constexpr (is_trellis(PATTERN)) {
+    encode_stream<DIM, PATTERN, GAINS, WEIGHTED>(values, inverse_rms, gains, weights,
+        (const threadgroup float*)cells, starts, lane, squared_sum, product, squared_length);
+  } else {
+    encode<DIM, PATTERN, GAINS, VECTOR_LANES, WEIGHTED>(values, inverse_rms, gains, weights, cells, lane, squared_sum,
+        product, squared_length);
   }
   simdgroup_barrier(mem_flags::mem_threadgroup);
   if (inside) {
@@ -235,7 +306,9 @@ METAL_FUNC void quantize_vector(X x, Mean mean, Cells given_cells, Gains gains, 
       scale_out[0] = bfloat16_t(scale);
     }
     for (int w = lane; w < vector_words<DIM, PATTERN>(); w += VECTOR_LANES) {
-      if constexpr (is_uniform(PATTERN)) {
+      if constexpr (is_trellis(PATTERN)) {
+        codes[w] = starts[(DIM + 7) / 8 * LANES + w];
+      } else if constexpr (is_uniform(PATTERN)) {
         codes[w] = packed_word<DIM, PATTERN & 15>(values, w);
       } else {
         codes[w] = packed_word_by_pattern<PATTERN>(values, w);

@@ -4,7 +4,7 @@
 //   keys            T (rows, count, DIM), values likewise with VALUE_DIM
 //   key_mean        float32 (rows, DIM)
 //   key_cells       float32: the positive levels, ascending, and before each one the limit above it; for all
-//                   bits of the pattern, see cell_place in quantize.h
+//                   bits of the pattern, see cell_place in quantize.h; with a trellis code its tables, as in levels.h
 //   key_gains       float32 (KEY_GAINS), ascending
 //   key_signs       float32 (DIM), of the randomized Hadamard matrix; ones for a dense rotation
 //   key_matrix      float32 (ORDER, ORDER), see matrix_row in rotation.h
@@ -27,10 +27,15 @@ constexpr int words = vector_words<DIM, KEY_PATTERN>();
 constexpr int value_words = vector_words<VALUE_DIM, VALUE_PATTERN>();
 constexpr int FLOATS = VECTORS * DIM;
 constexpr int VALUE_FLOATS = VALUE_VECTORS * VALUE_DIM;
-constexpr int KEY_CELLS = cell_place(KEY_PATTERN, 4);
-constexpr int VALUE_CELLS = cell_place(VALUE_PATTERN, 4);
+constexpr int KEY_CELLS = cell_count(KEY_PATTERN);
+constexpr int VALUE_CELLS = cell_count(VALUE_PATTERN);
+constexpr int KEY_SEARCH = search_words<DIM, KEY_PATTERN>();
+constexpr int VALUE_SEARCH = search_words<VALUE_DIM, VALUE_PATTERN>();
+constexpr int SEARCHES =
+    VECTORS * KEY_SEARCH > VALUE_VECTORS * VALUE_SEARCH ? VECTORS * KEY_SEARCH : VALUE_VECTORS * VALUE_SEARCH;
 threadgroup float floats[FLOATS > VALUE_FLOATS ? FLOATS : VALUE_FLOATS];
 threadgroup float2 cells[KEY_CELLS > VALUE_CELLS ? KEY_CELLS : VALUE_CELLS];
+threadgroup uint starts[SEARCHES > 0 ? SEARCHES : 1];
 
 const int count = sizes[1];
 // A division of 64 bits would cost hundreds of instructions and their registers. 32 bits are enough: the
@@ -46,7 +51,8 @@ if (threadgroup_position_in_grid.y == 0) {
   quantize_vector<DIM, KEY_PATTERN, ORDER, POWER, KEY_GAINS, VECTOR_LANES, KEY_WEIGHTED>(
       keys + at * DIM, key_mean + row * DIM, key_cells, key_gains, key_signs, key_matrix,
       key_weights + uint(row) % uint(sizes[2]) * 4, key_codes + at * words, key_scales + at,
-      floats + group * DIM, cells, inside, int(thread_index % VECTOR_LANES), int(thread_index), GROUPS * LANES);
+      floats + group * DIM, cells, starts + group * KEY_SEARCH, inside, int(thread_index % VECTOR_LANES),
+      int(thread_index), GROUPS * LANES);
 } else {
   const uint group = thread_index / VALUE_VECTOR_LANES;
   const uint vector = threadgroup_position_in_grid.x * VALUE_VECTORS + group;
@@ -57,6 +63,6 @@ if (threadgroup_position_in_grid.y == 0) {
       VALUE_WEIGHTED>(
       values + at * VALUE_DIM, value_mean + row * VALUE_DIM, value_cells, value_gains, value_signs,
       value_matrix, value_weights, value_codes + at * value_words, value_scales + at,
-      floats + group * VALUE_DIM, cells, inside, int(thread_index % VALUE_VECTOR_LANES),
+      floats + group * VALUE_DIM, cells, starts + group * VALUE_SEARCH, inside, int(thread_index % VALUE_VECTOR_LANES),
       int(thread_index), GROUPS * LANES);
 }

@@ -132,7 +132,7 @@ METAL_FUNC void prepare_packed_queries(threadgroup Memory& memory, Queries queri
 #pragma unroll
       for (int k = 0; k < 4; k++) {
         const float own =
-            level_unit(bits_of(KEY_PATTERN, k), constants + KEY_LEVELS + level_place(KEY_PATTERN, k));
+            level_unit(digit_of(KEY_PATTERN, k), constants + KEY_LEVELS + level_place(KEY_PATTERN, k));
         unit = i % 4 == k ? own : unit;
       }
       float eight[8];

@@ -60,13 +60,14 @@ def visible_tokens(
     mean: float = 0.0,
     heads: int = 2,
     basis: Basis | None = None,
+    codec: str = "scalar",
 ) -> VisibleTokens:
     """Two sequences: 4 sinks, ``packed`` tokens, 11 recent ones, and free space behind them."""
     sides, exact = [], []
     for seed, width, bits, axes in ((1, dim, key_bits, basis), (2, value_dim, value_bits, None)):
         x, quantizer = (
             normal((2, heads, packed, width), seed) + mean,
-            shared_quantizer(width, bits, 0, axes),
+            shared_quantizer(width, bits, 0, axes, codec),
         )
         means = x.mean(axis=2, keepdims=True)
         sides.append(packed_side(x, means, quantizer, interleaved=seed == 1))

@@ -33,6 +33,7 @@ class CompressedCache:
     sink_tokens = property(attrgetter("settings.sink_tokens"), doc="First tokens that stay exact.")
     max_size = property(attrgetter("settings.max_size"), doc="The most tokens to hold, or None.")
     seed = property(attrgetter("settings.seed"), doc="Seed of the random rotation.")
+    codec = property(attrgetter("settings.codec"), doc="The kind of codes: scalar or trellis.")
 
     def __init__(self, settings: CacheSettings, packed: PackedKV, link: Link):
         self.settings = settings

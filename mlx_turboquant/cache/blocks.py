@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ..codec.basis import Basis
 from ..codec.codebook import check_bits
+from ..codec.quantizer import CODECS
 from ..kernels.attention import MAX_DECODE_ROWS
 from ..kernels.tokens import BLOCK, CAPACITY_UNIT
 
@@ -28,6 +29,7 @@ class CacheSettings(NamedTuple):
     sink_tokens: int
     max_size: int | None
     seed: int
+    codec: str = "scalar"
     basis: Basis | None = None
 
     @property
@@ -53,6 +55,8 @@ class CacheSettings(NamedTuple):
         """
         check_bits(self.key_bits)
         check_bits(self.value_bits)
+        if self.codec not in CODECS:
+            raise ValueError(f"Codec {self.codec!r} is not known: use one of {', '.join(CODECS)}.")
         counts = {"window": self.window, "number of sink tokens": self.sink_tokens}
         for name, tokens in counts.items():
             if not isinstance(tokens, int) or tokens < 0:

@@ -20,6 +20,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..codec.basis import Basis, restored_basis
+from ..codec.quantizer import CODECS
 from ..kernels.storage import PackedKV, beginning_of, check_state, check_vectors, layouts_of
 from ..kernels.tokens import VisibleTokens, longer
 from .base import CompressedCache, write_tokens
@@ -45,6 +46,7 @@ class TurboQuantKVCache(CompressedCache):
         max_size: The most tokens to hold; beyond it, the oldest blocks after the sinks are
             forgotten. None keeps all.
         seed: Seed of the random rotation.
+        codec: The kind of codes, "scalar" or "trellis", see :class:`.TurboQuantizer`.
         basis: The axes of the keys, in place of a random rotation.
 
     Raises:
@@ -63,10 +65,12 @@ class TurboQuantKVCache(CompressedCache):
         sink_tokens: int = DEFAULT_SINK_TOKENS,
         max_size: int | None = None,
         seed: int = 0,
+        codec: str = "scalar",
         basis: Basis | None = None,
     ):
-        settings = CacheSettings(key_bits, value_bits, window, sink_tokens, max_size, seed, basis)
-        layouts = layouts_of(key_bits, None if self._is_latent else value_bits, basis)
+        numbers = key_bits, value_bits, window, sink_tokens, max_size, seed
+        settings = CacheSettings(*numbers, codec, basis)
+        layouts = layouts_of(key_bits, None if self._is_latent else value_bits, basis, codec)
         super().__init__(settings, PackedKV(layouts, seed, settings.limit()), Link())
         self.offset = 0
         self.forgotten = 0
@@ -202,9 +206,9 @@ class TurboQuantKVCache(CompressedCache):
 
         The last two are axes and weights of the basis, so that a saved cache needs no profile.
         """
-        *numbers, basis = self.settings
+        *plain, basis = self.settings
         return (
-            *numbers,
+            *plain,
             self.shared_reads,
             self.offset,
             self.forgotten,
@@ -217,13 +221,14 @@ class TurboQuantKVCache(CompressedCache):
     @state.setter
     def state(self, state: tuple[Any, ...]) -> None:
         sides = 1 if self._is_latent else 2
-        check_state(len(state) == 12 + 4 * sides, f"it has {len(state)} parts")
-        settings, counts, arrays = state[:6], state[6:10], state[10:-2]
-        *numbers, max_size, seed = settings
+        check_state(len(state) == 13 + 4 * sides, f"it has {len(state)} parts")
+        settings, counts, arrays = state[:7], state[7:11], state[11:-2]
+        *numbers, max_size, seed, codec = settings
         numbers = (*numbers, *counts, 0 if max_size is None else max_size)
         are_counts = all(type(number) is int and 0 <= number <= LARGEST for number in numbers)
         check_state(are_counts, "a number of tokens or bits is invalid")
         check_state(type(seed) is int and seed >= 0, f"a seed of {seed}")
+        check_state(codec in CODECS, f"codes of the kind {codec!r}")
         try:
             basis = restored_basis(*state[-2:])
         except ValueError as error:
@@ -250,15 +255,15 @@ class TurboQuantKVCache(CompressedCache):
         Arrays are only sliced, so they may be :class:`.StoredArray` objects. The state of a cache
         that cannot be trimmed, or has no more tokens, is returned unchanged.
         """
-        sinks, (offset, forgotten, packed) = CacheSettings(*state[:6]).sink_tokens, state[7:10]
+        sinks, (offset, forgotten, packed) = CacheSettings(*state[:7]).sink_tokens, state[8:11]
         if forgotten or tokens >= offset:
             return tuple(state)
         # Packed tokens stay packed: the sinks are exact, and there may be no recent tokens.
         packed = min(packed, max(tokens - sinks, 0))
-        arrays, sides = state[10:-2], 1 if cls._is_latent else 2
+        arrays, sides = state[11:-2], 1 if cls._is_latent else 2
         exact = [x[:, :, : tokens - packed] for x in arrays[:sides]]
         used = beginning_of(arrays[sides:], packed)
-        return (*state[:7], tokens, forgotten, packed, *exact, *used, *state[-2:])
+        return (*state[:8], tokens, forgotten, packed, *exact, *used, *state[-2:])
 
     @classmethod
     def from_state(cls, state: tuple[Any, ...]) -> "TurboQuantKVCache":

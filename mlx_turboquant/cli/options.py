@@ -4,16 +4,18 @@ import argparse
 import io
 import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..codec.quantizer import CODECS
 from ..lm.prompt_store import PromptStore
 from ..lm.settings import Settings
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 _TEXTS = ("prompt", "system_prompt", "prefill_response")
 # The seed of the rotation has no option: ``--seed`` is mlx-lm's, for sampling.
-_SETTINGS = ("bits", "key_bits", "value_bits", "uniform", "window", "sink_tokens", "max_size")
+_SETTINGS = [field.name for field in fields(Settings) if field.name != "seed"]
 
 
 def parse(
@@ -85,7 +87,12 @@ def _mean_bits(text: str) -> float:
 
 
 def add_allocation_options(group: argparse._ActionsContainer) -> None:
-    """Add the options for the allocation of bits."""
+    """Add the options for the kind of codes and the allocation of bits."""
+    text = (
+        "Kind of codes; trellis codes have a third less error up to 4 bits and take longer to "
+        f"make, on a CPU very much longer (default: {Settings.codec})"
+    )
+    group.add_argument("--kv-codec", dest="codec", choices=CODECS, help=text)
     text = "Give all layers the same bits, for comparison"
     group.add_argument("--uniform", action="store_true", default=None, help=text)
     text = "Profile written by calibrate (default: the one in the user's cache folder)"
@@ -147,8 +154,8 @@ def given_prompt(prompt: str) -> io.StringIO:
 def add_presets_option(parser: argparse.ArgumentParser, *presets: str) -> None:
     """Add a ``--kv-bits`` for several caches, each of a form that ``preset`` reads."""
     text = (
-        "Bits per value of each cache, like 3.5, or K5V3 for keys and values "
-        f"(default: {' '.join(presets)})"
+        "Bits per value of each cache, like 3.5, or K5V3 for keys and values, or trellis:3 with "
+        f"another codec (default: {' '.join(presets)})"
     )
     parser.add_argument("--kv-bits", nargs="+", default=presets, metavar="BITS", help=text)
 

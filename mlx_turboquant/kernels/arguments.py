@@ -6,6 +6,7 @@ from functools import cache, lru_cache
 import mlx.core as mx
 import numpy as np
 
+from ..codec import trellis
 from ..codec.basis import Basis
 from ..codec.codebook import POLYNOMIAL_BITS, codebook, level_polynomial
 from ..codec.constants import constant
@@ -21,16 +22,17 @@ def example(quantizer: TurboQuantizer) -> TurboQuantizer:
     """
     if quantizer.basis is None:
         return quantizer
-    return patterned(quantizer.dim, quantizer.bits, quantizer.pattern)
+    codec = "trellis" if quantizer.is_trellis else "scalar"
+    return patterned(quantizer.dim, quantizer.bits, quantizer.pattern, codec)
 
 
 @cache
-def patterned(dim: int, bits: int, pattern: Bits) -> TurboQuantizer:
+def patterned(dim: int, bits: int, pattern: Bits, codec: str = "scalar") -> TurboQuantizer:
     """A quantizer whose basis, of two heads, has this pattern of bits."""
     deviations = 2.0 ** np.array(pattern if isinstance(pattern, tuple) else (0,) * 4)
     weights = np.tile(np.repeat(deviations**2 / (deviations**2).mean(), EIGHT), (2, 1, dim // RUN))
     axes = np.linalg.qr(gaussian_matrix(dim, dim, 0))[0] / np.sqrt(dim * weights)
-    return TurboQuantizer(dim, bits, basis=Basis(*map(_float32, (axes, weights))))
+    return TurboQuantizer(dim, bits, basis=Basis(*map(_float32, (axes, weights))), codec=codec)
 
 
 def _float32(x: np.ndarray) -> mx.array:
@@ -38,8 +40,12 @@ def _float32(x: np.ndarray) -> mx.array:
 
 
 def pattern(quantizer: TurboQuantizer) -> int:
-    """The bits of the eights of a run as digits, those of the first eight last; see layout.h."""
-    return sum(bits << 4 * i for i, bits in enumerate(_eights(quantizer)))
+    """The bits of the eights of a run as digits, those of the first eight last; see layout.h.
+
+    Those of a trellis code have digits from 9 on.
+    """
+    more = 8 if quantizer.is_trellis else 0
+    return sum((bits and bits + more) << 4 * i for i, bits in enumerate(_eights(quantizer)))
 
 
 def _eights(quantizer: TurboQuantizer) -> tuple[int, ...]:
@@ -54,6 +60,8 @@ def levels(quantizer: TurboQuantizer) -> mx.array:
     All bits of a pattern have theirs once, in the order of the eights.
     """
     found = [bits for bits in dict.fromkeys(_eights(quantizer)) if bits]
+    if quantizer.is_trellis:
+        return constant(mx.concatenate([trellis.table(bits) for bits in found]))
     return constant(mx.concatenate([_levels(quantizer.dim, bits) for bits in found]))
 
 
@@ -61,14 +69,17 @@ def levels(quantizer: TurboQuantizer) -> mx.array:
 def cells(quantizer: TurboQuantizer) -> mx.array:
     """The positive levels with the threshold above each: float32 (n, 2), thresholds first.
 
-    All bits of a pattern have theirs once, in the order of the eights.
+    All bits of a pattern have theirs once, in the order of the eights. A trellis code has its
+    :func:`levels` in their place.
     """
+    if quantizer.is_trellis:
+        return levels(quantizer)
     found = []
     for bits in dict.fromkeys(_eights(quantizer)):
         if bits:
-            levels, thresholds = codebook(quantizer.dim, bits)
-            positive = 2 ** (bits - 1)
-            found.append(np.stack([np.append(thresholds[positive:], np.inf), levels[positive:]], 1))
+            book = codebook(quantizer.dim, bits)
+            limits = np.append(book.thresholds[2 ** (bits - 1) :], np.inf)
+            found.append(np.stack([limits, book.levels[2 ** (bits - 1) :]], 1))
     return constant(np.concatenate(found).astype(np.float32))
 
 

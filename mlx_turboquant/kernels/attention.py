@@ -141,7 +141,7 @@ class DecodeAttention:
             "KEY_BITS": wanted.keys.bits,
             "KEY_PATTERN": arguments.pattern(wanted.keys),
             "BASIS": wanted.keys.basis is not None,
-            "VALUE_BITS": wanted.values.bits,
+            "VALUE_PATTERN": arguments.pattern(wanted.values),
             "VALUE_STRIDE": BLOCK if wanted.is_latent else 1,
             "MASK": mask,
             "MASK_ARRAY": mask > 1,

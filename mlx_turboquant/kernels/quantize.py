@@ -16,6 +16,8 @@ _PARAMETERS = ("mean", "cells", "gains", "signs", "matrix", "weights")
 _RESTORED = ("codes", "scales", "mean", "constants")
 # The lanes that share a vector in quantize.metal belong to one SIMD group.
 _MAX_DIM = 1024
+# Coordinates whose streams a threadgroup searches at once, which take 20 bytes of its memory each.
+_SEARCHED = 1280
 # Tokens that a SIMD group of dequantize.metal restores.
 _RESTORED_TOKENS = 32
 
@@ -72,7 +74,8 @@ def inner_product(
             f"Queries of shape {queries.shape} and packed vectors of shape {packed.scales.shape} "
             "have different leading axes: use the same."
         )
-    kernel = runtime.checked(InnerProduct, quantizer) if quantizer.basis is None else None
+    fits = quantizer.basis is None and not quantizer.is_trellis
+    kernel = runtime.checked(InnerProduct, quantizer) if fits else None
     if kernel is None:
         return quantizer.inner_product(queries, packed)
     return kernel(queries, packed)
@@ -87,8 +90,10 @@ class Quantize:
         self._dtypes = dtypes
         self._quantizers = quantizers
         given = [x if q.basis is None else mx.float32 for x, q in zip(dtypes, quantizers)]
-        constants = {"GROUPS": SIMDS, **_constants(given, quantizers)}
-        lanes = [32 if q.dim > 256 else 16 if q.dim > 128 else 8 for q in _both(quantizers)]
+        searched = max((q.dim for q in quantizers if q.is_trellis), default=1)
+        self._groups = min(SIMDS, max(1, _SEARCHED // searched))
+        constants = {"GROUPS": self._groups, **_constants(given, quantizers)}
+        lanes = [_vector_lanes(each) for each in _both(quantizers)]
         constants["VECTOR_LANES"], constants["VALUE_VECTOR_LANES"] = lanes
         weighted = [q.basis is not None for q in _both(quantizers)]
         constants["KEY_WEIGHTED"], constants["VALUE_WEIGHTED"] = map(int, weighted)
@@ -145,7 +150,7 @@ class Quantize:
             ]
             words = words_per_vector(quantizer.dim, quantizer.pattern)
             shapes += [(batch, heads, count, words), (batch, heads, count)]
-        threads = LANES * SIMDS
+        threads = LANES * self._groups
         threadgroups = -(-batch * heads * count * self._most_lanes // threads)
         outputs = self._launch(
             inputs=[*inputs, arguments.sizes(batch * heads, count, heads)],
@@ -273,6 +278,13 @@ class InnerProduct:
             output_shapes=[(*leading, query_count, count)],
             output_dtypes=[mx.float32],
         )[0]
+
+
+def _vector_lanes(quantizer: TurboQuantizer) -> int:
+    """Lanes that share a vector in quantize.metal."""
+    if quantizer.is_trellis or quantizer.dim > 256:
+        return LANES
+    return 16 if quantizer.dim > 128 else 8
 
 
 def _both(sides: Sequence) -> Sequence:

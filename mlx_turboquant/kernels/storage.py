@@ -27,12 +27,14 @@ ALL_ROWS = slice(None)
 
 
 @lru_cache(maxsize=256)
-def shared_quantizer(dim: int, bits: int, seed: int, basis: Basis | None = None) -> TurboQuantizer:
+def shared_quantizer(
+    dim: int, bits: int, seed: int, basis: Basis | None = None, codec: str = "scalar"
+) -> TurboQuantizer:
     """Return one quantizer for all layers: it is stateless, and caches must stay cheap to copy.
 
     Layers with a ``basis`` have quantizers of their own.
     """
-    return TurboQuantizer(dim, bits, seed=seed, basis=basis)
+    return TurboQuantizer(dim, bits, seed=seed, basis=basis, codec=codec)
 
 
 def removable_mean(x: mx.array, least_energy: float = 0.0) -> mx.array:
@@ -69,17 +71,21 @@ class Layout(NamedTuple):
     interleaved: bool
     least_mean_energy: float
     basis: Basis | None = None
+    codec: str = "scalar"
 
     def vector_nbytes(self, dim: int) -> int:
         """Return the bytes of one stored vector: its packed words and a bfloat16 scale."""
         return 4 * words_per_vector(dim, self.bits) + SCALE_NBYTES
 
 
-def layouts_of(key_bits: int, value_bits: int | None, basis: Basis | None = None) -> list[Layout]:
+def layouts_of(
+    key_bits: int, value_bits: int | None, basis: Basis | None = None, codec: str = "scalar"
+) -> list[Layout]:
     """Return the layouts of keys and values; without ``value_bits``, that of latent vectors."""
     if value_bits is None:
-        return [Layout(key_bits, True, VALUE_MEAN_ENERGY)]
-    return [Layout(key_bits, True, 0.0, basis), Layout(value_bits, False, VALUE_MEAN_ENERGY)]
+        return [Layout(key_bits, True, VALUE_MEAN_ENERGY, codec=codec)]
+    values = Layout(value_bits, False, VALUE_MEAN_ENERGY, codec=codec)
+    return [Layout(key_bits, True, 0.0, basis, codec), values]
 
 
 class PackedKV:
@@ -243,7 +249,7 @@ class PackedKV:
             what = f"codes, scales and means of {count} tokens are not of their shape"
             for x, (shape, dtype) in zip(arrays, _shapes(layout, tuple(heads), dim, count)):
                 check_state(isinstance(x, mx.array) and x.shape == shape and x.dtype == dtype, what)
-            quantizer = shared_quantizer(dim, layout.bits, self.seed, layout.basis)
+            quantizer = shared_quantizer(dim, layout.bits, self.seed, layout.basis, layout.codec)
             side = PackedSide(quantizer, layout.interleaved, *arrays)
             self.sides.append(_resized(side, whole_steps(count)))
 
@@ -262,9 +268,8 @@ def beginning_of(used: Sequence[Any], count: int) -> list[Any]:
 def _empty(layout: Layout, heads: tuple[int, ...], dim: int, seed: int) -> PackedSide:
     """Return a side of (B, H) heads without tokens; its mean is zeros."""
     arrays = [mx.zeros(*each) for each in _shapes(layout, heads, dim, 0)]
-    return PackedSide(
-        shared_quantizer(dim, layout.bits, seed, layout.basis), layout.interleaved, *arrays
-    )
+    quantizer = shared_quantizer(dim, layout.bits, seed, layout.basis, layout.codec)
+    return PackedSide(quantizer, layout.interleaved, *arrays)
 
 
 def _shapes(

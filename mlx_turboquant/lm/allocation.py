@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+from ..codec import trellis
 from ..codec.codebook import MAX_BITS, relative_error
 from ..codec.packing import words_per_vector
 
@@ -43,12 +44,23 @@ class Side(NamedTuple):
     divergences: tuple[float, ...]
     min_bits: int
 
+    def coded(self, codec: str) -> "Side":
+        """This side with codes of ``codec`` in place of scalar ones, by their squared errors."""
+        divergences, dim = list(self.divergences), self.vectors.dim
+        for bits in range(1, trellis.MOST_BITS + 1) if codec == "trellis" else ():
+            divergences[bits] *= trellis.relative_error(dim, bits) / relative_error(dim, bits)
+        return self._replace(divergences=tuple(divergences))
+
 
 class Layer(NamedTuple):
     """A compressed layer; one with latent attention has no values of its own."""
 
     keys: Side
     values: Side | None
+
+    def coded(self, codec: str) -> "Layer":
+        """This layer with codes of ``codec`` in place of scalar ones, see :meth:`Side.coded`."""
+        return Layer(self.keys.coded(codec), self.values and self.values.coded(codec))
 
 
 def check_budget(bits: float) -> None:

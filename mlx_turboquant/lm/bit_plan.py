@@ -23,7 +23,8 @@ class BitPlan:
     """The compressed layers of a model, and the bits that have been chosen for them.
 
     ``layers`` have the divergences for allocation. ``expected`` are the same layers with the
-    divergences to expect, in nats, or None without a profile.
+    divergences to expect, in nats, or None without a profile. Both are those of scalar codes, with
+    which profiles are measured.
     """
 
     layers: list[Layer]
@@ -54,8 +55,9 @@ class BitPlan:
         """
         if settings in self._chosen:
             return self._chosen[settings]
-        bits = allocate(self.layers, settings.bits, settings.key_bits, settings.value_bits)
-        divergence = self.divergence(bits)
+        plan = self._coded(settings.codec)
+        bits = allocate(plan.layers, settings.bits, settings.key_bits, settings.value_bits)
+        divergence = plan.divergence(bits)
         if divergence is None:
             _log.info(
                 "This model has no profile: `mlx_turboquant calibrate` measures where bits matter, "
@@ -63,13 +65,18 @@ class BitPlan:
             )
         elif divergence > _LARGE_DIVERGENCE:
             text = "With %g bits the expected divergence is %.2g nats: use %s."
-            _log.warning(text, settings.bits, divergence, self._remedy())
+            _log.warning(text, settings.bits, divergence, plan._remedy())
         self._chosen[settings] = bits
         return bits
 
     def divergence(self, bits: Sequence[tuple[int, int]]) -> float | None:
         """The divergence to expect with these bits, in nats; None without a profile."""
         return None if self.expected is None else expected_divergence(self.expected, bits)
+
+    def _coded(self, codec: str) -> "BitPlan":
+        """The plan for codes of ``codec``."""
+        both = (self.layers, self.expected)
+        return BitPlan(*(each and [layer.coded(codec) for layer in each] for each in both))
 
     def _remedy(self) -> str:
         for budget in BUDGETS:

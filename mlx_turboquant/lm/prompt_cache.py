@@ -22,7 +22,7 @@ from .compression import compression_of
 from .identity import CHANGED, Weights, description
 
 # Changes whenever the stored form of a cache's state changes.
-FORMAT_VERSION = "6"
+FORMAT_VERSION = "7"
 
 _MLX_LM_CACHES = (ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache)
 _KNOWN_CACHES = (TurboQuantKVCache, TurboQuantLatentCache, *_MLX_LM_CACHES)
@@ -101,8 +101,8 @@ def load_prompt_cache(
 
     Raises:
         ValueError: a file that is not a prompt cache, is damaged, or has another format or codec
-            version; one of another model, or of another seed than ``model`` is enabled with; or a
-            cache that cannot be cut back to ``tokens``, which are at least 1.
+            version; one of another model, or of another seed or codec than ``model`` is enabled
+            with; or a cache that cannot be cut back to ``tokens``, which are at least 1.
         OSError: the file cannot be read.
     """
     if tokens is not None and tokens < 1:
@@ -137,7 +137,7 @@ def load_prompt_cache(
     if tokens is not None and not cut_back(cache, tokens):
         raise ValueError(f"{file} cannot be cut back to {tokens} tokens: load all of it.")
     if model is not None:
-        _check_model(file, cache, seeds, model)
+        _check_model(file, cache, model)
         compression_of(model).connect(cache)
     else:
         for layer in flat_caches(cache):
@@ -228,16 +228,19 @@ def _check_lists(file: Path, names: Iterable[str]) -> None:
             raise Damaged(file, f"the list {'.'.join(parent)!r} lacks entries")
 
 
-def _check_model(file: Path, cache: list[Any], seeds: str, model: nn.Module) -> None:
+def _check_model(file: Path, cache: list[Any], model: nn.Module) -> None:
     expected = plain_caches(model)
     if len(cache) != len(expected):
         raise Damaged(file, f"{len(cache)} caches for {len(expected)} layers")
     settings = compression_of(model).settings
-    if settings is not None and seeds not in ("", str(settings.seed)):
-        raise ValueError(
-            f"{file} was saved with seed {seeds}, the model is enabled with seed "
-            f"{settings.seed}: enable it with the seed of the file."
-        )
+    for part in _with_parts(cache) if settings is not None else ():
+        for name in ("seed", "codec") if isinstance(part, TurboQuantKVCache) else ():
+            saved, own = getattr(part, name), getattr(settings, name)
+            if saved != own:
+                raise ValueError(
+                    f"{file} was saved with {name} {saved}, the model is enabled with {name} "
+                    f"{own}: enable it with the {name} of the file."
+                )
 
 
 def _seeds(caches: Iterable[Any]) -> str:

@@ -140,6 +140,7 @@ def cache_report(cache: list[Any], model: nn.Module | None = None) -> CacheRepor
     expected = None if model is None else compression_of(model).expected
     if expected is None or len(expected) != len(compressed):
         return report
+    expected = [layer.coded(each.codec) for layer, each in zip(expected, compressed)]
     bits = list(zip(report.key_bits, report.value_bits))
     shares = [
         (side.divergences[b], f"{name} of layer {i}")
@@ -155,6 +156,8 @@ def _layer_kind(name: str, layers: list[Any]) -> LayerKind:
     if hasattr(layers[0], "packed_tokens"):
         packed, exact = layers[-1].packed_tokens, layers[-1].exact_tokens
         remark = f"{packed:,} tokens a layer packed, {exact:,} exact"
+        if layers[-1].codec != "scalar":
+            remark += f", {layers[-1].codec} codes"
         bits = _mean_bits(layers)
     else:
         kind = name.removeprefix("Batch")

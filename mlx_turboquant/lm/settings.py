@@ -19,6 +19,7 @@ class CacheOptions(TypedDict, total=False):
     sink_tokens: int
     max_size: int | None
     seed: int
+    codec: str
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Settings:
         sink_tokens: First tokens that stay exact.
         max_size: The most tokens that a layer holds; beyond it, the oldest are forgotten.
         seed: Seed of the random rotation.
+        codec: The kind of codes, "scalar" or "trellis", see :class:`.TurboQuantizer`.
 
     Raises:
         ValueError: a field that is out of range, or fields that do not fit together.
@@ -48,6 +50,7 @@ class Settings:
     sink_tokens: int = DEFAULT_SINK_TOKENS
     max_size: int | None = None
     seed: int = 0
+    codec: str = "scalar"
 
     def __post_init__(self):
         check_budget(self.bits)
@@ -57,16 +60,15 @@ class Settings:
         self.of_layer(1, 1).limit()
 
     def __str__(self) -> str:
-        """The bits, in the form in which users give them."""
-        if self.is_fixed:
-            return "K{}V{}".format(*self.fixed_bits())
-        return f"{self.bits:g} bits per value"
+        """The bits, in the form in which users give them, and a codec that is not scalar."""
+        fixed = "K{}V{}".format(*self.fixed_bits())
+        bits = fixed if self.is_fixed else f"{self.bits:g} bits per value"
+        return bits if self.codec == "scalar" else f"{bits} in {self.codec} codes"
 
     def of_layer(self, key_bits: int, value_bits: int, basis: Basis | None = None) -> CacheSettings:
         """The settings of the cache of a layer with these bits."""
-        return CacheSettings(
-            key_bits, value_bits, self.window, self.sink_tokens, self.max_size, self.seed, basis
-        )
+        own = self.window, self.sink_tokens, self.max_size, self.seed, self.codec
+        return CacheSettings(key_bits, value_bits, *own, basis)
 
     @property
     def is_fixed(self) -> bool:

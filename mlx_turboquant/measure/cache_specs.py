@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
+from ..codec.quantizer import CODECS
 from ..lm.compressible import flat_caches, plain_caches
 from ..lm.enable import make_prompt_cache
 from ..lm.settings import Settings
@@ -76,15 +77,23 @@ MLX_LM = (CacheSpec("mlx-lm 8 bits", 8), CacheSpec("mlx-lm 4 bits", 4))
 def preset(name: str, settings: Settings = _DEFAULTS) -> CacheSpec:
     """Our cache with bits like ``4`` or ``3.5``, or bits of keys and values like ``K5V3``.
 
-    All else is as in ``settings``. ValueError for a name of another form, or invalid bits.
+    A codec may come before them, like ``trellis:3``. All else is as in ``settings``. ValueError for
+    a name of another form, or invalid bits.
     """
-    if split := re.fullmatch(r"[Kk](\d)[Vv](\d)", name):
-        key_bits, value_bits = map(int, split.groups())
-        settings = replace(settings, key_bits=key_bits, value_bits=value_bits)
-        return CacheSpec(name.upper(), settings=settings)
-    if not re.fullmatch(r"\d(\.\d*)?", name):
-        raise ValueError(f"{name!r} is not a preset: use bits like 4 or 3.5, or a split like K5V3.")
-    return CacheSpec(f"{name} bits", settings=replace(settings, bits=float(name)))
+    form = rf"(?:({'|'.join(CODECS)}):)?(?:[Kk](\d)[Vv](\d)|(\d(?:\.\d*)?))"
+    found = re.fullmatch(form, name)
+    if found is None:
+        raise ValueError(
+            f"{name!r} is not a preset: use bits like 4 or 3.5, a split like K5V3, or a codec "
+            "before them like trellis:3."
+        )
+    codec, key_bits, value_bits, bits = found.groups()
+    settings = replace(settings, codec=codec or settings.codec)
+    before = "" if settings.codec == "scalar" else f"{settings.codec} "
+    if bits is not None:
+        return CacheSpec(f"{before}{bits} bits", settings=replace(settings, bits=float(bits)))
+    settings = replace(settings, key_bits=int(key_bits), value_bits=int(value_bits))
+    return CacheSpec(f"{before}K{key_bits}V{value_bits}", settings=settings)
 
 
 def token_size(cache: list[Any]) -> tuple[int, float]:

@@ -224,6 +224,7 @@ def test_caches_with_different_settings_are_not_batched():
         {"window": 1},
         {"sink_tokens": 0},
         {"seed": 1},
+        {"codec": "trellis"},
         {"max_size": 500},
         {"basis": basis_of(DIM, HEADS, 2)},
     ):
@@ -248,6 +249,20 @@ def test_caches_with_equal_bases_are_batched_and_those_with_different_ones_are_n
     names = f"Basis.{other.digest[:8]}.*Basis.{first.digest[:8]}"
     with pytest.raises(ValueError, match=rf"cannot be batched \(.*{names}.*: use the same"):
         batch.extend(TurboQuantKVCache.merge([new_cache(key_bits=3, basis=other)]))
+
+
+def test_a_sequence_of_trellis_codes_comes_back_from_a_batch():
+    caches = [new_cache(codec="trellis", key_bits=2, window=0) for _ in range(2)]
+    for row, cache in enumerate(caches):
+        cache.update_and_fetch(*random_tokens(1, 40 + 30 * row, row))
+    batch = TurboQuantKVCache.merge(caches)
+    batch.update_and_fetch(*random_tokens(2, 1, 2))
+    for row, cache in enumerate(caches):
+        cache.update_and_fetch(*(x[row : row + 1] for x in random_tokens(2, 1, 2)))
+        extracted = batch.extract(row)
+        assert extracted.codec == "trellis"
+        for mine, theirs in zip(extracted.state[-8:-2], cache.state[-8:-2]):
+            assert mx.array_equal(mine, theirs)
 
 
 def test_padding_on_the_left_is_refused():

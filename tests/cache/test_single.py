@@ -125,10 +125,32 @@ def test_trimming_forgets_the_last_tokens_and_quantizes_none_again(sizes, surplu
 def test_a_cache_restored_from_its_state_is_the_same(sizes, basis):
     cache, _ = filled(sizes, key_bits=3, value_bits=2, window=20, seed=5, basis=basis)
     restored = TurboQuantKVCache.from_state(cache.state)
-    assert restored.state[:9] == cache.state[:9] and restored.settings == cache.settings
+    assert restored.state[:11] == cache.state[:11] and restored.settings == cache.settings
     for new in (tokens(1, seed=3), tokens(40, seed=4)):
         for a, b in zip(cache.update_and_fetch(*new), restored.update_and_fetch(*new)):
             assert mx.array_equal(a, b)
+
+
+def test_codes_of_a_trellis_are_nearer_and_come_back_with_the_state():
+    """The keys of 40 tokens, of which 36 are packed."""
+    keys, values = (x[..., :32] for x in tokens(40))
+    errors = []
+    for codec in ("scalar", "trellis"):
+        cache = TurboQuantKVCache(3, 1, window=0, sink_tokens=4, codec=codec)
+        cache.update_and_fetch(keys, values)
+        fetched = cache.from_state(cache.state).keys_and_values()
+        for mine, theirs in zip(fetched, cache.keys_and_values()):
+            assert mx.array_equal(mine, theirs)
+        errors.append(mx.square(fetched[0] - keys).mean().item())
+    assert errors[1] < 0.8 * errors[0]
+
+
+@pytest.mark.parametrize("codec", ["huffman", None, 1, mx.zeros((2, 2))])
+def test_a_state_of_an_unknown_codec_is_refused(codec):
+    state = list(TurboQuantKVCache().state)
+    state[6] = codec
+    with pytest.raises(ValueError, match=r"is damaged \(codes of the kind "):
+        TurboQuantKVCache.from_state(tuple(state))
 
 
 def changed(state: list, choose: random.Random) -> list:
@@ -303,6 +325,7 @@ def test_the_stock_quantization_of_mlx_lm_leaves_it_alone():
         ({"window": -1}, "window of -1"),
         ({"sink_tokens": -2}, "sink tokens of -2"),
         ({"window": 1.5}, "window of 1.5"),
+        ({"codec": "huffman"}, "'huffman' is not known: use one of scalar, trellis."),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):

@@ -167,8 +167,16 @@ def test_bits_that_are_no_number_get_the_ways_to_give_them():
 def test_the_help_lists_the_options_of_the_cache(command):
     result = run(command, "--help")
     assert result.returncode == 0
-    for option in ("--kv-bits", "--key-bits", "--value-bits", "--kv-window", "--kv-sinks"):
-        assert option in result.stdout
+    for option in ("bits", "codec", "window", "sinks"):
+        assert f"--kv-{option}" in result.stdout
+    assert "--key-bits" in result.stdout and "--value-bits" in result.stdout
+
+
+def test_the_codec_is_an_option_and_another_one_is_refused():
+    result = generate("--kv-codec", "trellis", "--kv-bits", "2", "--no-calibrate", "-v")
+    assert result.returncode == 0 and ", trellis codes" in result.stdout
+    refused = generate("--kv-codec", "huffman")
+    assert refused.returncode == 2 and "invalid choice: 'huffman'" in refused.stderr
 
 
 def test_commands_are_listed_and_a_wrong_one_is_refused():

@@ -172,6 +172,36 @@ def test_few_codes_differ(kernels_run, bits, fraction):
     assert errors[0] == pytest.approx(errors[1], rel=0.01)
 
 
+TRELLIS_DIMS = (8, 20, 40, 64, 80, 96, 128, 192, 256, 512)
+TRELLIS_BITS = (1, 2, 3, 4)
+
+
+@pytest.mark.parametrize("dim, bits, dtype", pairwise(TRELLIS_DIMS, TRELLIS_BITS, DTYPES))
+def test_quantize_finds_the_streams_of_the_reference(dim, bits, dtype):
+    quantizer = TurboQuantizer(dim, bits, codec="trellis")
+    x, mean = normal((2, 1, 9, dim), 1, dtype), normal((2, 1, 1, dim), 2)
+    check_streams(quantizer, x, mean)
+
+
+@pytest.mark.parametrize("dim, bits, spread", [(64, 4, 3), (32, 3, 3), (96, 3, 1), (128, 2, 2)])
+def test_quantize_finds_streams_on_axes(dim, bits, spread):
+    quantizer = TurboQuantizer(dim, bits, codec="trellis", basis=basis_of(dim, 2, spread))
+    assert not isinstance(quantizer.pattern, int)
+    check_streams(quantizer, normal((1, 2, 9, dim), 1), normal((1, 2, 1, dim), 2))
+
+
+def check_streams(quantizer, x, mean) -> None:
+    """Streams of nearly the same cost differ; their errors do not."""
+    packed, expected = quantized(x, mean, quantizer), reference.quantize(x, mean, quantizer)
+    residual = x.astype(mx.float32) - mean
+    errors = [squared_errors(quantizer, p, residual).mean().item() for p in (packed, expected)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.01)
+    same = (packed.codes == expected.codes).all(axis=-1)
+    assert same.mean() >= 0.5
+    scales = mx.where(same, packed.scales / expected.scales, 1)
+    assert mx.abs(scales - 1).max() <= 1 / 128  # one step of bfloat16
+
+
 LEVELS_AT_BOTH_PLACES = """
 half2 coefficients[4];
 load_coefficients(4, levels, coefficients);
@@ -249,6 +279,12 @@ def test_dequantize_restores_the_tokens_of_the_reference(
 ):
     quantizers = shared_quantizer(dim, key_bits, 0), shared_quantizer(value_dim, value_bits, 0)
     assert Dequantize((dtype, dtype), quantizers).check().holds
+
+
+@pytest.mark.parametrize("dim, bits, dtype", pairwise(TRELLIS_DIMS, TRELLIS_BITS, DTYPES))
+def test_dequantize_restores_streams(dim, bits, dtype):
+    quantizers = [TurboQuantizer(dim, each, codec="trellis") for each in (bits, 5 - bits)]
+    assert Dequantize((dtype, dtype), tuple(quantizers)).check().holds
 
 
 def test_dequantize_restores_keys_that_are_the_values(kernels_run):
@@ -509,6 +545,34 @@ def test_a_table_of_pairs_changes_no_bit_of_latent_attention(monkeypatch):
 @pytest.mark.parametrize("dim, bits", [(512, 4), (512, 3), (128, 6), (256, 8)])
 def test_attention_reads_one_latent_vector_as_key_and_value(dim, bits):
     tokens = visible_tokens(dim, dim, bits, bits)
+    tokens = replace(tokens, values=tokens.keys, exact_values=tokens.exact_keys)
+    assert_attention_agrees(*attention_arguments(tokens, 4, 1, mx.float32, "additive"))
+
+
+@pytest.mark.parametrize("half_sums", [False, True])
+@pytest.mark.parametrize(
+    "dim, value_dim, key_bits, value_bits, rows, dtype",
+    pairwise(
+        (40, 64, 80, 128, 256),
+        (36, 64, 80, 128, 512),
+        TRELLIS_BITS,
+        (1, 2, 3, 4, 6),
+        (1, 3, 8),
+        DTYPES,
+    ),
+)
+def test_attention_reads_streams(
+    dim, value_dim, key_bits, value_bits, rows, dtype, half_sums, monkeypatch
+):
+    target = TARGETS["metal"]._replace(half_sums=half_sums, ahead=half_sums)
+    monkeypatch.setitem(TARGETS, "metal", target)
+    tokens = visible_tokens(dim, value_dim, key_bits, value_bits, dtype, codec="trellis")
+    assert_attention_agrees(*attention_arguments(tokens, 1, rows, dtype, "none"))
+
+
+@pytest.mark.parametrize("dim, bits", [(64, 4), (512, 3)])
+def test_attention_reads_a_latent_stream_as_key_and_value(dim, bits):
+    tokens = visible_tokens(dim, dim, bits, bits, codec="trellis")
     tokens = replace(tokens, values=tokens.keys, exact_values=tokens.exact_keys)
     assert_attention_agrees(*attention_arguments(tokens, 4, 1, mx.float32, "additive"))
 
@@ -842,31 +906,34 @@ def test_doctor_fails_if_a_kernel_does(few_checks, monkeypatch, capsys, tmp_path
 
 
 @pytest.mark.parametrize(
-    "dim, bits, spread, rows, mask",
+    "dim, bits, spread, rows, mask, codec",
     [
-        (64, 3, 2, 1, "none"),
-        (128, 4, 1.5, 4, "causal"),
-        (128, 2, 3, 2, "none"),
-        (128, 6, 3, 1, "boolean"),
-        (96, 1, 2, 3, "none"),
-        (256, 5, 2, 8, "none"),
-        (128, 8, 2, 1, "none"),
-        (128, 3, 0, 1, "none"),
+        (64, 3, 2, 1, "none", "scalar"),
+        (128, 4, 1.5, 4, "causal", "scalar"),
+        (128, 2, 3, 2, "none", "scalar"),
+        (128, 6, 3, 1, "boolean", "scalar"),
+        (96, 1, 2, 3, "none", "scalar"),
+        (256, 5, 2, 8, "none", "scalar"),
+        (128, 8, 2, 1, "none", "scalar"),
+        (128, 3, 0, 1, "none", "scalar"),
+        (64, 4, 4, 1, "none", "trellis"),
+        (128, 3, 3, 4, "causal", "trellis"),
+        (96, 2, 2, 2, "none", "trellis"),
     ],
 )
 @pytest.mark.parametrize("half_sums", [False, True])
-def test_keys_in_a_basis(dim, bits, spread, rows, mask, half_sums, monkeypatch):
+def test_keys_in_a_basis(dim, bits, spread, rows, mask, codec, half_sums, monkeypatch):
     """Kernels are built for an example, and then given the bases of layers."""
     target = TARGETS["metal"]._replace(half_sums=half_sums, ahead=half_sums)
     monkeypatch.setitem(TARGETS, "metal", target)
-    values, dtypes = shared_quantizer(dim, 3, 0), (mx.float16, mx.float16)
-    own = TurboQuantizer(dim, bits, basis=basis_of(dim, 3, spread))
+    values, dtypes = shared_quantizer(dim, 3, 0, None, codec), (mx.float16, mx.float16)
+    own = TurboQuantizer(dim, bits, basis=basis_of(dim, 3, spread), codec=codec)
     like = arguments.example(own)
     assert like.pattern == own.pattern
     assert Quantize(dtypes, (like, values)).check().holds
     restore = Dequantize(dtypes, (like, values))
     assert restore.check().holds
-    tokens = visible_tokens(dim, dim, bits, 3, mx.float16, heads=3, basis=own.basis)
+    tokens = visible_tokens(dim, dim, bits, 3, mx.float16, heads=3, basis=own.basis, codec=codec)
     assert_attention_agrees(*attention_arguments(tokens, 2, rows, mx.float16, mask))
     for restored, expected in zip(restore(tokens), reference.dense(tokens)):
         assert runtime.compare(restored, expected, mx.float16).holds

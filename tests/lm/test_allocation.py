@@ -5,6 +5,7 @@ from conftest import mean_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_turboquant.codec import trellis
 from mlx_turboquant.codec.codebook import relative_error
 from mlx_turboquant.lm.allocation import (
     BUDGETS,
@@ -135,3 +136,17 @@ def test_divergences_that_were_not_measured_follow_the_error_of_the_codec():
     assert divergences[2:4] == (0.5, 0.1)
     assert divergences[5] == pytest.approx(0.1 * relative_error(64, 5) / relative_error(64, 3))
     assert divergences[1] == pytest.approx(0.5 * relative_error(64, 1) / relative_error(64, 2))
+
+
+def test_the_divergence_of_trellis_codes_follows_their_error_up_to_four_bits():
+    scalar = side(0.1)
+    coded = scalar.coded("trellis").divergences
+    assert coded[3] == pytest.approx(
+        scalar.divergences[3] * trellis.relative_error(64, 3) / relative_error(64, 3)
+    )
+    assert all(0.6 < b / a < 0.9 for a, b in zip(scalar.divergences[1:5], coded[1:5]))
+    assert (coded[0], *coded[5:]) == (float("inf"), *scalar.divergences[5:])
+    assert list(coded) == sorted(coded, reverse=True)
+    layer = Layer(scalar, None)
+    assert layer.coded("scalar") == layer
+    assert layer.coded("trellis").keys.divergences == coded

@@ -6,6 +6,7 @@ from conftest import mean_bits, profile_of, variant
 from tokens import basis_of
 
 from mlx_turboquant import enable, make_prompt_cache
+from mlx_turboquant.lm.allocation import allocate
 from mlx_turboquant.lm.compression import compression_of, treat_layers_alike
 from mlx_turboquant.lm.profile import save_profile
 from mlx_turboquant.lm.settings import Settings
@@ -105,6 +106,17 @@ def test_a_budget_that_is_expected_to_harm_is_warned_of_with_one_that_would_do(
     assert line.endswith("nats: use 3 bits to stay below 0.05.")
 
 
+def test_a_budget_of_trellis_codes_is_chosen_and_warned_of_by_their_error(random_model, caplog):
+    profile = profile_of(random_model, 0.3, 0.2)
+    cache = make_prompt_cache(random_model, 2.5, profile=profile, codec="trellis")
+    assert [layer.codec for layer in cache] == ["trellis"] * 2
+    layers = [layer.coded("trellis") for layer in compression_of(random_model).plan().layers]
+    assert bits(cache) == allocate(layers, 2.5)
+    make_prompt_cache(random_model, 2.5)
+    trellis, scalar = (float(each.message.split()[7]) for each in caplog.records)
+    assert 0.6 < trellis / scalar < 0.8
+
+
 def test_the_same_bits_in_all_layers_need_nothing_of_the_model(random_model):
     assert bits(make_prompt_cache(random_model, 4, uniform=True)) == [(5, 3)] * 2
     assert bits(make_prompt_cache(random_model, key_bits=6, value_bits=2)) == [(6, 2)] * 2
@@ -133,6 +145,7 @@ def test_layers_that_are_treated_alike_are_not_computed(random_model):
         ({"bits": "four"}, "'four' bits are not supported"),
         ({"value_bits": 9}, "9 bits per value are not supported"),
         ({"window": -1}, "A window of -1 is not possible"),
+        ({"codec": "huffman"}, "Codec 'huffman' is not known: use one of scalar, trellis."),
     ],
 )
 def test_settings_that_are_not_possible_are_refused(settings, message):

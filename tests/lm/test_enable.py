@@ -11,6 +11,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models import llama, mamba
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.tuner.utils import load_adapters, remove_lora_layers
+from tiny_families import tiny_model
 from tokens import continuation
 
 from mlx_turboquant import (
@@ -154,6 +155,18 @@ def test_settings_can_be_given_as_one_object(random_model):
     ):
         assert [(layer.window, layer.seed) for layer in cache] == [(16, 5)] * 2
     assert make_prompt_cache(random_model, settings, window=0)[0].window == 0
+
+
+def test_the_codec_reaches_every_kind_of_cache_and_is_named():
+    settings = Settings(key_bits=3, value_bits=2, codec="trellis")
+    for family in ("llama", "deepseek_v3"):
+        model = enable(tiny_model(family), settings)
+        for cache in (make_prompt_cache(model, settings), model.make_cache()):
+            assert {layer.codec for layer in cache} == {"trellis"}
+            assert {x.codec for layer in cache for x in layer._packed.layouts} == {"trellis"}
+        disable(model)
+    assert f"{settings}" == "K3V2 in trellis codes"
+    assert str(Settings(3, codec="trellis")) == "3 bits per value in trellis codes"
 
 
 def test_a_disabled_model_gets_arrays_from_caches_that_it_has(random_model):

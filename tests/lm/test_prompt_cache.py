@@ -206,6 +206,23 @@ def test_a_cache_of_another_seed_than_the_enabled_one_is_refused(random_model, s
         load_prompt_cache(saved, random_model)
 
 
+@pytest.mark.parametrize("tokens", [None, 100])
+def test_a_cache_of_another_codec_than_the_enabled_one_is_refused(random_model, tmp_path, tokens):
+    cache = make_prompt_cache(random_model, key_bits=2, value_bits=1, window=16, codec="trellis")
+    logits(random_model, cache)
+    file = save_prompt_cache(tmp_path / "cache", cache, random_model)
+    loaded = load_prompt_cache(file, random_model, tokens=tokens)
+    assert [layer.codec for layer in loaded] == ["trellis"] * 2
+    mlx_lm_cache.trim_prompt_cache(cache, 200 - tokens if tokens else 0)
+    assert_same(loaded, cache)
+    assert mx.array_equal(logits(random_model, loaded), logits(random_model, cache))
+    load_prompt_cache(file, enable(random_model, 3, codec="trellis"), tokens=tokens)
+    enable(random_model, 3)
+    expected = "codec trellis, the model is enabled with codec scalar: enable it with the codec of"
+    with pytest.raises(ValueError, match=expected):
+        load_prompt_cache(file, random_model, tokens=tokens)
+
+
 def test_foreign_files_are_refused(random_model, tmp_path):
     weights, text = tmp_path / "weights.safetensors", tmp_path / "text.safetensors"
     save_file({"weight": np.zeros(3, np.float32)}, weights)
@@ -275,24 +292,24 @@ class File:
 
 
 def _terabytes(file: File) -> None:
-    file.header["0.12"]["shape"] = [1, 2, 2**20, 2**20, 32]
+    file.header["0.13"]["shape"] = [1, 2, 2**20, 2**20, 32]
 
 
 def _terabytes_of_nothing(file: File) -> None:
-    file.header["0.12"] = {"dtype": "U32", "shape": [0, 2**40], "data_offsets": [0, 0]}
+    file.header["0.13"] = {"dtype": "U32", "shape": [0, 2**40], "data_offsets": [0, 0]}
 
 
 def _overlapping(file: File) -> None:
-    file.header["0.15"]["data_offsets"] = file.header["0.12"]["data_offsets"]
+    file.header["0.16"]["data_offsets"] = file.header["0.13"]["data_offsets"]
 
 
 def _wrong_dtype(file: File) -> None:
-    file.header["0.12"]["dtype"] = "F32"
+    file.header["0.13"]["dtype"] = "F32"
 
 
 def _wrong_words(file: File) -> None:
-    *heads, words, lanes = file.header["0.12"]["shape"]
-    file.header["0.12"]["shape"] = [*heads, 2 * words, lanes // 2]
+    *heads, words, lanes = file.header["0.13"]["shape"]
+    file.header["0.13"]["shape"] = [*heads, 2 * words, lanes // 2]
 
 
 def _negative(name: str) -> Callable[[File], None]:
@@ -304,7 +321,7 @@ def _billions(name: str) -> Callable[[File], None]:
 
 
 def _missing_array(file: File) -> None:
-    del file.header["0.12"]
+    del file.header["0.13"]
 
 
 def _missing_metadata(name: str) -> Callable[[File], None]:
@@ -320,19 +337,19 @@ def _one_layer_more_than_classes(file: File) -> None:
 
 
 def _a_list_of_billions(file: File) -> None:
-    file.header["0.4000000000"] = file.header.pop("0.12")
+    file.header["0.4000000000"] = file.header.pop("0.13")
 
 
 def _a_scalar_that_is_an_array(file: File) -> None:
-    file.header["__metadata__"]["2.1.0"] = "0.12"
+    file.header["__metadata__"]["2.1.0"] = "0.13"
 
 
 @pytest.mark.parametrize(
     "change",
     [
         *(_terabytes, _terabytes_of_nothing, _overlapping, _wrong_dtype, _wrong_words),
-        *(_negative(name) for name in ("0.0", "0.2", "0.5", "0.7", "0.8", "0.9")),
-        *(_billions(name) for name in ("0.0", "0.3", "0.7", "0.8", "0.9")),
+        *(_negative(name) for name in ("0.0", "0.2", "0.5", "0.8", "0.9", "0.10")),
+        *(_billions(name) for name in ("0.0", "0.3", "0.8", "0.9", "0.10")),
         _missing_array,
         *(_missing_metadata(name) for name in ("0.format", "0.seed", "0.checksums")),
         *(_missing_metadata(name) for name in ("1.1", "2.1.1")),

@@ -2,6 +2,7 @@ import logging
 
 import mlx.core as mx
 import pytest
+from conftest import profile_of
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 from tiny_families import tiny_model
 from tokens import basis_of, keys_and_values
@@ -97,6 +98,17 @@ def test_with_a_profile_the_report_says_what_to_expect_and_what_weighs_most(rand
     assert report.divergence == pytest.approx(0.02 + 0.002 + 2 * 0.001)
     assert report.heaviest == ["keys of layer 0", "keys of layer 1", "values of layer 1"]
     assert "expected divergence 0.024 nats, most of it from keys of layer 0, " in str(report)
+
+
+def test_codes_of_a_trellis_are_named_and_expected_to_diverge_less(random_model):
+    profile = profile_of(random_model, 0.1, 0.1)
+    scalar, trellis = (
+        make_prompt_cache(random_model, key_bits=3, value_bits=5, profile=profile, codec=codec)
+        for codec in ("scalar", "trellis")
+    )
+    expected, report = (cache_report(cache, random_model) for cache in (scalar, trellis))
+    assert 0.6 < report.divergence / expected.divergence < 0.7
+    assert report.kinds[0].remark == expected.kinds[0].remark + ", trellis codes"
 
 
 def test_a_cache_of_which_nothing_is_compressed_is_reported_with_a_warning(caplog):

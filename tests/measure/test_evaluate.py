@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import islice
 
 import mlx.core as mx
@@ -187,7 +188,8 @@ def test_progress_counts_every_token_of_a_text(random_model):
 
 
 @pytest.mark.parametrize(
-    "name", ["", "four", "K4", "K9V4", "K0V4", "9", "4.3", "K44V4", "nan", "prod:4"]
+    "name",
+    ["", "four", "K4", "K9V4", "K0V4", "9", "4.3", "K44V4", "nan", "prod:4", ":4", "scalar:"],
 )
 def test_unknown_presets_are_refused(name):
     with pytest.raises(ValueError, match="use "):
@@ -198,6 +200,24 @@ def test_unknown_presets_are_refused(name):
 def test_presets_are_bits_or_a_split(name, bits):
     expected = Settings(bits) if bits else Settings(key_bits=5, value_bits=3)
     assert preset(name).settings == expected
+
+
+def test_a_preset_names_the_codec_that_it_or_the_settings_bring():
+    trellis = replace(SHORT, codec="trellis")
+    names = ("3.5", "scalar:3.5", "trellis:3.5", "trellis:k3v2")
+    specs = [preset(name, settings) for settings in (SHORT, trellis) for name in names]
+    assert [spec.name for spec in specs[1:]] == [
+        *("3.5 bits", "trellis 3.5 bits", "trellis K3V2"),
+        *("trellis 3.5 bits", "3.5 bits", "trellis 3.5 bits", "trellis K3V2"),
+    ]
+    assert specs[2].settings == replace(trellis, bits=3.5) == specs[4].settings
+    assert specs[3].settings == replace(trellis, key_bits=3, value_bits=2)
+
+
+def test_trellis_codes_are_compared_with_scalar_ones_in_one_run(random_model):
+    specs = (preset(name, UNPROTECTED) for name in ("K2V2", "trellis:K2V2"))
+    _, scalar, trellis = (each.summary()["kl_mean"] for each in compare(random_model, *specs))
+    assert trellis < 0.85 * scalar
 
 
 @pytest.mark.parametrize("family", FAMILIES)
