@@ -35,9 +35,12 @@ constant constexpr int KEY_LEVELS = 8;
 constant constexpr int VALUE_LEVELS = KEY_LEVELS + level_place(KEY_PATTERN, 4);
 constant constexpr int SIGNS = VALUE_LEVELS + level_count(VALUE_DIGIT);
 constant constexpr int MATRIX = SIGNS + DIM;
-// Words of the tables of levels.
+// Words of the tables of levels of keys, and where that of the values begins. Tables of trellis codes are the same for
+// keys and values.
 constant constexpr int KEY_TABLE = table_place(KEY_PATTERN, 4);
-constant constexpr int VALUE_TABLE = table_words(VALUE_DIGIT);
+constant constexpr int VALUE_PLACE =
+    is_trellis(VALUE_PATTERN) ? place_of_digit(KEY_PATTERN, VALUE_DIGIT) : KEY_TABLE;
+constant constexpr int TABLES = KEY_TABLE + (VALUE_PLACE < KEY_TABLE ? 0 : table_words(VALUE_DIGIT));
 // Words with the weights of a token, two rows in each.
 constant constexpr int ROW_WORDS = (ROWS + 1) / 2;
 // Rows that are joined at once.
@@ -52,6 +55,7 @@ struct PackedMemory {
     uint4 originals[BASIS ? DIM * ROWS / 4 : 1];
     uint4 weights[SIMDS][BLOCK_TOKENS * ROW_WORDS / 4];
   };
+  uint tables[TABLES > 0 ? TABLES : 1];
 };
 
 struct ExactMemory {
@@ -82,8 +86,6 @@ struct Memory {
   int row_count;
   uint first_output;
   uint output_stride;
-  uint key_table[KEY_TABLE > 0 ? KEY_TABLE : 1];
-  uint value_table[VALUE_TABLE > 0 ? VALUE_TABLE : 1];
 };
 
 // The work of a SIMD group. It takes the rows of key head `head`, counted over all sequences, from `first_row`

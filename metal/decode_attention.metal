@@ -87,14 +87,6 @@ if (MASK > 0 && thread_index < ROWS) {
       : long(place.head / heads) * sizes[MASK_BATCH_STRIDE] + long(query_head) * sizes[MASK_HEAD_STRIDE] +
           long(row % rows) * sizes[MASK_ROW_STRIDE];
 }
-#pragma unroll
-for (int eight = 0; eight < 4; eight++) {
-  if (first_alike(KEY_PATTERN, eight) == eight) {
-    store_table(digit_of(KEY_PATTERN, eight), constants + KEY_LEVELS + level_place(KEY_PATTERN, eight),
-        memory.key_table + table_place(KEY_PATTERN, eight), thread_index, SIMDS * LANES);
-  }
-}
-store_table(VALUE_DIGIT, constants + VALUE_LEVELS, memory.value_table, thread_index, SIMDS * LANES);
 #if !MASK_ARRAY
 const int mask = 0;
 #endif
@@ -107,6 +99,7 @@ start(running);
 if (split < packed_splits) {
   place.block_step = packed_splits * SIMDS;
   place.count = sizes[span];
+  store_tables(memory, constants, thread_index);
   prepare_packed_queries(memory, queries, axes + place.head % heads * (DIM * DIM), key_mean, constants, place,
       group_rows);
   threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -4,8 +4,9 @@
 
 // The most bits with which levels follow a polynomial.
 constant constexpr int LEVEL_BITS = 6;
-// Levels of a trellis code.
-constant constexpr int WINDOWS = 256;
+// Bits of the windows of a trellis code, and its levels.
+constant constexpr int WINDOW = 8;
+constant constexpr int WINDOWS = 1 << WINDOW;
 
 // Length of the array of levels. Here and below `bits` may be the digit of a trellis code, see layout.h, whose codes
 // are its windows.

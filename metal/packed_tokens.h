@@ -34,12 +34,6 @@ METAL_FUNC void clear(thread Sum (&sums)[COUNT][OTHERS]) {
   }
 }
 
-// The levels of two windows of a trellis code.
-METAL_FUNC half2 two_levels(const threadgroup uint* table, uint first, uint second) {
-  const threadgroup half* levels = (const threadgroup half*)table;
-  return half2(levels[first], levels[second]);
-}
-
 // The coefficients of level_pair for each eight of a run; eights of the same bits share those of the first one.
 struct KeyLevels {
   half2 coefficients[4][4];
@@ -52,16 +46,15 @@ METAL_FUNC void add_eight(thread Sum (&sums)[TOKENS][ROWS], const thread uint (&
     const thread uint (&before)[TOKENS], thread const KeyLevels& key_levels, const threadgroup Memory& memory, int run) {
   constexpr int bits = digit_of(KEY_PATTERN, EIGHT);
   if constexpr (bits > 0) {
-    const threadgroup uint* table = memory.key_table + table_place(KEY_PATTERN, EIGHT);
+    const threadgroup uint* table = memory.packed.tables + table_place(KEY_PATTERN, EIGHT);
     half2 levels[TOKENS][4];
 #pragma unroll
     for (int t = 0; t < TOKENS; t++) {
 #pragma unroll
       for (int k = 0; k < 4; k++) {
         if constexpr (is_trellis(KEY_PATTERN)) {
-          const int end = code_end(KEY_PATTERN, EIGHT * 8 + 2 * k);
-          levels[t][k] = two_levels(table, window_of_run(words[t], before[t], end),
-              window_of_run(words[t], before[t], end + bits_of(KEY_PATTERN, EIGHT)));
+          levels[t][k] =
+              pair_of_run<bits>(table, words[t], before[t], code_end(KEY_PATTERN, EIGHT * 8 + 2 * k + 1));
         } else if constexpr (!is_paired(bits)) {
           const int place = code_place(bits, k, !HALF_SUMS);
           levels[t][k] = level_pair(bits, key_levels.coefficients[first_alike(KEY_PATTERN, EIGHT)],
@@ -112,16 +105,15 @@ METAL_FUNC void add_values(thread Pair (&sums)[ROWS][PAIRS], const thread uint (
       const int piece = 2 * k / COORDINATES;
       const int pair = k % (COORDINATES / 2);
       if constexpr (is_trellis(VALUE_PATTERN)) {
-        const thread uint* two = words[b][piece];
-        const int below = (COORDINATES - 1 - 2 * pair) * VALUE_BITS;
-        levels[pair % 2] = two_levels(memory.value_table, window_of(two[0], two[1], below),
-            window_of(two[0], two[1], below - VALUE_BITS));
+        // The first of the two words is the one before a run here.
+        levels[pair % 2] = pair_of_run<VALUE_DIGIT>(memory.packed.tables + VALUE_PLACE, words[b][piece] + 1,
+            words[b][piece][0], 32 - (COORDINATES - 2 - 2 * pair) * VALUE_BITS);
       } else if constexpr (!is_paired(VALUE_BITS)) {
         const int place = code_place(VALUE_BITS, pair, !HALF_SUMS);
-        levels[pair % 2] = level_pair(VALUE_BITS, coefficients, (const threadgroup half*)memory.value_table,
+        levels[pair % 2] = level_pair(VALUE_BITS, coefficients, (const threadgroup half*)(memory.packed.tables + VALUE_PLACE),
             code_pair<8, VALUE_BITS>(words[b][piece], pair, place), place);
       } else if (pair % 2 == 0) {
-        two_pairs(memory.value_table, entry_of<VALUE_BITS>(words[b][piece], 2 * pair),
+        two_pairs(memory.packed.tables + VALUE_PLACE, entry_of<VALUE_BITS>(words[b][piece], 2 * pair),
             entry_of<VALUE_BITS>(words[b][piece], 2 * pair + 1), levels);
       }
 #pragma unroll

@@ -1,21 +1,26 @@
-// With PAIR_TABLE the levels of two codes are looked up together, in a table in threadgroup memory, up to 4 bits.
+// With PAIR_TABLE the levels of two codes are looked up together, in a table in threadgroup memory, up to 4 bits. Two
+// neighbours in the stream of a trellis code have the entry of their bits and of those before.
+//
 // The table has what level_pair computes, so outputs are the same bit for bit.
 //
 // Entry i has the levels of the coordinates j and j + 2 of an eight, whose codes are neighbours in one half of a word.
 // The bits of i are their bits in the first plane, then those in the second one: i is what a plane holds, moved by one
 // shift. At 3 bits i is aabbcd: the codes are bbd and aac.
 #pragma once
-#include "levels.h"
+#include "trellis.h"
 
 constant constexpr int PAIRED_BITS = 4;
 
 METAL_FUNC constexpr bool is_paired(int bits) {
-  return PAIR_TABLE && bits > 0 && bits <= PAIRED_BITS;
+  return PAIR_TABLE && bits > 0 && (bits > 8 ? bits - 8 : bits) <= PAIRED_BITS;
 }
 
 // Words of the table of an eight: pairs, or two levels of one code in a word.
 METAL_FUNC constexpr int table_words(int bits) {
-  return is_paired(bits) ? 1 << (2 * bits) : (bits > LEVEL_BITS ? level_count(bits) / 2 : 0);
+  if (is_paired(bits)) {
+    return bits > 8 ? WINDOWS << (bits - 8) : 1 << (2 * bits);
+  }
+  return bits > LEVEL_BITS ? level_count(bits) / 2 : 0;
 }
 
 // Where the table of an eight begins in one array, which has those of all bits of a pattern once. Its length is that of
@@ -28,6 +33,16 @@ METAL_FUNC constexpr int table_place(int pattern, int eight) {
     place += is_before && first_alike(pattern, other) == other ? table_words(digit_of(pattern, other)) : 0;
   }
   return place;
+}
+
+// Where the table of a digit begins, or that array ends if no eight has it.
+METAL_FUNC constexpr int place_of_digit(int pattern, int digit) {
+  for (int eight = 0; eight < 4; eight++) {
+    if (digit_of(pattern, eight) == digit) {
+      return table_place(pattern, eight);
+    }
+  }
+  return table_place(pattern, 4);
 }
 
 // The codes of an entry, at bit 4 of both halves of a word.
@@ -47,9 +62,14 @@ METAL_FUNC void store_table(int bits, Levels levels, threadgroup uint* table, in
   load_coefficients(bits, levels, coefficients);
 #pragma unroll 1
   for (int i = index; i < table_words(bits); i += count) {
-    const half2 pair = is_paired(bits)
-        ? level_pair(bits, coefficients, (const threadgroup half*)table, codes_of_entry(bits, uint(i)), 4)
-        : half2(half(levels[2 * i]), half(levels[2 * i + 1]));
+    half2 pair;
+    if (!is_paired(bits)) {
+      pair = half2(half(levels[2 * i]), half(levels[2 * i + 1]));
+    } else if (bits > 8) {
+      pair = half2(half(levels[i >> (bits - 8) & (WINDOWS - 1)]), half(levels[i & (WINDOWS - 1)]));
+    } else {
+      pair = level_pair(bits, coefficients, (const threadgroup half*)table, codes_of_entry(bits, uint(i)), 4);
+    }
     table[i] = as_type<uint>(pair);
   }
 }
@@ -74,4 +94,16 @@ METAL_FUNC void two_pairs(const threadgroup uint* table, uint even, uint odd, th
   const half2 odds = as_type<half2>(table[odd]);
   levels[0] = half2(evens.x, odds.x);
   levels[1] = half2(evens.y, odds.y);
+}
+
+// The levels of two neighbouring coordinates of a trellis code, the second of which ends at `end` in the words of a run.
+template <int DIGIT>
+METAL_FUNC half2 pair_of_run(const threadgroup uint* table, const thread uint* words, uint before, int end) {
+  constexpr int bits = DIGIT - 8;
+  if constexpr (is_paired(DIGIT)) {
+    return as_type<half2>(table[window_of_run(words, before, end, WINDOW + bits)]);
+  } else {
+    const threadgroup half* levels = (const threadgroup half*)table;
+    return half2(levels[window_of_run(words, before, end - bits)], levels[window_of_run(words, before, end)]);
+  }
 }

@@ -99,6 +99,21 @@ METAL_FUNC void turn_queries(threadgroup Memory& memory, Queries queries, Axes a
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
+// Writes the tables of levels.
+template <typename Constants>
+METAL_FUNC void store_tables(threadgroup Memory& memory, Constants constants, int thread_index) {
+#pragma unroll
+  for (int eight = 0; eight < 4; eight++) {
+    if (first_alike(KEY_PATTERN, eight) == eight) {
+      store_table(digit_of(KEY_PATTERN, eight), constants + KEY_LEVELS + level_place(KEY_PATTERN, eight),
+          memory.packed.tables + table_place(KEY_PATTERN, eight), thread_index, SIMDS * LANES);
+    }
+  }
+  if (VALUE_PLACE >= KEY_TABLE) {
+    store_table(VALUE_DIGIT, constants + VALUE_LEVELS, memory.packed.tables + VALUE_PLACE, thread_index, SIMDS * LANES);
+  }
+}
+
 // Queries for packed tokens: rotated, in units of their root mean square, so that halves hold any query, and
 // times the unit of the levels of their eight. With a BASIS they are multiplied by the `axes` of their head.
 template <typename Queries, typename Axes, typename Mean, typename Constants>

@@ -4,11 +4,10 @@
 #pragma once
 #include "levels.h"
 
-constant constexpr int WINDOW = 8;
-
-// The window that ends `below` bits above the end of `last`, the word behind `before`.
-METAL_FUNC uint window_of(uint before, uint last, int below) {
-  return (below <= 32 - WINDOW ? last >> below : (last >> below) | (before << (32 - below))) & (WINDOWS - 1u);
+// The `width` bits that end `below` bits above the end of `last`, the word behind `before`: a window, or those of two
+// neighbouring coordinates.
+METAL_FUNC uint window_of(uint before, uint last, int below, int width = WINDOW) {
+  return (below + width <= 32 ? last >> below : (last >> below) | (before << (32 - below))) & ((1u << width) - 1u);
 }
 
 // Where the code of coordinate i ends in the stream of a vector, in bits.
@@ -28,9 +27,9 @@ METAL_FUNC uint window_at(Words words, int stride, int end) {
 }
 
 // The same in the loaded words of a run, behind the word `before`.
-METAL_FUNC uint window_of_run(const thread uint* words, uint before, int end) {
+METAL_FUNC uint window_of_run(const thread uint* words, uint before, int end, int width = WINDOW) {
   const int word = (end - 1) / 32;
-  return window_of(word > 0 ? words[word - 1] : before, words[word], 32 * (word + 1) - end);
+  return window_of(word > 0 ? words[word - 1] : before, words[word], 32 * (word + 1) - end, width);
 }
 
 // The last word with a code of COUNT coordinates of BITS bits from i on.

@@ -25,14 +25,15 @@ METAL_FUNC void search_eight(thread float* costs, const threadgroup float* y, in
     levels[j] = table[lane + 32 * j];
   }
   uint word = 0u;
-#pragma unroll 1
+#pragma unroll 2
   for (int i = 0; i < count; i++) {
     uint least[ENDS];
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-      const uint cost = (as_type<uint>(costs[j]) & ~START) | (uint(lane + 32 * j) >> (WINDOW - BITS));
+      const uint cost = (as_type<uint>(costs[j]) & ~START) | uint(32 * j >> (WINDOW - BITS));
       least[j % ENDS] = j < ENDS ? cost : min(least[j % ENDS], cost);
     }
+    least[0] |= uint(lane) >> (WINDOW - BITS);
 #pragma unroll
     for (int step = 16; step >= 1 << (WINDOW - BITS); step /= 2) {
       least[0] = min(least[0], simd_shuffle_xor(least[0], ushort(step)));
@@ -111,7 +112,7 @@ METAL_FUNC void write_stream(uint window, const threadgroup uint* starts, thread
   uint bits_of_word = 0u;
 #pragma unroll 1
   for (int i = DIM - 1; i >= 0; i--) {
-    const int bits = bits_of(PATTERN, i / 8 % 4);
+    const int bits = bits_of(PATTERN, is_uniform(PATTERN) ? 0 : i / 8 % 4);
     if (bits == 0) {
       continue;
     }

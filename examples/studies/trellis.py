@@ -32,7 +32,7 @@ from tqdm import tqdm
 from trellis_tables import BITS, WINDOWS, best_windows, table
 
 from mlx_turboquant.codec.quantizer import TurboQuantizer
-from mlx_turboquant.kernels.arguments import _eights
+from mlx_turboquant.kernels.arguments import eights
 from mlx_turboquant.kernels.storage import VALUE_MEAN_ENERGY, removable_mean, shared_quantizer
 from mlx_turboquant.lm import texts
 from mlx_turboquant.lm.compression import compression_of, give_profile
@@ -72,7 +72,7 @@ def code_of(name: str) -> Code:
 def trellis_levels(y: mx.array, quantizer: TurboQuantizer, code: Code) -> mx.array:
     """The levels of coordinates y (H, n, d) of unit mean square, with the bits of a quantizer."""
     dim, basis = y.shape[-1], quantizer.basis
-    bits = np.array(_eights(quantizer))[np.arange(dim) // 8 % 4]
+    bits = np.array(eights(quantizer))[np.arange(dim) // 8 % 4]
     coordinates = np.flatnonzero((bits > 0) & (bits <= max(BITS)))
     levels = quantizer._levels_of(quantizer._codes_of(y))
     weights = mx.ones(y.shape) if basis is None else mx.broadcast_to(basis.weights, y.shape)

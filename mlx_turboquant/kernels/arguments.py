@@ -45,10 +45,11 @@ def pattern(quantizer: TurboQuantizer) -> int:
     Those of a trellis code have digits from 9 on.
     """
     more = 8 if quantizer.is_trellis else 0
-    return sum((bits and bits + more) << 4 * i for i, bits in enumerate(_eights(quantizer)))
+    return sum((bits and bits + more) << 4 * i for i, bits in enumerate(eights(quantizer)))
 
 
-def _eights(quantizer: TurboQuantizer) -> tuple[int, ...]:
+def eights(quantizer: TurboQuantizer) -> tuple[int, ...]:
+    """The bits of the four eights of a run."""
     bits = quantizer.pattern
     return (bits,) * 4 if isinstance(bits, int) else bits
 
@@ -59,7 +60,7 @@ def levels(quantizer: TurboQuantizer) -> mx.array:
 
     All bits of a pattern have theirs once, in the order of the eights.
     """
-    found = [bits for bits in dict.fromkeys(_eights(quantizer)) if bits]
+    found = [bits for bits in dict.fromkeys(eights(quantizer)) if bits]
     if quantizer.is_trellis:
         return constant(mx.concatenate([trellis.table(bits) for bits in found]))
     return constant(mx.concatenate([_levels(quantizer.dim, bits) for bits in found]))
@@ -75,7 +76,7 @@ def cells(quantizer: TurboQuantizer) -> mx.array:
     if quantizer.is_trellis:
         return levels(quantizer)
     found = []
-    for bits in dict.fromkeys(_eights(quantizer)):
+    for bits in dict.fromkeys(eights(quantizer)):
         if bits:
             book = codebook(quantizer.dim, bits)
             limits = np.append(book.thresholds[2 ** (bits - 1) :], np.inf)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..codec.quantizer import TurboQuantizer
+from ..codec.trellis import MOST_BITS, WINDOW
 from . import arguments, reference, runtime
 from .runtime import LANES, THREADGROUP_BYTES, Agreement, Constant, Launch
 from .tokens import BLOCK, CAPACITY_UNIT, Span, VisibleTokens
@@ -150,7 +151,7 @@ class DecodeAttention:
             "TOKENS": tuning.tokens,
             "BATCH": tuning.batch,
             "SIMDS": tuning.simds,
-            "PAIR_TABLE": bool(tuning.pair_table),
+            "PAIR_TABLE": self._looks_up_pairs(tuning),
             "HALF_SUMS": self._target.half_sums,
             "AHEAD": self._target.ahead,
             **{name: place for place, name in enumerate(_SIZES)},
@@ -164,6 +165,15 @@ class DecodeAttention:
         """Query rows per threadgroup: the fewest threadgroups, evenly filled."""
         most = max(1, min(tuning.rows, LANES * tuning.accumulators // self._wider))
         return -(-self._group_rows // -(-self._group_rows // most))
+
+    def _looks_up_pairs(self, tuning: Tuning) -> bool:
+        """Whether tables have pairs of levels, which for trellis codes must fit the memory."""
+        sides = self._configuration.keys, self._configuration.values
+        digits = {b for side in sides if side.is_trellis for b in arguments.eights(side)}
+        if not digits:
+            return bool(tuning.pair_table)
+        words = sum(2 ** (WINDOW + bits) for bits in digits if 0 < bits <= MOST_BITS)
+        return 4 * words <= self._target.pair_bytes
 
     def _coordinates(self, tuning: Tuning) -> int:
         """Neighbouring coordinates of a value per lane."""

@@ -58,17 +58,20 @@ class Target(NamedTuple):
     ``half_sums`` makes short sums pairs of halves, for GPUs with operations on pairs. ``ahead``
     loads words before they are used, for GPUs that hide the latency of memory by many registers,
     not by many SIMD groups. combine.metal loads ``combined`` floats of partial results at once.
+    ``pair_bytes`` is the memory of a threadgroup for pairs of levels of trellis codes: one load of
+    two levels takes little longer than one of a level where lanes wait for each other's banks.
     """
 
     half_sums: bool
     ahead: bool
     combined: int
+    pair_bytes: int
 
 
 # Tunings, each with the number of packed tokens of all heads from which it applies.
 Tunings = tuple[tuple[int, Tuning], ...]
 
-TARGETS = {"metal": Target(False, False, 16), "cuda": Target(True, True, 48)}
+TARGETS = {"metal": Target(False, False, 16, 0), "cuda": Target(True, True, 48, 32768)}
 _CUDA_SHORT = Tuning(4, accumulators=32, tokens=2, batch=4, simds=4, threadgroups=512)
 # Eight rows need up to 255 registers, so that fewer threadgroups fit a multiprocessor. But a code
 # is unpacked once for all of them, which pays from this many packed tokens on.

@@ -564,7 +564,8 @@ def test_attention_reads_one_latent_vector_as_key_and_value(dim, bits):
 def test_attention_reads_streams(
     dim, value_dim, key_bits, value_bits, rows, dtype, half_sums, monkeypatch
 ):
-    target = TARGETS["metal"]._replace(half_sums=half_sums, ahead=half_sums)
+    pair_bytes = 20480 if half_sums else 0
+    target = TARGETS["metal"]._replace(half_sums=half_sums, ahead=half_sums, pair_bytes=pair_bytes)
     monkeypatch.setitem(TARGETS, "metal", target)
     tokens = visible_tokens(dim, value_dim, key_bits, value_bits, dtype, codec="trellis")
     assert_attention_agrees(*attention_arguments(tokens, 1, rows, dtype, "none"))
@@ -924,7 +925,8 @@ def test_doctor_fails_if_a_kernel_does(few_checks, monkeypatch, capsys, tmp_path
 @pytest.mark.parametrize("half_sums", [False, True])
 def test_keys_in_a_basis(dim, bits, spread, rows, mask, codec, half_sums, monkeypatch):
     """Kernels are built for an example, and then given the bases of layers."""
-    target = TARGETS["metal"]._replace(half_sums=half_sums, ahead=half_sums)
+    pair_bytes = 20480 if half_sums else 0
+    target = TARGETS["metal"]._replace(half_sums=half_sums, ahead=half_sums, pair_bytes=pair_bytes)
     monkeypatch.setitem(TARGETS, "metal", target)
     values, dtypes = shared_quantizer(dim, 3, 0, None, codec), (mx.float16, mx.float16)
     own = TurboQuantizer(dim, bits, basis=basis_of(dim, 3, spread), codec=codec)

@@ -69,20 +69,28 @@ def arrays_in_memory(program: str, *flags: str) -> list[str]:
     return toolchain.remember(compiled, program, *flags, Path(__file__).read_text())
 
 
-def keys_with_pattern(dim, bits, spread):
+def keys_with_pattern(dim, bits, spread, codec="scalar"):
     """A quantizer of keys whose bits differ within a run, the more the larger the ``spread``."""
-    quantizer = TurboQuantizer(dim, bits, basis=basis_of(dim, 2, spread))
+    quantizer = TurboQuantizer(dim, bits, basis=basis_of(dim, 2, spread), codec=codec)
     assert isinstance(quantizer.pattern, tuple)
     return arguments.example(quantizer)
 
 
 def attention(
-    dim, key_bits, value_bits, query_rows, mask, dtype=mx.bfloat16, is_latent=False, spread=0
+    dim,
+    key_bits,
+    value_bits,
+    query_rows,
+    mask,
+    dtype=mx.bfloat16,
+    is_latent=False,
+    spread=0,
+    codec="scalar",
 ):
-    keys = (
-        keys_with_pattern(dim, key_bits, spread) if spread else shared_quantizer(dim, key_bits, 0)
-    )
-    values = keys if is_latent else shared_quantizer(dim, value_bits, 0)
+    keys = shared_quantizer(dim, key_bits, 0, None, codec)
+    if spread:
+        keys = keys_with_pattern(dim, key_bits, spread, codec)
+    values = keys if is_latent else shared_quantizer(dim, value_bits, 0, None, codec)
     dtypes = (dtype, dtype, dtype)
     return Configuration(keys, values, *dtypes, query_rows, 1, mask, mask == "causal", is_latent)
 
@@ -99,6 +107,10 @@ def attention(
         attention(128, 3, 4, 4, "none", spread=2),  # 5, 3, 2, 2 bits
         attention(256, 4, 4, 8, "causal", spread=3),  # 7, 4, 3, 2 bits
         attention(64, 2, 2, 1, "additive", mx.float16, spread=3),  # 5, 2, 1, 0 bits
+        attention(128, 4, 4, 4, "none", codec="trellis"),
+        attention(80, 3, 2, 8, "causal", mx.float16, codec="trellis"),
+        attention(512, 3, 3, 4, "none", is_latent=True, codec="trellis"),
+        attention(256, 4, 1, 8, "none", spread=3, codec="trellis"),  # 7, 4, 3, 2 bits
     ],
 )
 @pytest.mark.parametrize("pair_table", [0, 1])
@@ -112,10 +124,18 @@ def test_attention_keeps_its_arrays_in_registers(programs, configuration, pair_t
 
 
 @pytest.mark.parametrize(
-    "dim, bits, dtype", [(128, 4, mx.bfloat16), (80, 3, mx.float16), (512, 8, mx.float32)]
+    "dim, bits, dtype, codec",
+    [
+        (128, 4, mx.bfloat16, "scalar"),
+        (80, 3, mx.float16, "scalar"),
+        (512, 8, mx.float32, "scalar"),
+        (128, 4, mx.bfloat16, "trellis"),
+        (80, 3, mx.float16, "trellis"),
+        (256, 1, mx.float32, "trellis"),
+    ],
 )
-def test_other_kernels_keep_their_arrays_in_registers(programs, dim, bits, dtype):
-    quantizer = shared_quantizer(dim, bits, 0)
+def test_other_kernels_keep_their_arrays_in_registers(programs, dim, bits, dtype, codec):
+    quantizer = shared_quantizer(dim, bits, 0, None, codec)
     Quantize((dtype,), (quantizer,)).check()
     Dequantize((dtype,), (quantizer,)).check()
     InnerProduct(quantizer).check()
