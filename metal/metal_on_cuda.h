@@ -17,6 +17,7 @@
   __attribute__((global)) __attribute__((launch_bounds(256, TURBOQUANT_BLOCKS)))
 typedef unsigned int uint;
 typedef unsigned short ushort;
+typedef unsigned char uchar;
 typedef __half float16_t;
 typedef __nv_bfloat16 bfloat16_t;
 #ifndef INFINITY

@@ -78,10 +78,16 @@ METAL_FUNC constexpr int cell_count(int pattern) {
   return is_trellis(pattern) ? level_place(pattern, 4) / 2 : cell_place(pattern, 4);
 }
 
-// Words of threadgroup memory for the search of a stream, and for the stream.
+// Words of threadgroup memory for the starts of a search.
+template <int DIM>
+METAL_FUNC constexpr int start_words() {
+  return (DIM + 7) / 8 * LANES;
+}
+
+// And for all that encode_stream needs.
 template <int DIM, int PATTERN>
 METAL_FUNC constexpr int search_words() {
-  return is_trellis(PATTERN) ? (DIM + 7) / 8 * LANES + vector_words<DIM, PATTERN>() : 0;
+  return is_trellis(PATTERN) ? 2 * start_words<DIM>() + (DIM + 3) / 4 : 0;
 }
 
 // The cell of y >= 0: how many of the limits between the positive levels are below it.
@@ -175,35 +181,39 @@ METAL_FUNC void encode(threadgroup float* values, float inverse_rms, Gains gains
   }
 }
 
-// The same with a trellis code, whose stream goes behind `starts`. The least cost in units of the squared gain is that
-// of nearly the largest cosine, without a stream for each gain.
+// The same with a trellis code. The least cost in units of the squared gain is that of nearly the largest cosine, so that
+// one stream is followed, not one for each gain. `starts` have room for the search of two gains, and for the windows.
 template <int DIM, int PATTERN, int GAINS, bool WEIGHTED, typename Gains, typename Weights>
 METAL_FUNC void encode_stream(const threadgroup float* values, float inverse_rms, Gains gains, Weights weights,
     const threadgroup float* tables, threadgroup uint* starts, int lane, thread float& squared_sum,
     thread float& product, thread float& squared_length) {
-  threadgroup uint* stream = starts + (DIM + 7) / 8 * LANES;
+  constexpr int STARTS = start_words<DIM>();
   float least = INFINITY;
+  uint last = 0u;
+  int kept = 0;
   simdgroup_barrier(mem_flags::mem_threadgroup);
 #pragma unroll 1
   for (int g = 0; g < GAINS; g++) {
     const float gain = gains[g];
-    const uint last = search_stream<DIM, PATTERN, WEIGHTED>(values, gain * inverse_rms, weights, tables, starts, lane);
-    simdgroup_barrier(mem_flags::mem_threadgroup);
-    const float cost = as_type<float>(last & ~(WINDOWS - 1u)) / (gain * gain);
+    const uint found = search_stream<DIM, PATTERN, WEIGHTED>(
+        values, gain * inverse_rms, weights, tables, starts + (kept == 0 ? STARTS : 0), lane);
+    const float cost = as_type<float>(found & ~(WINDOWS - 1u)) / (gain * gain);
     if (g == 0 || cost < least) {
       least = cost;
-      write_stream<DIM, PATTERN>(last & (WINDOWS - 1u), starts, stream, lane);
+      last = found & (WINDOWS - 1u);
+      kept = STARTS - kept;
     }
-    simdgroup_barrier(mem_flags::mem_threadgroup);
   }
+  threadgroup uchar* windows = (threadgroup uchar*)(starts + 2 * STARTS);
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  trace_stream<DIM, PATTERN>(last, starts + kept, windows, lane);
+  simdgroup_barrier(mem_flags::mem_threadgroup);
   float sums[3] = {0.0f, 0.0f, 0.0f};
   for (int i = lane; i < DIM; i += LANES) {
     const int eight = i / 8 % 4;
     const float weight = WEIGHTED ? float(weights[eight]) : 1.0f;
     const float y = values[i] * inverse_rms;
-    const float level = bits_of(PATTERN, eight) == 0
-        ? 0.0f
-        : tables[level_place(PATTERN, eight) + window_at(stream, 1, code_end(PATTERN, i))];
+    const float level = bits_of(PATTERN, eight) == 0 ? 0.0f : tables[level_place(PATTERN, eight) + windows[i]];
     sums[0] += weight * y * y;
     sums[1] += weight * y * level;
     sums[2] += weight * level * level;
@@ -307,7 +317,7 @@ METAL_FUNC void quantize_vector(X x, Mean mean, Cells given_cells, Gains gains, 
     }
     for (int w = lane; w < vector_words<DIM, PATTERN>(); w += VECTOR_LANES) {
       if constexpr (is_trellis(PATTERN)) {
-        codes[w] = starts[(DIM + 7) / 8 * LANES + w];
+        codes[w] = word_of_stream<DIM, PATTERN>((const threadgroup uchar*)(starts + 2 * start_words<DIM>()), w);
       } else if constexpr (is_uniform(PATTERN)) {
         codes[w] = packed_word<DIM, PATTERN & 15>(values, w);
       } else {

@@ -99,39 +99,47 @@ METAL_FUNC uint search_stream(const threadgroup float* y, float factor, Weights 
   return best;
 }
 
-// Writes the words of the stream that ends with `window`. All lanes follow it, and the first one writes.
+// Writes the windows of the stream that ends with `window`. All lanes follow it, and the first one writes.
 template <int DIM, int PATTERN>
-METAL_FUNC void write_stream(uint window, const threadgroup uint* starts, threadgroup uint* stream, int lane) {
-  int word = vector_words<DIM, PATTERN>() - 1;
-  for (; 32 * word >= code_end(PATTERN, DIM - 1); word--) {
-    if (lane == 0) {
-      stream[word] = 0u;
-    }
-  }
-  int filled = 32 * (word + 1) - code_end(PATTERN, DIM - 1);
-  uint bits_of_word = 0u;
+METAL_FUNC void trace_stream(uint window, const threadgroup uint* starts, threadgroup uchar* windows, int lane) {
 #pragma unroll 1
-  for (int i = DIM - 1; i >= 0; i--) {
-    const int bits = bits_of(PATTERN, is_uniform(PATTERN) ? 0 : i / 8 % 4);
+  for (int first = (DIM - 1) / 8 * 8; first >= 0; first -= 8) {
+    const int bits = bits_of(PATTERN, is_uniform(PATTERN) ? 0 : first / 8 % 4);
     if (bits == 0) {
       continue;
     }
-    const uint mask = (1u << bits) - 1u;
-    bits_of_word |= (window & mask) << filled;
-    filled += bits;
-    if (filled >= 32) {
-      if (lane == 0) {
-        stream[word] = bits_of_word;
+    const threadgroup uint* starts_of_eight = starts + first / 8 * LANES;
+#pragma unroll
+    for (int i = 7; i >= 0; i--) {
+      if (DIM % 8 > 0 && first + i >= DIM) {
+        continue;
       }
-      word--;
-      filled -= 32;
-      bits_of_word = (window & mask) >> (bits - filled);
+      if (lane == 0) {
+        windows[first + i] = uchar(window);
+      }
+      const uint end = window >> bits;
+      uint start = starts_of_eight[end & 31u] >> (4 * i);
+      if (bits < 3) {
+        start = (start & 15u) >> ((end >> 5) * bits);
+      } else if (bits > 4) {
+        start = (start & 15u) | (starts_of_eight[end | 16u] >> (4 * i) & 15u) << 4;
+      }
+      window = (start << (WINDOW - bits) & (WINDOWS - 1u)) | end;
     }
-    const uint end = window >> bits;
-    const threadgroup uint* starts_of_eight = starts + i / 8 * LANES;
-    const uint low = starts_of_eight[end & 31u] >> (4 * (i % 8));
-    const uint high = bits > 4 ? (starts_of_eight[end | 16u] >> (4 * (i % 8)) & 15u) << 4 : 0u;
-    const uint start = ((low & 15u) >> (bits < 3 ? (end >> 5) * bits : 0) | high) & mask;
-    window = start << (WINDOW - bits) | end;
   }
+}
+
+// Word w of the stream of these windows: a run has whole words.
+template <int DIM, int PATTERN>
+METAL_FUNC uint word_of_stream(const threadgroup uchar* windows, int w) {
+  const int run = w / pattern_words(PATTERN) * 32;
+  uint word = 0u;
+#pragma unroll 1
+  for (int i = run; i < min(run + 32, DIM); i++) {
+    const int bits = bits_of(PATTERN, i / 8 % 4);
+    const int behind = 32 * (w + 1) - code_end(PATTERN, i);
+    const uint code = windows[i] & ((1u << bits) - 1u);
+    word |= behind >= 32 || behind <= -bits ? 0u : (behind < 0 ? code >> -behind : code << behind);
+  }
+  return word;
 }

@@ -16,8 +16,8 @@ _PARAMETERS = ("mean", "cells", "gains", "signs", "matrix", "weights")
 _RESTORED = ("codes", "scales", "mean", "constants")
 # The lanes that share a vector in quantize.metal belong to one SIMD group.
 _MAX_DIM = 1024
-# Coordinates whose streams a threadgroup searches at once, which take 20 bytes of its memory each.
-_SEARCHED = 1280
+# Coordinates whose streams a threadgroup searches at once, which take 37 bytes of its memory each.
+_SEARCHED = 768
 # Tokens that a SIMD group of dequantize.metal restores.
 _RESTORED_TOKENS = 32
 
@@ -30,7 +30,8 @@ def quantize(
     The float32 means (B, H, 1, dim) are subtracted from the vectors (B, H, n, dim). Quantizers need
     the "unbiased" scale. Codes are uint32 (B, H, n, words), scales bfloat16 (B, H, n).
     """
-    fits = runtime.supports(Quantize.name, max(each.dim for each in quantizers), _MAX_DIM)
+    most = _SEARCHED if any(each.is_trellis for each in quantizers) else _MAX_DIM
+    fits = runtime.supports(Quantize.name, max(each.dim for each in quantizers), most)
     dtypes = tuple(x.dtype for x in vectors)
     examples = tuple(map(arguments.example, quantizers))
     kernel = runtime.checked(Quantize, dtypes, examples) if fits else None
