@@ -26,8 +26,8 @@ from .packing import EIGHT, RUN, Bits, words_per_vector
 WINDOW = 8
 # The most bits of all coordinates, and the most of those that have more than the mean.
 MOST_BITS, MOST_SINGLE_BITS = 4, 7
-# Vectors that are searched at once: their costs fit the cache of a CPU.
-_AT_ONCE = 2048
+# Vectors that are searched at once, with a kilobyte of costs for each coordinate.
+_AT_ONCE = 1024
 
 
 @cache
@@ -111,18 +111,18 @@ def best_windows(
     coded = [i for i, own in enumerate(bits) if own]
     states = len(tables[coded[0]])
     cost = mx.where(mx.arange(states) == start, mx.zeros((len(y), 1)), _UNREACHED)
-    choices = []
+    costs = []
     for i in coded:
         # The last bits of a window are the first ones of the next.
-        before = cost.reshape(len(y), 1 << bits[i], states >> bits[i])
-        choices.append(before.argmin(axis=1).astype(mx.uint8))
-        cost = _with_errors(before.min(axis=1), y[:, i, None], weights[:, i, None], tables[i])
+        costs.append(cost.reshape(len(y), 1 << bits[i], states >> bits[i]))
+        least = costs[-1].min(axis=1)
+        cost = _with_errors(least, y[:, i, None], weights[:, i, None], tables[i])
     last = cost.argmin(axis=1)
     found = [mx.zeros((len(y),), mx.uint32)] * y.shape[1]
-    for i, choice in zip(reversed(coded), reversed(choices)):
+    for i, before in zip(reversed(coded), reversed(costs)):
         found[i] = last
         rest = last >> bits[i]
-        first = mx.take_along_axis(choice, rest[:, None], axis=1)[:, 0].astype(mx.uint32)
+        first = mx.take_along_axis(before, rest[:, None, None], axis=2).argmin(axis=1)[:, 0]
         last = first * (states >> bits[i]) + rest
     return mx.stack(found, axis=1)
 
@@ -156,12 +156,22 @@ def pack(windows: mx.array, bits: Bits) -> mx.array:
 
 
 def unpack(words: mx.array, bits: Bits, dim: int) -> mx.array:
-    """The windows of streams in words, uint32 (..., words_per_vector): uint32 (..., dim)."""
-    place, shift = _places(coordinate_bits(bits, dim))
-    # Zeros stand before the stream.
-    words = mx.pad(words, [(0, 0)] * (words.ndim - 1) + [(1, 0)])
-    high, low = words[..., place], words[..., mx.minimum(place + 1, words.shape[-1] - 1)]
-    return ((high << shift) | (low >> 1 >> (31 - shift))) >> (32 - WINDOW)
+    """The windows of streams in words, uint32 (..., words_per_vector): uint8 (..., dim)."""
+    eights = (bits,) if isinstance(bits, int) else bits
+    # Eight codes are whole bytes, so that runs of eights begin ``step`` bytes apart.
+    step, count = sum(eights), -(-dim // (EIGHT * len(eights)))
+    stream = ((words[..., None] >> _FALLING[7::8]) & 255).flatten(-2)
+    # A byte of zeros stands before the stream.
+    rest = max(count * step - stream.shape[-1], 0)
+    stream = mx.pad(stream, [(0, 0)] * (stream.ndim - 1) + [(1, rest)])
+    windows, first = [], 0
+    for own in eights:
+        codes = mx.zeros((), mx.uint32 if own < 4 else mx.uint64)
+        for i in range(first, first + own + 1):
+            codes = (codes << 8) | stream[..., i::step][..., :count]
+        windows.append((codes[..., None] >> (own * _FALLING[-EIGHT:])).astype(mx.uint8))
+        first += own
+    return mx.stack(windows, axis=-2).flatten(-3)[..., :dim]
 
 
 _FALLING = constant(np.arange(31, -1, -1, dtype=np.uint32))
@@ -173,9 +183,3 @@ def _new_bits(bits: tuple[int, ...]) -> mx.array:
     places = (range(WINDOW * (i + 1) - own, WINDOW * (i + 1)) for i, own in enumerate(bits))
     return constant(np.concatenate([np.array(each, np.int32) for each in places]))
 
-
-@cache
-def _places(bits: tuple[int, ...]) -> tuple[mx.array, mx.array]:
-    """The word in which each window begins, behind one of zeros, and its first bit there."""
-    first = np.cumsum(bits) - WINDOW
-    return constant((first // 32 + 1).astype(np.int32)), constant((first % 32).astype(np.uint32))
