@@ -3,8 +3,8 @@
     python examples/studies/trellis_tables.py --windows 8
 
 trains tables for Gaussian values of unit variance, a minute each with windows of 8 bits, and writes
-them beside this file with their squared error. In turns, the best windows of many vectors are found
-and the mean of the values that have each window.
+them with their squared error: those of 8 bits to the package, others beside this file. In turns,
+the best windows of many vectors are found and the mean of the values that have each window.
 """
 
 import argparse
@@ -17,10 +17,14 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
+from mlx_turboquant.codec import trellis
+from mlx_turboquant.codec.codebook import MAX_DIM, lloyd_max_levels
+from mlx_turboquant.codec.trellis import checksum, follow, search
 from mlx_turboquant.files import write_json
 
 WINDOWS, BITS = (6, 8, 10), (1, 2, 3, 4)
 _FILE = Path(__file__).with_suffix(".json")
+_OURS = Path(trellis.__file__).with_name("trellis_tables.json")
 _ROUNDS, _TRAINED = 240, (1024, 128)
 
 
@@ -33,47 +37,15 @@ def best_windows(
     In a ring the last bits stand before the first ones. The stream then starts as it does in the
     best path of a doubled vector, which is nearly always the best ring.
     """
-    start, weights = mx.zeros((len(x), 1), mx.uint32), mx.broadcast_to(weights, x.shape)
+    weights, tables = mx.broadcast_to(weights, x.shape), [table(window, own) for own in bits]
+    start = mx.zeros((len(x), 1), mx.uint32)
     if is_ring:
         twice = [mx.concatenate([each, each], axis=1) for each in (x, weights)]
-        start = _path(twice[0], [*bits, *bits], twice[1], window)[len(bits) - 1][:, None]
-    return _path(x, bits, weights, window, start, is_ring)
-
-
-def _path(
-    x: mx.array,
-    bits: Sequence[int],
-    weights: mx.array,
-    window: int,
-    start: mx.array | None = None,
-    is_ring: bool = False,
-) -> list[mx.array]:
-    """The best windows behind a window ``start`` (n, 1), or any; those of a ring end with it."""
-    states = 1 << window
-    cost = mx.zeros((len(x), states))
-    if start is not None:
-        cost = mx.where(mx.arange(states) == start, cost, 1e9)
-    choices = []
-    for i, k in enumerate(bits):
-        # A window's low bits are the high ones of the next.
-        before = cost.reshape(len(x), 1 << k, states >> k)
-        choices.append(before.argmin(axis=1).astype(mx.uint8))
-        cost = _with_error(before.min(axis=1), x[:, i, None], weights[:, i, None], table(window, k))
-    last = start[:, 0] if is_ring else cost.argmin(axis=1)
-    found = []
-    for k, choice in zip(reversed(bits), reversed(choices)):
-        found.append(last)
-        rest = last >> k
-        high = mx.take_along_axis(choice, rest[:, None], axis=1)[:, 0].astype(mx.uint32)
-        last = (high << (window - k)) | rest
-    return found[::-1]
-
-
-@mx.compile
-def _with_error(cost: mx.array, x: mx.array, weight: mx.array, levels: mx.array) -> mx.array:
-    """Costs (n, s) of windows before, repeated for those after, whose levels are given."""
-    errors = mx.square(x - levels).reshape(len(x), cost.shape[1], -1)
-    return (cost[..., None] + weight[..., None] * errors).reshape(len(x), -1)
+        costs = search(twice[0], [*bits, *bits], twice[1], [*tables, *tables], start)
+        start = follow(costs, [*bits, *bits], costs[-1].argmin(axis=1))[:, len(bits) - 1, None]
+    costs = search(x, bits, weights, tables, start)
+    last = start[:, 0] if is_ring else costs[-1].argmin(axis=1)
+    return list(mx.unstack(follow(costs, bits, last), axis=1))
 
 
 _tables: dict[tuple[int, int], mx.array] = {}
@@ -82,6 +54,8 @@ _tables: dict[tuple[int, int], mx.array] = {}
 def table(window: int, bits: int) -> mx.array:
     """The levels of all windows: float32 (2^window,)."""
     if (window, bits) not in _tables:
+        if window == trellis.WINDOW:
+            return trellis.table(bits)
         levels = map(float, _saved()[f"{window}, {bits}"]["levels"].split())
         _tables[window, bits] = mx.array([*levels], mx.float32)
     return _tables[window, bits]
@@ -89,6 +63,18 @@ def table(window: int, bits: int) -> mx.array:
 
 def _saved() -> dict[str, Any]:
     return json.loads(_FILE.read_text()) if _FILE.exists() else {}
+
+
+def save(window: int, bits: int) -> None:
+    """Write a table that was trained to its file."""
+    levels = " ".join(f"{level:.5f}" for level in table(window, bits).tolist())
+    error = round(distortion(bits, window), 5 if bits < 5 else 6)
+    if window == trellis.WINDOW:
+        new = {"squared_error": error, "sha256": checksum(bits, error, levels), "levels": levels}
+        write_json(_OURS, json.loads(_OURS.read_text()) | {str(bits): new})
+    else:
+        new = {"squared error": error, "levels": levels}
+        write_json(_FILE, _saved() | {f"{window}, {bits}": new})
 
 
 def train(window: int, bits: int) -> None:
@@ -107,14 +93,15 @@ def train(window: int, bits: int) -> None:
 
 
 def _initial(window: int, bits: int) -> mx.array:
-    """Quantiles: the new bits choose a cell, and the others, in any order, a place within it."""
+    """Levels in order: the new bits choose a cell, and the others a place within it."""
     size = 1 << window
-    quantiles = np.sort(np.random.default_rng(0).standard_normal(400 * size))[200::400]
     all_windows = np.arange(size)
-    fine = np.random.default_rng(1).permutation(size >> bits)[all_windows >> bits]
-    return mx.array(
-        quantiles[(all_windows % (1 << bits)) * (size >> bits) + fine].astype(np.float32)
-    )
+    if bits > 5:
+        levels, fine = lloyd_max_levels(MAX_DIM, window), all_windows >> bits
+    else:
+        levels = np.sort(np.random.default_rng(0).standard_normal(400 * size))[200::400]
+        fine = np.random.default_rng(1).permutation(size >> bits)[all_windows >> bits]
+    return mx.array(levels[(all_windows % (1 << bits)) * (size >> bits) + fine].astype(np.float32))
 
 
 def distortion(bits: int, window: int = 8, is_ring: bool = False) -> float:
@@ -129,11 +116,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--windows", type=int, nargs="+", choices=WINDOWS, default=WINDOWS)
     for window in parser.parse_args().windows:
-        for bits in BITS:
+        for bits in range(1, 8) if window == trellis.WINDOW else BITS:
             train(window, bits)
-            levels = " ".join(f"{level:.5f}" for level in table(window, bits).tolist())
-            new = {"squared error": round(distortion(bits, window), 5), "levels": levels}
-            write_json(_FILE, _saved() | {f"{window}, {bits}": new})
+            save(window, bits)
 
 
 if __name__ == "__main__":

@@ -205,8 +205,7 @@ class TurboQuantizer:
         weights = mx.ones(self.dim) if self.basis is None else self.basis.weights
         vectors, weights = (x.reshape(-1, self.dim) for x in mx.broadcast_arrays(y, weights))
         bits = trellis.coordinate_bits(self.pattern, self.dim)
-        tables = [trellis.table(own) if own else None for own in bits]
-        return trellis.best_windows(vectors, bits, weights, tables).reshape(y.shape)
+        return trellis.best_windows(vectors, bits, weights).reshape(y.shape)
 
     def _by_part(self, function: Callable[[int, int, mx.array], mx.array], x: mx.array) -> mx.array:
         """The results of ``function`` for x (..., dim), by the bits of the eights of a run."""

@@ -46,7 +46,7 @@ def _tables() -> dict[int, tuple[float, mx.array]]:
             if found != each["sha256"]:
                 raise ValueError(f"that of {bits} bits has another checksum")
         return {
-            bits: (each["squared_error"], constant(np.array(each["levels"], np.float32)))
+            bits: (each["squared_error"], constant(np.array(each["levels"].split(), np.float32)))
             for bits, each in saved.items()
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -56,9 +56,9 @@ def _tables() -> dict[int, tuple[float, mx.array]]:
         ) from error
 
 
-def checksum(bits: int, squared_error: float, levels: Sequence[float]) -> str:
+def checksum(bits: int, squared_error: float, levels: str) -> str:
     """The SHA-256 of a table."""
-    return hashlib.sha256(repr((bits, squared_error, list(levels))).encode()).hexdigest()
+    return hashlib.sha256(f"{bits} {squared_error} {levels}".encode()).hexdigest()
 
 
 def table(bits: int) -> mx.array:
@@ -86,45 +86,55 @@ def levels(bits: int, windows: mx.array) -> mx.array:
     return mx.take_along_axis(table(bits), windows.flatten(), axis=-1).reshape(windows.shape)
 
 
-def best_windows(
+def best_windows(y: mx.array, bits: tuple[int, ...], weights: mx.array) -> mx.array:
+    """The windows of the streams of least squared error for y (n, dim): uint32 (n, dim).
+
+    ``y`` are float32 values of unit variance with ``bits`` each, and ``weights`` (n, dim) say how
+    much their errors count.
+    """
+    tables = [table(own) if own else None for own in bits]
+    found = []
+    for at in range(0, len(y), _AT_ONCE):
+        part, counts = y[at : at + _AT_ONCE], weights[at : at + _AT_ONCE]
+        costs = search(part, bits, counts, tables, mx.zeros((len(part), 1), mx.uint32))
+        found.append(follow(costs, bits, costs[-1].argmin(axis=1)))
+    return mx.concatenate(found)
+
+
+def search(
     y: mx.array,
     bits: Sequence[int],
     weights: mx.array,
     tables: Sequence[mx.array | None],
-    start: mx.array | None = None,
-) -> mx.array:
-    """The windows of the streams of least squared error for y (n, dim): uint32 (n, dim).
+    start: mx.array,
+) -> list[mx.array]:
+    """The costs of all windows, float32 (n, windows), before each coordinate and after the last.
 
-    Args:
-        y: float32 values of unit variance.
-        bits: Bits of each coordinate.
-        weights: How much the error of a coordinate counts: (n, dim) or (dim,).
-        tables: Levels of all windows, for each coordinate that has bits.
-        start: The windows before the first coordinate (n, 1), zeros without it.
+    The cost of a window is the error of the best stream that ends with it, behind the window
+    ``start`` (n, 1). ``tables`` have the levels of all windows for each coordinate with bits.
     """
-    weights = mx.broadcast_to(weights, y.shape)
-    start = mx.zeros((len(y), 1), mx.uint32) if start is None else start
-    if len(y) > _AT_ONCE:
-        parts = range(0, len(y), _AT_ONCE)
-        own = ([x[at : at + _AT_ONCE] for x in (y, weights, start)] for at in parts)
-        return mx.concatenate([best_windows(x, bits, w, tables, s) for x, w, s in own])
-    coded = [i for i, own in enumerate(bits) if own]
-    states = len(tables[coded[0]])
-    cost = mx.where(mx.arange(states) == start, mx.zeros((len(y), 1)), _UNREACHED)
-    costs = []
-    for i in coded:
-        # The last bits of a window are the first ones of the next.
-        costs.append(cost.reshape(len(y), 1 << bits[i], states >> bits[i]))
-        least = costs[-1].min(axis=1)
-        cost = _with_errors(least, y[:, i, None], weights[:, i, None], tables[i])
-    last = cost.argmin(axis=1)
-    found = [mx.zeros((len(y),), mx.uint32)] * y.shape[1]
-    for i, before in zip(reversed(coded), reversed(costs)):
-        found[i] = last
-        rest = last >> bits[i]
-        first = mx.take_along_axis(before, rest[:, None, None], axis=2).argmin(axis=1)[:, 0]
-        last = first * (states >> bits[i]) + rest
-    return mx.stack(found, axis=1)
+    states = next(len(each) for each in tables if each is not None)
+    costs = [mx.where(mx.arange(states) == start, mx.zeros(start.shape), _UNREACHED)]
+    for i, own in enumerate(bits):
+        cost = costs[-1]
+        if own:
+            # The last bits of a window are the first ones of the next.
+            least = cost.reshape(len(y), 1 << own, states >> own).min(axis=1)
+            cost = _with_errors(least, y[:, i, None], weights[:, i, None], tables[i])
+        costs.append(cost)
+    return costs
+
+
+def follow(costs: list[mx.array], bits: Sequence[int], last: mx.array) -> mx.array:
+    """The windows (n, dim) of the best stream that ends with the window ``last`` (n,)."""
+    found = []
+    for own, cost in zip(reversed(bits), costs[-2::-1]):
+        found.append(last)
+        if own:
+            rest, before = last >> own, cost.reshape(len(cost), 1 << own, -1)
+            first = mx.take_along_axis(before, rest[:, None, None], axis=2).argmin(axis=1)[:, 0]
+            last = first * before.shape[2] + rest
+    return mx.stack(found[::-1], axis=1)
 
 
 # More than the error of any stream.
@@ -182,4 +192,3 @@ def _new_bits(bits: tuple[int, ...]) -> mx.array:
     """Where the bits of a stream are among all bits of its windows."""
     places = (range(WINDOW * (i + 1) - own, WINDOW * (i + 1)) for i, own in enumerate(bits))
     return constant(np.concatenate([np.array(each, np.int32) for each in places]))
-
