@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 from ..codec.basis import PATTERNS
 from ..codec.packing import RUN
+from ..codec.quantizer import CODECS
+from ..codec.trellis import MOST_BITS
 from ..files import make_way, write_text
 from ..kernels.arguments import patterned
 from ..kernels.attention import MAX_DECODE_ROWS, Configuration, DecodeAttention
@@ -186,19 +188,31 @@ def _configurations() -> Iterator[tuple[type[Kernel], tuple[Any, ...], str]]:
             yield Quantize, ((mx.float16,) * 2, quantizers), label
             yield InnerProduct, quantizers[:1], label
             yield Dequantize, ((mx.bfloat16,) * 2, quantizers), label
+        for bits in range(1, MOST_BITS + 1):
+            pair = tuple(shared_quantizer(dim, b, 0, None, "trellis") for b in (bits, 5 - bits))
+            label = f"{dim} values, trellis codes, K{bits} V{5 - bits}"
+            yield Quantize, ((mx.float16,) * 2, pair), label
+            yield Dequantize, ((mx.bfloat16,) * 2, pair), label
+            yield (
+                DecodeAttention,
+                (Configuration(*pair, *[mx.float16] * 3, group=4, rows=1),),
+                label,
+            )
         for key_bits, value_bits in _SPLITS:
             pair = (shared_quantizer(dim, key_bits, 0), shared_quantizer(dim, value_bits, 0))
             configuration = Configuration(*pair, *[mx.float16] * 3, group=4, rows=1)
             label = f"{dim} values, K{key_bits} V{value_bits}"
             yield DecodeAttention, (configuration, _both_ways(dim)), label
-        values = shared_quantizer(dim, 3, 0)
         for offsets in PATTERNS[1:] if dim % RUN == 0 else ():
             pattern = tuple(3 + offset for offset in offsets)
-            pair, label = (patterned(dim, 3, pattern), values), f"{dim} values, {pattern} bits"
-            yield Quantize, ((mx.float16,) * 2, pair), label
-            yield Dequantize, ((mx.bfloat16,) * 2, pair), label
-            configuration = Configuration(*pair, *[mx.float16] * 3, group=4, rows=1)
-            yield DecodeAttention, (configuration, _both_ways(dim)), label
+            for codec in CODECS:
+                values = shared_quantizer(dim, 3, 0, None, codec)
+                pair = patterned(dim, 3, pattern, codec), values
+                label = f"{dim} values, {pattern} bits, {codec}"
+                yield Quantize, ((mx.float16,) * 2, pair), label
+                yield Dequantize, ((mx.bfloat16,) * 2, pair), label
+                configuration = Configuration(*pair, *[mx.float16] * 3, group=4, rows=1)
+                yield DecodeAttention, (configuration, _both_ways(dim)), label
     quantizers = (shared_quantizer(128, 4, 0),) * 2
     for dtype in (mx.float32, mx.bfloat16):
         for group, rows, mask, has_logits in (
