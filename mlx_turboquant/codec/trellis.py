@@ -94,7 +94,7 @@ def best_windows(y: mx.array, bits: tuple[int, ...], weights: mx.array) -> mx.ar
     """
     tables = [table(own) if own else None for own in bits]
     found = []
-    for at in range(0, max(len(y), 1), _AT_ONCE):
+    for at in range(0, len(y), _AT_ONCE):
         part, counts = y[at : at + _AT_ONCE], weights[at : at + _AT_ONCE]
         costs = search(part, bits, counts, tables, mx.zeros((len(part), 1), mx.uint32))
         found.append(follow(costs, bits, costs[-1].argmin(axis=1)))
