@@ -306,9 +306,10 @@ METAL_FUNC void quantize_vector(X x, Mean mean, Cells given_cells, Gains gains, 
   }
   simdgroup_barrier(mem_flags::mem_threadgroup);
   if (inside) {
-    // <y, y> / <y, q> in units of rms; a vector of zeros has scale 0. With weights it is at most twice that of
+    // <y, y> / <y, q> in units of rms; a vector of zeros has scale 0, and so has one from which the forced levels of a
+    // stream point away. With weights it is at most twice that of
     // least squares, so that no error is larger than the vector.
-    float scale = product == 0.0f ? 0.0f : squared_sum / product;
+    float scale = product > 0.0f ? squared_sum / product : 0.0f;
     scale = WEIGHTED ? min(scale, 2.0f * product / squared_length) : scale;
     scale *= rms * rsqrt(float(POWER)) * largest;
     scale = isfinite(rms) ? min(scale, 3.3895e38f) : NAN;

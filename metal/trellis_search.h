@@ -77,7 +77,7 @@ METAL_FUNC uint search_stream(const threadgroup float* y, float factor, Weights 
   for (int j = 0; j < 8; j++) {
     costs[j] = lane + 32 * j == 0 ? 0.0f : UNREACHED;
   }
-  constexpr int STEP = is_uniform(PATTERN) ? 8 : 32;
+  constexpr int STEP = is_uniform(PATTERN) && !WEIGHTED ? 8 : 32;
 #pragma unroll 1
   for (int first = 0; first < DIM; first += STEP) {
     search_part<DIM, PATTERN, 0, WEIGHTED>(costs, y, first, factor, weights, tables, starts, lane);
@@ -138,8 +138,10 @@ METAL_FUNC uint word_of_stream(const threadgroup uchar* windows, int w) {
   for (int i = run; i < min(run + 32, DIM); i++) {
     const int bits = bits_of(PATTERN, i / 8 % 4);
     const int behind = 32 * (w + 1) - code_end(PATTERN, i);
-    const uint code = windows[i] & ((1u << bits) - 1u);
-    word |= behind >= 32 || behind <= -bits ? 0u : (behind < 0 ? code >> -behind : code << behind);
+    if (behind < 32 && behind > -bits) {
+      const uint code = windows[i] & ((1u << bits) - 1u);
+      word |= behind < 0 ? code >> -behind : code << behind;
+    }
   }
   return word;
 }

@@ -26,8 +26,8 @@ from .packing import EIGHT, RUN, Bits, words_per_vector
 WINDOW = 8
 # The most bits of all coordinates, and the most of those that have more than the mean.
 MOST_BITS, MOST_SINGLE_BITS = 4, 7
-# Vectors that are searched at once, with a kilobyte of costs for each coordinate.
-_AT_ONCE = 1024
+# Coordinates of vectors that are searched at once, each with a kilobyte of costs.
+_AT_ONCE = 1 << 17
 
 
 @cache
@@ -93,9 +93,9 @@ def best_windows(y: mx.array, bits: tuple[int, ...], weights: mx.array) -> mx.ar
     much their errors count.
     """
     tables = [table(own) if own else None for own in bits]
-    found = []
-    for at in range(0, len(y), _AT_ONCE):
-        part, counts = y[at : at + _AT_ONCE], weights[at : at + _AT_ONCE]
+    found, count = [], max(1, _AT_ONCE // len(bits))
+    for at in range(0, len(y), count):
+        part, counts = y[at : at + count], weights[at : at + count]
         costs = search(part, bits, counts, tables, mx.zeros((len(part), 1), mx.uint32))
         found.append(follow(costs, bits, costs[-1].argmin(axis=1)))
     return mx.concatenate(found)

@@ -6,7 +6,7 @@ from functools import partial
 
 import mlx.core as mx
 
-from ..codec.packing import words_per_vector
+from ..codec.packing import EIGHT, words_per_vector
 from ..codec.quantizer import QuantizedVectors, TurboQuantizer
 from . import arguments, reference, runtime
 from .runtime import LANES, SIMDS, THREADGROUP_BYTES, Agreement, Constant
@@ -16,8 +16,9 @@ _PARAMETERS = ("mean", "cells", "gains", "signs", "matrix", "weights")
 _RESTORED = ("codes", "scales", "mean", "constants")
 # The lanes that share a vector in quantize.metal belong to one SIMD group.
 _MAX_DIM = 1024
-# Coordinates whose streams a threadgroup searches at once, which take 37 bytes of its memory each.
-_SEARCHED = 768
+_MAX_SEARCHED_DIM = 768
+# Bytes of threadgroup memory that the cells of a pattern take at most.
+_CELLS = 4096
 # Tokens that a SIMD group of dequantize.metal restores.
 _RESTORED_TOKENS = 32
 
@@ -30,7 +31,7 @@ def quantize(
     The float32 means (B, H, 1, dim) are subtracted from the vectors (B, H, n, dim). Quantizers need
     the "unbiased" scale. Codes are uint32 (B, H, n, words), scales bfloat16 (B, H, n).
     """
-    most = _SEARCHED if any(each.is_trellis for each in quantizers) else _MAX_DIM
+    most = _MAX_SEARCHED_DIM if any(each.is_trellis for each in quantizers) else _MAX_DIM
     fits = runtime.supports(Quantize.name, max(each.dim for each in quantizers), most)
     dtypes = tuple(x.dtype for x in vectors)
     examples = tuple(map(arguments.example, quantizers))
@@ -91,10 +92,12 @@ class Quantize:
         self._dtypes = dtypes
         self._quantizers = quantizers
         given = [x if q.basis is None else mx.float32 for x, q in zip(dtypes, quantizers)]
-        searched = max((q.dim for q in quantizers if q.is_trellis), default=1)
-        self._groups = min(SIMDS, max(1, _SEARCHED // searched))
-        constants = {"GROUPS": self._groups, **_constants(given, quantizers)}
         lanes = [_vector_lanes(each) for each in _both(quantizers)]
+        floats = max(LANES // own * q.dim for own, q in zip(lanes, _both(quantizers)))
+        starts = max((-(-q.dim // EIGHT) * EIGHT for q in quantizers if q.is_trellis), default=0)
+        room = THREADGROUP_BYTES - _CELLS
+        self._groups = min(SIMDS, room // (4 * floats + 33 * starts))
+        constants = {"GROUPS": self._groups, **_constants(given, quantizers)}
         constants["VECTOR_LANES"], constants["VALUE_VECTOR_LANES"] = lanes
         weighted = [q.basis is not None for q in _both(quantizers)]
         constants["KEY_WEIGHTED"], constants["VALUE_WEIGHTED"] = map(int, weighted)

@@ -13,12 +13,15 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from ..codec import trellis
 from ..codec.codebook import MAX_BITS, relative_error
 from ..codec.packing import words_per_vector
 
 # One-bit keys are little more than signs: their divergence is several times the expected one.
 MIN_KEY_BITS, MIN_VALUE_BITS = 2, 1
+# The squared error of trellis codes by bits, relative to scalar ones. Both have a search for the
+# gain and the unbiased scale, so that it is not that of their tables. Means of random vectors of 64
+# and 128 values, which differ by up to 9 %.
+_TRELLIS_RATIOS = {1: 0.73, 2: 0.685, 3: 0.665, 4: 0.765}
 BUDGETS = tuple(quarters / 4 for quarters in range(4 * 2, 4 * MAX_BITS + 1))
 
 
@@ -46,9 +49,9 @@ class Side(NamedTuple):
 
     def coded(self, codec: str) -> "Side":
         """This side with codes of ``codec`` in place of scalar ones, by their squared errors."""
-        divergences, dim = list(self.divergences), self.vectors.dim
-        for bits in range(1, trellis.MOST_BITS + 1) if codec == "trellis" else ():
-            divergences[bits] *= trellis.relative_error(dim, bits) / relative_error(dim, bits)
+        divergences = list(self.divergences)
+        for bits, ratio in _TRELLIS_RATIOS.items() if codec == "trellis" else ():
+            divergences[bits] *= ratio
         return self._replace(divergences=tuple(divergences))
 
 

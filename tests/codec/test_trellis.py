@@ -49,7 +49,7 @@ def test_each_window_of_a_best_stream_follows_the_one_before(bits, dim):
 def test_streams_of_many_vectors_are_those_of_each(monkeypatch):
     y, own = mx.random.normal((5, 32), key=mx.random.key(2)), coordinate_bits(2, 32)
     together = best_windows(y, own, mx.ones(y.shape))
-    monkeypatch.setattr(trellis, "_AT_ONCE", 2)
+    monkeypatch.setattr(trellis, "_AT_ONCE", 64)
     assert mx.array_equal(best_windows(y, own, mx.ones(y.shape)), together)
 
 
@@ -103,6 +103,21 @@ def test_axes_with_weights_have_less_of_the_error_that_counts():
         error = basis.apply(quantizer.dequantize(quantizer.quantize(keys)) - keys)
         errors.append((basis.weights * mx.square(error)).mean().item())
     assert errors[1] < 0.8 * errors[0]
+
+
+def test_no_error_on_axes_is_larger_than_the_vector():
+    """Levels of a stream are forced where a vector has no bits, and may point away from it."""
+    basis = basis_of(64, 1, 6)
+    quantizer = TurboQuantizer(64, 2, basis=basis, codec="trellis")
+    assert quantizer.pattern == (5, 2, 1, 0)
+    x = mx.random.normal((1, 1, 200, 64), key=mx.random.key(5))  # unlike those of the basis
+    packed = quantizer.quantize(x)
+    errors, lengths = (
+        (basis.weights * mx.square(basis.apply(each))).sum(axis=-1)
+        for each in (quantizer.dequantize(packed) - x, x)
+    )
+    assert packed.scales.min() == 0
+    assert (errors <= 1.001 * lengths).all()  # but for rounding
 
 
 def test_more_than_four_bits_are_scalar():

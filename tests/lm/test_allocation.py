@@ -1,12 +1,14 @@
 import itertools
 
+import mlx.core as mx
 import pytest
 from conftest import mean_bits
 from hypothesis import given
 from hypothesis import strategies as st
+from tokens import unit_vectors
 
-from mlx_turboquant.codec import trellis
 from mlx_turboquant.codec.codebook import relative_error
+from mlx_turboquant.codec.quantizer import TurboQuantizer
 from mlx_turboquant.lm.allocation import (
     BUDGETS,
     Layer,
@@ -138,13 +140,21 @@ def test_divergences_that_were_not_measured_follow_the_error_of_the_codec():
     assert divergences[1] == pytest.approx(0.5 * relative_error(64, 1) / relative_error(64, 2))
 
 
-def test_the_divergence_of_trellis_codes_follows_their_error_up_to_four_bits():
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_the_divergence_of_trellis_codes_follows_their_error(bits):
+    x = unit_vectors(256, 96)
+    errors = []
+    for codec in ("scalar", "trellis"):
+        quantizer = TurboQuantizer(96, bits, codec=codec)
+        errors.append(mx.square(quantizer.dequantize(quantizer.quantize(x)) - x).sum().item())
+    scalar = side(0.1, 96)
+    ratio = scalar.coded("trellis").divergences[bits] / scalar.divergences[bits]
+    assert ratio == pytest.approx(errors[1] / errors[0], rel=0.06)
+
+
+def test_more_than_four_bits_have_the_divergence_of_scalar_codes():
     scalar = side(0.1)
     coded = scalar.coded("trellis").divergences
-    assert coded[3] == pytest.approx(
-        scalar.divergences[3] * trellis.relative_error(64, 3) / relative_error(64, 3)
-    )
-    assert all(0.6 < b / a < 0.9 for a, b in zip(scalar.divergences[1:5], coded[1:5]))
     assert (coded[0], *coded[5:]) == (float("inf"), *scalar.divergences[5:])
     assert list(coded) == sorted(coded, reverse=True)
     layer = Layer(scalar, None)
