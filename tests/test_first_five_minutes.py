@@ -137,7 +137,7 @@ def test_the_first_five_minutes_go_as_readme_says(session):
     shell.expect(ENDED)
 
     shutil.copy(argparse.__file__, session.checkout / "book.txt")
-    evaluate = "mlx_turboquant evaluate --model MODEL --text book.txt --kv-bits 4 3 K5V3"
+    evaluate = "mlx_turboquant evaluate --model MODEL --text book.txt --kv-bits 4 trellis:4 3 K5V3"
     table = session.run(evaluate, "--context 512 --samples 1")
     rows = re.findall(r"^K5V3  +(.*\S) *\r?$", table, flags=re.M)  # in parts that fit the width
     values = [value for row in rows for value in re.split("  +", row)]

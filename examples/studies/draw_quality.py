@@ -16,7 +16,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 # Prefixes of the names that `evaluate` gives to caches; "" is mlx_turboquant.
-_METHODS = {"mlx-lm ": "mlx-lm", "mse ": "TurboQuant_mse (paper)", "": "mlx_turboquant"}
+_METHODS = {
+    "mlx-lm ": "mlx-lm",
+    "mse ": "TurboQuant_mse (paper)",
+    "trellis ": "trellis codes",
+    "": "mlx_turboquant",
+}
 
 
 class Theme(NamedTuple):
@@ -24,12 +29,12 @@ class Theme(NamedTuple):
 
     background: str
     text: str
-    methods: tuple[str, str, str]
+    methods: tuple[str, str, str, str]
 
 
 THEMES = {
-    "light": Theme("#ffffff", "#1f2328", ("#c4600a", "#6e5fb8", "#0a7f5a")),
-    "dark": Theme("#0d1117", "#e6edf3", ("#f0a04b", "#b3a5f5", "#3fd09b")),
+    "light": Theme("#ffffff", "#1f2328", ("#c4600a", "#6e5fb8", "#0969da", "#0a7f5a")),
+    "dark": Theme("#0d1117", "#e6edf3", ("#f0a04b", "#b3a5f5", "#58a6ff", "#3fd09b")),
 }
 
 
@@ -98,7 +103,8 @@ def _panel(axis: Axes, result: dict[str, Any], theme: Theme) -> None:
         ours = method == _METHODS[""]
         width, size = (3, 9) if ours else (1.8, 8)
         axis.plot(sizes, divergences, "o-", color=colour, lw=width, ms=size, label=method)
-        for codec, x, y in zip(codecs, sizes, divergences):
+        # Trellis codes stand below scalar ones of the same bits.
+        for codec, x, y in () if method == "trellis codes" else zip(codecs, sizes, divergences):
             offset, align = ((9, 4), "left") if method == "mlx-lm" else ((-9, -9), "right")
             axis.annotate(
                 method_of(codec)[1],

@@ -89,8 +89,8 @@ def _mean_bits(text: str) -> float:
 def add_allocation_options(group: argparse._ActionsContainer) -> None:
     """Add the options for the kind of codes and the allocation of bits."""
     text = (
-        "Kind of codes; trellis codes have a quarter to a third less error up to 4 bits and take "
-        f"longer to make, on a CPU very much longer (default: {Settings.codec})"
+        "Kind of codes; trellis codes have less error up to 4 bits, and prompts are read more "
+        f"slowly, on a CPU a third to a fourth as fast (default: {Settings.codec})"
     )
     group.add_argument("--kv-codec", dest="codec", choices=CODECS, help=text)
     text = "Give all layers the same bits, for comparison"

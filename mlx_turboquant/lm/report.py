@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import mlx.nn as nn
 
+from ..codec.trellis import MOST_BITS
 from ..kernels.tokens import BLOCK
 from .allocation import expected_divergence
 from .compressible import flat_caches
@@ -156,8 +157,9 @@ def _layer_kind(name: str, layers: list[Any]) -> LayerKind:
     if hasattr(layers[0], "packed_tokens"):
         packed, exact = layers[-1].packed_tokens, layers[-1].exact_tokens
         remark = f"{packed:,} tokens a layer packed, {exact:,} exact"
-        if layers[-1].codec != "scalar":
-            remark += f", {layers[-1].codec} codes"
+        fewest = min(min(each.key_bits, each.value_bits) for each in layers)
+        if layers[-1].codec == "trellis" and fewest <= MOST_BITS:
+            remark += f", trellis codes up to {MOST_BITS} bits"
         bits = _mean_bits(layers)
     else:
         kind = name.removeprefix("Batch")

@@ -108,7 +108,7 @@ def test_codes_of_a_trellis_are_named_and_expected_to_diverge_less(random_model)
     )
     expected, report = (cache_report(cache, random_model) for cache in (scalar, trellis))
     assert 0.6 < report.divergence / expected.divergence < 0.7
-    assert report.kinds[0].remark == expected.kinds[0].remark + ", trellis codes"
+    assert report.kinds[0].remark == expected.kinds[0].remark + ", trellis codes up to 4 bits"
 
 
 def test_a_cache_of_which_nothing_is_compressed_is_reported_with_a_warning(caplog):
