@@ -173,6 +173,6 @@ def _power(x: np.ndarray, exponent: float, ridge: float) -> np.ndarray:
 
 
 @cache
-def _errors(dim: int, is_trellis: bool) -> np.ndarray:
+def _errors(dim: int, is_trellis: bool = False) -> np.ndarray:
     codec = trellis if is_trellis else codebook
     return np.array([1.0, *(codec.relative_error(dim, bits) for bits in range(1, MAX_BITS + 1))])

@@ -305,7 +305,7 @@ def test_doctor_says_that_nothing_is_compared_without_a_gpu():
 
 @pytest.mark.parametrize("wrong, verdict", [(0, "All is well"), (1, "Not all is well")])
 def test_doctor_ends_with_whether_all_is_well_on_a_gpu(monkeypatch, capsys, wrong, verdict):
-    verdicts = iter(["WRONG"] * wrong + ["ok"] * 400)
+    verdicts = iter(["WRONG"] * wrong + ["ok"] * 1000)
     monkeypatch.setattr(doctor, "backend", lambda: "metal")
     monkeypatch.setattr(
         doctor, "_check", lambda *_: doctor.Checked("k", "c", 0.0, 1.0, 0.1, next(verdicts))
