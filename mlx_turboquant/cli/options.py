@@ -90,7 +90,7 @@ def add_allocation_options(group: argparse._ActionsContainer) -> None:
     """Add the options for the kind of codes and the allocation of bits."""
     text = (
         "Kind of codes; trellis codes have less error up to 4 bits, and prompts are read more "
-        f"slowly, on a CPU a third to a fourth as fast (default: {Settings.codec})"
+        f"slowly, on a CPU a quarter to half as fast (default: {Settings.codec})"
     )
     group.add_argument("--kv-codec", dest="codec", choices=CODECS, help=text)
     text = "Give all layers the same bits, for comparison"
