@@ -84,18 +84,16 @@ METAL_FUNC void restore_run(const device uint* words, uint before, float scale, 
     const auto levels = constants + level_place(PATTERN, eight);
     float x[8];
 #pragma unroll
-    for (int pair = 0; pair < 4; pair++) {
+    for (int i = 0; i < 8; i += 2) {
       if constexpr (is_trellis(PATTERN)) {
-#pragma unroll
-        for (int i = 2 * pair; i < 2 * pair + 2; i++) {
-          const uint window = window_of_run(loaded, before, code_end(PATTERN, eight * 8 + i));
-          x[i] = bits == 0 ? 0.0f : scale * levels[window];
-        }
-        continue;
+        const int end = code_end(PATTERN, eight * 8 + i);
+        x[i] = bits == 0 ? 0.0f : scale * levels[window_of_run(loaded, before, end)];
+        x[i + 1] = bits == 0 ? 0.0f : scale * levels[window_of_run(loaded, before, end + bits)];
+      } else {
+        const uint codes = two_codes_of_run<PATTERN, false>(loaded, eight, i, 0);
+        x[i] = bits == 0 ? 0.0f : scale * level_of(bits, levels, codes & 0xFFFFu);
+        x[i + 1] = bits == 0 ? 0.0f : scale * level_of(bits, levels, codes >> 16);
       }
-      const uint codes = two_codes_of_run<PATTERN, false>(loaded, eight, 2 * pair, 0);
-      x[2 * pair] = bits == 0 ? 0.0f : scale * level_of(bits, levels, codes & 0xFFFFu);
-      x[2 * pair + 1] = bits == 0 ? 0.0f : scale * level_of(bits, levels, codes >> 16);
     }
     store_eight(x, out + eight * 8);
   }

@@ -71,7 +71,7 @@ def _panel(
 ) -> None:
     """A mark for each task and cache with its 95 % interval, ours joined by lines."""
     axis.axhline(0, color=theme.text, alpha=0.6)
-    for is_ours, colour in ((True, theme.methods[2]), (False, theme.methods[0])):
+    for is_ours, colour in ((True, theme.methods[-1]), (False, theme.methods[0])):
         for i, (task, rows) in enumerate(tasks.items()):
             own = {c: numbers(row) for c, row in rows.items() if is_ours != c.startswith("mlx-lm")}
             x = [sizes[cache] + _STEP * (i - (len(tasks) - 1) / 2) for cache in own]

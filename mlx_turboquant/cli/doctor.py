@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..codec.basis import PATTERNS
 from ..codec.packing import RUN
-from ..codec.quantizer import CODECS
+from ..codec.quantizer import CODECS, TurboQuantizer
 from ..codec.trellis import MOST_BITS
 from ..files import make_way, write_text
 from ..kernels.arguments import patterned
@@ -191,13 +191,7 @@ def _configurations() -> Iterator[tuple[type[Kernel], tuple[Any, ...], str]]:
         for bits in range(1, MOST_BITS + 1):
             pair = tuple(shared_quantizer(dim, b, 0, None, "trellis") for b in (bits, 5 - bits))
             label = f"{dim} values, trellis codes, K{bits} V{5 - bits}"
-            yield Quantize, ((mx.float16,) * 2, pair), label
-            yield Dequantize, ((mx.bfloat16,) * 2, pair), label
-            yield (
-                DecodeAttention,
-                (Configuration(*pair, *[mx.float16] * 3, group=4, rows=1),),
-                label,
-            )
+            yield from _all_of(pair, label)
         for key_bits, value_bits in _SPLITS:
             pair = (shared_quantizer(dim, key_bits, 0), shared_quantizer(dim, value_bits, 0))
             configuration = Configuration(*pair, *[mx.float16] * 3, group=4, rows=1)
@@ -209,10 +203,7 @@ def _configurations() -> Iterator[tuple[type[Kernel], tuple[Any, ...], str]]:
                 values = shared_quantizer(dim, 3, 0, None, codec)
                 pair = patterned(dim, 3, pattern, codec), values
                 label = f"{dim} values, {pattern} bits, {codec}"
-                yield Quantize, ((mx.float16,) * 2, pair), label
-                yield Dequantize, ((mx.bfloat16,) * 2, pair), label
-                configuration = Configuration(*pair, *[mx.float16] * 3, group=4, rows=1)
-                yield DecodeAttention, (configuration, _both_ways(dim)), label
+                yield from _all_of(pair, label, _both_ways(dim))
     quantizers = (shared_quantizer(128, 4, 0),) * 2
     for dtype in (mx.float32, mx.bfloat16):
         for group, rows, mask, has_logits in (
@@ -227,6 +218,16 @@ def _configurations() -> Iterator[tuple[type[Kernel], tuple[Any, ...], str]]:
     latents = (shared_quantizer(512, 4, 0),) * 2
     configuration = Configuration(*latents, *[mx.bfloat16] * 3, 16, 1, "additive", is_latent=True)
     yield DecodeAttention, (configuration,), "512 values, K4, latent vectors"
+
+
+def _all_of(
+    pair: tuple[TurboQuantizer, ...], label: str, *ways: Tunings
+) -> Iterator[tuple[type[Kernel], tuple[Any, ...], str]]:
+    """Yield the kernels of a cache for keys and values of these quantizers."""
+    yield Quantize, ((mx.float16,) * 2, pair), label
+    yield Dequantize, ((mx.bfloat16,) * 2, pair), label
+    configuration = Configuration(*pair, *[mx.float16] * 3, group=4, rows=1)
+    yield DecodeAttention, (configuration, *ways), label
 
 
 def _both_ways(dim: int) -> Tunings:
